@@ -27,11 +27,9 @@ import functools
 import hashlib
 import importlib
 import json
-import math
 import os
-import shutil
 import sys
-import types
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +40,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import torchaudio
+from tqdm import tqdm
 
 RATINGS = ("Good", "Medium", "Bad")  # the order of every probability vector (Eq. 1)
 SCORES = ("ib", "clap", "desync_s", "is_nats", "pesq")  # score_1 ... score_5 (Sec. 2.1)
@@ -166,7 +166,7 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
 
 
 class FlowModel(nn.Module):
-    """A V2A flow model in the paper's convention (t = 1 noise, v = eps - a_0). Adapters flip time and sign, nobody else.
+    """A V2A flow model in the paper's convention (t = 1 noise, v = eps - a_0); only adapters flip time and sign.
 
     Registered parameters are those of the velocity network: everything that maps features and a_t to u, condition
     projections included. Null-condition parameters are frozen. Encoders and codec are loaded on first use and are no
@@ -208,6 +208,11 @@ class FlowModel(nn.Module):
     def blocks(self):
         """The blocks that gradient checkpointing recomputes."""
         return []
+
+    def load_policy(self, path):
+        """Replaces the velocity network's weights, strictly, by a file of `save_policy`; stops when it is another
+        model's."""
+        raise NotImplementedError
 
     def policy_state(self):
         """What `save_policy` writes: the upstream's own format, loadable by upstream's own loader."""
@@ -386,8 +391,9 @@ def claim(record, settings, inputs=(), redo=False, advice="use --redo to replace
             before, now = old.get(part, {}), new[part]
             for key in sorted(before.keys() | now.keys()):
                 if before.get(key) != now.get(key):
-                    was = f"made with {key}={before.get(key)}, now {now.get(key)}" if part == "settings" else f"{key} has changed since"
-                    stop(f"{record.parent if record.name == 'settings.json' else record}: {was}; {advice}")
+                    changed = f"made with {key}={before.get(key)}, now {now.get(key)}"
+                    changed = changed if part == "settings" else f"{key} has changed since it was read"
+                    stop(f"{record}: {changed}; {advice}")
     write_text(record, json.dumps(new, indent=1) + "\n")
 
 
@@ -441,10 +447,10 @@ def read_clips(run, split=None):
 
 def read_samples(run):
     """Every audio of stage 01: {clip id: [line, ...]} in order of k; each line gains `shard` (a path stem)."""
-    samples = {}
+    samples, fields = {}, ("clip", "k", "seed", "wav", "row", "finite")
     for file in sorted((Path(run) / "01_samples").glob("[0-9]*.jsonl")):
         if not file.name.endswith(".skipped.jsonl"):
-            for row in read_jsonl(file, ("clip", "k", "seed", "wav", "row"), "; remove the shard and rerun 01_generate.py"):
+            for row in read_jsonl(file, fields, "; remove the shard and rerun 01_generate.py"):
                 samples.setdefault(row["clip"], []).append(dict(row, shard=file.stem))
     if not samples:
         stop(f"{Path(run) / '01_samples'}: no generated audio; run 01_generate.py --run {run} first")
@@ -456,12 +462,12 @@ def parse(parser, argv, stage):
     args = parser.parse_args(argv)
     file = Path(args.run) / "run.json"
     run = read_json(file) if file.is_file() else {}
-    size = getattr(args, "size", None) or run.get("size")
+    size = run.get("size") or ("default" if getattr(args, "model", None) == "toy" else None)
     toy = TOY.get(size, {}).get(stage, {})
     paper = {key: parser.get_default(key) for key in toy}
     parser.set_defaults(**toy)
     args = parser.parse_args(argv)
-    changed = [f"{key} {paper[key]} -> {value}" for key, value in toy.items() if getattr(args, key) == value != paper[key]]
+    changed = [f"{key} {paper[key]} -> {toy[key]}" for key in toy if getattr(args, key) == toy[key] != paper[key]]
     if changed and int(os.environ.get("RANK", 0)) == 0:
         print(f"toy world ({size}): {', '.join(changed)}")
     return args
@@ -591,7 +597,8 @@ def fit_length(wave, samples):
 def write_audio(path, wave, sample_rate_hz):
     """wave: (S,) float32, clipped to [-1, 1] (what is not finite becomes 0) -> 16-bit wav."""
     with replacing(path) as temporary:
-        soundfile.write(temporary, torch.nan_to_num(wave.float(), 0, 0, 0).clamp(-1, 1).numpy(), sample_rate_hz, subtype="PCM_16")
+        finite = torch.nan_to_num(wave.float(), nan=0.0, posinf=0.0, neginf=0.0).clamp(-1, 1)
+        soundfile.write(temporary, finite.numpy(), sample_rate_hz, subtype="PCM_16")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -628,6 +635,73 @@ class Scorer:
 
 
 AUDIOSCORE_SCORERS = ("imagebind", "clap", "synchformer", "panns", "pesq")
+
+
+def score_files(scorer, audios, clip_s, batch=20):
+    """audios: [(clip, wav path, key), ...]; each audio is judged on its first clip_s seconds. Returns a dict of
+    (n, ...) float32 tensors in the same order."""
+    parts = []
+    with ThreadPoolExecutor(4) as readers:
+        for start in range(0, len(audios), batch):
+            part = audios[start : start + batch]
+            try:
+                read = functools.partial(read_audio, sample_rate_hz=scorer.sample_rate_hz, duration_s=clip_s)
+                waves = torch.stack(list(readers.map(read, [path for _, path, _ in part])))
+                parts.append(scorer(waves, [clip for clip, _, _ in part]))
+            except SkipClip as reason:
+                stop(f"{type(scorer).__name__} cannot judge one of {sorted({c['id'] for c, _, _ in part})}: {reason}")
+    return {key: torch.cat([p[key] for p in parts]) for key in parts[0]}
+
+
+def score_groups(run, cache, groups, names, weights, ranks=(0, 1, "cpu")):
+    """Scores every audio once and keeps the results under its key: cache/<group>.<scorer>.pt.
+
+    groups: {group: [(clip, wav path, key), ...]}; an audio's key changes when the audio does. Scorers are the outer
+    loop, so that one network is in memory at a time; within a group each video tower runs once per clip. What is
+    cached is not scored again, and groups are divided over the ranks.
+    """
+    rank, world, device = ranks
+    for name in names:
+        scorer, waiting = None, []
+        for group in list(groups)[rank::world]:
+            file = Path(cache) / f"{group}.{name}.pt"
+            known = set(load_pt(file)["keys"]) if file.exists() else set()
+            waiting += [(file, new)] if (new := [a for a in groups[group] if a[2] not in known]) else []
+        for file, new in tqdm(waiting, desc=name, unit="group", disable=rank > 0 or not waiting):
+            scorer = scorer or load_scorer(name, run, device, weights)
+            fresh = score_files(scorer, new, read_run(run)["clip_s"])
+            fresh["keys"] = [key for _, _, key in new]
+            if file.exists():
+                old = load_pt(file)
+                fresh = {k: old[k] + v if k == "keys" else torch.cat([old[k], v]) for k, v in fresh.items()}
+            save_pt(file, fresh)
+            scorer.memo.clear()
+        del scorer
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    barrier()
+
+
+def cached_scores(cache, group, audios, names):
+    """What score_groups kept for these audios, in their order: {scorer: {key: (n, ...) float32}}."""
+    found = {}
+    for name in names:
+        stored = load_pt(Path(cache) / f"{group}.{name}.pt")
+        row = {key: i for i, key in enumerate(stored.pop("keys"))}
+        order = torch.tensor([row[key] for _, _, key in audios])
+        found[name] = {key: value[order] for key, value in stored.items()}
+    return found
+
+
+def five_scores(found, audioscore):
+    """The vector of Sec. 2.1 for each audio, (n, 5) float32 in the order of SCORES, nan where one does not apply."""
+    columns = [found["imagebind"]["ib"], found["clap"]["clap"], found["synchformer"]["desync_s"]]
+    return torch.stack([*columns, audioscore.inception(found["panns"]["logits"]), found["pesq"]["pesq"]], dim=1)
+
+
+def score_c(p_w, p_l):
+    """Eq. 3; p_w, p_l: (Good, Medium, Bad) of winner and loser -> float in [-1, 1], high = an easy pair."""
+    return 0.5 * ((p_w[0] - p_l[0]) + (p_l[2] - p_w[2]))
 
 
 def load_scorer(name, run, device="cpu", weights="weights"):
@@ -668,7 +742,8 @@ def upstream(repository, folder=""):
     try:
         yield
     except ModuleNotFoundError as error:
-        stop(f"{repository}: cannot import {error.name}; install it as the README says, or set UPSTREAM_DIR to the folder of its clone")
+        advice = "install it as the README says, or set UPSTREAM_DIR to the folder that holds its clone"
+        stop(f"{repository}: cannot import {error.name}; {advice}")
     finally:
         if path:
             sys.path.remove(path)
