@@ -22,7 +22,9 @@ Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 | score_c        | score_c       | float          | [-1, 1], Eq. 3        |                    |                       |
 """
 
+import argparse
 import copy
+import csv
 import functools
 import hashlib
 import importlib
@@ -176,7 +178,8 @@ class FlowModel(nn.Module):
     name: str  # as given to load_model
     latent_shape: tuple  # (T, C)
     sample_rate_hz: int
-    clip_s: float  # seconds of video that one audio belongs to
+    clip_s: float  # seconds of video that one audio belongs to, and of audio that is judged
+    checkpoint: Path  # the file that the velocity network came from
 
     # What an adapter fills in -------------------------------------------------------------------------------
 
@@ -270,8 +273,20 @@ def load_model(name, checkpoint=None, device="cpu", weights="weights"):
     if family not in ADAPTERS:
         stop(f"--model {name}: unknown; choose toy, mmaudio:small_16k ... mmaudio:large_44k, or frieren")
     model = ADAPTERS[family](variant, checkpoint, Path(weights))
-    model.name = name
+    model.name, model.checkpoint_digest = name, digest(model.checkpoint)
     return model.to(device).eval()
+
+
+def load_base_model(run, device="cpu", weights="weights"):
+    """The model that stage 01 sampled from, its weights checked against run.json."""
+    run_json = read_run(run)
+    if "checkpoint_digest" not in run_json:
+        stop(f"{run}/run.json: stage 01 has not completed it; run 01_generate.py --run {run} first")
+    checkpoint = run_json["checkpoint"]
+    model = load_model(run_json["model"], None if checkpoint == "upstream" else Path(run) / checkpoint, device, weights)
+    if model.checkpoint_digest != run_json["checkpoint_digest"]:
+        stop(f"{model.checkpoint}: not the file that stage 01 sampled from (its digest differs); put that one back")
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -283,6 +298,17 @@ def stop(message):
     """A user error: one line that says what is wrong and what to do, exit code 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def launch(main, parse_args):
+    """A stage's entry: Ctrl-C ends in one line; what is written so far is kept."""
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class SkipClip(Exception):
@@ -355,6 +381,31 @@ def read_jsonl(path, fields=(), hint=""):
                 stop(f"{path}, line {number}: field '{field}' is missing{hint}")
         rows.append(row)
     return rows
+
+
+def read_table(path, fields):
+    """A person's answers, .csv or .jsonl: yields (line number, row); every row must have `fields`."""
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        yield from enumerate(read_jsonl(path, fields), 1)
+        return
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as stream:
+        reader = csv.DictReader(stream)
+        missing = [field for field in fields if field not in (reader.fieldnames or [])]
+        if missing:
+            stop(f"{path}, line 1: column '{missing[0]}' is missing")
+        for row in reader:
+            yield reader.line_num, row
+
+
+def sample_index(clip, k, samples, where, field="k"):
+    """k as an integer, after checking that stage 01 made the k-th audio of this clip."""
+    if clip not in samples:
+        stop(f"{where}, field 'clip': {clip!r} is no clip with generated audio")
+    known = [row["k"] for row in samples[clip]]
+    if not str(k).isdigit() or int(k) not in known:
+        stop(f"{where}, field '{field}': {k!r} is no audio of {clip} (there are {', '.join(map(str, known))})")
+    return int(k)
 
 
 def digest(path):
@@ -435,14 +486,24 @@ def read_run(run):
 
 
 def read_clips(run, split=None):
-    """Lines of clips.jsonl, in order, each with `path` (absolute, checked to lie below the video root)."""
+    """Lines of clips.jsonl, in order, each with `path` (absolute, checked to lie below the video root) and, for
+    Frieren, `cavp` (its features, without suffix)."""
     run = Path(run)
-    file, root, clips = run / "clips.jsonl", read_run(run)["video_root"], []
-    root = Path(root) if Path(root).is_absolute() else run / root
+    file, run_json, clips = run / "clips.jsonl", read_run(run), []
+    root = run / run_json["video_root"]
     for number, clip in enumerate(read_jsonl(file, ("id", "video", "split"), "; rerun 01_generate.py"), 1):
         if split is None or clip["split"] == split:
-            clips.append(dict(clip, path=inside(root, clip["video"], f"{file}, line {number}, field 'video'")))
+            clip["path"] = inside(root, clip["video"], f"{file}, line {number}, field 'video'")
+            if "cavp_root" in run_json:
+                clip["cavp"] = inside(run_json["cavp_root"], clip["id"], f"{file}, line {number}, field 'id'")
+            clips.append(clip)
     return clips
+
+
+def clips_digest(clips):
+    """Digest of clips.jsonl's lines without the toy world's `oracle`, which no stage from 01 to 06 reads."""
+    lines = [{k: v for k, v in clip.items() if k != "oracle"} for clip in clips]
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16]
 
 
 def read_samples(run):
@@ -455,6 +516,40 @@ def read_samples(run):
     if not samples:
         stop(f"{Path(run) / '01_samples'}: no generated audio; run 01_generate.py --run {run} first")
     return samples
+
+
+def argument_parser(doc):
+    """A stage's parser: the first line of its docstring, and defaults shown in --help."""
+    return argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=HelpFormatter)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # no "(default: None)" and no "(default: False)"
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Shards:
+    """Stage 01's latents and features, memory-mapped: memory does not grow with the data set."""
+
+    def __init__(self, run, samples, num_samples):
+        self.folder, self.num_samples, self.open = Path(run) / "01_samples", num_samples, {}
+        self.place = {(clip, row["k"]): (row["shard"], row["row"]) for clip, rows in samples.items() for row in rows}
+
+    def shard(self, name):
+        if name not in self.open:
+            self.open[name] = load_pt(self.folder / f"{name}.pt", mmap=True)
+        return self.open[name]
+
+    def latents(self, audios):
+        """[(clip, k), ...] -> (B, T, C) float32."""
+        places = [self.place[audio] for audio in audios]
+        return torch.stack([self.shard(name)["latents"][row] for name, row in places]).float()
+
+    def features(self, clips):
+        """[clip id, ...] -> dict of (B, ...) float32."""
+        places = [self.place[clip, 0] for clip in clips]
+        found = [(self.shard(name)["features"], row // self.num_samples) for name, row in places]
+        return {key: torch.stack([features[key][row] for features, row in found]) for key in found[0][0]}
 
 
 def parse(parser, argv, stage):
@@ -520,6 +615,62 @@ def sum_over_ranks(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def data_parallel(model, device):
+    """The module whose forward 05 and 06 train: the model itself, or its DistributedDataParallel."""
+    if not dist.is_initialized():
+        return model
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=None if device == "cpu" else [device], broadcast_buffers=False
+    )
+
+
+def autocast(device, precision):
+    """bf16 on CUDA, plain float32 elsewhere, unless --precision says otherwise."""
+    bf16 = precision == "bf16" or (precision == "auto" and device != "cpu")
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+
+
+def state_digest(module):
+    """SHA-256 of every parameter, the first 16 hex digits: shows that a frozen network stayed as it was."""
+    total = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        total.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def save_training(folder, step, model, optimizer):
+    """checkpoint.pt: everything that the next step depends on besides the settings."""
+    save_pt(Path(folder) / "checkpoint.pt", dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict()))
+
+
+def resume_training(folder, model, optimizer, rank=0):
+    """Loads checkpoint.pt if there is one, cuts log.jsonl back to it, and returns the number of steps done."""
+    file, log, step = Path(folder) / "checkpoint.pt", Path(folder) / "log.jsonl", 0
+    if file.exists():
+        state = load_pt(file)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    if rank == 0:
+        write_jsonl(log, [row for row in read_jsonl(log) if row["step"] < step] if log.exists() else [])
+    barrier()
+    return step
+
+
+def output_folder(run, name):
+    """run / name for --out: a folder name inside the run, nothing else."""
+    if Path(name).name != name or name in (".", "..") or name[:2] in ("00", "01", "02", "03", "04", "07"):
+        stop(f"--out {name}: give a plain folder name, not one of stages 00 to 04 or 07")
+    return Path(run) / name
+
+
+def save_policy(folder, model, run_json, **about):
+    """policy.pt in the upstream's own format, and policy.json, from which stage 07 knows whose it is."""
+    model.save_policy(Path(folder) / "policy.pt")
+    about = dict(model=run_json["model"], base_digest=run_json["checkpoint_digest"], **about)
+    write_text(Path(folder) / "policy.json", json.dumps(about, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -691,6 +842,26 @@ def cached_scores(cache, group, audios, names):
         order = torch.tensor([row[key] for _, _, key in audios])
         found[name] = {key: value[order] for key, value in stored.items()}
     return found
+
+
+def merge_scores(cache, groups, names):
+    """cached_scores of several groups, one after the other."""
+    parts = [cached_scores(cache, group, audios, names) for group, audios in groups.items()]
+    return {n: {key: torch.cat([part[n][key] for part in parts]) for key in parts[0][n]} for n in names}
+
+
+def adopt_scores(source, cache, groups, names):
+    """Copies what another stage's cache knows of these audios into groups that have no cache file yet."""
+    for name in names:
+        stored = [load_pt(file) for file in sorted(Path(source).glob(f"*.{name}.pt"))]
+        where = {key: (i, j) for i, part in enumerate(stored) for j, key in enumerate(part["keys"])}
+        for group, audios in groups.items():
+            keys = [key for _, _, key in audios if key in where]
+            file = Path(cache) / f"{group}.{name}.pt"
+            if keys and not file.exists():
+                values = [k for k in stored[0] if k != "keys"]
+                rows = {v: torch.stack([stored[where[key][0]][v][where[key][1]] for key in keys]) for v in values}
+                save_pt(file, {**rows, "keys": keys})
 
 
 def five_scores(found, audioscore):

@@ -1,0 +1,277 @@
+"""Stage 01: N audios for every training clip, from the model that will be aligned (Sec. 2.2).
+
+Run:
+    python 01_generate.py                                    # the toy world of stage 00
+    python 01_generate.py --run runs/vgg --model mmaudio:large_44k --clips vggsound.csv --videos DIR \\
+        --test-list MMAudio/sets/vgg-test.tsv                # the paper's
+    torchrun --nproc_per_node 8 01_generate.py ...           # shards are divided over the GPUs
+
+Clips come from one of: the toy world's clips.jsonl; a .jsonl (id, video, and if known caption, label, split);
+VGGSound's csv (youtube id, start second, label, split; no header); MMAudio's tsv (header id, label; its split is in
+its name); a plain folder of videos (--videos alone: all train, no captions).
+
+Reads:
+    clips        as above; videos below --videos, named by `video` or `<id>.mp4` (.mkv, .webm, .mov, .avi)
+Writes:
+    run.json                    model, checkpoint and its digest, latent shape, sampler, N, seed, video root
+    clips.jsonl                 id, video, caption or null, label or null, split
+    01_missing.jsonl            clips whose video does not exist: id, split, reason
+    01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row, finite (row = k-th of clip row // N)
+    01_samples/00012.pt         latents (rows, T, C) float32 normalised; features: dict of (rows // N, ...) float32
+    01_samples/00012.skipped.jsonl   clips of the shard that could not be used: clip, reason
+    01_audio/<clip>_<k>.wav     what a person listens to
+Takes: toy 45 s on 2 cores; MMAudio-L needs 25.7 TFLOP per audio (25 steps, guidance), 250K audios in all.
+"""
+
+import csv
+import json
+import random
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import common
+from common import SkipClip, stop
+
+SHARD_CLIPS = 32
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+
+
+def parse_args(argv=None):
+    parser = common.argument_parser(__doc__)
+    io = parser.add_argument_group("io")
+    io.add_argument("--run", default="runs/toy", help="run folder")
+    io.add_argument("--model", help="toy, mmaudio:small_16k ... mmaudio:large_44k, frieren; the toy run knows its own")
+    io.add_argument("--checkpoint", help="weights of the velocity network, if not the upstream file under --weights")
+    io.add_argument("--weights", default="weights", help="folder of downloaded files")
+    io.add_argument("--clips", help=".jsonl, VGGSound's .csv or MMAudio's .tsv")
+    io.add_argument("--test-list", help="MMAudio's sets/vgg-test.tsv: the test split is exactly these clips")
+    io.add_argument("--videos", help="folder of videos")
+    io.add_argument("--cavp", help="Frieren only: folder of CAVP features, <id>.npz or <id>.npy")
+    io.add_argument("--strict", action="store_true", help="a video that cannot be used is an error, not a counted skip")
+    paper = parser.add_argument_group("paper")
+    paper.add_argument("--max-clips", type=int, default=50_000, help="train clips, a seeded random subset [Sec. 2.2]")
+    paper.add_argument("--num-samples", type=int, default=5, help="audios per clip, N [Sec. 3.1]")
+    paper.add_argument("--guidance", type=float, default=4.5, help="guidance scale gamma [Sec. 3.1]")
+    paper.add_argument("--sampling-steps", type=int, default=25, help="Euler steps; paper silent: upstream's")
+    engineering = parser.add_argument_group("engineering")
+    engineering.add_argument("--batch-clips", type=int, default=4, help="clips sampled together, N audios each")
+    engineering.add_argument("--seed", type=int, default=0)
+    args = common.parse(parser, argv, "01")
+    for name in ("max_clips", "num_samples", "sampling_steps", "batch_clips"):
+        if getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Clips in
+# ------------------------------------------------------------------------------------------------------------
+
+
+def clips_of_table(path, delimiter):
+    """VGGSound's csv or MMAudio's tsv -> clips; ids in upstream's form, `<youtube id>_<start second, 6 digits>`."""
+    clips = []
+    with open(path, newline="", encoding="utf-8") as stream:
+        for number, row in enumerate(csv.reader(stream, delimiter=delimiter), 1):
+            if delimiter == "\t":  # MMAudio: id, label
+                if row == ["id", "label"]:
+                    continue
+                if len(row) != 2:
+                    stop(f"{path}, line {number}: {len(row)} fields, expected id<TAB>label")
+                name, label = row
+                split = next((s for s in ("test", "val") if s in path.stem), "train")
+            else:  # VGGSound: youtube id, start, label, split
+                if len(row) != 4 or not row[1].strip().isdigit():
+                    stop(f"{path}, line {number}: expected youtube id, start second, label, split")
+                name, label, split = f"{row[0]}_{int(row[1]):06d}", row[2], row[3].strip()
+            clips.append({"id": name, "caption": label, "label": label, "split": split})
+    return clips
+
+
+def listed_clips(args):
+    """The clips that --clips or --videos name, each with id, caption, label, split and, from a .jsonl, video."""
+    if args.clips is None:
+        files = sorted(p for p in Path(args.videos).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+        if not files:
+            stop(f"--videos {args.videos}: no video ({', '.join(VIDEO_SUFFIXES)}) in this folder")
+        names = [file.relative_to(args.videos) for file in files]
+        return [{"id": "_".join(n.with_suffix("").parts), "video": str(n), "split": "train"} for n in names]
+    path = Path(args.clips)
+    if not path.is_file():
+        stop(f"--clips {path}: no such file")
+    if path.suffix == ".jsonl":
+        return common.read_jsonl(path, ("id",))
+    if path.suffix not in (".csv", ".tsv"):
+        stop(f"--clips {path}: expected a .jsonl, VGGSound's .csv or MMAudio's .tsv")
+    return clips_of_table(path, "\t" if path.suffix == ".tsv" else ",")
+
+
+def check_clips(clips, where):
+    """Ids are unique file names, one split each; YouTube ids that recur across splits are listed, since one video's
+    clips sound alike."""
+    split_of, splits_of_video = {}, {}
+    for number, clip in enumerate(clips, 1):
+        name, split = clip["id"], clip.setdefault("split", "train")
+        if not isinstance(name, str) or not name or any(c in name for c in "/\\\0") or name.startswith("."):
+            stop(f"{where}, clip {number}, field 'id': {name!r} cannot be a file name")
+        if split not in ("train", "val", "test"):
+            stop(f"{where}, clip {number} ({name}), field 'split': {split!r} is not train, val or test")
+        if name in split_of:
+            twice = f"in both {split_of[name]} and {split}" if split_of[name] != split else "twice"
+            stop(f"{where}, clip {number}, field 'id': {name} occurs {twice}; keep one")
+        split_of[name] = split
+        if len(name) == 18 and name[11] == "_":
+            splits_of_video.setdefault(name[:11], set()).add(split)
+    shared = sorted(video for video, splits in splits_of_video.items() if len(splits) > 1)
+    if shared:
+        more = " ..." * (len(shared) > 10)
+        print(f"{len(shared)} YouTube ids occur in more than one split: {', '.join(shared[:10])}{more}")
+
+
+def gather_clips(args):
+    """The lines of clips.jsonl (videos that exist) and of 01_missing.jsonl, from the user's list."""
+    where, root = args.clips or args.videos, Path(args.videos).resolve()
+    clips = listed_clips(args)
+    if args.test_list:
+        test = clips_of_table(Path(args.test_list), "\t")
+        wanted = {clip["id"] for clip in test}
+        clips = [c for c in clips if c.get("split") != "test" and c["id"] not in wanted]
+        clips += [dict(c, split="test") for c in test]
+    check_clips(clips, where)
+    found, missing = [], []
+    for clip in clips:
+        names = [clip["video"]] if clip.get("video") else [clip["id"] + suffix for suffix in VIDEO_SUFFIXES]
+        name = next((n for n in names if common.inside(root, n, f"{where}, clip {clip['id']}").is_file()), None)
+        if name is None:
+            missing.append({"id": clip["id"], "split": clip["split"], "reason": f"no {names[0]} below {root.name}/"})
+        else:
+            fields = {key: clip.get(key) or None for key in ("caption", "label")}
+            found.append({"id": clip["id"], "video": name, **fields, "split": clip["split"]})
+    if missing and args.strict:
+        stop(f"{len(missing)} of {len(clips)} videos are missing, first {missing[0]['id']} ({missing[0]['reason']})")
+    have, listed = Counter(c["split"] for c in found), Counter(c["split"] for c in clips)
+    print("videos found: " + ", ".join(f"{split} {have[split]} of {listed[split]}" for split in sorted(listed)))
+    if not found:
+        stop(f"none of the {len(clips)} clips of {where} has a video below {args.videos}: {missing[0]['reason']} ...")
+    return found, missing
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Audios out
+# ------------------------------------------------------------------------------------------------------------
+
+
+def encode(model, clip):
+    """The clip's features, or the reason why it has none."""
+    try:
+        return model.encode(clip)
+    except SkipClip as reason:
+        return str(reason)
+
+
+def generate_shard(model, clips, encoded, folder, shard, args):
+    """Samples, decodes and writes one shard; its .jsonl comes last, so that a shard that has one is whole."""
+    usable = [(clip, features) for clip, features in zip(clips, encoded) if isinstance(features, dict)]
+    skipped = [{"clip": c["id"], "reason": reason} for c, reason in zip(clips, encoded) if isinstance(reason, str)]
+    rows, latents, n = [], [], args.num_samples
+    for start in range(0, len(usable), args.batch_clips):
+        batch = usable[start : start + args.batch_clips]
+        features = {key: torch.stack([f[key] for _, f in batch]).to(model.device) for key in batch[0][1]}
+        # Sampled k-major (all first audios, then all second ones), so that the N audios of a clip share its conditions.
+        seeds = [common.audio_seed(args.seed, clip["id"], k) for k in range(n) for clip, _ in batch]
+        a_0 = common.sample(model, features, seeds, args.sampling_steps, args.guidance)
+        a_0 = a_0.unflatten(0, (n, len(batch))).transpose(0, 1).flatten(0, 1)  # (clips * N, T, C): clip-major
+        waves = model.decode(a_0)
+        for i, (wave, latent) in enumerate(zip(waves, a_0)):
+            clip, k = batch[i // n][0]["id"], i % n
+            wav, finite = f"01_audio/{clip}_{k}.wav", bool(wave.isfinite().all() and latent.isfinite().all())
+            common.write_audio(Path(args.run) / wav, wave, model.sample_rate_hz)
+            seed = seeds[k * len(batch) + i // n]
+            rows.append({"clip": clip, "k": k, "seed": seed, "wav": wav, "row": len(rows), "finite": finite})
+        latents.append(a_0.float().cpu())
+    if usable:
+        features = {key: torch.stack([f[key] for _, f in usable]) for key in usable[0][1]}
+        common.save_pt(folder / f"{shard}.pt", {"latents": torch.cat(latents), "features": features})
+    if skipped:
+        common.write_jsonl(folder / f"{shard}.skipped.jsonl", skipped)
+    common.write_jsonl(folder / f"{shard}.jsonl", rows)
+
+
+def main(args):
+    # -- setup
+    rank, world, device = common.setup_ranks()
+    run, folder = Path(args.run), Path(args.run) / "01_samples"
+    known = common.read_run(run) if (run / "run.json").exists() else {}
+    args.model = args.model or known.get("model")
+    if args.model is None:
+        stop(f"--run {run} is new: give --model (or run 00_toy_world.py first for the toy world)")
+    own_clips = "world_seed" in known  # the toy world wrote clips.jsonl itself
+    if own_clips and (args.clips or args.videos):
+        stop(f"--run {run} is the toy world's and has its own clips; give --clips or --videos another --run")
+    if not own_clips and not args.videos:
+        stop("--videos: name the folder that holds the videos")
+    if args.videos and not Path(args.videos).is_dir():
+        stop(f"--videos {args.videos}: no such folder")
+    if (args.cavp is None) == (args.model == "frieren"):
+        stop("--cavp: give the folder of CAVP features with --model frieren, and only then")
+    checkpoint = args.checkpoint or (run / known["checkpoint"] if own_clips else None)
+    model = common.load_model(args.model, checkpoint, device, args.weights)
+
+    # -- data
+    if rank == 0:
+        clips, missing = (common.read_jsonl(run / "clips.jsonl"), []) if own_clips else gather_clips(args)
+        settings = dict(model=args.model, checkpoint=str(args.checkpoint or known.get("checkpoint") or "upstream"))
+        settings.update(checkpoint_digest=model.checkpoint_digest, latent_shape=list(model.latent_shape))
+        settings.update(sample_rate_hz=model.sample_rate_hz, num_samples=args.num_samples, seed=args.seed)
+        settings.update(sampler=dict(steps=args.sampling_steps, guidance=args.guidance), clip_s=model.clip_s)
+        settings.update(max_clips=args.max_clips, clips_digest=common.clips_digest(clips))
+        where = {"video_root": str(Path(args.videos).resolve())} if args.videos else {}
+        where.update({"cavp_root": str(Path(args.cavp).resolve())} if args.cavp else {})
+        if args.model == "toy" and not own_clips:
+            where["scorers"] = str((Path(args.checkpoint).parent / "00_scorers.pt").resolve())
+            where["size"] = common.read_run(Path(args.checkpoint).parent)["size"]
+        common.claim(run / "01_settings.json", settings, advice="use another --run, or remove this one")
+        if not own_clips:
+            common.write_jsonl(run / "01_missing.jsonl", missing)
+            common.write_jsonl(run / "clips.jsonl", clips)
+        common.write_text(run / "run.json", json.dumps({**known, **settings, **where}, indent=1) + "\n")
+    common.barrier()
+    train = common.read_clips(run, "train")
+    if len(train) > args.max_clips:
+        train = [train[i] for i in sorted(random.Random(args.seed).sample(range(len(train)), args.max_clips))]
+    blocks = [train[i : i + SHARD_CLIPS] for i in range(0, len(train), SHARD_CLIPS)]
+    todo = [i for i in range(len(blocks)) if not (folder / f"{i:05d}.jsonl").exists()][rank::world]
+
+    # -- loop: the next clip is decoded and encoded while this shard is sampled
+    with ThreadPoolExecutor(1) as ahead:
+        futures = {i: [ahead.submit(encode, model, clip) for clip in blocks[i]] for i in todo[:1]}
+        for position, i in enumerate(tqdm(todo, unit="shard", disable=rank > 0)):
+            encoded = [future.result() for future in futures.pop(i)]
+            for j in todo[position + 1 : position + 2]:
+                futures[j] = [ahead.submit(encode, model, clip) for clip in blocks[j]]
+            if args.strict and (bad := [(c["id"], e) for c, e in zip(blocks[i], encoded) if isinstance(e, str)]):
+                ahead.shutdown(cancel_futures=True)
+                stop(f"--strict: {len(bad)} clips of shard {i:05d} cannot be used, first {bad[0][0]}: {bad[0][1]}")
+            generate_shard(model, blocks[i], encoded, folder, f"{i:05d}", args)
+    common.barrier()
+
+    # -- report
+    if rank == 0:
+        skipped = [row for file in sorted(folder.glob("*.skipped.jsonl")) for row in common.read_jsonl(file)]
+        print(f"train clips: {len(train)} in, {len(train) - len(skipped)} used, {len(skipped)} skipped")
+        for reason, count in Counter(row["reason"] for row in skipped).most_common(20):
+            print(f"  {count} x {reason}, e.g. {next(r['clip'] for r in skipped if r['reason'] == reason)}")
+        if len(skipped) == len(train):
+            stop(f"no train clip of {run} could be used; the reasons are above and in {folder}/*.skipped.jsonl")
+        samples = [row for rows in common.read_samples(run).values() for row in rows]
+        bad = sum(not row["finite"] for row in samples)
+        print(f"audios: {len(samples)}, {bad} with values that are not finite (never used in a pair)")
+        print(f"next: python 02_fit_audioscore.py --run {run}")
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)

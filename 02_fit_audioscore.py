@@ -1,0 +1,242 @@
+"""Stage 02: AudioScore, five frozen scores and a small MLP fitted to human ratings (Sec. 2.1).
+
+Run:
+    python 02_fit_audioscore.py                               # toy world: simulated raters answer
+    python 02_fit_audioscore.py --run runs/vgg                # writes 02_to_rate.csv; rate it, then run again with
+    python 02_fit_audioscore.py --run runs/vgg --ratings rated.csv
+    torchrun --nproc_per_node 8 02_fit_audioscore.py ...      # audios are divided over the GPUs for scoring
+
+Reads:
+    01_samples/, 01_audio/      stage 01's audios
+    --ratings or 02_ratings.jsonl   clip, k, rating (Good, Medium or Bad; an empty cell in a csv is not rated), rater
+Writes:
+    02_to_rate.csv              the audios of --num-rated-clips random train clips: clip, k, wav, video, caption, rating
+    02_ratings.jsonl            the answers, validated
+    02_scores/*.pt              what every scorer said of the rated audios (the cache that stage 03 shares)
+    02_scores.jsonl             clip, k, ib (cosine), clap (cosine), desync_s (seconds), is_nats (nats), pesq (MOS-LQO),
+                                null where a score does not apply; rating (majority, the worse of a tie)
+    02_audioscore.pt            audioscore: the state dict of common.AudioScore (MLP, standardiser, marginal p(y));
+                                heldout: p (n, 3) float32 and rating (n,) int64 of the cross-validated report
+Takes: toy 15 s on 2 cores.
+"""
+
+import csv
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import torch
+
+import common
+from common import RATINGS, SCORES, AudioScore, stop
+
+FOLDS = 5
+RATED_GROUP_CLIPS = 32  # rated clips per cached file
+
+
+def parse_args(argv=None):
+    parser = common.argument_parser(__doc__)
+    io = parser.add_argument_group("io")
+    io.add_argument("--run", default="runs/toy", help="run folder")
+    io.add_argument("--ratings", help="answers to 02_to_rate.csv (.csv or .jsonl); else 02_ratings.jsonl, if any")
+    io.add_argument("--weights", default="weights", help="folder of downloaded files")
+    io.add_argument("--redo", action="store_true", help="replace this stage's outputs; what is scored stays cached")
+    paper = parser.add_argument_group("paper")
+    paper.add_argument("--num-rated-clips", type=int, default=2000, help="clips whose N audios are rated [Sec. 2.1]")
+    engineering = parser.add_argument_group("engineering")
+    engineering.add_argument("--seed", type=int, default=0)
+    return common.parse(parser, argv, "02")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ratings
+# ------------------------------------------------------------------------------------------------------------
+
+
+def draw_rated_clips(samples, count, seed):
+    """A seeded random draw of train clips, in order of their names."""
+    names = sorted(samples)
+    return sorted(random.Random(seed).sample(names, min(count, len(names))))
+
+
+def write_to_rate(path, rated, samples, clips):
+    with common.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["clip", "k", "wav", "video", "caption", "rating", "rater"])
+        for clip in rated:
+            for row in samples[clip]:
+                writer.writerow([clip, row["k"], row["wav"], clips[clip]["path"], clips[clip].get("caption"), "", ""])
+
+
+def read_ratings(path, samples):
+    """Every answer, checked: [{clip, k, rating, rater}]."""
+    path, answers, seen = Path(path), [], {}
+    for line, row in common.read_table(path, ("clip", "k", "rating")):
+        where = f"{path}, line {line}"
+        if row["rating"] in (None, ""):
+            continue  # not rated yet
+        if row["rating"] not in RATINGS:
+            stop(f"{where}, field 'rating': {row['rating']!r} is not one of {', '.join(RATINGS)}")
+        k = common.sample_index(row["clip"], row["k"], samples, where)
+        answer = {"clip": row["clip"], "k": k, "rating": row["rating"], "rater": row.get("rater") or "anonymous"}
+        key = (answer["clip"], k, answer["rater"])
+        if key in seen:
+            stop(f"{where}: {key[0]}, k {k} is rated twice by {key[2]} (first in line {seen[key]}); keep one")
+        seen[key] = line
+        answers.append(answer)
+    if not answers:
+        stop(f"{path}: no rating in this file")
+    return answers
+
+
+def rated_audios(answers):
+    """Answers of several raters -> {(clip, k): (3,) share of Good, Medium, Bad}, in order of their names."""
+    counts = defaultdict(lambda: torch.zeros(len(RATINGS)))
+    for answer in answers:
+        counts[answer["clip"], answer["k"]][RATINGS.index(answer["rating"])] += 1
+    return {key: count / count.sum() for key, count in sorted(counts.items())}
+
+
+def majority(target):
+    """(3,) or (n, 3) shares -> class index; of a tie, the worse."""
+    return len(RATINGS) - 1 - target.flip(-1).argmax(dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The MLP (cross entropy, Sec. 2.1)
+# ------------------------------------------------------------------------------------------------------------
+
+
+def fit(found, target, seed, steps=400):
+    """Fits AudioScore on the given audios: standardiser, marginal p(y), then cross entropy on the raters' shares.
+
+    found: cached scores of n audios; target: (n, 3). Paper silent: the optimizer. Full-batch AdamW, lr 1e-2, weight
+    decay 1e-2, 400 steps.
+    """
+    logits = found["panns"]["logits"]
+    torch.manual_seed(seed)
+    audioscore = AudioScore(tags=logits.shape[1])
+    audioscore.p_y.copy_(logits.softmax(dim=-1).mean(dim=0))
+    scores = common.five_scores(found, audioscore)
+    mean = scores.nanmean(dim=0).nan_to_num(nan=0.0)
+    std = (scores - mean).square().nanmean(dim=0).sqrt().nan_to_num(nan=1.0)
+    audioscore.mean.copy_(mean)
+    audioscore.std.copy_(std.clamp_min(1e-6))
+    optimizer = torch.optim.AdamW(audioscore.parameters(), lr=1e-2, weight_decay=1e-2)
+    for _ in range(steps):
+        loss = torch.nn.functional.cross_entropy(audioscore.logits(scores), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return audioscore.eval().requires_grad_(False)
+
+
+def select(found, rows):
+    return {name: {key: value[rows] for key, value in part.items()} for name, part in found.items()}
+
+
+def cross_validate(found, target, clips, seed):
+    """p (n, 3) of every audio from a fit that saw neither its clip nor any other of the same YouTube video."""
+    videos = [clip[:11] if len(clip) == 18 and clip[11] == "_" else clip for clip in clips]
+    names = sorted(set(videos))
+    random.Random(seed).shuffle(names)
+    fold_of = {name: i % FOLDS for i, name in enumerate(names)}
+    fold, p = torch.tensor([fold_of[video] for video in videos]), torch.full((len(clips), len(RATINGS)), float("nan"))
+    for i in sorted(set(fold.tolist())):
+        rest, held = (fold != i).nonzero().flatten(), (fold == i).nonzero().flatten()
+        audioscore = fit(select(found, rest), target[rest], seed)
+        p[held] = audioscore(common.five_scores(select(found, held), audioscore))
+    return p
+
+
+def report(p, truth):
+    """Prints accuracy against the majority class, the confusion matrix, and calibration of P(Good)."""
+    guess = p.argmax(dim=-1)
+    shares = truth.bincount(minlength=len(RATINGS)) / len(truth)
+    accuracy = (guess == truth).float().mean()
+    print(f"held-out clips ({FOLDS}-fold, {len(truth)} audios): accuracy {accuracy:.3f}, ", end="")
+    print(f"majority class ({RATINGS[shares.argmax()]}) {shares.max():.3f}")
+    print("  rated \\ predicted " + "".join(f"{name:>8}" for name in RATINGS))
+    for i, name in enumerate(RATINGS):
+        print(f"  {name:>17} " + "".join(f"{int(((truth == i) & (guess == j)).sum()):>8}" for j in range(len(RATINGS))))
+    good, edges = p[:, 0], torch.linspace(0, 1, 6)
+    print("  calibration of P(Good): predicted -> rated Good (audios)")
+    for low, high in zip(edges[:-1], edges[1:]):
+        inside = (good >= low) & ((good < high) | (high == 1))
+        if inside.any():
+            mean, rate = good[inside].mean(), (truth[inside] == 0).float().mean()
+            print(f"    {low:.1f}-{high:.1f}: {mean:.2f} -> {rate:.2f} ({int(inside.sum())})")
+
+
+def main(args):
+    # -- setup
+    ranks = rank, _, _ = common.setup_ranks()
+    run = Path(args.run)
+    samples = common.read_samples(run)
+    clips = {clip["id"]: clip for clip in common.read_clips(run, "train")}
+    rated = draw_rated_clips(samples, args.num_rated_clips, args.seed)
+
+    # -- data: who answers
+    answers_file = run / "02_ratings.jsonl"
+    source = Path(args.ratings) if args.ratings else answers_file
+    if rank == 0:
+        write_to_rate(run / "02_to_rate.csv", rated, samples, clips)
+        if not source.exists() and not args.ratings and (run / "00_oracle.pt").exists():
+            audios = [(clips[c], row["k"], run / row["wav"]) for c in rated for row in samples[c]]
+            common.write_jsonl(source, common.toy_world().simulated_ratings(run, audios, args.seed))
+    common.barrier()
+    if not source.exists():
+        if args.ratings:
+            stop(f"--ratings {source}: no such file")
+        count = sum(len(samples[clip]) for clip in rated)
+        print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(rated)} clips")
+        print(f"Listen to each wav beside its video and fill the column 'rating' ({', '.join(RATINGS)}).")
+        print(f"next: python 02_fit_audioscore.py --run {run} --ratings FILE")
+        return
+    answers = read_ratings(source, samples)
+    target_of = rated_audios(answers)
+    if rank == 0:
+        settings = dict(num_rated_clips=args.num_rated_clips, seed=args.seed, audioscore=list(SCORES))
+        if source != answers_file:
+            if answers_file.exists() and not args.redo and common.read_jsonl(answers_file) != answers:
+                stop(f"{answers_file}: holds other ratings than {source}; use --redo to replace them")
+            common.write_jsonl(answers_file, answers)
+        inputs = [run / "01_samples", answers_file]
+        common.claim(run / "02_settings.json", settings, inputs, args.redo)
+
+    # -- scores
+    names = sorted({clip for clip, _ in target_of})
+    groups = {}
+    for i, clip in enumerate(names):
+        rows = [row for row in samples[clip] if (clip, row["k"]) in target_of]
+        group = groups.setdefault(f"{i // RATED_GROUP_CLIPS:05d}", [])
+        group += [(clips[clip], run / row["wav"], f"{clip}/{row['k']}") for row in rows]
+    common.score_groups(run, run / "02_scores", groups, common.AUDIOSCORE_SCORERS, args.weights, ranks)
+    if rank > 0:
+        return
+    found = common.merge_scores(run / "02_scores", groups, common.AUDIOSCORE_SCORERS)
+    keys = [(clip["id"], int(key.rsplit("/", 1)[1])) for audios in groups.values() for clip, _, key in audios]
+    target = torch.stack([target_of[key] for key in keys])
+
+    # -- fit, report, save
+    print(f"ratings: {len(answers)} of {len(keys)} audios of {len(names)} clips, ", end="")
+    print(", ".join(f"{name} {count}" for name, count in Counter(a["rating"] for a in answers).most_common()))
+    if len(names) < FOLDS:
+        stop(f"{answers_file}: ratings of {len(names)} clips; at least {FOLDS} are needed to fit and check AudioScore")
+    p = cross_validate(found, target, [clip for clip, _ in keys], args.seed)
+    report(p, majority(target))
+    audioscore = fit(found, target, args.seed)
+    scores = common.five_scores(found, audioscore)
+    lines = []
+    for (clip, k), row, rating in zip(keys, scores.tolist(), majority(target).tolist()):
+        numbers = {name: None if value != value else round(value, 6) for name, value in zip(SCORES, row)}
+        lines.append({"clip": clip, "k": k, **numbers, "rating": RATINGS[rating]})
+    common.write_jsonl(run / "02_scores.jsonl", lines)
+    heldout = {"p": p, "rating": majority(target)}
+    common.save_pt(run / "02_audioscore.pt", {"audioscore": audioscore.state_dict(), "heldout": heldout})
+    print(f"wrote {run / '02_audioscore.pt'}")
+    print(f"next: python 03_mine_pairs.py --run {run}")
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)

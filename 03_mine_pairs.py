@@ -1,0 +1,255 @@
+"""Stage 03: omni-preference pairs, best versus worst by AudioScore, and human choices (Sec. 2.2, Eq. 1-2).
+
+Run:
+    python 03_mine_pairs.py                                   # toy world: simulated choices
+    python 03_mine_pairs.py --run runs/vgg                    # writes 03_to_choose.csv for people, goes on without
+    python 03_mine_pairs.py --run runs/vgg --choices chosen.csv --redo
+    torchrun --nproc_per_node 8 03_mine_pairs.py ...          # audios are divided over the GPUs for scoring
+
+Reads:
+    01_samples/, 01_audio/, 02_audioscore.pt, 02_ratings.jsonl, 02_scores/
+    --choices or 03_human_choices.jsonl   clip, a, b (two k of the clip), choice (a, b or tie), rater
+Writes:
+    03_scores/*.pt              what every scorer said, per shard of stage 01
+    03_scores/00012.jsonl       clip, k, the five scores (null where one does not apply), p: [Good, Medium, Bad]
+    03_pairs.jsonl              clip, winner, loser (k), p_winner, p_loser: [Good, Medium, Bad]
+    03_to_choose.csv            pairs of equally rated audios for people: clip, a, b, wav_a, wav_b, video, choice
+    03_human_choices.jsonl, 03_human_pairs.jsonl   the answers, validated; the pairs they make, as 03_pairs.jsonl
+Takes: toy 35 s on 2 cores.
+"""
+
+import csv
+import random
+from collections import Counter, defaultdict
+from itertools import combinations
+from pathlib import Path
+
+import soundfile
+import torch
+from tqdm import tqdm
+
+import common
+from common import SCORES, AudioScore, stop
+
+SILENT_PEAK = 1e-3  # -60 dBFS
+CLIPPED_SHARE = 0.01  # of samples at full scale
+
+
+def parse_args(argv=None):
+    parser = common.argument_parser(__doc__)
+    io = parser.add_argument_group("io")
+    io.add_argument("--run", default="runs/toy", help="run folder")
+    io.add_argument("--choices", help="answers to 03_to_choose.csv (.csv or .jsonl)")
+    io.add_argument("--weights", default="weights", help="folder of downloaded files")
+    io.add_argument("--redo", action="store_true", help="replace this stage's outputs; what is scored stays cached")
+    paper = parser.add_argument_group("paper")
+    paper.add_argument("--num-human-pairs", type=int, default=2000, help="pairs that people compare [Sec. 2.2]")
+    paper.add_argument("--min-score-c", type=float, default=0.0, help="drop weaker pairs; paper silent on how")
+    engineering = parser.add_argument_group("engineering")
+    engineering.add_argument("--seed", type=int, default=0)
+    return common.parse(parser, argv, "03")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Best versus worst (Eq. 2)
+# ------------------------------------------------------------------------------------------------------------
+
+
+def fault(path):
+    """Why an audio may not win: `silent`, `clipped` or None. path: a wav of stage 01."""
+    wave, _ = soundfile.read(path, dtype="float32")
+    if abs(wave).max(initial=0.0) < SILENT_PEAK:
+        return "silent"
+    return "clipped" if (abs(wave) >= 0.999).mean() >= CLIPPED_SHARE else None
+
+
+def select_pair(p, may_win, may_lose):
+    """Eq. 2: winner = argmax P(Good), loser = argmax P(Bad). p: [(Good, Medium, Bad), ...] of one clip's N audios;
+    may_win, may_lose: indices. Returns (winner, loser) or the reason why the clip makes no pair."""
+    if len(may_lose) < 2 or not may_win:
+        return "fewer than two usable audios"
+    good, bad = max(p[i][0] for i in may_win), max(p[i][2] for i in may_lose)
+    winners = [i for i in may_win if p[i][0] == good]
+    losers = [i for i in may_lose if p[i][2] == bad]
+    if len(winners) > 1 or len(losers) > 1:
+        return "tie"
+    if winners == losers:
+        return "winner is loser"
+    return winners[0], losers[0]
+
+
+def mine(samples, p_of, run, rated, min_score_c):
+    """Pairs of all clips that were not rated, and how many were dropped why."""
+    pairs, dropped = [], Counter()
+    for clip, rows in tqdm(samples.items(), desc="mine", unit="clip"):
+        if clip in rated:
+            dropped["rated by people"] += 1  # Paper silent: AudioScore was fitted on these clips
+            continue
+        may_lose = [row["k"] for row in rows if row["finite"]]
+        may_win = [row["k"] for row in rows if row["finite"] and fault(run / row["wav"]) is None]
+        pair = select_pair({row["k"]: p_of[clip, row["k"]] for row in rows}, may_win, may_lose)
+        if isinstance(pair, str):
+            dropped[pair] += 1
+        elif common.score_c(p_of[clip, pair[0]], p_of[clip, pair[1]]) < min_score_c:
+            dropped[f"score_c below {min_score_c}"] += 1
+        else:
+            pairs.append(as_pair(clip, *pair, p_of))
+    return pairs, dropped
+
+
+def as_pair(clip, winner, loser, p_of):
+    p_w, p_l = p_of[clip, winner], p_of[clip, loser]
+    return {"clip": clip, "winner": winner, "loser": loser, "p_winner": list(p_w), "p_loser": list(p_l)}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What people compare
+# ------------------------------------------------------------------------------------------------------------
+
+
+def comparisons(samples, ratings, count, seed):
+    """Pairs of one rated clip's audios with the same rating, which AudioScore's classes cannot tell apart: what is
+    left to prefer is the aesthetic appeal. As many clips as possible first. Returns [(clip, a, b), ...]."""
+    rating_of = defaultdict(dict)
+    for answer in ratings:
+        rating_of[answer["clip"]].setdefault(answer["k"], answer["rating"])
+    usable = {clip: {row["k"] for row in rows if row["finite"]} for clip, rows in samples.items()}
+    rng, rounds = random.Random(seed), defaultdict(list)
+    for clip in sorted(rating_of):
+        equal = [
+            (clip, a, b)
+            for a, b in combinations(sorted(rating_of[clip]), 2)
+            if rating_of[clip][a] == rating_of[clip][b] and {a, b} <= usable.get(clip, set())
+        ]
+        rng.shuffle(equal)
+        for i, pair in enumerate(equal):
+            rounds[i].append(pair)
+    for i in rounds:
+        rng.shuffle(rounds[i])
+    return sorted([pair for i in sorted(rounds) for pair in rounds[i]][:count])
+
+
+def write_to_choose(path, pairs, samples, clips):
+    with common.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["clip", "a", "b", "wav_a", "wav_b", "video", "choice", "rater"])
+        for clip, a, b in pairs:
+            wav = {row["k"]: row["wav"] for row in samples[clip]}
+            writer.writerow([clip, a, b, wav[a], wav[b], clips[clip]["path"], "", ""])
+
+
+def read_choices(path, samples):
+    """Every answer, checked: [{clip, a, b, choice, rater}]."""
+    path, answers, seen = Path(path), [], {}
+    for line, row in common.read_table(path, ("clip", "a", "b", "choice")):
+        where = f"{path}, line {line}"
+        if row["choice"] in (None, ""):
+            continue  # not answered yet
+        if row["choice"] not in ("a", "b", "tie"):
+            stop(f"{where}, field 'choice': {row['choice']!r} is not a, b or tie")
+        a, b = (common.sample_index(row["clip"], row[x], samples, where, x) for x in "ab")
+        if a == b:
+            stop(f"{where}: a and b are the same audio (k {a})")
+        key = (row["clip"], *sorted((a, b)), row.get("rater") or "anonymous")
+        if key in seen:
+            first = f"first in line {seen[key]}"
+            stop(f"{where}: {key[0]}, {a} against {b} is answered twice by {key[3]} ({first}); keep one")
+        seen[key] = line
+        answers.append({"clip": row["clip"], "a": a, "b": b, "choice": row["choice"], "rater": key[3]})
+    return answers
+
+
+def human_pairs(answers, p_of):
+    """Majority over raters; ties make no pair."""
+    votes = defaultdict(int)
+    for answer in answers:
+        a, b = sorted((answer["a"], answer["b"]))
+        chosen = {"a": answer["a"], "b": answer["b"], "tie": None}[answer["choice"]]
+        votes[answer["clip"], a, b] += 0 if chosen is None else (1 if chosen == a else -1)
+    decided = sorted((key, vote) for key, vote in votes.items() if vote != 0)
+    return [as_pair(clip, *((a, b) if vote > 0 else (b, a)), p_of) for (clip, a, b), vote in decided]
+
+
+def score_everything(run, samples, clips, audioscore, weights, ranks):
+    """Five scores and p of every audio, shard by shard; what stage 02 scored is not scored again."""
+    names, shards, p_of = common.AUDIOSCORE_SCORERS, defaultdict(list), {}
+    for clip, rows in samples.items():
+        for row in rows:
+            shards[row["shard"]].append((clips[clip], run / row["wav"], f"{clip}/{row['k']}"))
+    common.adopt_scores(run / "02_scores", run / "03_scores", shards, names)
+    common.score_groups(run, run / "03_scores", shards, names, weights, ranks)
+    for shard, audios in shards.items():
+        scores = common.five_scores(common.cached_scores(run / "03_scores", shard, audios, names), audioscore)
+        lines = []
+        for (clip, _, key), row, p in zip(audios, scores.tolist(), audioscore(scores).tolist()):
+            k = int(key.rsplit("/", 1)[1])
+            numbers = {name: None if value != value else round(value, 6) for name, value in zip(SCORES, row)}
+            lines.append({"clip": clip["id"], "k": k, **numbers, "p": p})
+            p_of[clip["id"], k] = tuple(p)
+        if ranks[0] == 0:
+            common.write_jsonl(run / "03_scores" / f"{shard}.jsonl", lines)
+    return p_of
+
+
+def main(args):
+    # -- setup
+    ranks = rank, _, _ = common.setup_ranks()
+    run = Path(args.run)
+    common.read_run(run)
+    common.check_chain(run, "02")
+    samples = common.read_samples(run)
+    clips = {clip["id"]: clip for clip in common.read_clips(run, "train")}
+    ratings = common.read_jsonl(run / "02_ratings.jsonl", ("clip", "k", "rating"))
+    audioscore = AudioScore.load(run / "02_audioscore.pt")
+
+    # -- data: who chooses
+    answers_file = run / "03_human_choices.jsonl"
+    source = Path(args.choices) if args.choices else answers_file
+    if rank == 0:
+        asked = comparisons(samples, ratings, args.num_human_pairs, args.seed)
+        write_to_choose(run / "03_to_choose.csv", asked, samples, clips)
+        if not source.exists() and not args.choices and (run / "00_oracle.pt").exists():
+            wav = {(clip, row["k"]): run / row["wav"] for clip, rows in samples.items() for row in rows}
+            asked = [(clips[clip], a, b, wav[clip, a], wav[clip, b]) for clip, a, b in asked]
+            common.write_jsonl(source, common.toy_world().simulated_choices(run, asked, args.seed))
+    common.barrier()
+    if args.choices and not source.exists():
+        stop(f"--choices {source}: no such file")
+    answers = read_choices(source, samples) if source.exists() else []
+    if rank == 0:
+        if answers and source != answers_file:
+            if answers_file.exists() and not args.redo and common.read_jsonl(answers_file) != answers:
+                stop(f"{answers_file}: holds other choices than {source}; use --redo to replace them")
+            common.write_jsonl(answers_file, answers)
+        settings = dict(num_human_pairs=args.num_human_pairs, min_score_c=args.min_score_c, seed=args.seed)
+        inputs = [run / "01_samples", run / "02_audioscore.pt", run / "02_ratings.jsonl"]
+        common.claim(run / "03_settings.json", settings, inputs + [answers_file] * bool(answers), args.redo)
+
+    # -- scores, then pairs
+    p_of = score_everything(run, samples, clips, audioscore, args.weights, ranks)
+    if rank > 0:
+        return
+    pairs, dropped = mine(samples, p_of, run, {r["clip"] for r in ratings}, args.min_score_c)
+    people = human_pairs(answers, p_of)
+    common.write_jsonl(run / "03_pairs.jsonl", pairs)
+    common.write_jsonl(run / "03_human_pairs.jsonl", people)
+
+    # -- report
+    print(f"clips: {len(samples)} in, {len(pairs)} pairs kept, dropped: ", end="")
+    print(", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "none")
+    if not pairs:
+        stop(f"{run}: no pair could be mined; see the counts above")
+    values = torch.tensor([common.score_c(pair["p_winner"], pair["p_loser"]) for pair in pairs])
+    low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+    print(f"score_c: median {median:.3f}, 90 % between {low:.3f} and {high:.3f}")
+    print(f"  --min-score-c {values.quantile(0.08):.3f} would drop 8 %, the paper's share (50K to about 46K)")
+    if answers:
+        ties = sum(a["choice"] == "tie" for a in answers)
+        print(f"human choices: {len(answers)} in ({ties} ties), {len(people)} pairs")
+    else:
+        print(f"no human choices: to add some, fill {run / '03_to_choose.csv'} and rerun with --choices FILE --redo")
+    print(f"next: python 04_curriculum_split.py --run {run}")
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)

@@ -1,0 +1,85 @@
+"""Stage 04: the complexity score and the two stages of the curriculum (Sec. 2.3, Eq. 3).
+
+Run:
+    python 04_curriculum_split.py
+    python 04_curriculum_split.py --run runs/vgg --threshold 0.7
+
+Reads:
+    03_pairs.jsonl, 03_human_pairs.jsonl     clip, winner, loser (k), p_winner, p_loser: [Good, Medium, Bad]
+Writes:
+    04_stage1.jsonl     easy pairs, score_c above the threshold
+    04_stage2.jsonl     hard pairs, then human pairs; both files: clip, winner, loser, score_c, source (auto or human)
+Takes: seconds.
+"""
+
+from pathlib import Path
+
+import torch
+
+import common
+from common import stop
+
+PAPER_SHARES = {1.0: 0, 0.9: 8, 0.8: 45, 0.7: 81, 0.6: 89}  # threshold: % of simple pairs [Tab. 2]
+
+
+def parse_args(argv=None):
+    parser = common.argument_parser(__doc__)
+    io = parser.add_argument_group("io")
+    io.add_argument("--run", default="runs/toy", help="run folder")
+    io.add_argument("--redo", action="store_true", help="replace this stage's outputs")
+    paper = parser.add_argument_group("paper")
+    paper.add_argument("--threshold", type=float, default=0.7, help="score_delta [Sec. 3.1, Tab. 2]")
+    return common.parse(parser, argv, "04")
+
+
+def complexity(pairs, people):
+    """Every pair with its score_c; human pairs have 0, so that they are in stage 2 at any threshold >= 0."""
+    auto = [dict(ids(p), score_c=round(common.score_c(p["p_winner"], p["p_loser"]), 6), source="auto") for p in pairs]
+    return auto + [dict(ids(p), score_c=0.0, source="human") for p in people]
+
+
+def ids(pair):
+    return {key: pair[key] for key in ("clip", "winner", "loser")}
+
+
+def split(pairs, threshold):
+    """Stage 1: easy pairs, score_c above the threshold; stage 2: the rest."""
+    return [p for p in pairs if p["score_c"] > threshold], [p for p in pairs if p["score_c"] <= threshold]
+
+
+def print_shares(score_c, num_human):
+    """Share of easy pairs at Table 2's thresholds, and the thresholds that give its shares here."""
+    print("threshold   easy here (with human pairs)   easy in Table 2   threshold for that share here")
+    for threshold, paper in PAPER_SHARES.items():
+        easy = int((score_c > threshold).sum())
+        here = "-" if paper == 0 else f"{score_c.quantile(1 - paper / 100):.3f}"
+        share, with_human = 100 * easy / len(score_c), 100 * easy / (len(score_c) + num_human)
+        print(f"{threshold:>9}   {share:>6.1f} % ({with_human:.1f} %) {paper:>22} % {here:>25}")
+
+
+def main(args):
+    run = Path(args.run)
+    common.read_run(run)
+    if not 0 <= args.threshold <= 1:
+        stop(f"--threshold {args.threshold}: score_delta lies between 0 and 1")
+    common.check_chain(run, "02", "03")
+    fields = ("clip", "winner", "loser", "p_winner", "p_loser")
+    hint = "; rerun 03_mine_pairs.py --redo"
+    pairs = common.read_jsonl(run / "03_pairs.jsonl", fields, hint)
+    people = common.read_jsonl(run / "03_human_pairs.jsonl", fields, hint)
+    inputs = [run / "03_pairs.jsonl", run / "03_human_pairs.jsonl"]
+    common.claim(run / "04_settings.json", {"threshold": args.threshold}, inputs, args.redo)
+
+    scored = complexity(pairs, people)
+    stage1, stage2 = split(scored, args.threshold)
+    common.write_jsonl(run / "04_stage1.jsonl", stage1)
+    common.write_jsonl(run / "04_stage2.jsonl", stage2)
+    hard = len(stage2) - len(people)
+    print(f"pairs: {len(scored)} in; stage 1: {len(stage1)} easy; stage 2: {hard} hard + {len(people)} human")
+    print_shares(torch.tensor([p["score_c"] for p in scored if p["source"] == "auto"]), len(people))
+    print(f"next: python 05_train_flow_dpo.py --run {run}")
+    print(f"      torchrun --nproc_per_node 8 05_train_flow_dpo.py --run {run}")
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)

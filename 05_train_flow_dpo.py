@@ -1,0 +1,263 @@
+"""Stage 05: Flow-DPO with the two-stage curriculum (Sec. 2.3, Eq. 5).
+
+Run:
+    python 05_train_flow_dpo.py                                                # toy world, CPU
+    torchrun --nproc_per_node 8 05_train_flow_dpo.py --run runs/vgg            # one node, the paper's 8 GPUs
+    torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
+        05_train_flow_dpo.py --run runs/vgg                                    # two nodes, a shared run folder
+The global batch is the same on any number of GPUs, and so are the batches, times and noise.
+
+Reads:
+    01_samples/                    latents and features, memory-mapped
+    04_stage1.jsonl, 04_stage2.jsonl   clip, winner, loser (k), score_c, source
+Writes, in <run>/<--out>:
+    policy.pt        the tuned network in its upstream's own format, nothing else
+    policy.json      model, digest of the base checkpoint, method, steps
+    checkpoint.pt    step, model, optimizer: the same command resumes from here, exactly
+    log.jsonl        per step: stage, loss, accuracy (share of pairs whose winner the implicit reward prefers), gap_w
+                     and gap_l (error minus the reference's; also by quarter of t), saturated (share), grad_norm, lr,
+                     seconds, peak_gb
+    settings.json    the settings that this folder was made with
+Takes: toy 15 s on 2 cores.
+"""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import common
+from common import stop
+
+T_BINS = 4  # the log shows error gaps by quarter of t
+SATURATED = 5.0  # |logit| beyond which a pair's gradient is below 1 % of its largest
+
+
+def parse_args(argv=None):
+    parser = common.argument_parser(__doc__)
+    io = parser.add_argument_group("io")
+    io.add_argument("--run", default="runs/toy", help="run folder")
+    io.add_argument("--out", default="05_flow_dpo", help="name of the output folder inside the run")
+    io.add_argument("--weights", default="weights", help="folder of downloaded files")
+    paper = parser.add_argument_group("paper")
+    paper.add_argument("--beta", type=float, default=600.0, help="KL strength [Sec. 3.1, Tab. 2]")
+    paper.add_argument("--lr", type=float, default=5e-6, help="learning rate, constant after the warm-up [Sec. 3.1]")
+    paper.add_argument("--warmup", type=int, default=1000, help="linear warm-up steps [Sec. 3.1]")
+    paper.add_argument("--steps", type=int, default=12_000, help="optimizer steps of both stages together [Sec. 3.1]")
+    paper.add_argument("--global-batch", type=int, default=8, help="pairs per step over all GPUs [Sec. 3.1]")
+    paper.add_argument("--threshold", type=float, help="score_delta: split anew by the stored score_c [Tab. 2]")
+    paper.add_argument("--hard-first", action="store_true", help="ablation: stage 2 before stage 1")
+    paper.add_argument("--no-human", action="store_true", help="ablation: without the human pairs")
+    paper.add_argument("--sft-weight", type=float, default=0.0, help="weight of the winner's own error; paper: 0")
+    engineering = parser.add_argument_group("engineering")
+    engineering.add_argument("--micro-batch", type=int, default=8, help="pairs per forward on one GPU")
+    engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
+    engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
+    engineering.add_argument("--compile", action="store_true", help="torch.compile the network")
+    engineering.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    engineering.add_argument("--seed", type=int, default=0)
+    return common.parse(parser, argv, "05")
+
+
+def lr_at(step, args):
+    """Linear warm-up, then constant [Sec. 3.1]; over both stages, since the optimizer is kept across the switch."""
+    return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Curriculum
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_stages(run, args):
+    """The pairs of stage 1 and stage 2, in training order."""
+    fields, hint = ("clip", "winner", "loser", "score_c", "source"), "; rerun 04_curriculum_split.py --redo"
+    easy, hard = (common.read_jsonl(run / f"04_stage{i}.jsonl", fields, hint) for i in (1, 2))
+    if args.threshold is not None:
+        pairs = easy + hard
+        easy = [pair for pair in pairs if pair["score_c"] > args.threshold]
+        hard = [pair for pair in pairs if pair["score_c"] <= args.threshold]
+    if args.no_human:
+        hard = [pair for pair in hard if pair["source"] != "human"]
+    if not easy + hard:
+        stop(f"{run}: no pairs to train on; see the counts of stages 03 and 04")
+    return [hard, easy] if args.hard_first else [easy, hard]
+
+
+def divide_steps(stages, steps):
+    """Paper silent: steps per stage. In proportion to the pairs, so that every pair is seen equally often."""
+    first = round(steps * len(stages[0]) / sum(map(len, stages)))
+    return [first, steps - first]
+
+
+def batch_at(step, stages, stage_steps, args):
+    """The pairs of a step, a function of the seed and the step alone: epochs of fresh permutations, stage by stage."""
+    stage = 0 if step < stage_steps[0] else 1
+    pairs, start = stages[stage], (step - stage * stage_steps[0]) * args.global_batch
+    batch = []
+    for i in range(start, start + args.global_batch):
+        order = list(range(len(pairs)))
+        random.Random(f"{args.seed}/{stage}/{i // len(pairs)}").shuffle(order)
+        batch.append(pairs[order[i % len(pairs)]])
+    return stage, batch
+
+
+def draw_t_and_noise(step, model, args):
+    """One t and one eps per pair, shared by winner and loser; the same on every rank and world size.
+
+    t ~ U(0, 1) as under Eq. 5 (not the backbones' own training laws), snapped to what the network knows.
+    """
+    generator = torch.Generator().manual_seed(common.audio_seed(args.seed, "step", step))
+    t = model.snap_t(torch.rand(args.global_batch, generator=generator))
+    return t, torch.randn(args.global_batch, *model.latent_shape, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One step
+# ------------------------------------------------------------------------------------------------------------
+
+
+def pair_errors(network, features, a_0, eps, t):
+    """Errors of winners and losers in one forward, the conditions projected once per pair.
+
+    a_0: (2, B, T, C), winners, then losers; eps: (B, T, C); t: (B,) -> err_w, err_l: (B,) float32.
+    """
+    a_t, v = common.interpolate(a_0.flatten(0, 1), eps.repeat(2, 1, 1), t.repeat(2))  # (2B, T, C)
+    u = network(a_t, t.repeat(2), features)
+    return common.flow_error(v, u).chunk(2)
+
+
+def train_step(policy, u_ref, shards, pairs, t, eps, args, device):
+    """Accumulates the gradient of this rank's share of the global batch; returns its sums for the log, float64:
+    loss, right, gap_w, gap_l, saturated, then per bin of t: pairs, gap_w, gap_l."""
+    world = args.global_batch // len(pairs)
+    sums = torch.zeros(5 + 3 * T_BINS, dtype=torch.float64)
+    for start in range(0, len(pairs), args.micro_batch):
+        micro = slice(start, start + args.micro_batch)
+        part = pairs[micro]
+        features = {k: v.to(device) for k, v in shards.features([p["clip"] for p in part]).items()}
+        audios = [(p["clip"], p[side]) for side in ("winner", "loser") for p in part]
+        a_0 = shards.latents(audios).unflatten(0, (2, len(part))).to(device)
+        t_part, eps_part = t[micro].to(device), eps[micro].to(device)
+
+        last = start + args.micro_batch >= len(pairs)
+        policy.require_backward_grad_sync = last  # DDP: one all-reduce per step
+        with common.autocast(device, args.precision):
+            with torch.no_grad():
+                ref_err_w, ref_err_l = pair_errors(u_ref, features, a_0, eps_part, t_part)
+            err_w, err_l = pair_errors(policy, features, a_0, eps_part, t_part)
+        loss, logits = common.flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, args.beta)  # Eq. 5
+        loss = loss + args.sft_weight * err_w
+        (loss.sum() / args.global_batch * world).backward()  # DDP averages over ranks: times world is the global mean
+
+        gap_w, gap_l = (err_w - ref_err_w).detach(), (err_l - ref_err_l).detach()
+        right = (logits > 0).double() + 0.5 * (logits == 0).double()
+        rows = torch.stack([loss.detach(), right, gap_w, gap_l, (logits.abs() > SATURATED)]).double().cpu()
+        sums[:5] += rows.sum(dim=1)
+        bins = (t_part * T_BINS).long().clamp(max=T_BINS - 1).cpu()
+        for i, value in enumerate((torch.ones_like(rows[0]), rows[2], rows[3])):
+            sums[5 + i * T_BINS : 5 + (i + 1) * T_BINS].index_add_(0, bins, value)
+    return sums
+
+
+def log_row(step, stage, sums, args):
+    """The global batch's means; a bin of t without pairs is null."""
+    means = dict(zip(("loss", "accuracy", "gap_w", "gap_l", "saturated"), (sums[:5] / args.global_batch).tolist()))
+    count, *gaps = sums[5:].view(3, T_BINS)
+    for name, gap in zip(("gap_w_t", "gap_l_t"), gaps):
+        means[name] = [(g / c).item() if c else None for g, c in zip(gap, count)]
+    return {"step": step, "stage": stage, **means}
+
+
+def main(args):
+    # -- setup
+    rank, world, device = common.setup_ranks()
+    run = Path(args.run)
+    run_json = common.read_run(run)
+    folder = common.output_folder(run, args.out)
+    if args.global_batch % world:
+        stop(f"--global-batch {args.global_batch} cannot be divided over {world} processes")
+    common.check_chain(run, "02", "03", "04")
+    inputs = [run / "01_samples", run / "04_stage1.jsonl", run / "04_stage2.jsonl"]
+    runtime = ("run", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing", "compile")
+    settings = {key: value for key, value in vars(args).items() if key not in runtime}
+    if rank == 0:
+        common.claim(folder / "settings.json", settings, inputs, advice="use another --out, or remove this folder")
+    common.barrier()
+
+    # -- data
+    stages = read_stages(run, args)
+    stage_steps = divide_steps(stages, args.steps)
+    shards = common.Shards(run, common.read_samples(run), run_json["num_samples"])
+
+    # -- model
+    model = common.load_base_model(run, device, args.weights)
+    u_ref = model.reference()
+    ref_digest = common.state_digest(u_ref)
+    if args.gradient_checkpointing:
+        model.checkpoint_blocks()
+    optimizer = torch.optim.AdamW(
+        model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
+    )
+    done = common.resume_training(folder, model, optimizer, rank)
+    if args.compile:
+        for network in (model, u_ref):
+            network.predict = torch.compile(network.predict)
+    policy = common.data_parallel(model, device)
+    if rank == 0:
+        names = ["hard + human", "easy"] if args.hard_first else ["easy", "hard + human"]
+        for i in (0, 1):
+            print(f"stage {i + 1} ({names[i]}): {len(stages[i])} pairs, {stage_steps[i]} steps of {args.global_batch}")
+        size = model.latent_shape[0] * model.latent_shape[1]
+        print(f"beta {args.beta:g} on errors averaged over {size} latent values (as a sum: beta {args.beta / size:g})")
+        trained = sum(p.numel() for p in model.trainable_parameters())
+        print(f"trained parameters: {trained:,}; step {done} of {args.steps}; {world} process(es) on {device}")
+
+    # -- loop
+    bar = tqdm(range(done, args.steps), initial=done, total=args.steps, unit="step", disable=rank > 0)
+    for step in bar:
+        began = time.time()
+        stage, batch = batch_at(step, stages, stage_steps, args)
+        t, eps = draw_t_and_noise(step, model, args)
+        mine = slice(rank, None, world)
+        optimizer.zero_grad(set_to_none=True)
+        sums = train_step(policy, u_ref, shards, batch[mine], t[mine], eps[mine], args, device)
+        sums = common.sum_over_ranks(sums.to(device)).cpu()
+        if not sums.isfinite().all():
+            stop(f"step {step}: the loss is not finite; {folder}/checkpoint.pt holds the last good step; lower --lr")
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, args)
+        optimizer.step()
+
+        if rank == 0:
+            row = log_row(step, stage + 1, sums, args)
+            row.update(grad_norm=grad_norm.item(), lr=lr_at(step, args), seconds=time.time() - began)
+            row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else None
+            with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
+                log.write(json.dumps(row) + "\n")
+            bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.2f}", refresh=False)
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                common.save_training(folder, step + 1, model, optimizer)
+
+    # -- save
+    if common.state_digest(u_ref) != ref_digest:
+        stop("the reference changed during training; this is a bug, please report it")
+    if rank == 0:
+        common.save_policy(folder, model, run_json, method="flow_dpo", steps=args.steps)
+        rows = common.read_jsonl(folder / "log.jsonl")
+        for i in (1, 2):
+            last = [row for row in rows if row["stage"] == i][-50:]
+            if last:
+                keys = ("loss", "accuracy", "gap_w", "gap_l")
+                mean = {key: sum(row[key] for row in last) / len(last) for key in keys}
+                print(f"stage {i}, last {len(last)} steps: " + ", ".join(f"{k} {v:.4f}" for k, v in mean.items()))
+        print(f"wrote {folder / 'policy.pt'}")
+        print(f"next: python 06_ddpo_baseline.py --run {args.run}   (or 07_evaluate.py)")
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)

@@ -1,0 +1,315 @@
+"""Stage 06: DDPO, the paper's baseline, with P(Good) of AudioScore as reward (Sec. 3.1).
+
+Run:
+    python 06_ddpo_baseline.py                                             # toy world, CPU
+    torchrun --nproc_per_node 8 06_ddpo_baseline.py --run runs/vgg
+Each round draws --prompts clips, samples --group-size audios of each with an SDE whose marginals are the ODE's, scores
+them, and makes --updates optimizer steps on the stored transitions; one step = one optimizer update, as in stage 05.
+
+Reads:
+    01_samples/           features of the train clips
+    02_audioscore.pt      the reward model, on top of the five scorers
+Writes, in <run>/<--out>:
+    policy.pt, policy.json, checkpoint.pt, settings.json     as stage 05; a rerun resumes at the last whole round
+    log.jsonl             per step: round, reward (mean P(Good) of the round's samples), reward_std (within prompts),
+                          ratio, clipped (share), approx_kl, grad_norm, lr, seconds, forwards (rows through the network so
+                          far, sampling and training), peak_gb
+Takes: toy 75 s on 2 cores.
+"""
+
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torchaudio
+from tqdm import tqdm
+
+import common
+from common import AudioScore, stop
+
+
+def parse_args(argv=None):
+    parser = common.argument_parser(__doc__)
+    io = parser.add_argument_group("io")
+    io.add_argument("--run", default="runs/toy", help="run folder")
+    io.add_argument("--out", default="06_ddpo", help="name of the output folder inside the run")
+    io.add_argument("--weights", default="weights", help="folder of downloaded files")
+    paper = parser.add_argument_group("paper (silent on DDPO's settings: as many steps and the same lr as stage 05)")
+    paper.add_argument("--lr", type=float, default=5e-6, help="learning rate, constant after the warm-up")
+    paper.add_argument("--warmup", type=int, default=0, help="linear warm-up steps")
+    paper.add_argument("--steps", type=int, default=12_000, help="optimizer updates")
+    paper.add_argument("--prompts", type=int, default=8, help="clips per round over all GPUs")
+    paper.add_argument("--group-size", type=int, default=8, help="audios per clip and round")
+    paper.add_argument("--sampling-steps", type=int, default=10, help="SDE steps of a trajectory")
+    paper.add_argument("--updates", type=int, default=8, help="optimizer updates per round, each on one step of every trajectory")
+    paper.add_argument("--eta", type=float, default=0.7, help="SDE noise, s = eta sqrt(t / (1 - t))")
+    paper.add_argument("--clip-range", type=float, default=1e-3, help="the ratio is clipped to 1 +- this")
+    engineering = parser.add_argument_group("engineering")
+    engineering.add_argument("--micro-batch", type=int, default=64, help="audios per forward on one GPU")
+    engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
+    engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
+    engineering.add_argument("--save-every", type=int, default=20, help="rounds between checkpoints")
+    engineering.add_argument("--seed", type=int, default=0)
+    args = common.parse(parser, argv, "06")
+    if not 1 <= args.updates <= args.sampling_steps - 1:
+        stop(f"--updates {args.updates}: between 1 and --sampling-steps - 1 ({args.sampling_steps - 1} stochastic steps)")
+    if args.group_size < 2:
+        stop(f"--group-size {args.group_size}: advantages are per prompt, so at least 2")
+    return args
+
+
+def lr_at(step, args):
+    return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The policy as an SDE
+# ------------------------------------------------------------------------------------------------------------
+
+
+def sde_step(a_t, u, t, t_next, eta):
+    """One step of the SDE with the ODE's marginals, from t towards the data.
+
+    a_t, u: (B, T, C); t, t_next: (B,), t > t_next > 0. eps_hat = a_t + (1 - t) u is the expected noise, so the score of
+    the marginal is -eps_hat / t. Returns mean (B, T, C) and std (B, 1, 1) of a_{t_next} given a_t.
+    """
+    t, t_next = t[:, None, None], t_next[:, None, None]
+    dt, below_1 = t - t_next, torch.where(t == 1, t_next, t)  # at t = 1, s is infinite: take the next grid time in it
+    s = eta * (below_1 / (1 - below_1)).sqrt()
+    mean = a_t - (u + s**2 / (2 * t) * (a_t + (1 - t) * u)) * dt
+    return mean, s * dt.sqrt()
+
+
+def log_prob(a_next, mean, std):
+    """Gaussian log-density averaged over the latent (B,), so that --clip-range does not depend on its size."""
+    density = -0.5 * ((a_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+    return density.mean(dim=(1, 2))
+
+
+def grid(model, steps):
+    return model.snap_t(torch.linspace(1, 0, steps + 1)[:-1]).tolist() + [0.0]
+
+
+@torch.no_grad()
+def rollout(model, features, seeds, guidance, args, device):
+    """Samples trajectories. features: B rows; seeds: R * B (row r * B + b belongs to clip b).
+
+    Returns states (S, R * B, T, C): a_t at every grid time and the step after the last stochastic one, the log-probs
+    (S - 1, R * B) at sampling time, and a_0 (R * B, T, C). The last step is deterministic and has no log-probability.
+    """
+    times = grid(model, args.sampling_steps)
+    conditions = model.project(features)
+    generators = [torch.Generator().manual_seed(common.audio_seed(seed, "sde", 0)) for seed in seeds]
+    a_t = common.initial_noise(model, seeds)
+    states, log_probs = [a_t], []
+    for t, t_next in zip(times[:-2], times[1:-1]):
+        t, t_next = (torch.full((len(seeds),), x, device=device) for x in (t, t_next))
+        with common.autocast(device, args.precision):
+            u = model.velocity(a_t, t, conditions, guidance)
+        mean, std = sde_step(a_t, u.float(), t, t_next, args.eta)
+        z = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators]).to(device)
+        a_t = mean + std * z
+        states.append(a_t)
+        log_probs.append(log_prob(a_t, mean, std))
+    t = torch.full((len(seeds),), times[-2], device=device)
+    with common.autocast(device, args.precision):
+        u = model.velocity(a_t, t, conditions, guidance)
+    return torch.stack(states), torch.stack(log_probs), a_t - times[-2] * u.float()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reward and advantage
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Reward:
+    """P(Good) of generated audio. Audio towers stay loaded; video towers run once per prompt and round."""
+
+    def __init__(self, run, device, weights):
+        self.audioscore = AudioScore.load(run / "02_audioscore.pt")
+        names = common.AUDIOSCORE_SCORERS
+        self.scorers = {name: common.load_scorer(name, run, device, weights) for name in names}
+
+    def __call__(self, model, a_0, clips):
+        """a_0: (B, T, C), clips: B lines of clips.jsonl -> (B,) float32 in [0, 1]; 0 for audio that is not finite."""
+        waves = model.decode(a_0)
+        finite = waves.isfinite().all(dim=1)
+        waves, found = torch.nan_to_num(waves, 0.0, 0.0, 0.0).clamp(-1, 1), {}
+        for name, scorer in self.scorers.items():
+            rate = scorer.sample_rate_hz
+            at_rate = waves if rate == model.sample_rate_hz else torchaudio.functional.resample(waves, model.sample_rate_hz, rate)
+            found[name] = scorer(common.fit_length(at_rate, round(model.clip_s * rate)), clips)
+        return self.audioscore(common.five_scores(found, self.audioscore))[:, 0] * finite
+
+    def forget(self):
+        for scorer in self.scorers.values():
+            scorer.memo.clear()
+
+
+def group_advantages(rewards, groups):
+    """(r - mean) / std over the audios of one prompt; rewards: (R * B,), B = groups, row r * B + b is prompt b's."""
+    rewards = rewards.view(-1, groups)
+    std, mean = torch.std_mean(rewards, dim=0)
+    return ((rewards - mean) / (std + 1e-4)).flatten(), std
+
+
+def ppo_loss(ratio, advantage, clip_range):
+    """DDPO-IS: the clipped surrogate per transition, (B,) -> (B,)."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One round
+# ------------------------------------------------------------------------------------------------------------
+
+
+def draw_prompts(clips, number, args):
+    """The round's clips: epochs of seeded permutations, a function of the round alone."""
+    drawn = []
+    for i in range(number * args.prompts, (number + 1) * args.prompts):
+        order = list(range(len(clips)))
+        random.Random(f"{args.seed}/{i // len(clips)}").shuffle(order)
+        drawn.append(clips[order[i % len(clips)]])
+    return drawn
+
+
+def draw_times(seeds, args):
+    """Which stochastic step each update trains, per trajectory: (updates, B), without repetition."""
+    rows = [random.Random(seed).sample(range(args.sampling_steps - 1), args.updates) for seed in seeds]
+    return torch.tensor(rows).T
+
+
+def collect(model, reward, shards, clips, number, guidance, args, device):
+    """Samples and scores this rank's prompts, as many clips at a time as --micro-batch allows.
+
+    Returns a list of batches: features (B rows), states, log_probs, advantages (R * B), chosen (updates, R * B); and
+    sums: reward, within-prompt std, audios, prompts.
+    """
+    batches, sums = [], torch.zeros(4, dtype=torch.float64)
+    per_batch = max(1, args.micro_batch // args.group_size)
+    for start in range(0, len(clips), per_batch):
+        part = clips[start : start + per_batch]
+        features = {k: v.to(device) for k, v in shards.features([clip["id"] for clip in part]).items()}
+        names = [(clip["id"], k) for k in range(args.group_size) for clip in part]
+        seeds = [common.audio_seed(f"{args.seed}/ddpo/{number}", name, k) for name, k in names]
+        states, log_probs, a_0 = rollout(model, features, seeds, guidance, args, device)
+        rewards = reward(model, a_0, part * args.group_size).to(device)
+        advantages, std = group_advantages(rewards, len(part))
+        batches.append((features, states, log_probs, advantages, draw_times(seeds, args).to(device)))
+        sums += torch.tensor([rewards.sum().item(), std.sum().item(), len(rewards), len(part)], dtype=torch.float64)
+    reward.forget()
+    return batches, sums
+
+
+def train_step(policy, batches, update, times, guidance, args, device):
+    """Accumulates the gradient of one update: one chosen transition of every trajectory of the round.
+
+    Returns this rank's sums for the log: ratio, clipped, approx_kl.
+    """
+    sums, audios = torch.zeros(3, dtype=torch.float64), args.prompts * args.group_size
+    world = args.prompts // sum(len(next(iter(batch[0].values()))) for batch in batches)
+    for i, (features, states, old_log_probs, advantages, chosen) in enumerate(batches):
+        policy.require_backward_grad_sync = i == len(batches) - 1  # DDP: one all-reduce per step
+        at, row = chosen[update], torch.arange(len(advantages), device=device)
+        a_t, a_next = states[at, row], states[at + 1, row]
+        t, t_next = times[at], times[at + 1]
+        with common.autocast(device, args.precision):
+            u_theta = policy(a_t, t, features, guidance)
+        mean, std = sde_step(a_t, u_theta.float(), t, t_next, args.eta)
+        log_ratio = log_prob(a_next, mean, std) - old_log_probs[at, row]
+        ratio = log_ratio.exp()
+        loss = ppo_loss(ratio, advantages, args.clip_range)
+        (loss.sum() / audios * world).backward()
+        with torch.no_grad():
+            clipped = (ratio - 1).abs() > args.clip_range
+            sums += torch.stack([ratio, clipped.float(), 0.5 * log_ratio.square()]).double().sum(dim=1).cpu()
+    return sums
+
+
+def main(args):
+    # -- setup
+    rank, world, device = common.setup_ranks()
+    run = Path(args.run)
+    run_json = common.read_run(run)
+    folder = common.output_folder(run, args.out)
+    if args.prompts % world:
+        stop(f"--prompts {args.prompts} cannot be divided over {world} processes")
+    common.check_chain(run, "02")
+    runtime = ("run", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing")
+    settings = {key: value for key, value in vars(args).items() if key not in runtime}
+    if rank == 0:
+        inputs = [run / "01_samples", run / "02_audioscore.pt"]
+        common.claim(folder / "settings.json", settings, inputs, advice="use another --out, or remove this folder")
+    common.barrier()
+
+    # -- data
+    samples = common.read_samples(run)
+    shards = common.Shards(run, samples, run_json["num_samples"])
+    clips = [clip for clip in common.read_clips(run, "train") if clip["id"] in samples]
+    guidance = run_json["sampler"]["guidance"]  # guidance is inside the policy
+
+    # -- model
+    model = common.load_base_model(run, device, args.weights)
+    reward = Reward(run, device, args.weights)
+    if args.gradient_checkpointing:
+        model.checkpoint_blocks()
+    optimizer = torch.optim.AdamW(
+        model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
+    )
+    done = common.resume_training(folder, model, optimizer, rank)
+    policy = common.data_parallel(model, device)
+    times = torch.tensor(grid(model, args.sampling_steps), device=device)
+    audios, rows = args.prompts * args.group_size, 2 if guidance != 1 else 1  # rows of one guided evaluation
+    if rank == 0:
+        print(f"{audios} audios per round, {args.updates} updates each; guidance {guidance} inside the policy")
+        print(f"step {done} of {args.steps}; {world} process(es) on {device}")
+
+    # -- loop
+    bar = tqdm(range(done, args.steps), initial=done, total=args.steps, unit="step", disable=rank > 0)
+    for step in bar:
+        began = time.time()
+        number, update = divmod(step, args.updates)
+        if update == 0:
+            prompts = draw_prompts(clips, number, args)[rank::world]
+            batches, rewards = collect(model, reward, shards, prompts, number, guidance, args, device)
+            rewards = common.sum_over_ranks(rewards.to(device)).cpu()
+        optimizer.zero_grad(set_to_none=True)
+        sums = train_step(policy, batches, update, times, guidance, args, device)
+        sums = common.sum_over_ranks(sums.to(device)).cpu()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
+        if not (sums.isfinite().all() and grad_norm.isfinite()):
+            stop(f"step {step}: the ratio is not finite; {folder}/checkpoint.pt holds the last good round; lower --lr")
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, args)
+        optimizer.step()
+
+        if rank == 0:
+            row = {"step": step, "round": number, "reward": (rewards[0] / rewards[2]).item()}
+            row["reward_std"] = (rewards[1] / rewards[3]).item()
+            row.update(zip(("ratio", "clipped", "approx_kl"), (sums / audios).tolist()))
+            row.update(grad_norm=grad_norm.item(), lr=lr_at(step, args), seconds=time.time() - began)
+            row["forwards"] = rows * audios * ((number + 1) * args.sampling_steps + step + 1)
+            row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else None
+            with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
+                log.write(json.dumps(row) + "\n")
+            bar.set_postfix(reward=f"{row['reward']:.3f}", clipped=f"{row['clipped']:.2f}", refresh=False)
+            whole = update == args.updates - 1 and (number + 1) % args.save_every == 0
+            if whole or step + 1 == args.steps:
+                common.save_training(folder, step + 1, model, optimizer)
+
+    # -- save
+    if rank == 0:
+        common.save_policy(folder, model, run_json, method="ddpo", steps=args.steps)
+        log = common.read_jsonl(folder / "log.jsonl")
+        fifth = max(1, len(log) // 5)
+        first, last = (sum(row["reward"] for row in part) / fifth for part in (log[:fifth], log[-fifth:]))
+        print(f"reward while training: first fifth {first:.3f}, last fifth {last:.3f}")
+        print(f"wrote {folder / 'policy.pt'}")
+        print(f"next: python 07_evaluate.py --run {args.run}")
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)
