@@ -925,6 +925,53 @@ def upstream(repository, folder=""):
 # ============================================================================================================
 
 
+class Toy(FlowModel):
+    """The network, codec and encoders of 00_toy_world.py. Its time is the paper's already."""
+
+    def __init__(self, variant, checkpoint, weights):
+        super().__init__()
+        if variant:
+            stop(f"--model toy:{variant}: the toy model has no variants; give --model toy")
+        if checkpoint is None:
+            stop("--model toy: needs its weights; run 00_toy_world.py and give --checkpoint runs/toy/00_base.pt")
+        base = toy_world().load_base(checkpoint)
+        self.upstream = [base]  # in a list: no submodule
+        self.net = base.net
+        self.latent_shape, self.sample_rate_hz, self.clip_s = base.latent_shape, base.sample_rate_hz, base.clip_s
+        self.net.null_tokens.requires_grad_(False)
+        self.net.null_vector.requires_grad_(False)
+
+    def encode(self, clip):
+        base = self.upstream[0]
+        frames = read_frames(clip["path"], [(base.fps, base.frame_transform)], base.clip_s)[0]
+        return {**base.encode_video(frames), "text": base.encode_text(clip["caption"])}
+
+    def project(self, features):
+        return self.net.condition(*(features[key].to(self.device).float() for key in ("frames", "pooled", "text")))
+
+    def null_conditions(self, conditions):
+        return self.net.null(conditions)
+
+    def predict(self, a_t, t, conditions):
+        return self.net(a_t, t, conditions)
+
+    def decode(self, latents):
+        return self.upstream[0].decode(latents)
+
+    def blocks(self):
+        return self.net.blocks
+
+    def policy_state(self):
+        return {key: value.detach().cpu().clone() for key, value in self.net.state_dict().items()}
+
+    def load_policy(self, path):
+        """path: policy.pt, a bare state dict of ToyNet."""
+        state, own = load_pt(path), self.net.state_dict()
+        if not isinstance(state, dict) or {k: getattr(v, "shape", None) for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+            stop(f"{path}: is not a policy of the toy model; give the policy.pt of a run whose --model is toy")
+        self.net.load_state_dict(state)
+
+
 # ============================================================================================================
 # Box: MMAudio as a backbone
 # ============================================================================================================
@@ -940,5 +987,5 @@ def upstream(repository, folder=""):
 # ============================================================================================================
 
 
-ADAPTERS = {}
+ADAPTERS = {"toy": Toy}
 SCORERS = {}

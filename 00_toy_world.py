@@ -1,0 +1,970 @@
+"""Builds the embedded default: a small audio-visual world with a flow model, scorers and raters, all trained here.
+
+Stands in for what the paper takes from elsewhere: VGGSound (Sec. 2.1), a pre-trained V2A model (Sec. 3.1), the frozen
+scorers of AudioScore and the human raters. It plays the part of an upstream repository that happens to ship with this
+one: `common` loads it late, as it loads the package of a real backbone, and no stage imports it.
+
+Run:   python 00_toy_world.py                                    (about a minute on two cores, no GPU)
+       python 00_toy_world.py --run runs/small --size tiny       (seconds; for the tests)
+Reads: nothing.
+Writes, in --run:
+  run.json         model "toy", checkpoint, its digest, size, world_seed, scorers, video_root, clip_s (seconds)
+  clips.jsonl      id, video, caption (or null), label, split (train, val, test), oracle (the truth: hits_s, class)
+  00_base.pt       net (the velocity network), encoder, codec, vocabulary
+  00_scorers.pt    imagebind, clap, synchformer, panns (state dicts), codec, vocabulary
+  00_oracle.pt     the oracle's classifier; read only by simulated_ratings, simulated_choices and oracle_scores
+  00_videos/*.mp4  64 x 64, 25 frames per second, 2 s, H.264 (yuv420p) and AAC
+  00_settings.json what the folder was made with
+
+The world. An object bounces two to four times in two seconds; every time it touches the ground it sounds. Its outline
+and its colour together decide which of eight sounds that is: a model must look (semantic match), and must look at the
+right moment (synchrony). All randomness of a clip comes from (seed, corpus, index).
+
+The clean world is the truth, the pre-training data are not: a fifth of their sounds belongs to another class, a third
+comes too early or too late, a third is noisy. A model that fits such data well makes the same errors, at random, in
+its own samples. That is the headroom: among five samples of one video some are right, and a preference can tell.
+
+The hidden axis. Some clips are reverberant. The simulated raters like that, no scorer is meant to hear it (all are
+trained with and without reverberation), so it plays the part of the paper's aesthetic appeal: only the pairs chosen
+by people carry it (Sec. 2.2). The oracle's noise floor is read where no reverberation can reach.
+
+The oracle measures against the truth and is nobody's training signal; its classifier is trained on a corpus that no
+scorer saw. Three corpora train networks (pretrain, scorer, oracle), and go through the same encoder and reader as the
+clips of the train, val and test splits.
+"""
+
+import argparse
+import functools
+import json
+import math
+import multiprocessing
+import signal
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchaudio
+from tqdm import tqdm
+
+import common
+
+RATE_HZ, CLIP_S, FPS = 16000, 2.0, 25
+SAMPLES, FRAMES = int(RATE_HZ * CLIP_S), int(FPS * CLIP_S)
+FILE_PIXELS, PIXELS = 64, 32  # on file (yuv420p halves colour's resolution), and as the networks see it
+N_FFT, HOP, MELS = 1024, 320, 64  # a mel frame is 20 ms, two per video frame
+MEL_FRAMES, PATCH, TOKENS, CHANNELS = 100, 4, 25, 40  # latent: 25 tokens of 4 mel frames, 40 numbers each
+MOMENTS, EMBED = 10, 32
+
+# label, words of the caption; class k has outline k // 2 (disc, ring, wide bar, tall bar), warm or cool by k % 2.
+CLASSES = (
+    ("bell ringing", "a bell ringing"),
+    ("wood block knocking", "knocking on a wood block"),
+    ("snare drum", "a snare drum being hit"),
+    ("water dripping", "water dripping into a sink"),
+    ("synthesizer", "an electronic synthesizer bleep"),
+    ("person speaking", "a person speaking single syllables"),
+    ("bass drum", "the deep thump of a bass drum"),
+    ("hi-hat", "a closed hi-hat ticking"),
+)
+OPENINGS = ("", "the sound of ", "we hear ", "close-up: ")
+LABELS = [label for label, _ in CLASSES]
+SPEECH = LABELS.index("person speaking")
+VOCABULARY = sorted({w for _, text in CLASSES for w in text.split()} | {w for o in OPENINGS for w in o.split()})
+
+# Clips and optimizer steps of each size. Batch 64; base_steps and those of the scorers in the order of SCORER_NETS.
+SIZES = {
+    "default": dict(train=600, val=100, test=200, pretrain=1800, scorer=900, oracle=400, workers=2,
+                    encoder_steps=300, base_steps=750, scorer_steps=200, sync_steps=400, oracle_steps=250),
+    "tiny": dict(train=16, val=6, test=8, pretrain=64, scorer=48, oracle=32, workers=1,
+                 encoder_steps=40, base_steps=40, scorer_steps=15, sync_steps=25, oracle_steps=20),
+}  # fmt: skip
+CORPORA = ("train", "val", "test", "pretrain", "scorer", "oracle")  # the index is part of every clip's seed
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    io = parser.add_argument_group("io")
+    io.add_argument("--run", default="runs/toy", help="run folder; created, or continued with the same settings")
+    world = parser.add_argument_group("world")
+    world.add_argument("--seed", type=int, default=0, help="seed of every clip and every network")
+    world.add_argument("--size", choices=list(SIZES), default="default", help="tiny: seconds, for the tests")
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One clip: script, sound, picture
+# ------------------------------------------------------------------------------------------------------------
+
+
+def draw_script(seed, corpus, index):
+    """What happens in a clip. Returns a dict with the truth (`class`, `hits_s`), the caption, what is heard
+    (`heard_class`, `heard_s`, `wet`, `noise`: the last two are amplitudes) and the clip's own generator."""
+    rng = np.random.default_rng([seed, CORPORA.index(corpus), index])
+    kind, count = int(rng.integers(len(CLASSES))), int(rng.choice([2, 3, 4], p=[0.6, 0.3, 0.1]))
+    first, last, gap = 0.34, 1.56, 0.38  # seconds; silence before the first hit is where the noise floor is read
+    slack = np.sort(rng.uniform(0, last - first - gap * (count - 1), count))
+    hits = first + slack + gap * np.arange(count)
+    text = OPENINGS[rng.integers(len(OPENINGS))] + CLASSES[kind][1]
+    caption = None if rng.random() < 0.1 else text
+    script = dict(kind=kind, hits_s=hits, caption=caption, heard_kind=kind, heard_s=hits, wet=0.0, noise=2e-4, rng=rng)
+    draw = rng.random(4)
+    if corpus == "pretrain":  # the imperfect data
+        if draw[0] < 0.20:
+            script["heard_kind"] = int((kind + rng.integers(1, len(CLASSES))) % len(CLASSES))
+        if draw[1] < 0.35:
+            shift = rng.uniform(0.1, 0.45) * rng.choice([-1, 1])
+            shift = -shift if hits[-1] + shift > 1.7 or hits[0] + shift < 0.04 else shift
+            script["heard_s"] = np.clip(hits + shift, 0.04, 1.7)
+        if draw[2] < 0.35:
+            script["noise"] = 10 ** rng.uniform(-2.3, -1.5)
+        if draw[3] < 0.30:
+            script["wet"] = rng.uniform(0.5, 0.9)
+    elif corpus in ("scorer", "oracle"):  # right, but in every acoustic condition
+        if draw[2] < 0.5:
+            script["noise"] = 10 ** rng.uniform(-3.2, -1.5)
+        if draw[3] < 0.5:
+            script["wet"] = rng.uniform(0.3, 1.0)
+    elif draw[3] < 0.5:
+        script["wet"] = rng.uniform(0.5, 0.9)
+    return script
+
+
+EVENT_S = np.arange(int(0.35 * RATE_HZ)) / RATE_HZ
+
+
+def draw_event(kind, pitch, rng):
+    """One hit of a class: (5600,) samples, peak 1. pitch: a factor on all frequencies."""
+    t, w = EVENT_S, 2 * np.pi * pitch * EVENT_S
+    if kind == 0:  # bell
+        y = sum(a * np.sin(f * w) * np.exp(-t / d) for f, d, a in ((620, 0.06, 1), (1710, 0.045, 0.6), (2930, 0.03, 0.4)))
+    elif kind == 1:  # wood
+        y = np.sin(310 * w) * np.exp(-t / 0.02) + 0.7 * np.sin(830 * w) * np.exp(-t / 0.012)
+        y[:32] += 0.5 * rng.standard_normal(32)
+    elif kind == 2:  # snare
+        y = rng.standard_normal(len(t)) * np.exp(-t / 0.03) + np.sin(190 * w) * np.exp(-t / 0.04)
+    elif kind == 3:  # drip
+        y = np.sin(700 * w * (1 + 9 * t)) * np.exp(-t / 0.035)
+    elif kind == 4:  # FM
+        y = np.sin(440 * w + 6 * np.exp(-t / 0.05) * np.sin(1150 * w)) * np.exp(-t / 0.045)
+    elif kind == SPEECH:  # one vowel with hard edges, 0.26 s: PESQ finds no utterance in soft or shorter ones
+        gains = [sum(np.exp(-(((130 * h - f) / b) ** 2)) * a for f, b, a in ((700, 130, 1), (1220, 150, 0.6), (2600, 200, 0.3)))
+                 for h in range(1, 28)]  # fmt: skip
+        y = sum(g * np.sin(h * 130 * w + h * h) for h, g in enumerate(gains, 1))
+        y *= np.clip(np.minimum(t, 0.26 - t) / 0.006, 0, 1)
+    elif kind == 6:  # bass drum
+        y = np.sin(2 * np.pi * (55 * t + 3.2 * (1 - np.exp(-t / 0.025))) * pitch) * np.exp(-t / 0.05)
+    else:  # hi-hat
+        y = np.diff(rng.standard_normal(len(t) + 2), n=2) * np.exp(-t / 0.012)
+    y = y * np.clip((0.35 - t) / 0.05, 0, 1)
+    return y / np.abs(y).max()
+
+
+def draw_sound(script):
+    """The clip's soundtrack: (32000,) float32."""
+    rng, wave = script["rng"], np.zeros(SAMPLES + len(EVENT_S))
+    pitch = 2 ** (rng.uniform(-2, 2) / 12)
+    for hit in script["heard_s"]:
+        start = round(hit * RATE_HZ)
+        wave[start : start + len(EVENT_S)] += 0.5 * rng.uniform(0.7, 1) * draw_event(script["heard_kind"], pitch, rng)
+    wave = wave[:SAMPLES]
+    if script["wet"]:
+        t = np.arange(int(0.6 * RATE_HZ)) / RATE_HZ
+        echo = rng.standard_normal(len(t)) * np.exp(-t / 0.13) * (t > 0.01)
+        echo *= script["wet"] / np.sqrt((echo**2).sum())
+        size = 1 << 16
+        wave = wave + np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(echo, size), size)[:SAMPLES]
+    wave = wave + script["noise"] * rng.standard_normal(SAMPLES)
+    return (wave / max(1.0, np.abs(wave).max() / 0.95)).astype(np.float32)
+
+
+def draw_picture(script):
+    """(50, 64, 64, 3) uint8. The object flies in parabolas; its lowest points are the hits, and nothing else is."""
+    rng, hits = script["rng"], script["hits_s"]
+    touch = np.concatenate([[-0.2], hits, [CLIP_S + 0.2]])  # no lowest point inside the clip that would be silent
+    t = np.arange(FRAMES) / FPS
+    i = np.clip(np.searchsorted(touch, t, side="right") - 1, 0, len(touch) - 2)
+    gap = touch[i + 1] - touch[i]
+    u = (t - touch[i]) / gap
+    cy = 0.8 - np.minimum(0.6, 0.25 + 0.5 * gap) * 4 * u * (1 - u)
+    cx = rng.uniform(0.3, 0.7) + rng.uniform(-0.1, 0.1) * t
+    r = rng.uniform(0.09, 0.14)
+    grid = ((np.arange(FILE_PIXELS) + 0.5) / FILE_PIXELS).astype(np.float32)
+    dx, dy = np.abs(grid - cx[:, None])[:, None, :], np.abs(grid - cy[:, None])[:, :, None]
+    dx, dy = dx.astype(np.float32), dy.astype(np.float32)
+    outline = script["kind"] // 2
+    if outline < 2:
+        d = np.sqrt(dx * dx + dy * dy)
+        d = d - r if outline == 0 else np.abs(d - r) - 0.3 * r
+    else:
+        d = np.maximum(dx - (1.5 if outline == 2 else 0.55) * r, dy - (0.55 if outline == 2 else 1.5) * r)
+    mask = np.clip(0.5 - d * FILE_PIXELS, 0, 1)[..., None]
+    colour = np.array([0.95, 0.45, 0.15] if script["kind"] % 2 == 0 else [0.15, 0.5, 0.95]) + rng.uniform(-0.1, 0.1, 3)
+    ground = np.float32(rng.uniform(0.05, 0.35))
+    grain = 0.03 * rng.standard_normal((FRAMES, FILE_PIXELS, FILE_PIXELS, 1), dtype=np.float32)
+    return (np.clip(ground + grain + mask * (colour.astype(np.float32) - ground), 0, 1) * 255).astype(np.uint8)
+
+
+def write_mp4(path, picture, sound):
+    """H.264 and AAC in one file. One encoder thread: the bytes must not depend on the number of cores."""
+    with av.open(str(path), "w", format="mp4") as container:
+        video = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "18", "threads": "1"})
+        video.width, video.height, video.pix_fmt = FILE_PIXELS, FILE_PIXELS, "yuv420p"
+        audio = container.add_stream("aac", rate=RATE_HZ, layout="mono", options={"b": "96000"})
+        for image in picture:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(video.encode(None))
+        for start in range(0, SAMPLES, 1024):
+            piece = av.AudioFrame.from_ndarray(sound[None, start : start + 1024], format="fltp", layout="mono")
+            piece.sample_rate, piece.pts, piece.time_base = RATE_HZ, start, Fraction(1, RATE_HZ)
+            container.mux(audio.encode(piece))
+        container.mux(audio.encode(None))
+
+
+def write_clip(job):
+    """Pool job: one video of the train, val or test split, unless it is there. Returns its line of clips.jsonl."""
+    folder, seed, split, index = job
+    name = f"{split}{index:05d}"
+    script = draw_script(seed, split, index)
+    truth = {"hits_s": [round(float(h), 4) for h in script["hits_s"]], "class": script["kind"], "wet": round(float(script["wet"]), 4)}
+    path = Path(folder) / f"{name}.mp4"
+    if not path.exists():
+        sound, picture = draw_sound(script), draw_picture(script)
+        with common.replacing(path) as temporary:
+            write_mp4(temporary, picture, sound)
+    return {"id": name, "video": path.name, "caption": script["caption"], "label": LABELS[script["kind"]], "split": split, "oracle": truth}
+
+
+def corpus_clip(job):
+    """Pool job: one clip that only trains networks, through the same encoder and reader as the files."""
+    seed, corpus, index = job
+    script = draw_script(seed, corpus, index)
+    sound = draw_sound(script)
+    picture = draw_picture(script) if corpus != "oracle" else np.zeros((2, FILE_PIXELS, FILE_PIXELS, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        write_mp4(path, picture, sound)
+        mel = log_mel(common.read_audio(path, RATE_HZ, CLIP_S)[None])[0]
+        look = read_moments(path) if corpus != "oracle" else torch.zeros(FRAMES, MOMENTS)
+    strike = np.exp(-0.5 * ((np.arange(FRAMES)[:, None] / FPS - script["hits_s"]) / 0.03) ** 2).max(axis=1)
+    return dict(mel=mel.numpy(), look=look.numpy(), text=words(script["caption"]).numpy(), strike=strike.astype(np.float32),
+                kind=script["kind"], noise=np.float32(max(0.0, math.log10(script["noise"]) + 3.2)))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Codec: log-mel, PCA of patches, Griffin-Lim
+# ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def mel_banks():
+    """mel filters (513, 64) and their pseudo-inverse (64, 513)."""
+    banks = torchaudio.functional.melscale_fbanks(N_FFT // 2 + 1, 30.0, RATE_HZ / 2, MELS, RATE_HZ)
+    return banks, torch.linalg.pinv(banks)
+
+
+def log_mel(waves):
+    """(B, S) -> (B, 100, 64), about zero mean and unit standard deviation. S is cut or padded to 2 s."""
+    waves = common.fit_length(torch.nan_to_num(waves.float(), 0, 0, 0), SAMPLES)
+    power = torch.stft(waves, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True).abs().square()
+    mel = power[..., :MEL_FRAMES].transpose(1, 2) @ mel_banks()[0]
+    return ((mel + 1e-4).log() + 2.5) / 4
+
+
+class Codec(nn.Module):
+    """Waveform <-> latent (B, 25, 40) with unit standard deviation."""
+
+    def __init__(self, state=None):
+        super().__init__()
+        for name, shape in (("mean", (PATCH * MELS,)), ("down", (PATCH * MELS, CHANNELS)), ("up", (CHANNELS, PATCH * MELS))):
+            self.register_buffer(name, torch.zeros(shape))
+        if state:
+            self.load_state_dict(state)
+
+    @classmethod
+    def fit(cls, mel):
+        """PCA of patches; components are divided by the root of their deviation, a compromise between whitening
+        (the network would spend itself on inaudible ones) and none."""
+        self, patches = cls(), mel.reshape(-1, PATCH * MELS).double()
+        self.mean.copy_(patches.mean(0))
+        values, vectors = torch.linalg.eigh((patches - self.mean.double()).T @ (patches - self.mean.double()) / len(patches))
+        values, vectors = values.flip(0)[:CHANNELS], vectors.flip(1)[:, :CHANNELS]
+        scale = values.sqrt().sqrt() * values.sqrt().mean().sqrt()  # the latent's overall variance becomes 1
+        self.down.copy_(vectors / scale)
+        self.up.copy_((vectors * scale).T)
+        return self
+
+    def encode(self, mel):
+        return (mel.reshape(len(mel), TOKENS, PATCH * MELS) - self.mean) @ self.down
+
+    def mel(self, latents):
+        return (latents @ self.up + self.mean).reshape(len(latents), MEL_FRAMES, MELS)
+
+    @torch.no_grad()
+    def waveform(self, mel):
+        """(B, 100, 64) log-mel -> (B, 32000), eight Griffin-Lim iterations from zero phase (no randomness)."""
+        power = (4 * mel.clamp(max=3.5) - 2.5).exp() - 1e-4
+        spectrum = (power.clamp(min=0) @ mel_banks()[1]).clamp(min=0).transpose(1, 2)
+        spectrum = torch.cat([spectrum, spectrum[..., -1:]], dim=-1)
+        return torchaudio.functional.griffinlim(
+            spectrum, torch.hann_window(N_FFT), N_FFT, HOP, N_FFT, power=2.0, n_iter=8, momentum=0.99, length=SAMPLES, rand_init=False
+        )
+
+    def decode(self, latents):
+        return torch.cat([self.waveform(self.mel(part)) for part in latents.float().cpu().split(64)])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Frozen encoders of picture and caption
+# ------------------------------------------------------------------------------------------------------------
+
+
+def frame_transform(frame):
+    """(H, W, 3) uint8 of any size -> (32, 32, 3) uint8: the central square, averaged down."""
+    side = min(frame.shape[:2])
+    top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
+    square = frame[top : top + side, left : left + side].permute(2, 0, 1).float()
+    return F.adaptive_avg_pool2d(square, PIXELS).round().to(torch.uint8).permute(1, 2, 0)
+
+
+def moments(frames):
+    """(50, 32, 32, 3) uint8 -> (50, 10) float32: of what differs from the ground, its mass, place, extent, colour."""
+    frames = frames.float() / 255
+    ground = frames.reshape(-1, 3)[::5].median(dim=0).values
+    diff = frames - ground
+    weight = (diff.abs().sum(-1) - 0.25).clamp(min=0)
+    mass = weight.sum((1, 2))
+    share = weight / mass.clamp(min=1e-3)[:, None, None]
+    grid = (torch.arange(PIXELS) + 0.5) / PIXELS
+    cx, cy = (share.sum(1) * grid).sum(-1), (share.sum(2) * grid).sum(-1)
+    dx, dy = grid - cx[:, None], grid - cy[:, None]
+    sx, sy = (share.sum(1) * dx**2).sum(-1).sqrt(), (share.sum(2) * dy**2).sum(-1).sqrt()
+    centre = torch.exp(-((dx[:, None, :] ** 2 + dy[:, :, None] ** 2) / 0.002))  # a ring is hollow
+    hollow = (share * centre).sum((1, 2))
+    colour = (share[..., None] * diff).sum((1, 2))
+    columns = [mass / 30, 2 * cx - 1, 2 * cy - 1, 10 * sx, 10 * sy, 4 * hollow, (mass > 0.5).float()]
+    return torch.cat([torch.stack(columns, dim=1), 2 * colour], dim=1)
+
+
+@functools.lru_cache(maxsize=4096)
+def read_moments(path):
+    return moments(common.read_frames(path, [(FPS, frame_transform)], CLIP_S)[0])
+
+
+def words(caption):
+    """Bag of words (V,) over the world's captions; unknown words vanish, no caption is all zeros."""
+    bag = torch.zeros(len(VOCABULARY))
+    for word in (caption or "").lower().split():
+        if word in VOCABULARY:
+            bag[VOCABULARY.index(word)] = 1.0
+    return bag
+
+
+class VideoTower(nn.Module):
+    """moments (B, 50, 10) -> per frame (B, 50, 32), and pooled (B, 32)."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv1d(MOMENTS, EMBED, 5, padding=2), nn.Conv1d(EMBED, EMBED, 5, padding=2)
+        self.pool = nn.Linear(2 * EMBED, EMBED)
+
+    def forward(self, look):
+        x = F.relu(self.two(F.relu(self.one(look.transpose(1, 2)))))
+        return x.transpose(1, 2), self.pool(torch.cat([x.mean(-1), x.amax(-1)], dim=-1))
+
+
+class VideoEncoder(nn.Module):
+    """The base model's own frozen video encoder, trained to name the class and to mark the hits."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower, self.strike, self.kind = VideoTower(), nn.Linear(EMBED, 1), nn.Linear(EMBED, len(CLASSES))
+
+    def loss(self, look, strike, kind):
+        frames, pooled = self.tower(look)
+        bce = F.binary_cross_entropy_with_logits(self.strike(frames)[..., 0], strike, pos_weight=torch.tensor(4.0))
+        return bce + F.cross_entropy(self.kind(pooled), kind)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The velocity network: a small diffusion transformer
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.query, self.value, self.out = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)  # a key bias has no true gradient: Adam would amplify rounding
+        self.mlp = nn.Sequential(nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width))
+
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c))[:, None].chunk(6, dim=-1)
+        y = F.layer_norm(x, x.shape[-1:]) * (1 + scale_a) + shift_a
+        q, k, v = (p(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.query, self.key, self.value))
+        x = x + gate_a * self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y = F.layer_norm(x, x.shape[-1:]) * (1 + scale_m) + shift_m
+        return x + gate_m * self.mlp(y)
+
+
+class ToyNet(nn.Module):
+    """u(a_t, t, video, text) in the paper's convention: t = 1 is noise, the target is eps - a_0.
+
+    a_t: (B, 25, 40); frames: (B, 25, 64), two video frames to a token; pooled: (B, 32); text: (B, V).
+    """
+
+    def __init__(self, width=96, depth=3, heads=4):
+        super().__init__()
+        self.latent_in, self.frames_in = nn.Linear(CHANNELS, width), nn.Linear(2 * EMBED, width)
+        self.pooled_in, self.text_in = nn.Linear(EMBED, width), nn.Linear(len(VOCABULARY), width)
+        self.place = nn.Parameter(0.02 * torch.randn(1, TOKENS, width))
+        self.null_tokens, self.null_vector = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, width))
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.last, self.out = nn.Linear(width, 2 * width), nn.Linear(width, CHANNELS)
+        for layer in (self.last, self.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.register_buffer("frequencies", 1000 * torch.exp(-math.log(1e4) * torch.arange(32) / 32), persistent=False)
+
+    def condition(self, frames, pooled, text):
+        return {"tokens": self.frames_in(frames), "vector": self.pooled_in(pooled) + self.text_in(text)}
+
+    def null(self, conditions):
+        return {
+            "tokens": self.null_tokens.expand_as(conditions["tokens"]),
+            "vector": self.null_vector.expand_as(conditions["vector"]),
+        }
+
+    def forward(self, a_t, t, conditions):
+        phase = t.float()[:, None] * self.frequencies
+        c = self.time(torch.cat([phase.sin(), phase.cos()], dim=-1)) + conditions["vector"]
+        x = self.latent_in(a_t) + conditions["tokens"] + self.place
+        for block in self.blocks:
+            x = block(x, c)
+        shift, scale = self.last(F.silu(c))[:, None].chunk(2, dim=-1)
+        return self.out(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
+
+
+class Base:
+    """A pre-trained toy model as `common` uses it: `net` is trainable, everything else is frozen."""
+
+    sample_rate_hz, fps, clip_s, latent_shape = RATE_HZ, FPS, CLIP_S, (TOKENS, CHANNELS)
+    frame_transform = staticmethod(frame_transform)
+    encode_text = staticmethod(words)
+
+    def __init__(self, state):
+        self.net, self.encoder, self.codec = ToyNet(), VideoEncoder(), Codec(state["codec"])
+        self.net.load_state_dict(state["net"])
+        self.encoder.load_state_dict(state["encoder"])
+        self.encoder.requires_grad_(False)
+
+    @torch.no_grad()
+    def encode_video(self, frames):
+        """(50, 32, 32, 3) uint8 -> {"frames": (25, 64), "pooled": (32,)} float32."""
+        per_frame, pooled = self.encoder.tower(moments(frames)[None])
+        return {"frames": per_frame.reshape(TOKENS, 2 * EMBED), "pooled": pooled[0]}
+
+    def decode(self, latents):
+        """(B, 25, 40) -> (B, 32000) float32 at 16 kHz, on the CPU."""
+        return self.codec.decode(latents)
+
+
+def load_base(path):
+    """path: 00_base.pt -> Base."""
+    state = common.load_pt(path)
+    if not isinstance(state, dict) or state.get("kind") != "toy base":
+        common.stop(f"{path}: is not a toy base model; give the 00_base.pt that 00_toy_world.py writes")
+    if state["vocabulary"] != VOCABULARY:
+        common.stop(f"{path}: made by another version of 00_toy_world.py; make the run folder anew")
+    return Base(state)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training of all networks
+# ------------------------------------------------------------------------------------------------------------
+
+
+def fit(parameters, loss, rows, steps, seed, title, place=0, batch=64, lr=2e-3, after=None):
+    """AdamW with a cosine schedule on batches drawn at random; loss(indices, generator) -> scalar."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
+    for step in tqdm(range(steps), title, position=place, disable=None, mininterval=1):
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        value = loss(torch.randint(rows, (min(batch, rows),), generator=generator), generator)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if after:
+            after()
+
+
+def train_encoder(data, size, seed):
+    torch.manual_seed(seed)
+    encoder = VideoEncoder()
+    fit(encoder.parameters(), lambda i, g: encoder.loss(data["look"][i], data["strike"][i], data["kind"][i]),
+        len(data["kind"]), size["encoder_steps"], seed, "video encoder")  # fmt: skip
+    return encoder.requires_grad_(False)
+
+
+def train_base(path, data, encoder, codec, size, seed):
+    """Rectified flow on the imperfect corpus; the exponential average of the weights is what is kept."""
+    torch.manual_seed(seed + 1)
+    net, latents, text = ToyNet(), codec.encode(data["mel"]), data["text"]
+    kept = {key: value.clone() for key, value in net.state_dict().items()}
+    per_frame, pooled = encoder.tower(data["look"])
+    per_frame = per_frame.reshape(-1, TOKENS, 2 * EMBED)
+
+    def loss(i, generator):
+        a_0, t = latents[i], torch.sigmoid(torch.randn(len(i), generator=generator))  # logit-normal, as in pre-training
+        eps = torch.randn(a_0.shape, generator=generator)
+        a_t, v = common.interpolate(a_0, eps, t)
+        drop, drop_text = torch.rand(2, len(i), 1, generator=generator) < 0.1
+        conditions = net.condition(per_frame[i], pooled[i], text[i] * ~drop_text)
+        null = net.null(conditions)
+        conditions = {
+            "tokens": torch.where(drop[..., None], null["tokens"], conditions["tokens"]),
+            "vector": torch.where(drop, null["vector"], conditions["vector"]),
+        }
+        return common.flow_error(v, net(a_t, t, conditions)).mean()
+
+    count = 0
+
+    def average():
+        nonlocal count
+        count += 1
+        keep = min(0.995, count / (count + 10))
+        for key, value in net.state_dict().items():
+            kept[key].mul_(keep).add_(value, alpha=1 - keep)
+
+    fit(net.parameters(), loss, len(latents), size["base_steps"], seed, "base model", 0, after=average)
+    common.save_pt(path, {"kind": "toy base", "net": kept, "encoder": encoder.state_dict(), "codec": codec.state_dict(), "vocabulary": VOCABULARY})
+
+
+class AudioTower(nn.Module):
+    """log-mel (B, 100, 64) -> (B, out), and before that the embedding (B, 64)."""
+
+    def __init__(self, out, width=64):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv1d(MELS, width, 5, 2, 2), nn.Conv1d(width, width, 5, 1, 2), nn.Conv1d(width, width, 5, 1, 2)])
+        self.mix, self.head = nn.Linear(2 * width, 64), nn.Linear(64, out)
+
+    def embedding(self, mel):
+        x = mel.transpose(1, 2)
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return self.mix(torch.cat([x.mean(-1), x.amax(-1)], dim=-1))
+
+    def forward(self, mel):
+        return self.head(F.relu(self.embedding(mel)))
+
+
+class TextTower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(len(VOCABULARY), EMBED), nn.ReLU(), nn.Linear(EMBED, EMBED))
+
+    def forward(self, bag):
+        return self.net(bag)
+
+
+class SyncNet(nn.Module):
+    """Offset of sound against picture: correlation of eight learned channels over 21 lags of 40 ms, then softmax."""
+
+    LAGS = 10
+
+    def __init__(self):
+        super().__init__()
+        self.sound = nn.Sequential(nn.Conv1d(MELS, 32, 5, 2, 2), nn.ReLU(), nn.Conv1d(32, 32, 5, 1, 2), nn.ReLU(), nn.Conv1d(32, 8, 1))
+        self.sight = nn.Sequential(nn.Conv1d(MOMENTS, 32, 5, 1, 2), nn.ReLU(), nn.Conv1d(32, 32, 5, 1, 2), nn.ReLU(), nn.Conv1d(32, 8, 1))
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def see(self, look):
+        """(B, 50, 10) -> (B, 8, 50) with unit norm."""
+        return F.normalize(self.sight(look.transpose(1, 2)).flatten(1), dim=-1).unflatten(1, (8, FRAMES))
+
+    def forward(self, mel, sight):
+        """-> logits (B, 21) of the lag: positive when the sound comes late."""
+        heard = F.normalize(self.sound(mel.transpose(1, 2)).flatten(1), dim=-1).unflatten(1, (8, FRAMES))
+        heard = F.pad(heard, (self.LAGS, self.LAGS))
+        lags = [(heard[..., k : k + FRAMES] * sight).sum((1, 2)) for k in range(2 * self.LAGS + 1)]
+        return self.scale * torch.stack(lags, dim=1)
+
+    def desync_s(self, logits):
+        """E|offset| in seconds."""
+        return logits.softmax(-1) @ (torch.arange(-self.LAGS, self.LAGS + 1).abs() / FPS)
+
+
+def late(mel, lag):
+    """Each row moved by lag (B,) video frames; what is uncovered is filled with the row's own quietest level."""
+    place = torch.arange(MEL_FRAMES) - 2 * lag[:, None]
+    moved = mel.gather(1, place.clamp(0, MEL_FRAMES - 1)[..., None].expand_as(mel))
+    quiet = mel.quantile(0.1, dim=1, keepdim=True)
+    return torch.where(((place >= 0) & (place < MEL_FRAMES))[..., None], moved, quiet)
+
+
+def contrast(a, b, kind, temperature=10.0):
+    """Symmetric contrastive loss in which clips of one class are each other's positives: it asks what, not when."""
+    similarity = temperature * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+    same = (kind[:, None] == kind).float()
+    same = same / same.sum(1, keepdim=True)
+    return -(same * similarity.log_softmax(1)).sum(1).mean() - (same * similarity.T.log_softmax(1)).sum(1).mean()
+
+
+def through_codec(mel, codec, generator):
+    """Half of the rows as the codec returns them, for that is how generated audio arrives."""
+    half = torch.rand(len(mel), 1, 1, generator=generator) < 0.5
+    return torch.where(half, codec.mel(codec.encode(mel)), mel)
+
+
+def train_scorers(path, oracle_path, data, other, codec, size, seed):
+    """The four learned scorers from the scorer corpus, the oracle's classifier from its own."""
+    torch.manual_seed(seed + 2)
+    mel, look, text, kind = data["mel"], data["look"], data["text"], data["kind"]
+    nets = {
+        "imagebind": nn.ModuleDict({"sound": AudioTower(EMBED), "sight": VideoTower()}),
+        "clap": nn.ModuleDict({"sound": AudioTower(EMBED), "text": TextTower()}),
+        "synchformer": SyncNet(),
+        "panns": AudioTower(len(CLASSES)),
+    }
+    captioned = text.any(1).nonzero()[:, 0]
+    # The tagger is less sure of a noisy sound: a hard label would make it deaf to noise, and score_4 with it.
+    doubt = 0.9 * (data["noise"] / 1.7).clamp(0, 1)[:, None]
+    soft = F.one_hot(kind, len(CLASSES)) * (1 - doubt) + doubt / len(CLASSES)
+
+    def imagebind(i, g):
+        return contrast(nets["imagebind"]["sound"](through_codec(mel[i], codec, g)), nets["imagebind"]["sight"](look[i])[1], kind[i])
+
+    def clap(i, g):
+        i = captioned[i]
+        return contrast(nets["clap"]["sound"](through_codec(mel[i], codec, g)), nets["clap"]["text"](text[i]), kind[i])
+
+    def synchformer(i, g):
+        lag = torch.randint(-SyncNet.LAGS, SyncNet.LAGS + 1, (len(i),), generator=g)
+        logits = nets["synchformer"](late(through_codec(mel[i], codec, g), lag), nets["synchformer"].see(look[i]))
+        return F.cross_entropy(logits, lag + SyncNet.LAGS)
+
+    def panns(i, g):
+        return F.cross_entropy(nets["panns"](through_codec(mel[i], codec, g)), soft[i])
+
+    for name, loss, rows in (("imagebind", imagebind, len(mel)), ("clap", clap, len(captioned)), ("synchformer", synchformer, len(mel)), ("panns", panns, len(mel))):
+        steps = size["sync_steps"] if name == "synchformer" else size["scorer_steps"]
+        fit(nets[name].parameters(), loss, rows, steps, seed, name, 1)
+    state = {name: net.state_dict() for name, net in nets.items()}
+    common.save_pt(path, {"kind": "toy scorers", **state, "codec": codec.state_dict(), "vocabulary": VOCABULARY})
+
+    torch.manual_seed(seed + 3)
+    oracle = AudioTower(len(CLASSES), width=96)
+    fit(oracle.parameters(), lambda i, g: F.cross_entropy(oracle(through_codec(other["mel"][i], codec, g)), other["kind"][i]),
+        len(other["mel"]), size["oracle_steps"], seed, "oracle", 1)  # fmt: skip
+    common.save_pt(oracle_path, {"kind": "toy oracle", "classifier": oracle.state_dict()})
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Scorers, as stages use them
+# ------------------------------------------------------------------------------------------------------------
+
+
+class ImageBind(common.Scorer):
+    """ib: cosine of video and sound (B,)."""
+
+    sample_rate_hz = RATE_HZ
+
+    def __init__(self, state):
+        super().__init__()
+        self.sound, self.sight = AudioTower(EMBED), VideoTower()
+        nn.ModuleDict({"sound": self.sound, "sight": self.sight}).load_state_dict(state["imagebind"])
+
+    def clip_side(self, clip):
+        return self.sight(read_moments(str(clip["path"]))[None])[1][0]
+
+    def audio_side(self, waves, clips, sides):
+        return {"ib": F.cosine_similarity(self.sound(log_mel(waves)), torch.stack(sides))}
+
+
+class Clap(common.Scorer):
+    """clap: cosine of caption and sound (B,), nan without caption."""
+
+    sample_rate_hz = RATE_HZ
+
+    def __init__(self, state):
+        super().__init__()
+        self.sound, self.text = AudioTower(EMBED), TextTower()
+        nn.ModuleDict({"sound": self.sound, "text": self.text}).load_state_dict(state["clap"])
+
+    def clip_side(self, clip):
+        return None if clip["caption"] is None else self.text(words(clip["caption"])[None])[0]
+
+    def audio_side(self, waves, clips, sides):
+        none = torch.full((EMBED,), math.nan)
+        return {"clap": F.cosine_similarity(self.sound(log_mel(waves)), torch.stack([none if s is None else s for s in sides]))}
+
+
+class Synchformer(common.Scorer):
+    """desync_s: expected |offset| of sound against picture in seconds (B,)."""
+
+    sample_rate_hz = RATE_HZ
+
+    def __init__(self, state):
+        super().__init__()
+        self.net = SyncNet()
+        self.net.load_state_dict(state["synchformer"])
+
+    def clip_side(self, clip):
+        return self.net.see(read_moments(str(clip["path"]))[None])[0]
+
+    def audio_side(self, waves, clips, sides):
+        return {"desync_s": self.net.desync_s(self.net(log_mel(waves), torch.stack(sides)))}
+
+
+class Panns(common.Scorer):
+    """logits: (B, 8) of the tagger; embedding: (B, 64), for score_4, FD, KL and IS."""
+
+    sample_rate_hz = RATE_HZ
+
+    def __init__(self, state):
+        super().__init__()
+        self.net = AudioTower(len(CLASSES))
+        self.net.load_state_dict(state["panns"])
+
+    def audio_side(self, waves, clips, sides):
+        embedding = self.net.embedding(log_mel(waves))
+        return {"logits": self.net.head(F.relu(embedding)), "embedding": embedding}
+
+
+class Pesq(common.Scorer):
+    """pesq: wide-band PESQ against the clip's own sound (B,), by the real package; nan where it does not apply: no
+    speech, no audio track, no utterance in the reference. 1, the scale's floor, where the audio is silent or broken.
+
+    The reference goes through the codec: against the untouched original, Griffin-Lim's phases alone cost so much that
+    nothing else would be heard.
+    """
+
+    sample_rate_hz = RATE_HZ
+
+    def __init__(self, state):
+        super().__init__()
+        self.codec = Codec(state["codec"])
+
+    @staticmethod
+    def measure(reference, wave):
+        import pesq  # a C extension, needed for this score only
+
+        value = pesq.pesq(RATE_HZ, reference.numpy(), wave.numpy(), "wb", on_error=pesq.PesqError.RETURN_VALUES)
+        return float(value) if math.isfinite(value) and value > 0 else None
+
+    def clip_side(self, clip):
+        if clip["label"] != LABELS[SPEECH]:
+            return None
+        try:
+            wave = common.read_audio(clip["path"], RATE_HZ, CLIP_S)
+        except common.SkipClip:
+            return None
+        reference = self.codec.decode(self.codec.encode(log_mel(wave[None])))[0]
+        return reference if reference.abs().max() > 1e-3 and self.measure(reference, reference) else None
+
+    def audio_side(self, waves, clips, sides):
+        values = []
+        for wave, reference in zip(waves, sides):
+            if reference is None:
+                values.append(math.nan)
+            elif not wave.isfinite().all() or wave.abs().max() < 1e-3:
+                values.append(1.0)
+            else:
+                values.append(self.measure(reference, common.fit_length(wave, SAMPLES)) or 1.0)
+        return {"pesq": torch.tensor(values)}
+
+
+def load_scorer(name, path):
+    """name: imagebind, clap, synchformer, panns or pesq; path: 00_scorers.pt."""
+    state = common.load_pt(path)
+    if not isinstance(state, dict) or state.get("kind") != "toy scorers" or state["vocabulary"] != VOCABULARY:
+        common.stop(f"{path}: is not of this toy world; make the run folder anew with 00_toy_world.py")
+    kinds = {"imagebind": ImageBind, "clap": Clap, "synchformer": Synchformer, "panns": Panns, "pesq": Pesq}
+    return kinds[name](state)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The oracle: what is true. Only the three functions at the end touch 00_oracle.pt and a clip's `oracle`.
+# ------------------------------------------------------------------------------------------------------------
+
+CLEAN_FLOOR_DB = -57.0  # of the world's own clean clips; below it nothing is gained
+WET_DB = -32.0  # reverberant above this
+GLANCE = int(0.3 * RATE_HZ)
+
+
+def find_onsets(level_db):
+    """level_db: (100,) energy of frames of 20 ms. Seconds at which it rises by 5 dB, within 18 dB of the loudest."""
+    before = np.stack([np.roll(level_db, k) for k in (1, 2, 3)]).mean(0)
+    after = np.stack([level_db, np.roll(level_db, -1)]).mean(0)
+    before[:3] = level_db[:3].min()
+    rise = after - before
+    rise[-1] = 0
+    peaks = [i for i in range(len(rise)) if rise[i] > 5 and rise[i] == rise[max(0, i - 5) : i + 6].max()]
+    return np.array([i * HOP / RATE_HZ for i in peaks if level_db[i : i + 4].max() > level_db.max() - 18])
+
+
+def measure(wave, hits_s):
+    """The three measures of one audio (S,) that need no network: sync_s, floor_db, wet_db."""
+    wave = common.fit_length(torch.nan_to_num(wave, 0, 0, 0), SAMPLES).numpy().astype(np.float64)
+    padded = np.pad(wave, (HOP, HOP))
+    energy = np.stack([padded[k * HOP : k * HOP + 2 * HOP] for k in range(MEL_FRAMES)]) ** 2  # centred at k * 20 ms
+    energy = (energy * np.hanning(2 * HOP)).mean(1) + 1e-12
+    onsets = find_onsets(10 * np.log10(energy))
+    hits = np.asarray(hits_s)
+    sync = 0.4
+    if len(onsets):
+        away = np.minimum(np.abs(onsets[:, None] - hits), 0.4)
+        sync = 0.5 * (away.min(0).mean() + away.min(1).mean())
+    peak = np.sort(energy)[-4:].mean()
+    floor = np.sort(energy)[2:8].mean()
+    # The tail 280 to 400 ms after an onset that no other follows within 420 ms; no such onset: counted as dry.
+    ends = np.append(onsets[1:], CLIP_S)
+    tails = [np.median(energy[round(o * 50) + 14 : round(o * 50) + 20]) - floor for o, e in zip(onsets, ends) if e - o >= 0.42]
+    wet = np.mean(tails) / peak if tails else 0.0
+    return sync, max(CLEAN_FLOOR_DB, 10 * np.log10(floor / peak)), 10 * np.log10(max(wet, 1e-6))
+
+
+@torch.inference_mode()
+def examine(run, audios):
+    """audios: list of (clip line, wav path) -> dict of arrays: semantic (P of the true class), sync_s, floor_db, wet_db."""
+    oracle = AudioTower(len(CLASSES), width=96)
+    oracle.load_state_dict(common.load_pt(Path(run) / "00_oracle.pt")["classifier"])
+    out = {key: [] for key in ("semantic", "sync_s", "floor_db", "wet_db")}
+    for clip, path in audios:
+        wave = common.read_audio(path, RATE_HZ)
+        values = (oracle(log_mel(wave[None])).softmax(-1)[0, clip["oracle"]["class"]].item(), *measure(wave, clip["oracle"]["hits_s"]))
+        for key, value in zip(out, values):
+            out[key].append(value)
+    return {key: np.array(values, dtype=np.float64) for key, values in out.items()}
+
+
+def simulated_ratings(run, audios, seed):
+    """What a listener says (Sec. 2.1): one with three faults to look for, unsteady thresholds, and a taste for rooms.
+
+    audios: list of (clip line, k, wav path). A rating depends on (seed, clip, k) and the audio, not on the order.
+    """
+    rows, seen = [], examine(run, [(clip, path) for clip, _, path in audios])
+    for i, (clip, k, _) in enumerate(audios):
+        rng = np.random.default_rng(common.audio_seed(seed, f"rater/{clip['id']}", k))
+        a, b, c = rng.standard_normal(3)
+        chance = rng.random()
+        semantic, sync, floor = seen["semantic"][i] + 0.05 * a, seen["sync_s"][i] + 0.02 * b, seen["floor_db"][i] + 3 * c
+        faults = [(semantic < 0.8) + (semantic < 0.4), (sync > 0.06) + (sync > 0.15), (floor > -42) + (floor > -30)]
+        rating = "Bad" if max(faults) == 2 else "Good" if sum(faults) == 0 else "Medium"
+        if rating == "Good" and seen["wet_db"][i] < WET_DB and chance < 0.35:
+            rating = "Medium"
+        elif rating == "Medium" and sum(faults) == 1 and seen["wet_db"][i] > WET_DB + 4 and chance < 0.3:
+            rating = "Good"
+        rows.append({"clip": clip["id"], "k": k, "rating": rating, "rater": "simulated"})
+    return rows
+
+
+def simulated_choices(run, comparisons, seed):
+    """Which of two audios of one clip and one rating a listener prefers (Sec. 2.2): the more reverberant, by 1 per dB
+    with noise of 2; "tie" where they differ by 6 dB or less. comparisons: list of (clip line, a, b, wav a, wav b)."""
+    first = examine(run, [(clip, path) for clip, _, _, path, _ in comparisons])["wet_db"]
+    second = examine(run, [(clip, path) for clip, _, _, _, path in comparisons])["wet_db"]
+    rows = []
+    for (clip, a, b, _, _), wet_a, wet_b in zip(comparisons, first, second):
+        rng = np.random.default_rng(common.audio_seed(seed, f"chooser/{clip['id']}/{a}", b))
+        choice = "tie" if abs(wet_a - wet_b) <= 6 else "a" if wet_a - wet_b + 2 * rng.standard_normal() > 0 else "b"
+        rows.append({"clip": clip["id"], "a": a, "b": b, "choice": choice, "rater": "simulated"})
+    return rows
+
+
+def oracle_scores(run, audios):
+    """audios: list of (clip line, wav path) -> dict of (n,) arrays for stage 07's oracle columns."""
+    seen = examine(run, audios)
+    return {**{f"oracle_{key}": value for key, value in seen.items()}, "oracle_aesthetic": (seen["wet_db"] > WET_DB).astype(np.float64)}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------
+
+
+def start_worker():
+    torch.set_num_threads(1)  # two threads that share a busy core wait for each other
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+def train_part(job):
+    name, arguments = job
+    torch.set_num_threads(1)
+    (train_base if name == "base" else train_scorers)(*arguments)
+
+
+def spread(pool, function, jobs, title):
+    results = pool.imap(function, jobs, chunksize=4) if pool else map(function, jobs)
+    return list(tqdm(results, title, total=len(jobs), disable=None, mininterval=1))
+
+
+def stack(rows):
+    return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+
+
+def build(run, pool, size, seed):
+    """Everything that is not there yet. Returns the lines of clips.jsonl."""
+    began = time.monotonic()
+
+    def say(text):
+        print(f"{text} ({time.monotonic() - began:.0f} s)", flush=True)
+
+    jobs = [(run / "00_videos", seed, split, i) for split in ("train", "val", "test") for i in range(size[split])]
+    clips = spread(pool, write_clip, jobs, "videos")
+    say(f"videos: {len(clips)} files in {run / '00_videos'}")
+    base, scorers, oracle = (run / f"00_{name}.pt" for name in ("base", "scorers", "oracle"))
+    if base.exists() and scorers.exists() and oracle.exists():
+        return clips
+    jobs = [(seed, corpus, i) for corpus in ("pretrain", "scorer", "oracle") for i in range(size[corpus])]
+    rows = spread(pool, corpus_clip, jobs, "training clips")
+    cut = np.cumsum([size["pretrain"], size["scorer"]])
+    data = {name: stack(part) for name, part in zip(("pretrain", "scorer", "oracle"), (rows[: cut[0]], rows[cut[0] : cut[1]], rows[cut[1] :]))}
+    say(f"training clips: {len(rows)}")
+    codec, encoder, parts = Codec.fit(data["pretrain"]["mel"]), train_encoder(data["pretrain"], size, seed), []
+    if not base.exists():
+        parts.append(("base", (base, data["pretrain"], encoder, codec, size, seed)))
+    if not (scorers.exists() and oracle.exists()):
+        parts.append(("scorers", (scorers, oracle, data["scorer"], data["oracle"], codec, size, seed)))
+    list(pool.imap(train_part, parts) if pool else map(train_part, parts))
+    say("networks: base model, scorers, oracle")
+    return clips
+
+
+def main(args):
+    run, size, threads = Path(args.run), SIZES[args.size], torch.get_num_threads()
+    common.claim(run / "00_settings.json", {"seed": args.seed, "size": args.size, **size}, advice="use another --run folder")
+    torch.set_num_threads(1)
+    try:
+        if size["workers"] > 1:
+            with multiprocessing.get_context("spawn").Pool(size["workers"], start_worker) as pool:
+                clips = build(run, pool, size, args.seed)
+        else:
+            clips = build(run, None, size, args.seed)
+    finally:
+        torch.set_num_threads(threads)
+    if not (run / "clips.jsonl").exists():
+        common.write_jsonl(run / "clips.jsonl", clips)
+    if not (run / "run.json").exists():  # stage 01 completes it later
+        common.write_text(run / "run.json", json.dumps({
+            "model": "toy", "checkpoint": "00_base.pt", "checkpoint_digest": common.digest(run / "00_base.pt"), "size": args.size,
+            "world_seed": args.seed, "scorers": "00_scorers.pt", "video_root": "00_videos", "clip_s": CLIP_S,
+        }, indent=1) + "\n")  # fmt: skip
+    splits = ", ".join(f"{size[split]} {split}" for split in ("train", "val", "test"))
+    print(f"toy world ({args.size}, seed {args.seed}): {len(clips)} clips ({splits})\nnext: python 01_generate.py --run {run}")
+
+
+if __name__ == "__main__":
+    main(parse_args())
