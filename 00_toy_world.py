@@ -56,7 +56,7 @@ import common
 
 RATE_HZ, CLIP_S, FPS = 16000, 2.0, 25
 SAMPLES, FRAMES = int(RATE_HZ * CLIP_S), int(FPS * CLIP_S)
-FILE_PIXELS, PIXELS = 64, 32  # on file (yuv420p halves colour's resolution), and as the networks see it
+PIXELS = 64  # on file; the moments are taken at half of it, where yuv420p has kept all colour
 N_FFT, HOP, MELS = 1024, 320, 64  # a mel frame is 20 ms, two per video frame
 MEL_FRAMES, PATCH, TOKENS, CHANNELS = 100, 4, 25, 40  # latent: 25 tokens of 4 mel frames, 40 numbers each
 MOMENTS, EMBED = 10, 32
@@ -79,9 +79,9 @@ VOCABULARY = sorted({w for _, text in CLASSES for w in text.split()} | {w for o 
 
 # Clips and optimizer steps of each size. Batch 64; base_steps and those of the scorers in the order of SCORER_NETS.
 SIZES = {
-    "default": dict(train=600, val=100, test=200, pretrain=1800, scorer=900, oracle=400, workers=2,
+    "default": dict(train=600, val=100, test=200, pretrain=1500, scorer=700, oracle=300, workers=2,
                     encoder_steps=300, base_steps=750, scorer_steps=200, sync_steps=400, oracle_steps=250),
-    "tiny": dict(train=16, val=6, test=8, pretrain=64, scorer=48, oracle=32, workers=1,
+    "tiny": dict(train=16, val=6, test=8, pretrain=48, scorer=32, oracle=24, workers=1,
                  encoder_steps=40, base_steps=40, scorer_steps=15, sync_steps=25, oracle_steps=20),
 }  # fmt: skip
 CORPORA = ("train", "val", "test", "pretrain", "scorer", "oracle")  # the index is part of every clip's seed
@@ -194,28 +194,32 @@ def draw_picture(script):
     cy = 0.8 - np.minimum(0.6, 0.25 + 0.5 * gap) * 4 * u * (1 - u)
     cx = rng.uniform(0.3, 0.7) + rng.uniform(-0.1, 0.1) * t
     r = rng.uniform(0.09, 0.14)
-    grid = ((np.arange(FILE_PIXELS) + 0.5) / FILE_PIXELS).astype(np.float32)
-    dx, dy = np.abs(grid - cx[:, None])[:, None, :], np.abs(grid - cy[:, None])[:, :, None]
-    dx, dy = dx.astype(np.float32), dy.astype(np.float32)
+    grid = ((np.arange(PIXELS) + 0.5) / PIXELS).astype(np.float32)
+    dx = np.abs(grid - cx[:, None])[:, None, :].astype(np.float32)
+    dy = np.abs(grid - cy[:, None])[:, :, None].astype(np.float32)
     outline = script["kind"] // 2
     if outline < 2:
         d = np.sqrt(dx * dx + dy * dy)
         d = d - r if outline == 0 else np.abs(d - r) - 0.3 * r
     else:
         d = np.maximum(dx - (1.5 if outline == 2 else 0.55) * r, dy - (0.55 if outline == 2 else 1.5) * r)
-    mask = np.clip(0.5 - d * FILE_PIXELS, 0, 1)[..., None]
-    colour = np.array([0.95, 0.45, 0.15] if script["kind"] % 2 == 0 else [0.15, 0.5, 0.95]) + rng.uniform(-0.1, 0.1, 3)
-    ground = np.float32(rng.uniform(0.05, 0.35))
-    grain = 0.03 * rng.standard_normal((FRAMES, FILE_PIXELS, FILE_PIXELS, 1), dtype=np.float32)
-    return (np.clip(ground + grain + mask * (colour.astype(np.float32) - ground), 0, 1) * 255).astype(np.uint8)
+    mask = np.clip(np.float32(0.5) - d * PIXELS, 0, 1)
+    warm = script["kind"] % 2 == 0
+    colour = 255 * (np.array([0.8, 0.4, 0.2] if warm else [0.2, 0.45, 0.8]) + rng.uniform(-0.1, 0.1, 3))
+    ground = np.float32(255 * rng.uniform(0.1, 0.35))
+    grain = np.frombuffer(rng.bytes(mask.size), np.uint8).reshape(mask.shape) >> 4
+    picture = np.empty((*mask.shape, 3), np.uint8)
+    for channel in range(3):
+        picture[..., channel] = (ground + mask * np.float32(colour[channel] - ground)).astype(np.uint8) + grain
+    return picture
 
 
 def write_mp4(path, picture, sound):
     """H.264 and AAC in one file. One encoder thread: the bytes must not depend on the number of cores."""
     with av.open(str(path), "w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "18", "threads": "1"})
-        video.width, video.height, video.pix_fmt = FILE_PIXELS, FILE_PIXELS, "yuv420p"
-        audio = container.add_stream("aac", rate=RATE_HZ, layout="mono", options={"b": "96000"})
+        video = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "23", "threads": "1"})
+        video.width, video.height, video.pix_fmt = PIXELS, PIXELS, "yuv420p"
+        audio = container.add_stream("aac", rate=RATE_HZ, layout="mono", options={"b": "96000", "aac_coder": "fast"})
         for image in picture:
             container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(video.encode(None))
@@ -245,7 +249,7 @@ def corpus_clip(job):
     seed, corpus, index = job
     script = draw_script(seed, corpus, index)
     sound = draw_sound(script)
-    picture = draw_picture(script) if corpus != "oracle" else np.zeros((2, FILE_PIXELS, FILE_PIXELS, 3), np.uint8)
+    picture = draw_picture(script) if corpus != "oracle" else np.zeros((2, PIXELS, PIXELS, 3), np.uint8)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         write_mp4(path, picture, sound)
@@ -325,7 +329,9 @@ class Codec(nn.Module):
 
 
 def frame_transform(frame):
-    """(H, W, 3) uint8 of any size -> (32, 32, 3) uint8: the central square, averaged down."""
+    """(H, W, 3) uint8 of any size -> (64, 64, 3) uint8: the central square, averaged down."""
+    if frame.shape[:2] == (PIXELS, PIXELS):
+        return frame
     side = min(frame.shape[:2])
     top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
     square = frame[top : top + side, left : left + side].permute(2, 0, 1).float()
@@ -333,14 +339,14 @@ def frame_transform(frame):
 
 
 def moments(frames):
-    """(50, 32, 32, 3) uint8 -> (50, 10) float32: of what differs from the ground, its mass, place, extent, colour."""
-    frames = frames.float() / 255
-    ground = frames.reshape(-1, 3)[::5].median(dim=0).values
+    """(50, 64, 64, 3) uint8 -> (50, 10) float32: of what differs from the ground, its mass, place, extent, colour."""
+    frames = F.avg_pool2d(frames.permute(0, 3, 1, 2).float() / 255, 2).permute(0, 2, 3, 1)
+    ground = frames.reshape(-1, 3)[::7].median(dim=0).values
     diff = frames - ground
     weight = (diff.abs().sum(-1) - 0.25).clamp(min=0)
     mass = weight.sum((1, 2))
     share = weight / mass.clamp(min=1e-3)[:, None, None]
-    grid = (torch.arange(PIXELS) + 0.5) / PIXELS
+    grid = (torch.arange(PIXELS // 2) + 0.5) / (PIXELS // 2)
     cx, cy = (share.sum(1) * grid).sum(-1), (share.sum(2) * grid).sum(-1)
     dx, dy = grid - cx[:, None], grid - cy[:, None]
     sx, sy = (share.sum(1) * dx**2).sum(-1).sqrt(), (share.sum(2) * dy**2).sum(-1).sqrt()
@@ -470,7 +476,7 @@ class Base:
 
     @torch.no_grad()
     def encode_video(self, frames):
-        """(50, 32, 32, 3) uint8 -> {"frames": (25, 64), "pooled": (32,)} float32."""
+        """(50, 64, 64, 3) uint8 -> {"frames": (25, 64), "pooled": (32,)} float32."""
         per_frame, pooled = self.encoder.tower(moments(frames)[None])
         return {"frames": per_frame.reshape(TOKENS, 2 * EMBED), "pooled": pooled[0]}
 

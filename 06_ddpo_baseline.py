@@ -11,9 +11,9 @@ Reads:
     02_audioscore.pt      the reward model, on top of the five scorers
 Writes, in <run>/<--out>:
     policy.pt, policy.json, checkpoint.pt, settings.json     as stage 05; a rerun resumes at the last whole round
-    log.jsonl             per step: round, reward (mean P(Good) of the round's samples), reward_std (within prompts),
-                          ratio, clipped (share), approx_kl, grad_norm, lr, seconds, forwards (rows through the network so
-                          far, sampling and training), peak_gb
+    log.jsonl             per step: round, reward (mean P(Good) of the round's samples), reward_std (within
+                          prompts), ratio, clipped (share), approx_kl, grad_norm, lr, seconds, forwards (rows through the
+                          network so far, sampling and training), peak_gb
 Takes: toy 75 s on 2 cores.
 """
 
@@ -44,7 +44,7 @@ def parse_args(argv=None):
     paper.add_argument("--prompts", type=int, default=8, help="clips per round over all GPUs")
     paper.add_argument("--group-size", type=int, default=8, help="audios per clip and round")
     paper.add_argument("--sampling-steps", type=int, default=10, help="SDE steps of a trajectory")
-    paper.add_argument("--updates", type=int, default=8, help="optimizer updates per round, each on one step of every trajectory")
+    paper.add_argument("--updates", type=int, default=8, help="optimizer updates per round")
     paper.add_argument("--eta", type=float, default=0.7, help="SDE noise, s = eta sqrt(t / (1 - t))")
     paper.add_argument("--clip-range", type=float, default=1e-3, help="the ratio is clipped to 1 +- this")
     engineering = parser.add_argument_group("engineering")
@@ -55,7 +55,7 @@ def parse_args(argv=None):
     engineering.add_argument("--seed", type=int, default=0)
     args = common.parse(parser, argv, "06")
     if not 1 <= args.updates <= args.sampling_steps - 1:
-        stop(f"--updates {args.updates}: between 1 and --sampling-steps - 1 ({args.sampling_steps - 1} stochastic steps)")
+        stop(f"--updates {args.updates}: from 1 to {args.sampling_steps - 1}, the stochastic steps of a trajectory")
     if args.group_size < 2:
         stop(f"--group-size {args.group_size}: advantages are per prompt, so at least 2")
     return args
@@ -140,8 +140,8 @@ class Reward:
         waves, found = torch.nan_to_num(waves, 0.0, 0.0, 0.0).clamp(-1, 1), {}
         for name, scorer in self.scorers.items():
             rate = scorer.sample_rate_hz
-            at_rate = waves if rate == model.sample_rate_hz else torchaudio.functional.resample(waves, model.sample_rate_hz, rate)
-            found[name] = scorer(common.fit_length(at_rate, round(model.clip_s * rate)), clips)
+            resampled = torchaudio.functional.resample(waves, model.sample_rate_hz, rate)
+            found[name] = scorer(common.fit_length(resampled, round(model.clip_s * rate)), clips)
         return self.audioscore(common.five_scores(found, self.audioscore))[:, 0] * finite
 
     def forget(self):

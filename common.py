@@ -575,7 +575,7 @@ TOY = {
         "02": dict(num_rated_clips=150),
         "03": dict(num_human_pairs=100),
         "05": dict(lr=1e-4, warmup=20, steps=250, global_batch=16, beta=20.0),
-        "06": dict(lr=3e-4, steps=60, prompts=16, group_size=8, sampling_steps=10),
+        "06": dict(lr=3e-4, steps=240, prompts=8, group_size=8, sampling_steps=10, updates=8),
         "07": dict(guidance=1.5),
     },
     "tiny": {
@@ -583,7 +583,7 @@ TOY = {
         "02": dict(num_rated_clips=6),
         "03": dict(num_human_pairs=4),
         "05": dict(lr=1e-4, warmup=2, steps=8, global_batch=4, beta=20.0),
-        "06": dict(lr=3e-4, steps=2, prompts=2, group_size=3, sampling_steps=4),
+        "06": dict(lr=3e-4, steps=4, prompts=2, group_size=3, sampling_steps=4, updates=2),
         "07": dict(guidance=1.5),
     },
 }
@@ -934,6 +934,7 @@ class Toy(FlowModel):
             stop(f"--model toy:{variant}: the toy model has no variants; give --model toy")
         if checkpoint is None:
             stop("--model toy: needs its weights; run 00_toy_world.py and give --checkpoint runs/toy/00_base.pt")
+        self.checkpoint = Path(checkpoint)
         base = toy_world().load_base(checkpoint)
         self.upstream = [base]  # in a list: no submodule
         self.net = base.net
@@ -966,10 +967,10 @@ class Toy(FlowModel):
 
     def load_policy(self, path):
         """path: policy.pt, a bare state dict of ToyNet."""
-        state, own = load_pt(path), self.net.state_dict()
-        if not isinstance(state, dict) or {k: getattr(v, "shape", None) for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        try:
+            self.net.load_state_dict(load_pt(path))
+        except (AttributeError, RuntimeError, TypeError):
             stop(f"{path}: is not a policy of the toy model; give the policy.pt of a run whose --model is toy")
-        self.net.load_state_dict(state)
 
 
 # ============================================================================================================

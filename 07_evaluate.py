@@ -1,0 +1,457 @@
+"""Stage 07: the metrics of Tables 1 and 2, with intervals, and the report (Sec. 3.1-3.2).
+
+Run:
+    python 07_evaluate.py                                      # ground truth, base, Flow-DPO, DDPO on the test split
+    python 07_evaluate.py --split val --systems no_human=05_no_human      # another policy folder of the run
+    python 07_evaluate.py --run runs/vgg --only --systems ground_truth thinksound=DIR   # a folder of audio files
+    torchrun --nproc_per_node 8 07_evaluate.py --run runs/vgg
+
+Reads:
+    clips.jsonl, 02_audioscore.pt, policy folders of the run, folders of audio named by clip id (any common format)
+Writes:
+    07_audio/<system>/<clip>.wav     one audio per clip, from the clip's own seed: systems share their noise
+    07_conditions/*.pt               the encoders' features of the split
+    07_scores/*.pt                   what every scorer said, under clip and digest of the audio
+    07_results.jsonl                 system, metric, better (higher or lower), value, low, high (95 %), n (clips), and diff,
+                                     diff_low, diff_high: value minus base's, paired, never sign-flipped, null for base
+    07_report.html                   one self-contained page; --split val writes 07_results_val.jsonl and no page
+Takes: toy 45 s on 2 cores.
+"""
+
+import base64
+import html
+import io
+import json
+import shutil
+import string
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from tqdm import tqdm
+
+import common
+from common import AudioScore, SkipClip, stop
+
+DEFAULTS = {"ground_truth": None, "base": None, "flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")
+BLOCK_CLIPS = 32  # clips per cached file
+LISTEN = 6  # clips on the page
+
+# metric: (column, better, decimals, shown times)
+METRICS = {
+    "fd_passt": ("FD_PaSST", "lower", 2, 1), "fd": ("FD", "lower", 2, 1),
+    "kl_panns": ("KL_PANNs", "lower", 2, 1), "kl_passt": ("KL_PaSST", "lower", 2, 1), "kl": ("KL", "lower", 2, 1),
+    "is": ("IS", "higher", 2, 1), "ib": ("IB x100", "higher", 2, 100), "clap": ("CLAP x100", "higher", 2, 100),
+    "desync_s": ("DeSync s", "lower", 3, 1), "p_good": ("P(Good)", "higher", 3, 1), "win_rate": ("wins", "higher", 3, 1),
+    "oracle_semantic": ("oracle: semantic", "higher", 3, 1), "oracle_sync_s": ("oracle: sync s", "lower", 4, 1),
+    "oracle_floor_db": ("oracle: floor dB", "lower", 2, 1), "oracle_aesthetic": ("oracle: aesthetic", "higher", 3, 1),
+}  # fmt: skip
+SET_METRICS = ("fd_passt", "fd", "is")
+PAPER_COLUMNS = ("fd_passt", "kl_panns", "kl_passt", "is", "ib", "desync_s")
+PAPER = {  # Table 1, VGGSound test
+    "Seeing&Hearing": (219.01, 2.26, 2.30, 8.58, 33.99, 1.20), "V-AURA": (218.50, 2.42, 2.07, 10.08, 27.64, 0.65),
+    "FoleyCrafter": (140.09, 2.30, 2.23, 15.68, 25.68, 1.23), "V2A-Mapper": (84.57, 2.69, 2.56, 12.47, 22.58, 1.23),
+    "ThinkSound": (54.92, 1.32, 1.52, 16.03, 34.13, 0.46), "Frieren": (106.10, 2.73, 2.86, 12.25, 22.78, 0.85),
+    "Frieren-DDPO": (75.41, 2.58, 2.61, 13.12, 23.19, 0.65), "Frieren-DPO": (69.98, 2.55, 2.63, 13.98, 24.11, 0.62),
+    "MMAudio": (60.60, 1.65, 1.40, 17.40, 33.22, 0.44), "MMAudio-DDPO": (54.81, 1.42, 1.36, 18.34, 33.89, 0.39),
+    "MMAudio-DPO": (51.38, 1.38, 1.34, 19.21, 34.08, 0.35),
+}  # fmt: skip
+TOLERANCE = "a repeated evaluation of one MMAudio checkpoint drifted by 0.69 FD_PaSST and 0.006 s DeSync"
+
+
+def parse_args(argv=None):
+    parser = common.argument_parser(__doc__)
+    files = parser.add_argument_group("io")
+    files.add_argument("--run", default="runs/toy", help="run folder")
+    files.add_argument("--split", choices=("val", "test"), default="test", help="val is for your own choices")
+    files.add_argument("--systems", nargs="+", default=[], metavar="NAME[=DIR]", help="more systems: a policy folder of "
+                       "the run, or a folder of audio files named by clip id")  # fmt: skip
+    files.add_argument("--only", action="store_true", help="evaluate --systems alone, not the default four too")
+    files.add_argument("--allow-missing", action="store_true", help="evaluate a system that lacks audio for some clips")
+    files.add_argument("--weights", default="weights", help="folder of downloaded files")
+    paper = parser.add_argument_group("paper")
+    paper.add_argument("--guidance", type=float, default=4.5, help="guidance scale gamma [Sec. 3.1]")
+    engineering = parser.add_argument_group("engineering")
+    engineering.add_argument("--batch-clips", type=int, default=16, help="clips sampled together")
+    return common.parse(parser, argv, "07")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Metrics, to av-benchmark's definitions
+# ------------------------------------------------------------------------------------------------------------
+
+
+def frechet_distance(a, b):
+    """FD between Gaussians fitted to a (n, d) and b (m, d): |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), unbiased
+    covariances, float64. Fewer audios than dimensions: defined, biased upwards. None below two audios."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if len(a) < 2 or len(b) < 2:
+        return None
+    cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    values, vectors = np.linalg.eigh(cov_a)
+    root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(0)).sum()  # tr (A B)^(1/2), by similarity
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def kl_divergence(truth, generated):
+    """KL(ground truth || generated) of the softmax class distributions, per clip; logits (n, classes) -> (n,) nats."""
+    log_p, log_q = (torch.as_tensor(x).double().log_softmax(dim=1) for x in (truth, generated))
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1).numpy()
+
+
+def inception_score(logits, splits=10, seed=2020):
+    """exp of the mean KL(p(y|a) || p(y)), per split of a seeded shuffle, mean over splits. None below 10 audios."""
+    if len(logits) < splits:
+        return None
+    order = np.random.RandomState(seed).permutation(len(logits))  # noqa: NPY002, av-benchmark's generator
+    log_p = torch.as_tensor(logits)[order].double().log_softmax(dim=1)
+    edges = [i * len(order) // splits for i in range(splits + 1)]
+    scores = []
+    for part in (log_p[low:high] for low, high in zip(edges[:-1], edges[1:])):
+        marginal = part.logsumexp(dim=0) - np.log(len(part))
+        scores.append((part.exp() * (part - marginal)).nan_to_num(0.0).sum(dim=1).mean().exp().item())
+    return float(np.mean(scores))
+
+
+def bootstrap(values, resamples=2000, seed=0):
+    """95 % percentile interval of the mean over clips; values (n,), nan = the metric does not apply to the clip."""
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return None, None
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    return tuple(float(q) for q in np.percentile(means, (2.5, 97.5)))
+
+
+def jackknife(statistic, n, blocks=20, seed=0):
+    """95 % interval of a set metric by deleting one of 20 blocks of clips at a time (a bootstrap of FD would exclude
+    its own value: resampled sets have fewer distinct clips). statistic: indices -> float or None."""
+    value, block = statistic(np.arange(n)), np.random.default_rng(seed).permutation(n) % blocks
+    parts = [statistic(np.flatnonzero(block != i)) for i in range(min(blocks, n))]
+    if value is None or len(parts) < 2 or any(part is None for part in parts):
+        return value, None, None
+    parts = np.array(parts)
+    error = np.sqrt((len(parts) - 1) / len(parts) * np.square(parts - parts.mean()).sum())
+    reach = float(stats.t.ppf(0.975, len(parts) - 1) * error)
+    return value, value - reach, value + reach
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Audio of every system
+# ------------------------------------------------------------------------------------------------------------
+
+
+def choose_systems(run, args):
+    """{name: folder, or None for ground truth and base}, in the order of the table."""
+    systems = {} if args.only else {k: v and run / v for k, v in DEFAULTS.items() if v is None or (run / v).is_dir()}
+    for item in args.systems:
+        name, _, folder = item.partition("=")
+        if not name.replace("_", "").replace("-", "").isalnum():
+            stop(f"--systems {item}: a name has letters, digits, _ and -")
+        if folder:
+            systems[name] = run / folder if (run / folder / "policy.json").exists() else Path(folder)
+        elif name in DEFAULTS:
+            systems[name] = DEFAULTS[name] and run / DEFAULTS[name]
+        else:
+            stop(f"--systems {item}: give NAME=DIR; known without DIR are {', '.join(DEFAULTS)}")
+        if systems[name] is not None and not systems[name].is_dir():
+            stop(f"--systems {item}: {systems[name]} is no folder")
+    for name, folder in DEFAULTS.items():
+        if not args.only and name not in systems:
+            print(f"{name}: left out, {run / folder} does not exist")
+    if not systems:
+        stop("--only: name at least one of the --systems")
+    return systems
+
+
+def is_policy(name, folder):
+    return name == "base" or (folder is not None and (folder / "policy.json").exists())
+
+
+def read_features(model, run, clips):
+    """Features of these clips from 07_conditions/, encoding what is not there yet: {clip id: dict}."""
+    features = {}
+    for i in range(0, len(clips), BLOCK_CLIPS):
+        block = clips[i : i + BLOCK_CLIPS]
+        file = run / "07_conditions" / f"{clips[0]['split']}_{i // BLOCK_CLIPS:05d}.pt"
+        cached = common.load_pt(file) if file.exists() else {}
+        new = {}
+        for clip in block:
+            if clip["id"] not in cached:
+                try:
+                    new[clip["id"]] = model.encode(clip)
+                except SkipClip as reason:
+                    print(f"{clip['id']}: {reason}; no policy can sound it")
+        if new:
+            common.save_pt(file, cached | new)
+        features |= cached | new
+    return features
+
+
+def generate(run, name, folder, model, features, clips, args, ranks):
+    """One audio per clip of a policy, 07_audio/<name>/<clip>.wav; what exists from the same policy is kept."""
+    rank, world, device = ranks
+    run_json, out = common.read_run(run), audio_folder(run, name, args)
+    policy = run_json["checkpoint_digest"] if folder is None else common.digest(folder / "policy.pt")
+    settings = dict(policy=policy, guidance=args.guidance, steps=run_json["sampler"]["steps"], seed=run_json["seed"])
+    if rank == 0 and (out / "settings.json").exists():
+        if common.read_json(out / "settings.json") != settings:
+            shutil.rmtree(out)  # a cache of another policy
+    if rank == 0:
+        common.write_text(out / "settings.json", json.dumps(settings) + "\n")
+    common.barrier()
+    todo = [c for c in clips if c["id"] in features and not (out / f"{c['id']}.wav").exists()][rank::world]
+    if todo and folder is not None:
+        about = common.read_json(folder / "policy.json")
+        if about["model"] != run_json["model"] or about["base_digest"] != run_json["checkpoint_digest"]:
+            stop(f"{folder}: a policy of {about['model']} tuned from another base than this run's; use its own run")
+        model.load_policy(folder / "policy.pt")
+    for start in tqdm(range(0, len(todo), args.batch_clips), desc=name, unit="batch", disable=rank > 0 or not todo):
+        batch = todo[start : start + args.batch_clips]
+        stacked = {k: torch.stack([features[c["id"]][k] for c in batch]).to(device) for k in features[batch[0]["id"]]}
+        seeds = [common.audio_seed(run_json["seed"], c["id"], 0) for c in batch]
+        with common.autocast(device, "auto" if device != "cpu" else "fp32"):
+            a_0 = common.sample(model, stacked, seeds, run_json["sampler"]["steps"], args.guidance)
+        for clip, wave in zip(batch, model.decode(a_0.float())):
+            common.write_audio(out / f"{clip['id']}.wav", wave, model.sample_rate_hz)
+    common.barrier()
+
+
+def audio_folder(run, name, args):
+    """Audio at another guidance than the run's is kept apart."""
+    usual = common.read_run(run)["sampler"]["guidance"]
+    return run / "07_audio" / (name if args.guidance == usual else f"{name}@{args.guidance:g}")
+
+
+def audio_files(run, name, folder, clips, args):
+    """{clip id: audio path} of what a system has."""
+    if name == "ground_truth":
+        return {c["id"]: c["path"] for c in clips if has_audio(c["path"])}
+    if not is_policy(name, folder):
+        names = {c["id"]: [folder / (c["id"] + suffix) for suffix in AUDIO_SUFFIXES] for c in clips}
+        return {clip: next(p for p in paths if p.exists()) for clip, paths in names.items() if any(map(Path.exists, paths))}
+    out = audio_folder(run, name, args)
+    return {c["id"]: out / f"{c['id']}.wav" for c in clips if (out / f"{c['id']}.wav").exists()}
+
+
+def has_audio(path):
+    try:
+        common.read_audio(path, 16_000)
+        return True
+    except SkipClip:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Numbers
+# ------------------------------------------------------------------------------------------------------------
+
+
+def score_systems(run, files, clips, args, ranks):
+    """Everything the scorers say of every system: {system: {scorer: {key: (n, ...)}}}, rows in the order of
+    files[system]; each audio once, each video tower once per clip."""
+    toy = "scorers" in common.read_run(run)
+    names = [*common.AUDIOSCORE_SCORERS, *(() if toy else ("panns_16k", "passt"))]
+    groups, mine = {}, {system: {} for system in files}
+    for i, clip in enumerate(clips):
+        group = f"{clip['split']}_{i // BLOCK_CLIPS:05d}"
+        for system, paths in files.items():
+            if clip["id"] in paths:
+                audio = (clip, paths[clip["id"]], f"{clip['id']}/{common.digest(paths[clip['id']])}")
+                groups.setdefault(group, {})[audio[2]] = audio  # equal audio of two systems is scored once
+                mine[system].setdefault(group, []).append(audio)
+    groups = {group: list(audios.values()) for group, audios in groups.items()}
+    common.score_groups(run, run / "07_scores", groups, names, args.weights, ranks)
+    return {system: common.merge_scores(run / "07_scores", mine[system], names) for system in files}
+
+
+def per_clip_values(run, found, clips, files):
+    """Metrics that are means over clips: {system: {metric: (n,) float64, nan where absent}}, rows = clips; and what
+    the set metrics need: {system: {metric: (embedding or logits, row of each clip or -1)}}."""
+    toy = "scorers" in common.read_run(run)
+    kl_from = {"kl": "panns"} if toy else {"kl_panns": "panns_16k", "kl_passt": "passt"}
+    sets_from = {"fd": ("panns", "embedding"), "is": ("panns", "logits")}
+    if not toy:
+        sets_from = {"fd_passt": ("passt", "embedding"), "is": ("panns_16k", "logits")}
+    judge = run / "02_audioscore.pt"
+    audioscore = AudioScore.load(judge) if judge.exists() else None
+    means, sets = {}, {}
+    for system, part in found.items():
+        row = dict(zip(files[system], range(len(files[system]))))
+        rows = np.array([row.get(clip["id"], -1) for clip in clips])
+
+        def spread(values, rows=rows):
+            return np.where(rows >= 0, np.asarray(values, np.float64)[rows], np.nan)
+
+        values = {"ib": part["imagebind"]["ib"], "clap": part["clap"]["clap"]}
+        values["desync_s"] = part["synchformer"]["desync_s"]
+        if audioscore:
+            values["p_good"] = audioscore(common.five_scores(part, audioscore))[:, 0]
+        if toy and (run / "00_oracle.pt").exists():
+            by_id = {clip["id"]: clip for clip in clips}
+            audios = [(by_id[clip], path) for clip, path in files[system].items()]
+            values |= common.toy_world().oracle_scores(run, audios)
+        means[system] = {metric: spread(v) for metric, v in values.items() if metric in METRICS}
+        sets[system] = {metric: (part[s][key].numpy(), rows) for metric, (s, key) in sets_from.items()}
+    truth = found.get("ground_truth")
+    for system, part in found.items():
+        if truth and system != "ground_truth":
+            have = [i for i, c in enumerate(clips) if c["id"] in files[system] and c["id"] in files["ground_truth"]]
+            a, b = (sets[s]["is"][1][have] for s in ("ground_truth", system))
+            for metric, scorer in kl_from.items():
+                values = np.full(len(clips), np.nan)
+                values[have] = kl_divergence(truth[scorer]["logits"][a], part[scorer]["logits"][b])
+                means[system][metric] = values
+        if "p_good" in means[system] and "base" in means:
+            ours, base = means[system]["p_good"], means["base"]["p_good"]
+            wins = (ours > base) + 0.5 * (ours == base)
+            means[system]["win_rate"] = np.where(np.isfinite(ours) & np.isfinite(base), wins, np.nan)
+    return means, sets
+
+
+def results_of(means, sets, n):
+    """Lines of 07_results.jsonl."""
+    lines, truth = [], sets.get("ground_truth")
+    for system in means:
+        against = system != "base" and "base" in means
+
+        def line(metric, value, low, high, count, diff, system=system):
+            keys = ("value", "low", "high", "n", "diff", "diff_low", "diff_high")
+            numbers = dict(zip(keys, (value, low, high, count, *diff)))
+            return {"system": system, "metric": metric, "better": METRICS[metric][1], **numbers}
+
+        for metric, values in means[system].items():
+            value = float(np.nanmean(values)) if np.isfinite(values).any() else None
+            diff = (None, None, None)
+            if against and metric in means["base"]:
+                gap = values - means["base"][metric]
+                if np.isfinite(gap).any():
+                    diff = (float(np.nanmean(gap)), *bootstrap(gap))
+            lines.append(line(metric, value, *bootstrap(values), int(np.isfinite(values).sum()), diff))
+        for metric in sets[system]:
+            if metric != "is" and (truth is None or system == "ground_truth"):
+                continue
+
+            def statistic(index, metric=metric, system=system):
+                embedding, rows = sets[system][metric]
+                mine = embedding[rows[index][rows[index] >= 0]]
+                if metric == "is":
+                    return inception_score(mine)
+                reference, rows = truth[metric]
+                return frechet_distance(mine, reference[rows[index][rows[index] >= 0]])
+
+            def difference(index, statistic=statistic):
+                ours, base = statistic(index), statistic(index, system="base")
+                return None if ours is None or base is None else ours - base
+
+            count = int((sets[system][metric][1] >= 0).sum())
+            diff = jackknife(difference, n) if against else (None, None, None)
+            lines.append(line(metric, *jackknife(statistic, n), count, diff))
+    order = list(METRICS)
+    return sorted(lines, key=lambda row: (list(means).index(row["system"]), order.index(row["metric"])))
+
+
+def shown(metric, value, sign=""):
+    _, _, decimals, times = METRICS[metric]
+    return "-" if value is None else f"{value * times:{sign}.{decimals}f}"
+
+
+def verdict(row):
+    """`better`, `worse` or `` by whether the interval of the difference excludes 0."""
+    if row["diff_low"] is None or row["diff_low"] <= 0 <= row["diff_high"]:
+        return ""
+    return "better" if (row["diff"] > 0) == (row["better"] == "higher") else "worse"
+
+
+def print_table(results, systems):
+    """Values, then differences to base with 95 % intervals; + and - mark intervals that exclude 0."""
+    cell = {(row["metric"], row["system"]): row for row in results}
+    metrics = [m for m in METRICS if any((m, s) in cell for s in systems)]
+    print("\n" + f"{'':<18}" + "".join(f"{s[:14]:>15}" for s in systems))
+    for metric in metrics:
+        arrow = "^" if METRICS[metric][1] == "higher" else "v"
+        values = [shown(metric, cell[metric, s]["value"]) if (metric, s) in cell else "" for s in systems]
+        print(f"{METRICS[metric][0] + ' ' + arrow:<18}" + "".join(f"{v:>15}" for v in values))
+    others = [s for s in systems if s not in ("base", "ground_truth")]
+    if "base" in systems and others:
+        print("\nminus base, 95 % interval" + " " * 4 + "".join(f"{s[:24]:>32}" for s in others))
+        for metric in metrics:
+            text = f"{METRICS[metric][0]:<29}"
+            for row in (cell.get((metric, s)) for s in others):
+                if row is None or row["diff"] is None:
+                    text += " " * 32
+                    continue
+                low, high = (shown(metric, row[k], "+") for k in ("diff_low", "diff_high"))
+                mark = {"better": " better", "worse": " worse "}.get(verdict(row), "       ")
+                text += f"{shown(metric, row['diff'], '+') + ' [' + low + ', ' + high + ']' + mark:>32}"
+            print(text)
+
+
+def paper_rows(run_json, results):
+    """The paper's rows that this run compares with; all of Table 1 for the real scorers."""
+    if "scorers" in run_json:
+        family = "MMAudio"
+        return {name: PAPER[name] for name in (family, f"{family}-DDPO", f"{family}-DPO")}
+    return PAPER
+
+
+def print_paper(run_json, results, systems):
+    print("\nthe paper (Table 1, VGGSound test):" + "".join(f"{METRICS[m][0]:>11}" for m in PAPER_COLUMNS))
+    for name, row in paper_rows(run_json, results).items():
+        print(f"{name:<35}" + "".join(f"{value:>11}" for value in row))
+    if "scorers" in run_json:
+        print("(another world, other scorers: compare the signs of the differences, not the numbers)")
+    else:
+        print(f"({TOLERANCE}: take that as the tolerance)")
+
+
+def main(args):
+    # -- setup
+    ranks = rank, _, device = common.setup_ranks()
+    run = Path(args.run)
+    run_json = common.read_run(run)
+    clips = common.read_clips(run, args.split)
+    if not clips:
+        stop(f"{run}/clips.jsonl has no clip of the split {args.split}; give some that split in stage 01's --clips")
+    systems = choose_systems(run, args)
+    if (run / "02_settings.json").exists():
+        common.check_chain(run, "02")
+
+    # -- audio
+    if any(is_policy(name, folder) for name, folder in systems.items()):
+        model = common.load_base_model(run, device, args.weights)
+        features = read_features(model, run, clips) if rank == 0 else None
+        common.barrier()
+        features = features or read_features(model, run, clips)
+        for name, folder in systems.items():  # base comes before any policy replaces its weights
+            if is_policy(name, folder):
+                generate(run, name, folder, model, features, clips, args, ranks)
+        del model
+    files = {name: audio_files(run, name, folder, clips, args) for name, folder in systems.items()}
+    for name, paths in files.items():
+        if len(paths) < len(clips):
+            missing = next(c["id"] for c in clips if c["id"] not in paths)
+            said = f"{name}: audio for {len(paths)} of {len(clips)} {args.split} clips, first missing {missing}"
+            if not paths or not args.allow_missing:
+                stop(f"{said}; complete it, or evaluate what there is with --allow-missing")
+            print(said)
+
+    # -- numbers
+    found = score_systems(run, files, clips, args, ranks)
+    if rank > 0:
+        return
+    means, sets = per_clip_values(run, found, clips, files)
+    results = results_of(means, sets, len(clips))
+    suffix = "" if args.split == "test" else f"_{args.split}"
+    common.write_jsonl(run / f"07_results{suffix}.jsonl", results)
+    coverage = ", ".join(f"{name} {len(paths)}/{len(clips)}" for name, paths in files.items())
+    print(f"{args.split} split, guidance {args.guidance:g}; clips with audio: {coverage}")
+    print_table(results, list(systems))
+    print_paper(run_json, results, systems)
+    print(f"\nwrote {run / f'07_results{suffix}.jsonl'}")
+    if args.split == "test":
+        write_report(run, run_json, results, systems, files, clips)
+        print(f"open {run / '07_report.html'}")
