@@ -12,8 +12,9 @@ Writes:
     07_audio/<system>/<clip>.wav     one audio per clip, from the clip's own seed: systems share their noise
     07_conditions/*.pt               the encoders' features of the split
     07_scores/*.pt                   what every scorer said, under clip and digest of the audio
-    07_results.jsonl                 system, metric, better (higher or lower), value, low, high (95 %), n (clips), and diff,
-                                     diff_low, diff_high: value minus base's, paired, never sign-flipped, null for base
+    07_results.jsonl                 system, metric, better (higher or lower), value, low, high (95 %), n (clips), and
+                                     diff, diff_low, diff_high: value minus base's, paired, never sign-flipped, null
+                                     for base
     07_report.html                   one self-contained page; --split val writes 07_results_val.jsonl and no page
 Takes: toy 45 s on 2 cores.
 """
@@ -44,7 +45,8 @@ METRICS = {
     "fd_passt": ("FD_PaSST", "lower", 2, 1), "fd": ("FD", "lower", 2, 1),
     "kl_panns": ("KL_PANNs", "lower", 2, 1), "kl_passt": ("KL_PaSST", "lower", 2, 1), "kl": ("KL", "lower", 2, 1),
     "is": ("IS", "higher", 2, 1), "ib": ("IB x100", "higher", 2, 100), "clap": ("CLAP x100", "higher", 2, 100),
-    "desync_s": ("DeSync s", "lower", 3, 1), "p_good": ("P(Good)", "higher", 3, 1), "win_rate": ("wins", "higher", 3, 1),
+    "desync_s": ("DeSync s", "lower", 3, 1), "p_good": ("P(Good)", "higher", 3, 1),
+    "win_rate": ("wins against base", "higher", 3, 1),
     "oracle_semantic": ("oracle: semantic", "higher", 3, 1), "oracle_sync_s": ("oracle: sync s", "lower", 4, 1),
     "oracle_floor_db": ("oracle: floor dB", "lower", 2, 1), "oracle_aesthetic": ("oracle: aesthetic", "higher", 3, 1),
 }  # fmt: skip
@@ -58,7 +60,7 @@ PAPER = {  # Table 1, VGGSound test
     "MMAudio": (60.60, 1.65, 1.40, 17.40, 33.22, 0.44), "MMAudio-DDPO": (54.81, 1.42, 1.36, 18.34, 33.89, 0.39),
     "MMAudio-DPO": (51.38, 1.38, 1.34, 19.21, 34.08, 0.35),
 }  # fmt: skip
-TOLERANCE = "a repeated evaluation of one MMAudio checkpoint drifted by 0.69 FD_PaSST and 0.006 s DeSync"
+TOLERANCE = "tolerance: a repeated evaluation of one MMAudio model drifted by 0.69 FD_PaSST and 0.006 s DeSync"
 
 
 def parse_args(argv=None):
@@ -66,8 +68,8 @@ def parse_args(argv=None):
     files = parser.add_argument_group("io")
     files.add_argument("--run", default="runs/toy", help="run folder")
     files.add_argument("--split", choices=("val", "test"), default="test", help="val is for your own choices")
-    files.add_argument("--systems", nargs="+", default=[], metavar="NAME[=DIR]", help="more systems: a policy folder of "
-                       "the run, or a folder of audio files named by clip id")  # fmt: skip
+    described = "more systems: a policy folder of the run, or a folder of audio files named by clip id"
+    files.add_argument("--systems", nargs="+", default=[], metavar="NAME[=DIR]", help=described)
     files.add_argument("--only", action="store_true", help="evaluate --systems alone, not the default four too")
     files.add_argument("--allow-missing", action="store_true", help="evaluate a system that lacks audio for some clips")
     files.add_argument("--weights", default="weights", help="folder of downloaded files")
@@ -164,7 +166,7 @@ def choose_systems(run, args):
             print(f"{name}: left out, {run / folder} does not exist")
     if not systems:
         stop("--only: name at least one of the --systems")
-    return systems
+    return dict(sorted(systems.items(), key=lambda item: list(DEFAULTS).index(item[0]) if item[0] in DEFAULTS else 9))
 
 
 def is_policy(name, folder):
@@ -197,10 +199,9 @@ def generate(run, name, folder, model, features, clips, args, ranks):
     run_json, out = common.read_run(run), audio_folder(run, name, args)
     policy = run_json["checkpoint_digest"] if folder is None else common.digest(folder / "policy.pt")
     settings = dict(policy=policy, guidance=args.guidance, steps=run_json["sampler"]["steps"], seed=run_json["seed"])
-    if rank == 0 and (out / "settings.json").exists():
-        if common.read_json(out / "settings.json") != settings:
-            shutil.rmtree(out)  # a cache of another policy
     if rank == 0:
+        if (out / "settings.json").exists() and common.read_json(out / "settings.json") != settings:
+            shutil.rmtree(out)  # a cache of another policy
         common.write_text(out / "settings.json", json.dumps(settings) + "\n")
     common.barrier()
     todo = [c for c in clips if c["id"] in features and not (out / f"{c['id']}.wav").exists()][rank::world]
@@ -232,7 +233,8 @@ def audio_files(run, name, folder, clips, args):
         return {c["id"]: c["path"] for c in clips if has_audio(c["path"])}
     if not is_policy(name, folder):
         names = {c["id"]: [folder / (c["id"] + suffix) for suffix in AUDIO_SUFFIXES] for c in clips}
-        return {clip: next(p for p in paths if p.exists()) for clip, paths in names.items() if any(map(Path.exists, paths))}
+        found = {clip: next((path for path in paths if path.exists()), None) for clip, paths in names.items()}
+        return {clip: path for clip, path in found.items() if path}
     out = audio_folder(run, name, args)
     return {c["id"]: out / f"{c['id']}.wav" for c in clips if (out / f"{c['id']}.wav").exists()}
 
@@ -390,22 +392,20 @@ def print_table(results, systems):
             print(text)
 
 
-def paper_rows(run_json, results):
-    """The paper's rows that this run compares with; all of Table 1 for the real scorers."""
+def paper_rows(run_json):
+    """Table 1 beside ours, and how to compare: in the toy world only MMAudio's rows, and only signs."""
     if "scorers" in run_json:
-        family = "MMAudio"
-        return {name: PAPER[name] for name in (family, f"{family}-DDPO", f"{family}-DPO")}
-    return PAPER
+        rows = {name: row for name, row in PAPER.items() if name.startswith("MMAudio")}
+        return rows, "another world and other scorers: compare the signs of the differences, not the numbers"
+    return PAPER, TOLERANCE
 
 
-def print_paper(run_json, results, systems):
-    print("\nthe paper (Table 1, VGGSound test):" + "".join(f"{METRICS[m][0]:>11}" for m in PAPER_COLUMNS))
-    for name, row in paper_rows(run_json, results).items():
-        print(f"{name:<35}" + "".join(f"{value:>11}" for value in row))
-    if "scorers" in run_json:
-        print("(another world, other scorers: compare the signs of the differences, not the numbers)")
-    else:
-        print(f"({TOLERANCE}: take that as the tolerance)")
+def print_paper(run_json):
+    rows, remark = paper_rows(run_json)
+    print("\nthe paper (Table 1, VGGSound test)" + "".join(f"{METRICS[m][0]:>11}" for m in PAPER_COLUMNS))
+    for name, row in rows.items():
+        print(f"{name:<34}" + "".join(f"{value:>11}" for value in row))
+    print(f"({remark})")
 
 
 def main(args):
@@ -450,8 +450,257 @@ def main(args):
     coverage = ", ".join(f"{name} {len(paths)}/{len(clips)}" for name, paths in files.items())
     print(f"{args.split} split, guidance {args.guidance:g}; clips with audio: {coverage}")
     print_table(results, list(systems))
-    print_paper(run_json, results, systems)
+    print_paper(run_json)
     print(f"\nwrote {run / f'07_results{suffix}.jsonl'}")
     if args.split == "test":
-        write_report(run, run_json, results, systems, files, clips)
+        write_report(run, run_json, results, systems, files, clips, args)
         print(f"open {run / '07_report.html'}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+# ------------------------------------------------------------------------------------------------------------
+
+
+def picture(figure):
+    """A matplotlib figure as an <img> with its data inside."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110, bbox_inches="tight")
+    return f'<img src="{data_uri("image/png", stream.getvalue())}" alt="">'
+
+
+def data_uri(kind, content):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def draw_differences(figure, results, systems):
+    """One small plot per metric: difference to base with its 95 % interval, green better, red worse, grey undecided."""
+    cell = {(row["metric"], row["system"]): row for row in results if row["diff_low"] is not None}
+    metrics = [m for m in METRICS if any((m, s) in cell for s in systems)]
+    figure.set_size_inches(11, 1.0 + (0.28 * len(systems) + 0.75) * -(-len(metrics) // 4))
+    for i, metric in enumerate(metrics):
+        axis = figure.add_subplot(-(-len(metrics) // 4), 4, i + 1)
+        for y, system in enumerate(reversed(systems)):
+            if row := cell.get((metric, system)):
+                colour = {"better": "#2a7f3f", "worse": "#b3261e"}.get(verdict(row), "#777777")
+                times = METRICS[metric][3]
+                axis.plot([row["diff_low"] * times, row["diff_high"] * times], [y, y], color=colour, lw=2)
+                axis.plot(row["diff"] * times, y, "o", color=colour, ms=5)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set_yticks(range(len(systems)), reversed(systems) if i % 4 == 0 else [""] * len(systems), fontsize=8)
+        axis.set_ylim(-0.6, len(systems) - 0.4)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_title(f"{METRICS[metric][0]} ({METRICS[metric][1]} is better)", fontsize=8)
+    figure.tight_layout()
+
+
+def smooth(values, width=15):
+    values = np.asarray(values, float)
+    width = max(1, min(width, len(values) // 4))
+    return np.convolve(values, np.ones(width) / width, mode="valid")
+
+
+def draw_training(figure, run, folders):
+    """Loss, implicit accuracy, error gaps of every Flow-DPO folder; reward of every DDPO folder."""
+    figure.set_size_inches(11, 2.6)
+    titles = ("loss", "implicit accuracy", "error gap (policy - reference)", "DDPO: reward P(Good)")
+    axes = dict(zip(("loss", "accuracy", "gap", "reward"), figure.subplots(1, 4)))
+    for axis, title in zip(axes.values(), titles):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+    for name, folder in folders.items():
+        log = common.read_jsonl(folder / "log.jsonl")
+        if "reward" in log[0]:
+            axes["reward"].plot(smooth([row["reward"] for row in log]), label=name)
+            continue
+        axes["loss"].plot(smooth([row["loss"] for row in log]), label=name)
+        axes["accuracy"].plot(smooth([row["accuracy"] for row in log]), label=name)
+        for key, style in (("gap_w", "-"), ("gap_l", "--")):
+            axes["gap"].plot(smooth([row[key] for row in log]), style, label=f"{name} {key[-1]}")
+        switch = sum(row["stage"] == log[0]["stage"] for row in log)
+        for key in ("loss", "accuracy", "gap"):
+            axes[key].axvline(switch, color="grey", lw=0.7, ls=":")
+    for axis in axes.values():
+        if axis.lines:
+            axis.legend(fontsize=6)
+    figure.tight_layout()
+
+
+def draw_audioscore(figure, run):
+    """Reliability of P(Good) on held-out clips, and the pairs' score_c with the threshold."""
+    figure.set_size_inches(8, 2.8)
+    left, right = figure.subplots(1, 2)
+    heldout = common.load_pt(run / "02_audioscore.pt")["heldout"]
+    p, good = heldout["p"][:, 0].numpy(), (heldout["rating"] == 0).numpy()
+    bins = np.digitize(p, np.linspace(0, 1, 11)[1:-1])
+    points = [(p[bins == i].mean(), good[bins == i].mean(), (bins == i).sum()) for i in range(10) if (bins == i).any()]
+    left.plot([0, 1], [0, 1], color="grey", lw=0.8)
+    left.scatter(*zip(*[(x, y) for x, y, _ in points]), s=[20 + 200 * n / len(p) for *_, n in points])
+    left.set(xlabel="predicted P(Good)", ylabel="share rated Good", title="AudioScore on held-out clips")
+    pairs = [row for i in (1, 2) for row in common.read_jsonl(run / f"04_stage{i}.jsonl") if row["source"] == "auto"]
+    threshold = common.read_json(run / "04_settings.json")["settings"]["threshold"]
+    right.hist([row["score_c"] for row in pairs], bins=30, color="#4a6fa5")
+    right.axvline(threshold, color="#b3261e", label=f"score_delta {threshold}")
+    right.set(xlabel="score_c (high = easy)", ylabel="pairs", title="Complexity of the mined pairs")
+    right.legend(fontsize=7)
+    figure.tight_layout()
+
+
+def draw_spectrogram(figure, wave, rate, events):
+    figure.set_size_inches(3.2, 1.3)
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.specgram(wave.numpy() + 1e-7, NFFT=512, Fs=rate, noverlap=384, vmin=-140, vmax=-30, cmap="magma")
+    for second in events:
+        axis.axvline(second, color="white", lw=0.8, ls="--")
+    axis.set_axis_off()
+
+
+def playable_video(clip, seconds):
+    """The silent picture as H.264 that every browser plays (4:2:0, at least 240 pixels high), `seconds` long."""
+    import av
+
+    fps, stream = 25, io.BytesIO()
+    (frames,) = common.read_frames(clip["path"], [(fps, lambda frame: frame)], seconds)
+    height, width = frames.shape[1:3]
+    scale = max(1.0, 240 / height) if height < 240 else min(1.0, 360 / height)
+    height, width = (2 * round(x * scale / 2) for x in (height, width))
+    with av.open(stream, "w", format="mp4") as container:
+        video = container.add_stream("libx264", rate=fps, options={"crf": "26", "preset": "veryfast"})
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        for frame in frames.numpy():
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            container.mux(video.encode(picture.reformat(width, height, "yuv420p", interpolation="POINT")))
+        container.mux(video.encode(None))
+    return data_uri("video/mp4", stream.getvalue())
+
+
+def listening_card(clip, systems, files, seconds, rate):
+    """Video, one button per system that plays its audio in sync, and spectrograms (toy: true events dashed)."""
+    import soundfile
+    from matplotlib.figure import Figure
+
+    events, cells = clip.get("oracle", {}).get("hits_s", []), ""
+    for system in systems:
+        if clip["id"] not in files[system]:
+            continue
+        wave, figure, flac = common.read_audio(files[system][clip["id"]], rate, seconds), Figure(), io.BytesIO()
+        soundfile.write(flac, wave.numpy(), rate, format="FLAC")
+        draw_spectrogram(figure, wave, rate, events)
+        audio = f'<audio preload="auto" src="{data_uri("audio/flac", flac.getvalue())}"></audio>'
+        cells += f'<div class="s"><button>{html.escape(system)}</button>{audio}{picture(figure)}</div>'
+    about = html.escape(f"{clip['id']}: {clip.get('caption') or clip.get('label') or 'no caption'}")
+    video = f'<video muted playsinline preload="auto" src="{playable_video(clip, seconds)}"></video>'
+    row = f'<div class="row">{video}<div class="grid">{cells}</div></div>'
+    return f'<section class="card"><h3>{about}</h3>{row}</section>'
+
+
+def html_table(results, systems, run_json):
+    """Rows = systems; a cell has the value, its interval, and the difference to base."""
+    cell = {(row["metric"], row["system"]): row for row in results}
+    metrics = [m for m in METRICS if any((m, s) in cell for s in systems)]
+    head = "".join(f"<th>{METRICS[m][0]} {'&uarr;' if METRICS[m][1] == 'higher' else '&darr;'}</th>" for m in metrics)
+    body = ""
+    for system in systems:
+        body += f"<tr><th>{html.escape(system)}</th>"
+        for metric in metrics:
+            row = cell.get((metric, system))
+            if row is None or row["value"] is None:
+                body += "<td>-</td>"
+                continue
+            span = f"[{shown(metric, row['low'])}, {shown(metric, row['high'])}]"
+            gap = "" if row["diff"] is None or system == "ground_truth" else f"<i>{shown(metric, row['diff'], '+')}</i>"
+            mark = "" if system == "ground_truth" else verdict(row)
+            body += f'<td class="{mark}">{shown(metric, row["value"])}<small>{span}</small>{gap}</td>'
+        body += "</tr>"
+    rows, remark = paper_rows(run_json)
+    paper = "".join(f"<tr><th>{n}</th>" + "".join(f"<td>{v}</td>" for v in row) + "</tr>" for n, row in rows.items())
+    columns = "".join(f"<th>{METRICS[m][0]}</th>" for m in PAPER_COLUMNS)
+    return (
+        f"<table><tr><th></th>{head}</tr>{body}</table><h3>The paper, Table 1 (VGGSound test)</h3>"
+        f"<table><tr><th></th>{columns}</tr>{paper}</table><p>{html.escape(remark)}</p>"
+    )
+
+
+def write_report(run, run_json, results, systems, files, clips, args):
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no window
+
+    names, figure = list(systems), Figure()
+    compared = [name for name in names if name not in ("base", "ground_truth")]
+    parts = {"table": html_table(results, names, run_json)}
+    folders = {name: folder for name, folder in systems.items() if folder and (folder / "log.jsonl").exists()}
+    draw_differences(figure, results, compared)
+    parts["differences"] = picture(figure) if compared else ""
+    figure = Figure()
+    draw_training(figure, run, folders)
+    parts["training"] = picture(figure) if folders else "<p>No policy was trained in this run.</p>"
+    figure = Figure()
+    has_pairs = (run / "04_settings.json").exists()
+    if has_pairs:
+        draw_audioscore(figure, run)
+    parts["audioscore"] = picture(figure) if has_pairs else "<p>AudioScore was not fitted in this run.</p>"
+    chosen = [clips[i] for i in np.linspace(0, len(clips) - 1, min(LISTEN, len(clips))).astype(int)]
+    seconds, rate = run_json["clip_s"], run_json["sample_rate_hz"]
+    cards = [listening_card(clip, names, files, seconds, rate) for clip in tqdm(chosen, desc="page", unit="clip")]
+    parts["cards"] = "\n".join(cards)
+    sampler = f"{run_json['sampler']['steps']} Euler steps, guidance {args.guidance:g}"
+    parts["about"] = html.escape(f"{run_json['model']}, {len(clips)} test clips, {sampler}")
+    common.write_text(run / "07_report.html", string.Template(PAGE).substitute(parts))
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>V2A-DPO: results</title>
+<style>
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#222}
+img{max-width:100%} h2{margin-top:2.2rem} table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
+th,td{padding:.35rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+th:first-child{text-align:left} td small,td i{display:block;color:#777;font-style:normal;font-size:11px}
+.better{background:#e6f4ea} .worse{background:#fce8e6} .note{color:#666}
+.card{border:1px solid #ddd;border-radius:8px;padding:.6rem 1rem;margin:1rem 0}
+.card h3{margin:.2rem 0 .6rem;font-size:15px} .row{display:flex;gap:1rem;flex-wrap:wrap}
+video{width:300px;background:#000;border-radius:4px;align-self:flex-start}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:.6rem;flex:1;min-width:260px}
+.s img{width:100%;display:block;border-radius:4px} button.on{background:#1a56b0;color:#fff}
+button{width:100%;padding:.35rem;border:1px solid #bbb;border-radius:4px;background:#f6f6f6;cursor:pointer;font:inherit}
+</style>
+<h1>V2A-DPO: results</h1>
+<p class="note">$about. Intervals are 95 %: percentile bootstrap over clips for means, delete-a-block
+jackknife for FD and IS. Green or red: the paired difference to base excludes 0.</p>
+<h2>Results</h2>$table
+<h2>Differences to base</h2>$differences
+<h2>Training</h2><p class="note">Dotted line: the switch from stage 1 to stage 2.</p>$training
+<h2>AudioScore and the curriculum</h2>$audioscore
+<h2>Listen</h2><p class="note">A button plays a system's audio in sync with the silent video. Dashed lines: true events
+(toy world).</p>
+$cards
+<script>
+let playing = null;
+function stopAll() {
+  document.querySelectorAll("audio,video").forEach(m => m.pause());
+  document.querySelectorAll("button.on").forEach(b => b.classList.remove("on"));
+}
+document.querySelectorAll(".card").forEach(card => {
+  const video = card.querySelector("video");
+  card.querySelectorAll("button").forEach(button => {
+    const audio = button.parentElement.querySelector("audio");
+    audio.addEventListener("ended", () => { if (playing === button) { stopAll(); playing = null; } });
+    button.addEventListener("click", () => {
+      const again = playing === button;
+      stopAll();
+      playing = again ? null : button;
+      if (again) return;
+      button.classList.add("on");
+      video.currentTime = 0;
+      audio.currentTime = 0;
+      Promise.all([video.play(), audio.play()]).catch(() => {});
+    });
+  });
+});
+</script>
+</html>
+"""
+
+
+if __name__ == "__main__":
+    common.launch(main, parse_args)
