@@ -53,7 +53,8 @@ def parse_args(argv=None):
     io.add_argument("--cavp", help="Frieren only: folder of CAVP features, <id>.npz or <id>.npy")
     io.add_argument("--strict", action="store_true", help="a video that cannot be used is an error, not a counted skip")
     paper = parser.add_argument_group("paper")
-    paper.add_argument("--max-clips", type=int, default=50_000, help="train clips, a seeded random subset [Sec. 2.2]")
+    described = "train clips, a seeded random subset; 0 only prepares the run folder, for stage 07 [Sec. 2.2]"
+    paper.add_argument("--max-clips", type=int, default=50_000, help=described)
     paper.add_argument("--num-samples", type=int, default=5, help="audios per clip, N [Sec. 3.1]")
     paper.add_argument("--guidance", type=float, default=4.5, help="guidance scale gamma [Sec. 3.1]")
     paper.add_argument("--sampling-steps", type=int, default=25, help="Euler steps; paper silent: upstream's")
@@ -61,9 +62,9 @@ def parse_args(argv=None):
     engineering.add_argument("--batch-clips", type=int, default=4, help="clips sampled together, N audios each")
     engineering.add_argument("--seed", type=int, default=0)
     args = common.parse(parser, argv, "01")
-    for name in ("max_clips", "num_samples", "sampling_steps", "batch_clips"):
-        if getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name, least in (("max_clips", 0), ("num_samples", 2), ("sampling_steps", 1), ("batch_clips", 1)):
+        if getattr(args, name) < least:
+            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     return args
 
 
@@ -224,7 +225,8 @@ def main(args):
     # -- data
     if rank == 0:
         clips, missing = (common.read_jsonl(run / "clips.jsonl"), []) if own_clips else gather_clips(args)
-        settings = dict(model=args.model, checkpoint=str(args.checkpoint or known.get("checkpoint") or "upstream"))
+        given = args.checkpoint and str(Path(args.checkpoint).resolve())
+        settings = dict(model=args.model, checkpoint=given or known.get("checkpoint") or "upstream")
         settings.update(checkpoint_digest=model.checkpoint_digest, latent_shape=list(model.latent_shape))
         settings.update(sample_rate_hz=model.sample_rate_hz, num_samples=args.num_samples, seed=args.seed)
         settings.update(sampler=dict(steps=args.sampling_steps, guidance=args.guidance), clip_s=model.clip_s)
@@ -260,7 +262,9 @@ def main(args):
     common.barrier()
 
     # -- report
-    if rank == 0:
+    if rank == 0 and not train:
+        print(f"prepared {run}, no train clips\nnext: python 07_evaluate.py --run {run} --only --systems NAME=DIR")
+    elif rank == 0:
         skipped = [row for file in sorted(folder.glob("*.skipped.jsonl")) for row in common.read_jsonl(file)]
         print(f"train clips: {len(train)} in, {len(train) - len(skipped)} used, {len(skipped)} skipped")
         for reason, count in Counter(row["reason"] for row in skipped).most_common(20):

@@ -12,8 +12,8 @@ Reads:
 Writes, in <run>/<--out>:
     policy.pt, policy.json, checkpoint.pt, settings.json     as stage 05; a rerun resumes at the last whole round
     log.jsonl             per step: round, reward (mean P(Good) of the round's samples), reward_std (within
-                          prompts), ratio, clipped (share), approx_kl, grad_norm, lr, seconds, forwards (rows through the
-                          network so far, sampling and training), peak_gb
+                          prompts), ratio, clipped (share), approx_kl, grad_norm, lr, seconds, forwards (rows through
+                          the network so far, sampling and training), peak_gb
 Takes: toy 75 s on 2 cores.
 """
 

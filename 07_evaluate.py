@@ -27,8 +27,11 @@ import shutil
 import string
 from pathlib import Path
 
+import av
 import numpy as np
+import soundfile
 import torch
+from matplotlib.figure import Figure  # no pyplot: nothing global, no window
 from scipy import stats
 from tqdm import tqdm
 
@@ -205,10 +208,12 @@ def generate(run, name, folder, model, features, clips, args, ranks):
         common.write_text(out / "settings.json", json.dumps(settings) + "\n")
     common.barrier()
     todo = [c for c in clips if c["id"] in features and not (out / f"{c['id']}.wav").exists()][rank::world]
-    if todo and folder is not None:
+    if folder is not None:
+        common.check_record(folder / "settings.json", "its training, into another --out")
         about = common.read_json(folder / "policy.json")
         if about["model"] != run_json["model"] or about["base_digest"] != run_json["checkpoint_digest"]:
             stop(f"{folder}: a policy of {about['model']} tuned from another base than this run's; use its own run")
+    if folder is not None and todo:
         model.load_policy(folder / "policy.pt")
     for start in tqdm(range(0, len(todo), args.batch_clips), desc=name, unit="batch", disable=rank > 0 or not todo):
         batch = todo[start : start + args.batch_clips]
@@ -241,9 +246,9 @@ def audio_files(run, name, folder, clips, args):
 
 def has_audio(path):
     try:
-        common.read_audio(path, 16_000)
-        return True
-    except SkipClip:
+        with av.open(str(path)) as container:
+            return bool(container.streams.audio)
+    except (OSError, av.error.FFmpegError):
         return False
 
 
@@ -558,8 +563,6 @@ def draw_spectrogram(figure, wave, rate, events):
 
 def playable_video(clip, seconds):
     """The silent picture as H.264 that every browser plays (4:2:0, at least 240 pixels high), `seconds` long."""
-    import av
-
     fps, stream = 25, io.BytesIO()
     (frames,) = common.read_frames(clip["path"], [(fps, lambda frame: frame)], seconds)
     height, width = frames.shape[1:3]
@@ -577,9 +580,6 @@ def playable_video(clip, seconds):
 
 def listening_card(clip, systems, files, seconds, rate):
     """Video, one button per system that plays its audio in sync, and spectrograms (toy: true events dashed)."""
-    import soundfile
-    from matplotlib.figure import Figure
-
     events, cells = clip.get("oracle", {}).get("hits_s", []), ""
     for system in systems:
         if clip["id"] not in files[system]:
@@ -623,8 +623,6 @@ def html_table(results, systems, run_json):
 
 
 def write_report(run, run_json, results, systems, files, clips, args):
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no window
-
     names, figure = list(systems), Figure()
     compared = [name for name in names if name not in ("base", "ground_truth")]
     parts = {"table": html_table(results, names, run_json)}

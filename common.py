@@ -453,28 +453,26 @@ def run_of(record):
     return record.parent if record.name != "settings.json" else record.parent.parent
 
 
-STAGES = {
-    "01": "01_generate.py",
-    "02": "02_fit_audioscore.py",
-    "03": "03_mine_pairs.py",
-    "04": "04_curriculum_split.py",
-    "05": "05_train_flow_dpo.py",
-    "06": "06_ddpo_baseline.py",
-}
+STAGES = {"02": "02_fit_audioscore.py", "03": "03_mine_pairs.py", "04": "04_curriculum_split.py"}
+
+
+def check_record(record, rerun):
+    """Stops when what an output was made from is missing or has changed since; rerun: the command that mends it."""
+    run = run_of(Path(record))
+    for name, was in read_json(record)["inputs"].items():
+        if not (run / name).exists():
+            stop(f"{run / name}: missing, but {record} was made from it; run the stage that writes it again")
+        if digest(run / name) != was:
+            stop(f"{run / name}: changed after it was read for {record}; rerun {rerun}")
 
 
 def check_chain(run, *stages):
-    """Stops when a stage's outputs are missing or were made from files that have changed since."""
+    """Stops when a stage has not run, or its outputs were made from files that have changed since."""
     for stage in stages:
         record = Path(run) / f"{stage}_settings.json"
         if not record.exists():
             stop(f"{record}: no such file; run {STAGES[stage]} --run {run} first")
-        for name, was in read_json(record)["inputs"].items():
-            path = Path(run) / name
-            if not path.exists():
-                stop(f"{path}: missing, but stage {stage} was made from it; rerun the stage that writes it")
-            if digest(path) != was:
-                stop(f"{path}: changed after stage {stage} read it; rerun {STAGES[stage]} --run {run} --redo")
+        check_record(record, f"{STAGES[stage]} --run {run} --redo")
 
 
 def read_run(run):
@@ -816,8 +814,10 @@ def score_groups(run, cache, groups, names, weights, ranks=(0, 1, "cpu")):
         scorer, waiting = None, []
         for group in list(groups)[rank::world]:
             file = Path(cache) / f"{group}.{name}.pt"
-            known = set(load_pt(file)["keys"]) if file.exists() else set()
-            waiting += [(file, new)] if (new := [a for a in groups[group] if a[2] not in known]) else []
+            known = set(load_pt(file, mmap=True)["keys"]) if file.exists() else set()
+            new = [audio for audio in groups[group] if audio[2] not in known]
+            if new:
+                waiting.append((file, new))
         for file, new in tqdm(waiting, desc=name, unit="group", disable=rank > 0 or not waiting):
             scorer = scorer or load_scorer(name, run, device, weights)
             fresh = score_files(scorer, new, read_run(run)["clip_s"])
