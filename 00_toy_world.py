@@ -168,7 +168,7 @@ def draw_event(kind, pitch, rng):
 def draw_sound(script):
     """The clip's soundtrack: (32000,) float32."""
     rng, wave = script["rng"], np.zeros(SAMPLES + len(EVENT_S))
-    pitch = 2 ** (rng.uniform(-2, 2) / 12)
+    pitch = 2 ** (rng.uniform(-2, 2) * (0.1 if script["heard_kind"] == SPEECH else 1) / 12)  # one speaker: PESQ compares
     for hit in script["heard_s"]:
         start = round(hit * RATE_HZ)
         wave[start : start + len(EVENT_S)] += 0.5 * rng.uniform(0.7, 1) * draw_event(script["heard_kind"], pitch, rng)
@@ -340,7 +340,7 @@ def frame_transform(frame):
 
 def moments(frames):
     """(50, 64, 64, 3) uint8 -> (50, 10) float32: of what differs from the ground, its mass, place, extent, colour."""
-    frames = F.avg_pool2d(frames.permute(0, 3, 1, 2).float() / 255, 2).permute(0, 2, 3, 1)
+    frames = (frames[:, ::2, ::2].float() + frames[:, 1::2, 1::2]) / 510
     ground = frames.reshape(-1, 3)[::7].median(dim=0).values
     diff = frames - ground
     weight = (diff.abs().sum(-1) - 0.25).clamp(min=0)
@@ -564,13 +564,13 @@ class AudioTower(nn.Module):
     def __init__(self, out, width=64):
         super().__init__()
         self.convs = nn.ModuleList([nn.Conv1d(MELS, width, 5, 2, 2), nn.Conv1d(width, width, 5, 1, 2), nn.Conv1d(width, width, 5, 1, 2)])
-        self.mix, self.head = nn.Linear(2 * width, 64), nn.Linear(64, out)
+        self.mix, self.head = nn.Linear(3 * width, 64), nn.Linear(64, out)
 
     def embedding(self, mel):
         x = mel.transpose(1, 2)
         for conv in self.convs:
             x = F.relu(conv(x))
-        return self.mix(torch.cat([x.mean(-1), x.amax(-1)], dim=-1))
+        return self.mix(torch.cat([x.mean(-1), x.amax(-1), x.amin(-1)], dim=-1))  # amin: noise, where tails are not
 
     def forward(self, mel):
         return self.head(F.relu(self.embedding(mel)))
@@ -867,7 +867,8 @@ def simulated_ratings(run, audios, seed):
         a, b, c = rng.standard_normal(3)
         chance = rng.random()
         semantic, sync, floor = seen["semantic"][i] + 0.05 * a, seen["sync_s"][i] + 0.02 * b, seen["floor_db"][i] + 3 * c
-        faults = [(semantic < 0.8) + (semantic < 0.4), (sync > 0.06) + (sync > 0.15), (floor > -42) + (floor > -30)]
+        faults = [sum(bool(value > limit) for limit in limits) for value, limits in
+                  ((1 - semantic, (0.2, 0.6)), (sync, (0.06, 0.15)), (floor, (-42, -30)))]  # fmt: skip
         rating = "Bad" if max(faults) == 2 else "Good" if sum(faults) == 0 else "Medium"
         if rating == "Good" and seen["wet_db"][i] < WET_DB and chance < 0.35:
             rating = "Medium"
