@@ -76,7 +76,8 @@ def main(args):
     common.write_jsonl(run / "04_stage2.jsonl", stage2)
     hard = len(stage2) - len(people)
     print(f"pairs: {len(scored)} in; stage 1: {len(stage1)} easy; stage 2: {hard} hard + {len(people)} human")
-    print_shares(torch.tensor([p["score_c"] for p in scored if p["source"] == "auto"]), len(people))
+    if pairs:
+        print_shares(torch.tensor([p["score_c"] for p in scored if p["source"] == "auto"]), len(people))
     print(f"next: python 05_train_flow_dpo.py --run {run}")
     print(f"      torchrun --nproc_per_node 8 05_train_flow_dpo.py --run {run}")
 
