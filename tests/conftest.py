@@ -1,0 +1,102 @@
+"""What the tests share: one tiny run, made the way a user makes one, and stages as modules."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
+
+STAGES = {path.name[:2]: path for path in sorted(ROOT.glob("0?_*.py"))}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def stage(number):
+    """A stage file as a module (their names start with digits, so `import` cannot name them)."""
+    return importlib.import_module(STAGES[number].stem)
+
+
+def call(number, run, *flags):
+    """A stage as its command line would run it, in this process."""
+    module = stage(number)
+    module.main(module.parse_args(["--run", str(run), *map(str, flags)]))
+
+
+def shell(*command, check=True, **options):
+    """A command in the repository's folder; its output is in the failure's message."""
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": ENVIRONMENT, "timeout": 600, **options}
+    done = subprocess.run([sys.executable, *map(str, command)], **options)
+    if check and done.returncode:
+        raise AssertionError(
+            f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
+    return done
+
+
+def torchrun(number, run, *flags):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    return shell(*launcher, STAGES[number], "--run", run, *flags)
+
+
+def read(path):
+    """The lines of a .jsonl, by other code than the stages'."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A whole run by the README's own command, only smaller. Read it; to change something, take `run`."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    run.with_suffix(".log").write_text("")
+    for number, file in STAGES.items():
+        done = shell(file, "--run", run, *(("--size", "tiny") if number == "00" else ()))
+        with open(run.with_suffix(".log"), "a", encoding="utf-8") as log:
+            log.write(f"== {file.name}\n{done.stdout}\n")
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run that a test may change."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def fresh(finished, tmp_path):
+    """A copy in which only stage 00 has run."""
+    shutil.copytree(finished, tmp_path / "fresh", ignore=shutil.ignore_patterns("0[1-7]_*"))
+    known = json.loads((tmp_path / "fresh" / "run.json").read_text())
+    keep = ("model", "size", "world_seed", "scorers", "video_root", "clip_s")
+    known = {**{key: known[key] for key in keep}, "checkpoint": "00_base.pt"}
+    (tmp_path / "fresh" / "run.json").write_text(json.dumps(known))
+    return tmp_path / "fresh"
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a stage that must end as a user error: exit code 2 and one line, which is returned."""
+
+    def check(number, run, *flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            call(number, run, *flags)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "it/s]" not in line]
+        assert stopped.value.code == 2, lines
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1 and lines[-1] == errors[0], lines
+        assert not any("Traceback" in line for line in lines)
+        return errors[0]
+
+    return check

@@ -1,0 +1,510 @@
+"""The paper's equations, by numbers worked out by hand, and the laws of the samplers."""
+
+import argparse
+import json
+import math
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import call, read, stage
+
+import common
+
+LOG_2 = 0.6931471805599453
+
+
+def scalars(*values):
+    return [torch.tensor([value], dtype=torch.float32, requires_grad=True) for value in values]
+
+
+# Flow-DPO (Eq. 5) --------------------------------------------------------------------------------------------
+
+
+def test_flow_dpo_loss_is_log2_when_policy_equals_reference():
+    err_w, err_l = torch.tensor([0.3, 1.7]), torch.tensor([0.9, 0.2])
+    loss, logits = common.flow_dpo_loss(err_w, err_l, err_w, err_l, beta=600)
+    assert loss.tolist() == pytest.approx([LOG_2, LOG_2])
+    assert logits.tolist() == [0, 0]
+
+
+def test_flow_dpo_loss_by_hand_with_eq4s_brackets():
+    # W = 0.5 - 0.6 = -0.1, L = 0.9 - 0.7 = 0.2, beta 10: -log sigmoid(-5 (-0.1 - 0.2)) = -log sigmoid(1.5) = 0.2014133
+    # As Eq. 5 prints its brackets it would be -log sigmoid(-5 (-0.1) - 0.2) = -log sigmoid(0.3) = 0.5543552
+    loss, logits = common.flow_dpo_loss(*scalars(0.5, 0.9, 0.6, 0.7), beta=10)
+    assert logits.item() == pytest.approx(1.5, abs=1e-5)
+    assert loss.item() == pytest.approx(0.2014133, abs=1e-5)
+
+
+def test_a_lower_loser_error_raises_the_loss_and_a_lower_winner_error_lowers_it():
+    def loss(err_w, err_l):
+        return common.flow_dpo_loss(*scalars(err_w, err_l, 1.0, 1.0), beta=20)[0].item()
+
+    assert loss(1.0, 0.9) > LOG_2 > loss(1.0, 1.1)
+    assert loss(0.9, 1.0) < LOG_2 < loss(1.1, 1.0)
+
+
+def test_gradient_lowers_the_winners_error_and_raises_the_losers():
+    err_w, err_l, ref_w, ref_l = scalars(0.4, 0.4, 0.4, 0.4)
+    common.flow_dpo_loss(err_w, err_l, ref_w, ref_l, beta=8)[0].sum().backward()
+    assert err_w.grad.item() == pytest.approx(2.0)  # beta / 2 * sigmoid(0) = 8 / 4
+    assert err_l.grad.item() == pytest.approx(-2.0)
+
+
+def test_flow_error_is_the_mean_over_the_latent_in_float32():
+    v, u = torch.zeros(2, 3, 4), torch.full((2, 3, 4), 2.0)
+    u[1] = 3.0
+    assert common.flow_error(v, u).tolist() == [4.0, 9.0]  # not the sum, 48 and 108
+    tiny = common.flow_error(v.bfloat16(), (1 + torch.arange(24.0).view(2, 3, 4) / 64).bfloat16())
+    assert tiny.dtype == torch.float32
+
+
+def test_interpolate_is_data_at_0_and_noise_at_1():
+    a_0, eps = torch.full((3, 1, 1), 2.0), torch.full((3, 1, 1), 10.0)
+    a_t, v = common.interpolate(a_0, eps, torch.tensor([0.0, 0.25, 1.0]))
+    assert a_t.flatten().tolist() == [2.0, 4.0, 10.0]
+    assert v.flatten().tolist() == [8.0, 8.0, 8.0]
+
+
+def test_training_starts_at_log2_with_no_gap_and_its_reference_stays(finished):
+    first = read(finished / "05_flow_dpo" / "log.jsonl")[0]
+    assert first["step"] == 0
+    assert first["loss"] == pytest.approx(LOG_2, abs=1e-6)
+    assert (first["gap_w"], first["gap_l"], first["accuracy"]) == (0.0, 0.0, 0.5)
+
+
+# AudioScore and mining (Eq. 1-3) -----------------------------------------------------------------------------
+
+
+def test_score_c_matches_eq3_by_hand():
+    # ((0.7 - 0.1) + (0.8 - 0.1)) / 2
+    assert common.score_c((0.7, 0.2, 0.1), (0.1, 0.1, 0.8)) == pytest.approx(0.65)
+    assert common.score_c((1, 0, 0), (0, 0, 1)) == 1
+    assert common.score_c((0, 0, 1), (1, 0, 0)) == -1
+
+
+def audioscore():
+    torch.manual_seed(0)
+    judge = common.AudioScore(tags=2)
+    judge.mean.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4, 2.0]))
+    judge.std.copy_(torch.tensor([0.5, 0.5, 0.1, 1.0, 0.7]))
+    return judge.requires_grad_(False)
+
+
+def test_a_score_that_does_not_apply_counts_as_the_mean():
+    judge = audioscore()
+    absent = torch.tensor([[0.3, float("nan"), 0.1, 0.9, float("nan")]])
+    mean = torch.tensor([[0.3, 0.2, 0.1, 0.9, 2.0]])
+    assert torch.equal(judge(absent), judge(mean))
+    assert not torch.equal(judge(absent), judge(torch.tensor([[0.3, 0.2, 0.1, 0.9, 1.0]])))
+
+
+def test_audioscore_gives_three_probabilities():
+    p = audioscore()(torch.randn(50, 5, generator=torch.Generator().manual_seed(1)) * 10)
+    assert p.shape == (50, 3) and (p >= 0).all()
+    assert torch.allclose(p.sum(dim=1), torch.ones(50))
+
+
+def test_inception_score_of_one_audio_by_hand():
+    judge = audioscore()  # p(y) is (1/2, 1/2)
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0], [1000.0, 0.0]])
+    # 0; 3/4 log(3/2) + 1/4 log(1/2) = 0.1308121; log 2
+    assert judge.inception(logits).tolist() == pytest.approx([0.0, 0.1308121, LOG_2], abs=1e-6)
+
+
+P = [(0.1, 0.2, 0.7), (0.6, 0.3, 0.1), (0.2, 0.2, 0.6), (0.5, 0.1, 0.4), (0.3, 0.3, 0.4)]
+
+
+def test_winner_is_argmax_good_and_loser_is_argmax_bad():
+    assert stage("03").select_pair(P, range(5), range(5)) == (1, 0)
+
+
+def test_a_tie_or_a_winner_that_is_the_loser_makes_no_pair():
+    select = stage("03").select_pair
+    assert select([*P[:4], (0.6, 0.2, 0.2)], range(5), range(5)) == "tie"
+    assert select([*P[:4], (0.2, 0.1, 0.7)], range(5), range(5)) == "tie"
+    assert select([(0.4, 0.0, 0.6), (0.3, 0.5, 0.2), (0.3, 0.4, 0.3)], range(3), range(3)) == "winner is loser"
+    assert (
+        select([(0.2, 0.3, 0.5)] * 5, range(5), range(5)) == "tie"
+    )  # AudioScore blind: no pair of an audio with itself
+
+
+def test_a_silent_audio_may_lose_but_not_win():
+    select = stage("03").select_pair
+    assert select(P, [0, 2, 3, 4], range(5)) == (3, 0)  # 1, the best, is silent: the next best wins
+    assert select(P, [1, 2, 3, 4], range(5)) == (1, 0)  # 0 is silent and loses
+    assert select(P, [], range(5)) == "fewer than two usable audios"
+    assert select(P, [1], [1]) == "fewer than two usable audios"
+
+
+def test_fault_names_silent_and_clipped_audio(tmp_path):
+    tone = 0.5 * np.sin(np.arange(16000) / 10)
+    for name, wave in {
+        "tone": tone,
+        "silent": tone * 1e-4,
+        "clipped": (tone * 20).clip(-1, 1),
+        "empty": tone[:0],
+    }.items():
+        soundfile.write(tmp_path / f"{name}.wav", wave, 16000)
+    faults = {name: stage("03").fault(tmp_path / f"{name}.wav") for name in ("tone", "silent", "clipped", "empty")}
+    assert faults == {"tone": None, "silent": "silent", "clipped": "clipped", "empty": "silent"}
+
+
+def test_people_are_asked_about_audios_of_one_clip_with_one_rating():
+    samples = {clip: [{"k": k, "finite": (clip, k) != ("y", 1)} for k in range(4)] for clip in "xyz"}
+    ratings = [
+        {"clip": c, "k": k, "rating": r}
+        for c, rs in {"x": "GGBB", "y": "GGG", "z": "GMB"}.items()
+        for k, r in enumerate(rs)
+    ]
+    asked = stage("03").comparisons(samples, ratings, 10, seed=0)
+    assert asked == [("x", 0, 1), ("x", 2, 3), ("y", 0, 2)]  # y's audio 1 is not finite
+
+
+def test_human_pairs_follow_the_majority_and_a_tie_makes_none():
+    answers = [
+        ("x", 0, 1, "a"),
+        ("x", 1, 0, "a"),
+        ("x", 0, 1, "b"),
+        ("y", 2, 3, "a"),
+        ("y", 2, 3, "b"),
+        ("z", 4, 2, "tie"),
+    ]
+    answers = [dict(zip(("clip", "a", "b", "choice"), answer)) for answer in answers]
+    pairs = stage("03").human_pairs(answers, {(c, k): (0.2, 0.3, 0.5) for c in "xyz" for k in range(5)})
+    assert [(p["clip"], p["winner"], p["loser"]) for p in pairs] == [("x", 1, 0)]
+
+
+# Sampler -----------------------------------------------------------------------------------------------------
+
+MU, SIGMA = 1.5, 0.4
+
+
+class GaussianFlow(common.FlowModel):
+    """A flow whose data are N(MU, SIGMA^2) in each value; its exact velocity is known in closed form.
+
+    a_t ~ N((1 - t) MU, (1 - t)^2 SIGMA^2 + t^2), and v = eps - a_0 has mean -MU and covariance t - (1 - t) SIGMA^2
+    with a_t, so that E[v | a_t] = -MU + (t - (1 - t) SIGMA^2) / var (a_t - mean).
+    """
+
+    latent_shape, sample_rate_hz, clip_s = (4, 2), 16_000, 2.0
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def project(self, features):
+        return features
+
+    def null_conditions(self, conditions):
+        return {key: torch.zeros_like(value) for key, value in conditions.items()}
+
+    def predict(self, a_t, t, conditions):
+        t = t[:, None, None]
+        mean, variance = (1 - t) * MU, (1 - t) ** 2 * SIGMA**2 + t**2
+        return (
+            self.scale * (-MU + (t - (1 - t) * SIGMA**2) / variance * (a_t - mean)) + conditions["shift"][:, None, None]
+        )
+
+
+def marginal(t):
+    return (1 - t) * MU, (1 - t) ** 2 * SIGMA**2 + t**2
+
+
+def test_the_ode_samples_the_analytic_flows_data():
+    a_0 = common.sample(GaussianFlow(), {"shift": torch.zeros(1)}, range(3000), steps=100, guidance=1.0)
+    assert a_0.shape == (3000, 4, 2)
+    assert a_0.mean().item() == pytest.approx(MU, abs=0.02)
+    assert a_0.std().item() == pytest.approx(SIGMA, abs=0.02)
+
+
+def test_an_audios_noise_depends_on_seed_clip_and_k_alone():
+    seeds = [common.audio_seed(0, clip, k) for clip in ("x", "y") for k in range(3)]
+    assert len(set(seeds)) == 6
+    assert seeds == [common.audio_seed(0, clip, k) for clip in ("x", "y") for k in range(3)]
+    assert common.audio_seed(1, "x", 0) != common.audio_seed(0, "x", 0)
+    model, features = GaussianFlow(), {"shift": torch.tensor([0.0, 0.5])}
+    both = common.sample(model, features, [11, 12, 13, 14], steps=5, guidance=2.0)
+    alone = common.sample(model, {"shift": features["shift"][1:]}, [14], steps=5, guidance=2.0)
+    assert torch.allclose(both[3:], alone, atol=1e-6)
+
+
+def test_rows_of_a_batch_belong_to_their_clip():
+    model, conditions = GaussianFlow(), {"shift": torch.tensor([0.0, 0.5])}  # row r * B + b takes condition b
+    a_t, t = torch.zeros(4, 4, 2), torch.full((4,), 0.5)
+    u = model.velocity(a_t, t, conditions)[:, 0, 0]
+    assert (u - u[0]).tolist() == pytest.approx([0, 0.5, 0, 0.5])
+
+
+def test_guidance_extrapolates_from_the_unconditional_velocity():
+    model, a_t, t = GaussianFlow(), torch.zeros(1, 4, 2), torch.tensor([0.5])
+    null = model.velocity(a_t, t, {"shift": torch.zeros(1)})
+    conditions = {"shift": torch.full((1,), 0.2)}
+    assert torch.allclose(model.velocity(a_t, t, conditions, 1.0), null + 0.2)
+    assert torch.allclose(model.velocity(a_t, t, conditions, 4.5), null + 0.9)  # 4.5 * 0.2
+
+
+# DDPO --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.7, 1.0])
+def test_the_sde_has_the_odes_marginals(eta):
+    torch.manual_seed(0)
+    model, steps, count = GaussianFlow(), 200, 4000
+    grid = [1 - i / steps for i in range(steps)]
+    a_t, checked = torch.randn(count, 4, 2), []
+    for i, (now, later) in enumerate(zip(grid[:-1], grid[1:]), 1):
+        t, t_next = torch.full((count,), now), torch.full((count,), later)
+        u = model.velocity(a_t, t, {"shift": torch.zeros(1)}).detach()
+        mean, std = stage("06").sde_step(a_t, u, t, t_next, eta)
+        a_t = mean + std * torch.randn_like(mean)
+        if i in (20, 50, 100, 150, 180):
+            expected_mean, expected_variance = marginal(later)
+            assert a_t.mean().item() == pytest.approx(expected_mean, abs=0.02)
+            assert a_t.var().item() == pytest.approx(expected_variance, rel=0.06)
+            checked.append(later)
+    assert checked == pytest.approx([0.9, 0.75, 0.5, 0.25, 0.1])
+
+
+def test_without_noise_the_sde_step_is_eulers():
+    a_t, u = torch.ones(2, 4, 2), torch.full((2, 4, 2), 3.0)
+    mean, std = stage("06").sde_step(a_t, u, torch.tensor([1.0, 0.5]), torch.tensor([0.9, 0.3]), eta=0.0)
+    assert mean[:, 0, 0].tolist() == pytest.approx([1 - 0.3, 1 - 0.6])
+    assert std.flatten().tolist() == [0, 0]
+
+
+def test_sde_step_by_hand():
+    # t 0.5, dt 0.1, eta 0.7: s^2 = 0.49; s^2 / (2 t) = 0.49; a_t - [u + 0.49 (a_t + 0.5 u)] dt with a_t = 1, u = 2
+    mean, std = stage("06").sde_step(
+        torch.ones(1, 1, 1), torch.full((1, 1, 1), 2.0), torch.tensor([0.5]), torch.tensor([0.4]), 0.7
+    )
+    assert mean.item() == pytest.approx(1 - (2 + 0.49 * 2) * 0.1)
+    assert std.item() == pytest.approx(0.7 * math.sqrt(0.1))
+
+
+def test_log_prob_is_the_gaussians_averaged_over_the_latent():
+    value = stage("06").log_prob(torch.full((1, 3, 2), 1.0), torch.zeros(1, 3, 2), torch.full((1, 1, 1), 2.0))
+    assert value.item() == pytest.approx(-0.125 - math.log(2) - 0.5 * math.log(2 * math.pi))
+
+
+def test_advantages_are_per_prompt():
+    rewards = torch.tensor(
+        [0.0, 10.0, 1.0, 12.0, 2.0, 14.0]
+    )  # rows r * 2 + b: prompt 0 has 0, 1, 2, prompt 1 has 10, 12, 14
+    advantages, std = stage("06").group_advantages(rewards, 2)
+    assert std.tolist() == pytest.approx([1.0, 2.0])
+    assert advantages.tolist() == pytest.approx([-1, -1, 0, 0, 1, 1], abs=1e-3)
+    assert stage("06").group_advantages(torch.full((4,), 0.3), 2)[0].tolist() == [0, 0, 0, 0]
+
+
+def test_ppo_loss_by_hand():
+    ratio, advantage = torch.tensor([1.3, 0.7, 1.3, 0.7, 1.0]), torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0])
+    # min(1.3, 1.1); min(0.7, 0.9); min(-1.3, -1.1); min(-0.7, -0.9); 2
+    expected = [-1.1, -0.7, 1.3, 0.9, -2.0]
+    assert stage("06").ppo_loss(ratio, advantage, 0.1).tolist() == pytest.approx(expected)
+
+
+def test_ddpo_ratio_is_1_on_its_first_update(finished):
+    first, second = read(finished / "06_ddpo" / "log.jsonl")[:2]
+    assert first["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert first["clipped"] == 0 and first["approx_kl"] < 1e-9
+    assert second["approx_kl"] > first["approx_kl"]  # the second update meets a policy that has moved
+
+
+# Curriculum --------------------------------------------------------------------------------------------------
+
+
+def pairs(easy, hard, human=0):
+    """Stage files with this many pairs."""
+    auto = [{"clip": f"e{i}", "winner": 0, "loser": 1, "score_c": 0.9, "source": "auto"} for i in range(easy)]
+    weak = [{"clip": f"h{i}", "winner": 0, "loser": 1, "score_c": 0.4, "source": "auto"} for i in range(hard)]
+    people = [{"clip": f"p{i}", "winner": 0, "loser": 1, "score_c": 0.0, "source": "human"} for i in range(human)]
+    return auto, weak + people
+
+
+def test_steps_are_divided_in_proportion_to_the_pairs():
+    assert stage("05").divide_steps(pairs(30, 10), 100) == [75, 25]
+    assert stage("05").divide_steps(pairs(1, 2), 100) == [33, 67]
+    assert stage("05").divide_steps(pairs(0, 5), 7) == [0, 7]
+    assert stage("05").divide_steps(pairs(5, 0), 7) == [7, 0]
+
+
+def test_every_pair_is_seen_equally_often_and_in_its_stage():
+    stages, args = pairs(5, 2, 1), argparse.Namespace(seed=0, global_batch=4)
+    stage_steps = stage("05").divide_steps(stages, 16)
+    assert stage_steps == [10, 6]
+    seen = [stage("05").batch_at(step, stages, stage_steps, args) for step in range(16)]
+    assert [i for i, _ in seen] == [0] * 10 + [1] * 6
+    counts = [Counter(pair["clip"] for i, batch in seen if i == which for pair in batch) for which in (0, 1)]
+    assert counts[0] == {f"e{i}": 8 for i in range(5)}  # 40 draws of 5
+    assert counts[1] == {"h0": 8, "h1": 8, "p0": 8}  # 24 draws of 3
+    again = [stage("05").batch_at(step, stages, stage_steps, args) for step in range(16)]
+    assert again == seen
+    other = [
+        stage("05").batch_at(step, stages, stage_steps, argparse.Namespace(seed=1, global_batch=4))
+        for step in range(16)
+    ]
+    assert other != seen
+
+
+def test_t_and_noise_are_a_function_of_seed_and_step():
+    draw, model = stage("05").draw_t_and_noise, GaussianFlow()
+    args = argparse.Namespace(seed=0, global_batch=3)
+    t, eps = draw(7, model, args)
+    assert t.shape == (3,) and eps.shape == (3, 4, 2) and ((t >= 0) & (t < 1)).all()
+    assert torch.equal(draw(7, model, args)[1], eps) and not torch.equal(draw(8, model, args)[1], eps)
+
+
+def test_winner_and_loser_share_time_and_noise():
+    model = GaussianFlow()
+    a_0 = torch.stack([torch.full((2, 4, 2), 1.0), torch.full((2, 4, 2), -1.0)])
+    eps, t = torch.randn(2, 4, 2), torch.tensor([0.3, 0.8])
+    err_w, err_l = stage("05").pair_errors(model, {"shift": torch.zeros(2)}, a_0, eps, t)
+    for err, data in ((err_w, a_0[0]), (err_l, a_0[1])):
+        a_t, v = common.interpolate(data, eps, t)
+        assert torch.allclose(err, common.flow_error(v, model(a_t, t, {"shift": torch.zeros(2)})))
+    same = stage("05").pair_errors(model, {"shift": torch.zeros(2)}, a_0[:1].expand(2, -1, -1, -1), eps, t)
+    assert torch.equal(*same)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.7, 1.0])
+def test_human_pairs_are_in_stage_2_with_score_c_0_at_any_threshold(threshold):
+    auto = [
+        {"clip": f"a{i}", "winner": 0, "loser": 1, "p_winner": [g, 0, 1 - g], "p_loser": [1 - g, 0, g]}
+        for i, g in enumerate((0.55, 0.8, 0.9))
+    ]
+    people = [
+        {"clip": "p", "winner": 2, "loser": 3, "p_winner": [1, 0, 0], "p_loser": [0, 0, 1]}
+    ]  # the judge agrees fully
+    scored = stage("04").complexity(auto, people)
+    assert [pair["score_c"] for pair in scored] == pytest.approx([0.1, 0.6, 0.8, 0.0])
+    stage1, stage2 = stage("04").split(scored, threshold)
+    assert stage2[-1] == {"clip": "p", "winner": 2, "loser": 3, "score_c": 0.0, "source": "human"}
+    assert len(stage1) == {0.0: 3, 0.5: 2, 0.7: 1, 1.0: 0}[threshold] and all(
+        pair["source"] == "auto" for pair in stage1
+    )
+
+
+@pytest.fixture
+def stage_files(tmp_path):
+    for name, rows in zip(("04_stage1.jsonl", "04_stage2.jsonl"), pairs(3, 2, 2)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def clips_of(stages):
+    return [[pair["clip"] for pair in part] for part in stages]
+
+
+def test_ablations_of_the_curriculum(stage_files):
+    def stages(*flags):
+        return clips_of(
+            stage("05").read_stages(stage_files, stage("05").parse_args(["--run", str(stage_files), *flags]))
+        )
+
+    assert stages() == [["e0", "e1", "e2"], ["h0", "h1", "p0", "p1"]]
+    assert stages("--hard-first") == [["h0", "h1", "p0", "p1"], ["e0", "e1", "e2"]]
+    assert stages("--no-human") == [["e0", "e1", "e2"], ["h0", "h1"]]
+    assert stages("--threshold", "0.3") == [["e0", "e1", "e2", "h0", "h1"], ["p0", "p1"]]
+    assert stages("--threshold", "1.0") == [[], ["e0", "e1", "e2", "h0", "h1", "p0", "p1"]]
+    assert stages("--threshold", "0.0")[1] == ["p0", "p1"]
+
+
+def test_learning_rate_warms_up_once_and_then_stays():
+    args = stage("05").parse_args(["--lr", "8", "--warmup", "4", "--run", "none"])
+    assert [stage("05").lr_at(step, args) for step in (0, 1, 3, 4, 11_999)] == [2, 4, 8, 8, 8]
+
+
+def test_the_papers_numbers_are_the_defaults():
+    flags = {
+        number: stage(number).parse_args(["--run", "none"]) for number in ("01", "02", "03", "04", "05", "06", "07")
+    }
+    assert (flags["01"].num_samples, flags["01"].guidance, flags["07"].guidance) == (5, 4.5, 4.5)
+    assert (flags["01"].max_clips, flags["02"].num_rated_clips, flags["03"].num_human_pairs) == (50_000, 2000, 2000)
+    assert flags["04"].threshold == 0.7
+    dpo = flags["05"]
+    assert (dpo.beta, dpo.lr, dpo.warmup, dpo.steps, dpo.global_batch) == (600, 5e-6, 1000, 12_000, 8)
+    assert (dpo.sft_weight, dpo.no_human, dpo.hard_first) == (0, False, False)
+    assert (flags["06"].steps, flags["06"].lr) == (dpo.steps, dpo.lr)
+
+
+def test_an_explicit_flag_wins_over_the_toy_table_and_the_table_over_the_paper(finished, capsys):
+    toy = common.TOY["tiny"]["05"]
+    assert stage("05").parse_args(["--run", str(finished)]).beta == toy["beta"] != 600
+    assert f"beta 600.0 -> {toy['beta']}" in capsys.readouterr().out
+    assert stage("05").parse_args(["--run", str(finished), "--beta", "600"]).beta == 600
+    assert "beta" not in capsys.readouterr().out
+
+
+# AudioScore's fit (Sec. 2.1) ---------------------------------------------------------------------------------
+
+
+def made_up_scores(count, seed=0):
+    """Scores of `count` audios, 5 per clip, whose rating depends on ib and desync alone."""
+    generator = torch.Generator().manual_seed(seed)
+    column = {name: torch.randn(count, generator=generator) for name in ("ib", "clap", "desync_s", "pesq")}
+    column["pesq"][::2] = float("nan")
+    found = {
+        s: {key: column[key]}
+        for s, key in (("imagebind", "ib"), ("clap", "clap"), ("synchformer", "desync_s"), ("pesq", "pesq"))
+    }
+    found["panns"] = {"logits": torch.randn(count, 4, generator=generator)}
+    merit = column["ib"] - column["desync_s"]
+    rating = (merit < 0.7).long() + (merit < -0.7).long()
+    return found, torch.nn.functional.one_hot(rating, 3).float(), [f"clip{i // 5}" for i in range(count)]
+
+
+def test_audioscore_learns_ratings_that_its_scores_determine_and_is_judged_on_other_clips():
+    found, target, clips = made_up_scores(200)
+    p = stage("02").cross_validate(found, target, clips, seed=0)
+    assert p.isfinite().all()
+    accuracy = (p.argmax(dim=1) == target.argmax(dim=1)).float().mean().item()
+    majority = target.mean(dim=0).max().item()
+    assert accuracy > majority + 0.2
+    shuffled = target[torch.randperm(200, generator=torch.Generator().manual_seed(3))]
+    blind = stage("02").cross_validate(found, shuffled, clips, seed=0)
+    chance = (blind.argmax(dim=1) == shuffled.argmax(dim=1)).float().mean().item()
+    assert chance < accuracy - 0.2  # nothing leaks from the held-out clips
+
+
+def test_a_fold_never_splits_a_clip_nor_a_youtube_video():
+    found, target, _ = made_up_scores(60)
+    clips = [f"abcdefghij{i // 10}_{i % 10:06d}" for i in range(60)]  # 6 videos of 10 clips
+    seen, fit = [], stage("02").fit
+
+    def spy(part, share, seed):
+        seen.append({round(x, 6) for x in part["imagebind"]["ib"].tolist()})
+        return fit(part, share, seed, steps=1)
+
+    stage("02").fit = spy
+    try:
+        stage("02").cross_validate(found, target, clips, seed=0)
+    finally:
+        stage("02").fit = fit
+    assert len(seen) == 5
+    for fitted in seen:
+        used = Counter(clip[:11] for clip, x in zip(clips, found["imagebind"]["ib"].tolist()) if round(x, 6) in fitted)
+        assert set(used.values()) == {10}  # whole videos only
+
+
+def test_of_equally_many_raters_the_worse_rating_counts():
+    rows = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5], [0.2, 0.2, 0.6], [1.0, 0.0, 0.0]])
+    assert stage("02").majority(rows).tolist() == [1, 2, 2, 0]
+
+
+def test_clips_to_rate_are_a_seeded_draw():
+    draw, names = stage("02").draw_rated_clips, {f"c{i:02d}": [] for i in range(40)}
+    assert draw(names, 10, 0) == draw(dict(random.Random(1).sample(sorted(names.items()), 40)), 10, 0)
+    assert len(set(draw(names, 10, 0))) == 10 and draw(names, 10, 0) != draw(names, 10, 1)
+    assert draw(names, 100, 0) == sorted(names)
+
+
+def test_sft_weight_adds_the_winners_own_error(run):
+    call("05", run, "--steps", 1, "--out", "plain", "--warmup", 0)
+    call("05", run, "--steps", 1, "--out", "sft", "--warmup", 0, "--sft-weight", 2)
+    plain, sft = (read(run / out / "log.jsonl")[0]["loss"] for out in ("plain", "sft"))
+    assert plain == pytest.approx(LOG_2, abs=1e-6)
+    assert sft > plain + 0.1  # 2 x an error of order 1
