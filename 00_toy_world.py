@@ -38,9 +38,12 @@ import functools
 import json
 import math
 import multiprocessing
+import os
 import signal
 import tempfile
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -77,23 +80,21 @@ LABELS = [label for label, _ in CLASSES]
 SPEECH = LABELS.index("person speaking")
 VOCABULARY = sorted({w for _, text in CLASSES for w in text.split()} | {w for o in OPENINGS for w in o.split()})
 
-# Clips and optimizer steps of each size. Batch 64; base_steps and those of the scorers in the order of SCORER_NETS.
+# Clips and optimizer steps of each size; processes besides the main one.
 SIZES = {
-    "default": dict(train=600, val=100, test=200, pretrain=1500, scorer=700, oracle=300, workers=2,
-                    encoder_steps=300, base_steps=750, scorer_steps=200, sync_steps=400, oracle_steps=250),
-    "tiny": dict(train=16, val=6, test=8, pretrain=48, scorer=32, oracle=24, workers=1,
-                 encoder_steps=40, base_steps=40, scorer_steps=15, sync_steps=25, oracle_steps=20),
+    "default": dict(train=600, val=100, test=200, pretrain=1500, scorer=700, oracle=300, processes=2,
+                    encoder_steps=300, base_steps=750, scorer_steps=200, sync_steps=400),
+    "tiny": dict(train=16, val=6, test=8, pretrain=40, scorer=24, oracle=16, processes=0,
+                 encoder_steps=40, base_steps=40, scorer_steps=15, sync_steps=25),
 }  # fmt: skip
 CORPORA = ("train", "val", "test", "pretrain", "scorer", "oracle")  # the index is part of every clip's seed
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    io = parser.add_argument_group("io")
-    io.add_argument("--run", default="runs/toy", help="run folder; created, or continued with the same settings")
-    world = parser.add_argument_group("world")
-    world.add_argument("--seed", type=int, default=0, help="seed of every clip and every network")
-    world.add_argument("--size", choices=list(SIZES), default="default", help="tiny: seconds, for the tests")
+    parser.add_argument("--run", default="runs/toy", help="run folder; created, or continued with the same settings")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every clip and every network")
+    parser.add_argument("--size", choices=list(SIZES), default="default", help="tiny: seconds, for the tests")
     return parser.parse_args(argv)
 
 
@@ -107,9 +108,8 @@ def draw_script(seed, corpus, index):
     (`heard_class`, `heard_s`, `wet`, `noise`: the last two are amplitudes) and the clip's own generator."""
     rng = np.random.default_rng([seed, CORPORA.index(corpus), index])
     kind, count = int(rng.integers(len(CLASSES))), int(rng.choice([2, 3, 4], p=[0.6, 0.3, 0.1]))
-    first, last, gap = 0.34, 1.56, 0.38  # seconds; silence before the first hit is where the noise floor is read
-    slack = np.sort(rng.uniform(0, last - first - gap * (count - 1), count))
-    hits = first + slack + gap * np.arange(count)
+    first, last, gap = 0.34, 1.56, 0.38  # seconds; the floor is read before the first hit
+    hits = first + np.sort(rng.uniform(0, last - first - gap * (count - 1), count)) + gap * np.arange(count)
     text = OPENINGS[rng.integers(len(OPENINGS))] + CLASSES[kind][1]
     caption = None if rng.random() < 0.1 else text
     script = dict(kind=kind, hits_s=hits, caption=caption, heard_kind=kind, heard_s=hits, wet=0.0, noise=2e-4, rng=rng)
@@ -173,12 +173,11 @@ def draw_sound(script):
         start = round(hit * RATE_HZ)
         wave[start : start + len(EVENT_S)] += 0.5 * rng.uniform(0.7, 1) * draw_event(script["heard_kind"], pitch, rng)
     wave = wave[:SAMPLES]
-    if script["wet"]:
-        t = np.arange(int(0.6 * RATE_HZ)) / RATE_HZ
-        echo = rng.standard_normal(len(t)) * np.exp(-t / 0.13) * (t > 0.01)
-        echo *= script["wet"] / np.sqrt((echo**2).sum())
-        size = 1 << 16
-        wave = wave + np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(echo, size), size)[:SAMPLES]
+    if script["wet"]:  # a room: exponentially decaying noise of unit energy
+        t, size = np.arange(int(0.6 * RATE_HZ)) / RATE_HZ, 1 << 16
+        room = rng.standard_normal(len(t)) * np.exp(-t / 0.13) * (t > 0.01)
+        room *= script["wet"] / np.sqrt((room**2).sum())
+        wave = wave + np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(room, size), size)[:SAMPLES]
     wave = wave + script["noise"] * rng.standard_normal(SAMPLES)
     return (wave / max(1.0, np.abs(wave).max() / 0.95)).astype(np.float32)
 
@@ -285,8 +284,9 @@ class Codec(nn.Module):
 
     def __init__(self, state=None):
         super().__init__()
-        for name, shape in (("mean", (PATCH * MELS,)), ("down", (PATCH * MELS, CHANNELS)), ("up", (CHANNELS, PATCH * MELS))):
-            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("mean", torch.zeros(PATCH * MELS))
+        self.register_buffer("down", torch.zeros(PATCH * MELS, CHANNELS))
+        self.register_buffer("up", torch.zeros(CHANNELS, PATCH * MELS))
         if state:
             self.load_state_dict(state)
 
@@ -296,9 +296,9 @@ class Codec(nn.Module):
         (the network would spend itself on inaudible ones) and none."""
         self, patches = cls(), mel.reshape(-1, PATCH * MELS).double()
         self.mean.copy_(patches.mean(0))
-        values, vectors = torch.linalg.eigh((patches - self.mean.double()).T @ (patches - self.mean.double()) / len(patches))
-        values, vectors = values.flip(0)[:CHANNELS], vectors.flip(1)[:, :CHANNELS]
-        scale = values.sqrt().sqrt() * values.sqrt().mean().sqrt()  # the latent's overall variance becomes 1
+        values, vectors = torch.linalg.eigh(patches.T.cov())
+        deviation, vectors = values.flip(0)[:CHANNELS].sqrt(), vectors.flip(1)[:, :CHANNELS]
+        scale = (deviation * deviation.mean()).sqrt()  # the latent's overall variance becomes 1
         self.down.copy_(vectors / scale)
         self.up.copy_((vectors * scale).T)
         return self
@@ -310,17 +310,22 @@ class Codec(nn.Module):
         return (latents @ self.up + self.mean).reshape(len(latents), MEL_FRAMES, MELS)
 
     @torch.no_grad()
-    def waveform(self, mel):
-        """(B, 100, 64) log-mel -> (B, 32000), eight Griffin-Lim iterations from zero phase (no randomness)."""
-        power = (4 * mel.clamp(max=3.5) - 2.5).exp() - 1e-4
-        spectrum = (power.clamp(min=0) @ mel_banks()[1]).clamp(min=0).transpose(1, 2)
-        spectrum = torch.cat([spectrum, spectrum[..., -1:]], dim=-1)
-        return torchaudio.functional.griffinlim(
-            spectrum, torch.hann_window(N_FFT), N_FFT, HOP, N_FFT, power=2.0, n_iter=8, momentum=0.99, length=SAMPLES, rand_init=False
-        )
-
     def decode(self, latents):
-        return torch.cat([self.waveform(self.mel(part)) for part in latents.float().cpu().split(64)])
+        """(B, 25, 40) -> (B, 32000) on the CPU: eight Griffin-Lim iterations from zero phase, no randomness."""
+        waves, window = [], torch.hann_window(N_FFT)
+        for part in latents.float().cpu().split(64):
+            power = (4 * self.mel(part).clamp(max=3.5) - 2.5).exp() - 1e-4
+            power = (power.clamp(min=0) @ mel_banks()[1]).clamp(min=0).transpose(1, 2)
+            power = torch.cat([power, power[..., -1:]], dim=-1)
+            waves.append(torchaudio.functional.griffinlim(power, window, N_FFT, HOP, N_FFT, 2.0, 8, 0.99, SAMPLES, False))
+        return torch.cat(waves)
+
+    def pass_half(self, mel):
+        """Every second row as generated audio arrives: through latents, Griffin-Lim and the analysis again. Networks
+        that never met the phases it invents mistake bells for synthesizers."""
+        mel = mel.clone()
+        mel[::2] = log_mel(self.decode(self.encode(mel[::2])))
+        return mel
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -353,8 +358,8 @@ def moments(frames):
     centre = torch.exp(-((dx[:, None, :] ** 2 + dy[:, :, None] ** 2) / 0.002))  # a ring is hollow
     hollow = (share * centre).sum((1, 2))
     colour = (share[..., None] * diff).sum((1, 2))
-    columns = [mass / 30, 2 * cx - 1, 2 * cy - 1, 10 * sx, 10 * sy, 4 * hollow, (mass > 0.5).float()]
-    return torch.cat([torch.stack(columns, dim=1), 2 * colour], dim=1)
+    columns = torch.stack([mass / 30, 2 * cx - 1, 2 * cy - 1, 10 * sx, 10 * sy, 4 * hollow, (mass > 0.5).float()], dim=1)
+    return torch.cat([columns, 2 * colour], dim=1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -384,6 +389,13 @@ class VideoTower(nn.Module):
         return x.transpose(1, 2), self.pool(torch.cat([x.mean(-1), x.amax(-1)], dim=-1))
 
 
+class Glance(VideoTower):
+    """The pooled half alone: ImageBind's side of the picture."""
+
+    def forward(self, look):
+        return super().forward(look)[1]
+
+
 class VideoEncoder(nn.Module):
     """The base model's own frozen video encoder, trained to name the class and to mark the hits."""
 
@@ -393,8 +405,8 @@ class VideoEncoder(nn.Module):
 
     def loss(self, look, strike, kind):
         frames, pooled = self.tower(look)
-        bce = F.binary_cross_entropy_with_logits(self.strike(frames)[..., 0], strike, pos_weight=torch.tensor(4.0))
-        return bce + F.cross_entropy(self.kind(pooled), kind)
+        marks = F.binary_cross_entropy_with_logits(self.strike(frames)[..., 0], strike, pos_weight=torch.tensor(4.0))
+        return marks + F.cross_entropy(self.kind(pooled), kind)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -446,10 +458,8 @@ class ToyNet(nn.Module):
         return {"tokens": self.frames_in(frames), "vector": self.pooled_in(pooled) + self.text_in(text)}
 
     def null(self, conditions):
-        return {
-            "tokens": self.null_tokens.expand_as(conditions["tokens"]),
-            "vector": self.null_vector.expand_as(conditions["vector"]),
-        }
+        null = {"tokens": self.null_tokens, "vector": self.null_vector}
+        return {key: null[key].expand_as(value) for key, value in conditions.items()}
 
     def forward(self, a_t, t, conditions):
         phase = t.float()[:, None] * self.frequencies
@@ -496,66 +506,53 @@ def load_base(path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Training of all networks
+# Training of base model, scorers and oracle
 # ------------------------------------------------------------------------------------------------------------
 
 
-def fit(parameters, loss, rows, steps, seed, title, place=0, batch=64, lr=2e-3, after=None):
-    """AdamW with a cosine schedule on batches drawn at random; loss(indices, generator) -> scalar."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
+def fit(net, loss, rows, steps, seed, title, place=0, after=lambda: None):
+    """AdamW with a cosine schedule on random batches of 64; loss(indices, generator) -> scalar."""
+    generator, lr = torch.Generator().manual_seed(seed), 2e-3
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     for step in tqdm(range(steps), title, position=place, disable=None, mininterval=1):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        value = loss(torch.randint(rows, (min(batch, rows),), generator=generator), generator)
+        value = loss(torch.randint(rows, (min(64, rows),), generator=generator), generator)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        if after:
-            after()
+        after()
 
 
-def train_encoder(data, size, seed):
-    torch.manual_seed(seed)
-    encoder = VideoEncoder()
-    fit(encoder.parameters(), lambda i, g: encoder.loss(data["look"][i], data["strike"][i], data["kind"][i]),
-        len(data["kind"]), size["encoder_steps"], seed, "video encoder")  # fmt: skip
-    return encoder.requires_grad_(False)
-
-
-def train_base(path, data, encoder, codec, size, seed):
-    """Rectified flow on the imperfect corpus; the exponential average of the weights is what is kept."""
+def train_base(path, data, codec, size, seed):
+    """The frozen video encoder, then rectified flow on the imperfect corpus, of which the average weights are kept."""
     torch.manual_seed(seed + 1)
-    net, latents, text = ToyNet(), codec.encode(data["mel"]), data["text"]
-    kept = {key: value.clone() for key, value in net.state_dict().items()}
-    per_frame, pooled = encoder.tower(data["look"])
+    encoder, net, look = VideoEncoder(), ToyNet(), data["look"]
+    fit(encoder, lambda i, _: encoder.loss(look[i], data["strike"][i], data["kind"][i]), len(look), size["encoder_steps"], seed, "video")
+    with torch.no_grad():
+        latents, (per_frame, pooled) = codec.encode(data["mel"]), encoder.tower(look)
     per_frame = per_frame.reshape(-1, TOKENS, 2 * EMBED)
+    kept, count = {key: value.clone() for key, value in net.state_dict().items()}, 0
 
     def loss(i, generator):
-        a_0, t = latents[i], torch.sigmoid(torch.randn(len(i), generator=generator))  # logit-normal, as in pre-training
-        eps = torch.randn(a_0.shape, generator=generator)
-        a_t, v = common.interpolate(a_0, eps, t)
+        a_0, t = latents[i], torch.sigmoid(torch.randn(len(i), generator=generator))  # logit-normal
+        a_t, v = common.interpolate(a_0, torch.randn(a_0.shape, generator=generator), t)
         drop, drop_text = torch.rand(2, len(i), 1, generator=generator) < 0.1
-        conditions = net.condition(per_frame[i], pooled[i], text[i] * ~drop_text)
+        conditions = net.condition(per_frame[i], pooled[i], data["text"][i] * ~drop_text)
         null = net.null(conditions)
-        conditions = {
-            "tokens": torch.where(drop[..., None], null["tokens"], conditions["tokens"]),
-            "vector": torch.where(drop, null["vector"], conditions["vector"]),
-        }
+        conditions["tokens"] = torch.where(drop[..., None], null["tokens"], conditions["tokens"])
+        conditions["vector"] = torch.where(drop, null["vector"], conditions["vector"])
         return common.flow_error(v, net(a_t, t, conditions)).mean()
-
-    count = 0
 
     def average():
         nonlocal count
         count += 1
-        keep = min(0.995, count / (count + 10))
         for key, value in net.state_dict().items():
-            kept[key].mul_(keep).add_(value, alpha=1 - keep)
+            kept[key].lerp_(value, max(0.005, 10 / (count + 10)))
 
-    fit(net.parameters(), loss, len(latents), size["base_steps"], seed, "base model", 0, after=average)
-    common.save_pt(path, {"kind": "toy base", "net": kept, "encoder": encoder.state_dict(), "codec": codec.state_dict(), "vocabulary": VOCABULARY})
+    fit(net, loss, len(look), size["base_steps"], seed, "base model", after=average)
+    state = {"net": kept, "encoder": encoder.state_dict(), "codec": codec.state_dict()}
+    common.save_pt(path, {"kind": "toy base", "vocabulary": VOCABULARY, **state})
 
 
 class AudioTower(nn.Module):
@@ -563,26 +560,34 @@ class AudioTower(nn.Module):
 
     def __init__(self, out, width=64):
         super().__init__()
-        self.convs = nn.ModuleList([nn.Conv1d(MELS, width, 5, 2, 2), nn.Conv1d(width, width, 5, 1, 2), nn.Conv1d(width, width, 5, 1, 2)])
-        self.mix, self.head = nn.Linear(3 * width, 64), nn.Linear(64, out)
+        self.one, self.two = nn.Conv1d(MELS, width, 5, 2, 2), nn.Conv1d(width, width, 5, 1, 2)
+        self.three, self.mix, self.head = nn.Conv1d(width, width, 5, 1, 2), nn.Linear(3 * width, 64), nn.Linear(64, out)
 
     def embedding(self, mel):
-        x = mel.transpose(1, 2)
-        for conv in self.convs:
-            x = F.relu(conv(x))
-        return self.mix(torch.cat([x.mean(-1), x.amax(-1), x.amin(-1)], dim=-1))  # amin: noise, where tails are not
+        x = F.relu(self.three(F.relu(self.two(F.relu(self.one(mel.transpose(1, 2)))))))
+        return self.mix(torch.cat([x.mean(-1), x.amax(-1), x.amin(-1)], dim=-1))  # amin hears noise, but no tails
 
     def forward(self, mel):
         return self.head(F.relu(self.embedding(mel)))
 
 
-class TextTower(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(len(VOCABULARY), EMBED), nn.ReLU(), nn.Linear(EMBED, EMBED))
+class Match(nn.Module):
+    """Sound against something else by cosine. Trained contrastively, clips of one class being each other's positives:
+    it asks what sounds, not when."""
 
-    def forward(self, bag):
-        return self.net(bag)
+    def __init__(self, other):
+        super().__init__()
+        self.sound, self.other = AudioTower(EMBED), other
+
+    def loss(self, mel, other, kind):
+        cosine = F.cosine_similarity(self.sound(mel)[:, None], self.other(other)[None], dim=-1)
+        same = (kind[:, None] == kind).float()
+        same = same / same.sum(1, keepdim=True)
+        return -(same * ((10 * cosine).log_softmax(0) + (10 * cosine).log_softmax(1))).sum(1).mean()
+
+
+def text_tower():
+    return nn.Sequential(nn.Linear(len(VOCABULARY), EMBED), nn.ReLU(), nn.Linear(EMBED, EMBED))
 
 
 class SyncNet(nn.Module):
@@ -592,20 +597,19 @@ class SyncNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.sound = nn.Sequential(nn.Conv1d(MELS, 32, 5, 2, 2), nn.ReLU(), nn.Conv1d(32, 32, 5, 1, 2), nn.ReLU(), nn.Conv1d(32, 8, 1))
-        self.sight = nn.Sequential(nn.Conv1d(MOMENTS, 32, 5, 1, 2), nn.ReLU(), nn.Conv1d(32, 32, 5, 1, 2), nn.ReLU(), nn.Conv1d(32, 8, 1))
+        conv = nn.Conv1d
+        self.sound = nn.Sequential(conv(MELS, 32, 5, 2, 2), nn.ReLU(), conv(32, 32, 5, 1, 2), nn.ReLU(), conv(32, 8, 1))
+        self.sight = nn.Sequential(conv(MOMENTS, 32, 5, 1, 2), nn.ReLU(), conv(32, 32, 5, 1, 2), nn.ReLU(), conv(32, 8, 1))
         self.scale = nn.Parameter(torch.tensor(10.0))
 
     def see(self, look):
         """(B, 50, 10) -> (B, 8, 50) with unit norm."""
-        return F.normalize(self.sight(look.transpose(1, 2)).flatten(1), dim=-1).unflatten(1, (8, FRAMES))
+        return F.normalize(self.sight(look.transpose(1, 2)), dim=(1, 2))
 
     def forward(self, mel, sight):
         """-> logits (B, 21) of the lag: positive when the sound comes late."""
-        heard = F.normalize(self.sound(mel.transpose(1, 2)).flatten(1), dim=-1).unflatten(1, (8, FRAMES))
-        heard = F.pad(heard, (self.LAGS, self.LAGS))
-        lags = [(heard[..., k : k + FRAMES] * sight).sum((1, 2)) for k in range(2 * self.LAGS + 1)]
-        return self.scale * torch.stack(lags, dim=1)
+        heard = F.pad(F.normalize(self.sound(mel.transpose(1, 2)), dim=(1, 2)), (self.LAGS, self.LAGS))
+        return self.scale * (heard.unfold(2, FRAMES, 1) * sight[:, :, None]).sum((1, 3))
 
     def desync_s(self, logits):
         """E|offset| in seconds."""
@@ -616,116 +620,79 @@ def late(mel, lag):
     """Each row moved by lag (B,) video frames; what is uncovered is filled with the row's own quietest level."""
     place = torch.arange(MEL_FRAMES) - 2 * lag[:, None]
     moved = mel.gather(1, place.clamp(0, MEL_FRAMES - 1)[..., None].expand_as(mel))
-    quiet = mel.quantile(0.1, dim=1, keepdim=True)
-    return torch.where(((place >= 0) & (place < MEL_FRAMES))[..., None], moved, quiet)
-
-
-def contrast(a, b, kind, temperature=10.0):
-    """Symmetric contrastive loss in which clips of one class are each other's positives: it asks what, not when."""
-    similarity = temperature * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
-    same = (kind[:, None] == kind).float()
-    same = same / same.sum(1, keepdim=True)
-    return -(same * similarity.log_softmax(1)).sum(1).mean() - (same * similarity.T.log_softmax(1)).sum(1).mean()
-
-
-def through_codec(mel, codec, generator):
-    """Half of the rows as the codec returns them, for that is how generated audio arrives."""
-    half = torch.rand(len(mel), 1, 1, generator=generator) < 0.5
-    return torch.where(half, codec.mel(codec.encode(mel)), mel)
+    return torch.where(((place >= 0) & (place < MEL_FRAMES))[..., None], moved, mel.quantile(0.1, dim=1, keepdim=True))
 
 
 def train_scorers(path, oracle_path, data, other, codec, size, seed):
     """The four learned scorers from the scorer corpus, the oracle's classifier from its own."""
     torch.manual_seed(seed + 2)
-    mel, look, text, kind = data["mel"], data["look"], data["text"], data["kind"]
-    nets = {
-        "imagebind": nn.ModuleDict({"sound": AudioTower(EMBED), "sight": VideoTower()}),
-        "clap": nn.ModuleDict({"sound": AudioTower(EMBED), "text": TextTower()}),
-        "synchformer": SyncNet(),
-        "panns": AudioTower(len(CLASSES)),
-    }
+    mel, look, text, kind = codec.pass_half(data["mel"]), data["look"], data["text"], data["kind"]
+    nets = {"imagebind": Match(Glance()), "clap": Match(text_tower()), "synchformer": SyncNet(), "panns": AudioTower(len(CLASSES))}
     captioned = text.any(1).nonzero()[:, 0]
-    # The tagger is less sure of a noisy sound: a hard label would make it deaf to noise, and score_4 with it.
+    # The tagger is less sure of a noisy sound: hard labels would make it deaf to noise, and score_4 with it.
     doubt = 0.9 * (data["noise"] / 1.7).clamp(0, 1)[:, None]
     soft = F.one_hot(kind, len(CLASSES)) * (1 - doubt) + doubt / len(CLASSES)
 
-    def imagebind(i, g):
-        return contrast(nets["imagebind"]["sound"](through_codec(mel[i], codec, g)), nets["imagebind"]["sight"](look[i])[1], kind[i])
+    def synchronise(i, generator):
+        lag = torch.randint(-SyncNet.LAGS, SyncNet.LAGS + 1, (len(i),), generator=generator)
+        net = nets["synchformer"]
+        return F.cross_entropy(net(late(mel[i], lag), net.see(look[i])), lag + SyncNet.LAGS)
 
-    def clap(i, g):
-        i = captioned[i]
-        return contrast(nets["clap"]["sound"](through_codec(mel[i], codec, g)), nets["clap"]["text"](text[i]), kind[i])
-
-    def synchformer(i, g):
-        lag = torch.randint(-SyncNet.LAGS, SyncNet.LAGS + 1, (len(i),), generator=g)
-        logits = nets["synchformer"](late(through_codec(mel[i], codec, g), lag), nets["synchformer"].see(look[i]))
-        return F.cross_entropy(logits, lag + SyncNet.LAGS)
-
-    def panns(i, g):
-        return F.cross_entropy(nets["panns"](through_codec(mel[i], codec, g)), soft[i])
-
-    for name, loss, rows in (("imagebind", imagebind, len(mel)), ("clap", clap, len(captioned)), ("synchformer", synchformer, len(mel)), ("panns", panns, len(mel))):
-        steps = size["sync_steps"] if name == "synchformer" else size["scorer_steps"]
-        fit(nets[name].parameters(), loss, rows, steps, seed, name, 1)
+    losses = {
+        "imagebind": lambda i, _: nets["imagebind"].loss(mel[i], look[i], kind[i]),
+        "clap": lambda i, _: nets["clap"].loss(mel[captioned[i]], text[captioned[i]], kind[captioned[i]]),
+        "synchformer": synchronise,
+        "panns": lambda i, _: F.cross_entropy(nets["panns"](mel[i]), soft[i]),
+    }
+    for name, net in nets.items():
+        steps = size["sync_steps" if name == "synchformer" else "scorer_steps"]
+        fit(net, losses[name], len(captioned if name == "clap" else mel), steps, seed, name, 1)
     state = {name: net.state_dict() for name, net in nets.items()}
-    common.save_pt(path, {"kind": "toy scorers", **state, "codec": codec.state_dict(), "vocabulary": VOCABULARY})
+    common.save_pt(path, {"kind": "toy scorers", "vocabulary": VOCABULARY, "codec": codec.state_dict(), **state})
 
-    torch.manual_seed(seed + 3)
-    oracle = AudioTower(len(CLASSES), width=96)
-    fit(oracle.parameters(), lambda i, g: F.cross_entropy(oracle(through_codec(other["mel"][i], codec, g)), other["kind"][i]),
-        len(other["mel"]), size["oracle_steps"], seed, "oracle", 1)  # fmt: skip
+    oracle, mel, kind = AudioTower(len(CLASSES)), codec.pass_half(other["mel"]), other["kind"]
+    fit(oracle, lambda i, _: F.cross_entropy(oracle(mel[i]), kind[i]), len(mel), size["scorer_steps"], seed, "oracle", 1)
     common.save_pt(oracle_path, {"kind": "toy oracle", "classifier": oracle.state_dict()})
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Scorers, as stages use them
+# Scorers, as stages use them. Scorer.__call__ is in common.
 # ------------------------------------------------------------------------------------------------------------
 
 
-class ImageBind(common.Scorer):
+class ToyScorer(common.Scorer):
+    sample_rate_hz = RATE_HZ
+
+    def __init__(self, net, state):
+        super().__init__()
+        self.net = net
+        self.net.load_state_dict(state)
+        self.net.requires_grad_(False)
+
+
+class ImageBind(ToyScorer):
     """ib: cosine of video and sound (B,)."""
 
-    sample_rate_hz = RATE_HZ
-
-    def __init__(self, state):
-        super().__init__()
-        self.sound, self.sight = AudioTower(EMBED), VideoTower()
-        nn.ModuleDict({"sound": self.sound, "sight": self.sight}).load_state_dict(state["imagebind"])
-
     def clip_side(self, clip):
-        return self.sight(read_moments(str(clip["path"]))[None])[1][0]
+        return self.net.other(read_moments(str(clip["path"]))[None])[0]
 
     def audio_side(self, waves, clips, sides):
-        return {"ib": F.cosine_similarity(self.sound(log_mel(waves)), torch.stack(sides))}
+        return {"ib": F.cosine_similarity(self.net.sound(log_mel(waves)), torch.stack(sides))}
 
 
-class Clap(common.Scorer):
+class Clap(ToyScorer):
     """clap: cosine of caption and sound (B,), nan without caption."""
 
-    sample_rate_hz = RATE_HZ
-
-    def __init__(self, state):
-        super().__init__()
-        self.sound, self.text = AudioTower(EMBED), TextTower()
-        nn.ModuleDict({"sound": self.sound, "text": self.text}).load_state_dict(state["clap"])
-
     def clip_side(self, clip):
-        return None if clip["caption"] is None else self.text(words(clip["caption"])[None])[0]
+        return None if clip["caption"] is None else self.net.other(words(clip["caption"])[None])[0]
 
     def audio_side(self, waves, clips, sides):
-        none = torch.full((EMBED,), math.nan)
-        return {"clap": F.cosine_similarity(self.sound(log_mel(waves)), torch.stack([none if s is None else s for s in sides]))}
+        sides = torch.stack([torch.full((EMBED,), math.nan) if side is None else side for side in sides])
+        return {"clap": F.cosine_similarity(self.net.sound(log_mel(waves)), sides)}
 
 
-class Synchformer(common.Scorer):
+class Synchformer(ToyScorer):
     """desync_s: expected |offset| of sound against picture in seconds (B,)."""
-
-    sample_rate_hz = RATE_HZ
-
-    def __init__(self, state):
-        super().__init__()
-        self.net = SyncNet()
-        self.net.load_state_dict(state["synchformer"])
 
     def clip_side(self, clip):
         return self.net.see(read_moments(str(clip["path"]))[None])[0]
@@ -734,34 +701,21 @@ class Synchformer(common.Scorer):
         return {"desync_s": self.net.desync_s(self.net(log_mel(waves), torch.stack(sides)))}
 
 
-class Panns(common.Scorer):
+class Panns(ToyScorer):
     """logits: (B, 8) of the tagger; embedding: (B, 64), for score_4, FD, KL and IS."""
-
-    sample_rate_hz = RATE_HZ
-
-    def __init__(self, state):
-        super().__init__()
-        self.net = AudioTower(len(CLASSES))
-        self.net.load_state_dict(state["panns"])
 
     def audio_side(self, waves, clips, sides):
         embedding = self.net.embedding(log_mel(waves))
         return {"logits": self.net.head(F.relu(embedding)), "embedding": embedding}
 
 
-class Pesq(common.Scorer):
+class Pesq(ToyScorer):
     """pesq: wide-band PESQ against the clip's own sound (B,), by the real package; nan where it does not apply: no
     speech, no audio track, no utterance in the reference. 1, the scale's floor, where the audio is silent or broken.
 
     The reference goes through the codec: against the untouched original, Griffin-Lim's phases alone cost so much that
     nothing else would be heard.
     """
-
-    sample_rate_hz = RATE_HZ
-
-    def __init__(self, state):
-        super().__init__()
-        self.codec = Codec(state["codec"])
 
     @staticmethod
     def measure(reference, wave):
@@ -777,7 +731,7 @@ class Pesq(common.Scorer):
             wave = common.read_audio(clip["path"], RATE_HZ, CLIP_S)
         except common.SkipClip:
             return None
-        reference = self.codec.decode(self.codec.encode(log_mel(wave[None])))[0]
+        reference = self.net.decode(self.net.encode(log_mel(wave[None])))[0]
         return reference if reference.abs().max() > 1e-3 and self.measure(reference, reference) else None
 
     def audio_side(self, waves, clips, sides):
@@ -797,8 +751,15 @@ def load_scorer(name, path):
     state = common.load_pt(path)
     if not isinstance(state, dict) or state.get("kind") != "toy scorers" or state["vocabulary"] != VOCABULARY:
         common.stop(f"{path}: is not of this toy world; make the run folder anew with 00_toy_world.py")
-    kinds = {"imagebind": ImageBind, "clap": Clap, "synchformer": Synchformer, "panns": Panns, "pesq": Pesq}
-    return kinds[name](state)
+    if name == "imagebind":
+        return ImageBind(Match(Glance()), state[name])
+    if name == "clap":
+        return Clap(Match(text_tower()), state[name])
+    if name == "synchformer":
+        return Synchformer(SyncNet(), state[name])
+    if name == "panns":
+        return Panns(AudioTower(len(CLASSES)), state[name])
+    return Pesq(Codec(), state["codec"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -845,7 +806,7 @@ def measure(wave, hits_s):
 @torch.inference_mode()
 def examine(run, audios):
     """audios: list of (clip line, wav path) -> dict of arrays: semantic (P of the true class), sync_s, floor_db, wet_db."""
-    oracle = AudioTower(len(CLASSES), width=96)
+    oracle = AudioTower(len(CLASSES))
     oracle.load_state_dict(common.load_pt(Path(run) / "00_oracle.pt")["classifier"])
     out = {key: [] for key in ("semantic", "sync_s", "floor_db", "wet_db")}
     for clip, path in audios:
@@ -903,50 +864,43 @@ def oracle_scores(run, audios):
 
 
 def start_worker():
-    torch.set_num_threads(1)  # two threads that share a busy core wait for each other
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)  # two threads on one busy core wait for each other
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphans
 
 
 def train_part(job):
-    name, arguments = job
-    torch.set_num_threads(1)
-    (train_base if name == "base" else train_scorers)(*arguments)
+    function, arguments = job
+    function(*arguments)
 
 
-def spread(pool, function, jobs, title):
-    results = pool.imap(function, jobs, chunksize=4) if pool else map(function, jobs)
-    return list(tqdm(results, title, total=len(jobs), disable=None, mininterval=1))
+def build(run, each, size, seed):
+    """Everything that is not there yet. each: a map. Returns the lines of clips.jsonl."""
 
+    def bar(function, jobs, title):
+        return list(tqdm(each(function, jobs), title, total=len(jobs), disable=None, mininterval=1))
 
-def stack(rows):
-    return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
-
-
-def build(run, pool, size, seed):
-    """Everything that is not there yet. Returns the lines of clips.jsonl."""
     began = time.monotonic()
-
-    def say(text):
-        print(f"{text} ({time.monotonic() - began:.0f} s)", flush=True)
-
     jobs = [(run / "00_videos", seed, split, i) for split in ("train", "val", "test") for i in range(size[split])]
-    clips = spread(pool, write_clip, jobs, "videos")
-    say(f"videos: {len(clips)} files in {run / '00_videos'}")
+    clips = bar(write_clip, jobs, "videos")
+    print(f"videos: {len(clips)} files in {run / '00_videos'} ({time.monotonic() - began:.0f} s)", flush=True)
     base, scorers, oracle = (run / f"00_{name}.pt" for name in ("base", "scorers", "oracle"))
     if base.exists() and scorers.exists() and oracle.exists():
         return clips
-    jobs = [(seed, corpus, i) for corpus in ("pretrain", "scorer", "oracle") for i in range(size[corpus])]
-    rows = spread(pool, corpus_clip, jobs, "training clips")
-    cut = np.cumsum([size["pretrain"], size["scorer"]])
-    data = {name: stack(part) for name, part in zip(("pretrain", "scorer", "oracle"), (rows[: cut[0]], rows[cut[0] : cut[1]], rows[cut[1] :]))}
-    say(f"training clips: {len(rows)}")
-    codec, encoder, parts = Codec.fit(data["pretrain"]["mel"]), train_encoder(data["pretrain"], size, seed), []
+    jobs = [(seed, corpus, i) for corpus in CORPORA[3:] for i in range(size[corpus])]
+    rows, data = iter(bar(corpus_clip, jobs, "training clips")), {}
+    for corpus in CORPORA[3:]:
+        part = [next(rows) for _ in range(size[corpus])]
+        data[corpus] = {key: torch.from_numpy(np.stack([row[key] for row in part])) for key in part[0]}
+    print(f"training clips: {len(jobs)} ({time.monotonic() - began:.0f} s)", flush=True)
+    codec, parts = Codec.fit(data["pretrain"]["mel"]), []
     if not base.exists():
-        parts.append(("base", (base, data["pretrain"], encoder, codec, size, seed)))
+        parts.append((train_base, (base, data["pretrain"], codec, size, seed)))
     if not (scorers.exists() and oracle.exists()):
-        parts.append(("scorers", (scorers, oracle, data["scorer"], data["oracle"], codec, size, seed)))
-    list(pool.imap(train_part, parts) if pool else map(train_part, parts))
-    say("networks: base model, scorers, oracle")
+        parts.append((train_scorers, (scorers, oracle, data["scorer"], data["oracle"], codec, size, seed)))
+    list(each(train_part, parts))
+    print(f"networks: base model, scorers, oracle ({time.monotonic() - began:.0f} s)", flush=True)
     return clips
 
 
@@ -955,20 +909,20 @@ def main(args):
     common.claim(run / "00_settings.json", {"seed": args.seed, "size": args.size, **size}, advice="use another --run folder")
     torch.set_num_threads(1)
     try:
-        if size["workers"] > 1:
-            with multiprocessing.get_context("spawn").Pool(size["workers"], start_worker) as pool:
-                clips = build(run, pool, size, args.seed)
+        if size["processes"]:
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(size["processes"], spawn, start_worker) as pool:
+                clips = build(run, lambda f, jobs: pool.map(f, jobs, chunksize=1 if len(jobs) < 9 else 8), size, args.seed)
         else:
-            clips = build(run, None, size, args.seed)
+            clips = build(run, map, size, args.seed)
     finally:
         torch.set_num_threads(threads)
     if not (run / "clips.jsonl").exists():
         common.write_jsonl(run / "clips.jsonl", clips)
     if not (run / "run.json").exists():  # stage 01 completes it later
-        common.write_text(run / "run.json", json.dumps({
-            "model": "toy", "checkpoint": "00_base.pt", "checkpoint_digest": common.digest(run / "00_base.pt"), "size": args.size,
-            "world_seed": args.seed, "scorers": "00_scorers.pt", "video_root": "00_videos", "clip_s": CLIP_S,
-        }, indent=1) + "\n")  # fmt: skip
+        base = dict(model="toy", checkpoint="00_base.pt", checkpoint_digest=common.digest(run / "00_base.pt"))
+        rest = dict(size=args.size, world_seed=args.seed, scorers="00_scorers.pt", video_root="00_videos", clip_s=CLIP_S)
+        common.write_text(run / "run.json", json.dumps({**base, **rest}, indent=1) + "\n")
     splits = ", ".join(f"{size[split]} {split}" for split in ("train", "val", "test"))
     print(f"toy world ({args.size}, seed {args.seed}): {len(clips)} clips ({splits})\nnext: python 01_generate.py --run {run}")
 
