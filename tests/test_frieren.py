@@ -451,10 +451,11 @@ class Malicious:
 
 
 def test_checkpoint_with_foreign_code_is_refused_in_one_line(world, tmp_path, capsys):
-    file, mark = tmp_path / "evil.ckpt", tmp_path / "owned"
-    save_lightning(file, world.theirs.state_dict(), hyper_parameters=Malicious(mark))
-    line = stopped(capsys, load_model, "frieren", file, "cpu", world.root)
-    assert str(file) in line and not mark.exists()
+    file, mark, state = tmp_path / "evil.ckpt", tmp_path / "owned", world.theirs.state_dict()
+    torch.save({"state_dict": state, "hyper_parameters": Malicious(mark)}, file)
+    assert str(file) in stopped(capsys, load_model, "frieren", file, "cpu", world.root) and not mark.exists()
+    save_lightning(file, state, hyper_parameters=Malicious(mark))
+    assert str(file) in stopped(capsys, load_model, "frieren", file, "cpu", world.root) and not mark.exists()
 
 
 def test_wrong_prefix_missing_part_and_wrong_shape_are_named(world, tmp_path, capsys):
