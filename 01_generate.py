@@ -4,7 +4,7 @@ Run:
     python 01_generate.py                                    # the toy world of stage 00
     python 01_generate.py --run runs/vgg --model mmaudio:large_44k --clips vggsound.csv --videos DIR \\
         --test-list MMAudio/sets/vgg-test.tsv                # the paper's
-    torchrun --nproc_per_node 8 01_generate.py ...           # shards are divided over the GPUs
+    torchrun --nproc_per_node 8 -- 01_generate.py ...           # shards are divided over the GPUs
 
 Clips come from one of: the toy world's clips.jsonl; a .jsonl (id, video, and if known caption, label, split);
 VGGSound's csv (youtube id, start second, label, split; no header); MMAudio's tsv (header id, label; its split is in

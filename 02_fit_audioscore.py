@@ -4,7 +4,7 @@ Run:
     python 02_fit_audioscore.py                               # toy world: simulated raters answer
     python 02_fit_audioscore.py --run runs/vgg                # writes 02_to_rate.csv; rate it, then run again with
     python 02_fit_audioscore.py --run runs/vgg --ratings rated.csv
-    torchrun --nproc_per_node 8 02_fit_audioscore.py ...      # audios are divided over the GPUs for scoring
+    torchrun --nproc_per_node 8 -- 02_fit_audioscore.py ...      # audios are divided over the GPUs for scoring
 
 Reads:
     01_samples/, 01_audio/      stage 01's audios
@@ -145,7 +145,7 @@ def cross_validate(found, target, clips, seed):
     for i in sorted(set(fold.tolist())):
         rest, held = (fold != i).nonzero().flatten(), (fold == i).nonzero().flatten()
         audioscore = fit(select(found, rest), target[rest], seed)
-        p[held] = audioscore(common.five_scores(select(found, held), audioscore))
+        p[held] = audioscore(common.five_scores(select(found, held), audioscore)).float()
     return p
 
 

@@ -4,7 +4,7 @@ Run:
     python 03_mine_pairs.py                                   # toy world: simulated choices
     python 03_mine_pairs.py --run runs/vgg                    # writes 03_to_choose.csv for people, goes on without
     python 03_mine_pairs.py --run runs/vgg --choices chosen.csv --redo
-    torchrun --nproc_per_node 8 03_mine_pairs.py ...          # audios are divided over the GPUs for scoring
+    torchrun --nproc_per_node 8 -- 03_mine_pairs.py ...          # audios are divided over the GPUs for scoring
 
 Reads:
     01_samples/, 01_audio/, 02_audioscore.pt, 02_ratings.jsonl, 02_scores/

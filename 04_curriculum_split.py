@@ -79,7 +79,7 @@ def main(args):
     if pairs:
         print_shares(torch.tensor([p["score_c"] for p in scored if p["source"] == "auto"]), len(people))
     print(f"next: python 05_train_flow_dpo.py --run {run}")
-    print(f"      torchrun --nproc_per_node 8 05_train_flow_dpo.py --run {run}")
+    print(f"      torchrun --nproc_per_node 8 -- 05_train_flow_dpo.py --run {run}")
 
 
 if __name__ == "__main__":

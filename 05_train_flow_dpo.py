@@ -2,10 +2,11 @@
 
 Run:
     python 05_train_flow_dpo.py                                                # toy world, CPU
-    torchrun --nproc_per_node 8 05_train_flow_dpo.py --run runs/vgg            # one node, the paper's 8 GPUs
+    torchrun --nproc_per_node 8 -- 05_train_flow_dpo.py --run runs/vgg         # one node, the paper's 8 GPUs
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        05_train_flow_dpo.py --run runs/vgg                                    # two nodes, a shared run folder
-The global batch is the same on any number of GPUs, and so are the batches, times and noise.
+        -- 05_train_flow_dpo.py --run runs/vgg                                    # two nodes, a shared run folder
+The global batch is the same on any number of GPUs, and so are the batches, times and noise. (torchrun needs the `--`:
+it would take --run for an abbreviation of its own --run-path.)
 
 Reads:
     01_samples/                    latents and features, memory-mapped

@@ -2,7 +2,7 @@
 
 Run:
     python 06_ddpo_baseline.py                                             # toy world, CPU
-    torchrun --nproc_per_node 8 06_ddpo_baseline.py --run runs/vgg
+    torchrun --nproc_per_node 8 -- 06_ddpo_baseline.py --run runs/vgg
 Each round draws --prompts clips, samples --group-size audios of each with an SDE whose marginals are the ODE's, scores
 them, and makes --updates optimizer steps on the stored transitions; one step = one optimizer update, as in stage 05.
 
@@ -142,7 +142,7 @@ class Reward:
             rate = scorer.sample_rate_hz
             resampled = torchaudio.functional.resample(waves, model.sample_rate_hz, rate)
             found[name] = scorer(common.fit_length(resampled, round(model.clip_s * rate)), clips)
-        return self.audioscore(common.five_scores(found, self.audioscore))[:, 0] * finite
+        return self.audioscore(common.five_scores(found, self.audioscore))[:, 0].float() * finite
 
     def forget(self):
         for scorer in self.scorers.values():

@@ -30,6 +30,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -112,8 +113,9 @@ class AudioScore(nn.Module):
         return self.mlp(torch.nan_to_num((scores - self.mean) / self.std, nan=0.0))
 
     def forward(self, scores):
-        """scores: (B, 5) -> p: (B, 3), each row sums to 1."""
-        return self.logits(scores).softmax(dim=-1)
+        """scores: (B, 5) -> p: (B, 3) float64, each row sums to 1. In float32 several bad audios would have P(Bad) = 1
+        exactly, a tie."""
+        return self.logits(scores).double().softmax(dim=-1)
 
     def inception(self, tag_logits):
         """score_4: KL(p(y|a) || p(y)) in nats for each audio; tag_logits (B, tags) -> (B,).
@@ -324,8 +326,10 @@ def load_pt(path, mmap=False):
     try:
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a truncated or foreign file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        stop(f"{path}: cannot be read as a .pt file of plain tensors ({reason[:160]}); make it anew or copy it again")
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        refused = re.findall(r"GLOBAL (\S+)", str(error))  # a pickle may run code: only plain types are let in
+        reason = f"it holds {refused[0]}" if refused else reason[:160]
+        stop(f"{path}: cannot be read as a .pt file of plain tensors ({reason}); make it anew or copy it again")
 
 
 @contextmanager
@@ -342,8 +346,8 @@ def replacing(path):
 
 
 def save_pt(path, value):
-    with replacing(path) as temporary:
-        torch.save(value, temporary)
+    with replacing(path) as temporary, open(temporary, "wb") as stream:
+        torch.save(value, stream)  # to a path it would write the temporary name, and equal content would differ
 
 
 def write_text(path, text):
@@ -412,7 +416,7 @@ def sample_index(clip, k, samples, where, field="k"):
 def digest(path):
     """SHA-256 of a file, or of a folder's .jsonl files in order of their names; the first 16 hex digits."""
     path, total = Path(path), hashlib.sha256()
-    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+    for file in sorted(path.glob("[!.]*.jsonl")) if path.is_dir() else [path]:
         with open(file, "rb") as stream:
             while block := stream.read(1 << 22):
                 total.update(block)
@@ -572,7 +576,8 @@ TOY = {
     "default": {
         "01": dict(guidance=1.5, sampling_steps=12),
         "02": dict(num_rated_clips=150),
-        "03": dict(num_human_pairs=100),
+        "03": dict(num_human_pairs=150),
+        "04": dict(threshold=0.3),
         "05": dict(lr=1e-4, warmup=20, steps=250, global_batch=16, beta=20.0),
         "06": dict(lr=3e-4, steps=240, prompts=8, group_size=8, sampling_steps=10, updates=8),
         "07": dict(guidance=1.5),

@@ -42,7 +42,7 @@ def shell(*command, check=True, **options):
 
 
 def torchrun(number, run, *flags):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--")
     return shell(*launcher, STAGES[number], "--run", run, *flags)
 
 
