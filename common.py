@@ -724,24 +724,34 @@ def read_audio(path, sample_rate_hz, duration_s=None):
     """The first audio stream of any container as mono (S,) float32 at sample_rate_hz; with duration_s, cut or
     zero-padded to it. Raises SkipClip when there is none or it cannot be read."""
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                raise SkipClip("no audio stream")
-            stream = container.streams.audio[0]
-            planar = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
-            frames = [out.to_ndarray() for frame in container.decode(stream) for out in planar.resample(frame)]
-            frames += [out.to_ndarray() for out in planar.resample(None)]
-            rate = stream.rate
+        if Path(path).suffix in (".wav", ".flac"):  # ten times faster than through ffmpeg
+            samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+            wave = torch.from_numpy(samples).mean(dim=1)
+        else:
+            wave, rate = decode_audio(path)
     except FileNotFoundError:
         raise SkipClip("no such file") from None
-    except (av.error.FFmpegError, OSError) as error:
+    except (av.error.FFmpegError, soundfile.SoundFileError, OSError) as error:
         raise SkipClip(f"unreadable audio ({getattr(error, 'strerror', None) or type(error).__name__})") from None
-    if not frames:
+    if not len(wave):
         raise SkipClip("empty audio stream")
-    wave = torch.from_numpy(np.concatenate(frames, axis=1).mean(axis=0))
     if rate != sample_rate_hz:
         wave = torchaudio.functional.resample(wave, rate, sample_rate_hz)
     return wave if duration_s is None else fit_length(wave, round(duration_s * sample_rate_hz))
+
+
+def decode_audio(path):
+    """(S,) float32 mono and its rate, through PyAV."""
+    with av.open(str(path)) as container:
+        if not container.streams.audio:
+            raise SkipClip("no audio stream")
+        stream = container.streams.audio[0]
+        planar = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
+        frames = [out.to_ndarray() for frame in container.decode(stream) for out in planar.resample(frame)]
+        frames += [out.to_ndarray() for out in planar.resample(None)]
+        if not frames:
+            raise SkipClip("empty audio stream")
+        return torch.from_numpy(np.concatenate(frames, axis=1).mean(axis=0)), stream.rate
 
 
 def fit_length(wave, samples):
@@ -794,18 +804,23 @@ AUDIOSCORE_SCORERS = ("imagebind", "clap", "synchformer", "panns", "pesq")
 
 def score_files(scorer, audios, clip_s, batch=20):
     """audios: [(clip, wav path, key), ...]; each audio is judged on its first clip_s seconds. Returns a dict of
-    (n, ...) float32 tensors in the same order."""
-    parts = []
-    with ThreadPoolExecutor(4) as readers:
-        for start in range(0, len(audios), batch):
-            part = audios[start : start + batch]
+    (n, ...) float32 tensors in the same order. The next batches are read while one is scored."""
+    parts = [audios[i : i + batch] for i in range(0, len(audios), batch)]
+
+    def read(part):
+        try:
+            return torch.stack([read_audio(path, scorer.sample_rate_hz, clip_s) for _, path, _ in part])
+        except SkipClip as reason:
+            stop(f"audio of {part[0][0]['id']} or one of the {len(part) - 1} after it ({part[0][1]} ...): {reason}")
+
+    scored = []
+    with ThreadPoolExecutor(2) as readers:
+        for part, waves in zip(parts, readers.map(read, parts)):
             try:
-                read = functools.partial(read_audio, sample_rate_hz=scorer.sample_rate_hz, duration_s=clip_s)
-                waves = torch.stack(list(readers.map(read, [path for _, path, _ in part])))
-                parts.append(scorer(waves, [clip for clip, _, _ in part]))
+                scored.append(scorer(waves, [clip for clip, _, _ in part]))
             except SkipClip as reason:
                 stop(f"{type(scorer).__name__} cannot judge one of {sorted({c['id'] for c, _, _ in part})}: {reason}")
-    return {key: torch.cat([p[key] for p in parts]) for key in parts[0]}
+    return {key: torch.cat([one[key] for one in scored]) for key in scored[0]}
 
 
 def score_groups(run, cache, groups, names, weights, ranks=(0, 1, "cpu")):
