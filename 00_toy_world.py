@@ -84,14 +84,15 @@ VOCABULARY = sorted({w for _, text in CLASSES for w in text.split()} | {w for o 
 SIZES = {
     "default": dict(train=600, val=100, test=200, pretrain=1500, scorer=700, oracle=300, processes=2,
                     encoder_steps=300, base_steps=750, scorer_steps=200, sync_steps=400),
-    "tiny": dict(train=16, val=6, test=8, pretrain=40, scorer=24, oracle=16, processes=0,
-                 encoder_steps=40, base_steps=40, scorer_steps=15, sync_steps=25),
+    "tiny": dict(train=16, val=6, test=8, pretrain=32, scorer=24, oracle=16, processes=0,
+                 encoder_steps=30, base_steps=30, scorer_steps=15, sync_steps=25),
 }  # fmt: skip
 CORPORA = ("train", "val", "test", "pretrain", "scorer", "oracle")  # the index is part of every clip's seed
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
     parser.add_argument("--run", default="runs/toy", help="run folder; created, or continued with the same settings")
     parser.add_argument("--seed", type=int, default=0, help="seed of every clip and every network")
     parser.add_argument("--size", choices=list(SIZES), default="default", help="tiny: seconds, for the tests")
@@ -104,8 +105,8 @@ def parse_args(argv=None):
 
 
 def draw_script(seed, corpus, index):
-    """What happens in a clip. Returns a dict with the truth (`class`, `hits_s`), the caption, what is heard
-    (`heard_class`, `heard_s`, `wet`, `noise`: the last two are amplitudes) and the clip's own generator."""
+    """What happens in a clip. Returns a dict with the truth (`kind`, `hits_s`), the caption, what is heard
+    (`heard_kind`, `heard_s`, `wet`, `noise`: the last two are amplitudes) and the clip's own generator."""
     rng = np.random.default_rng([seed, CORPORA.index(corpus), index])
     kind, count = int(rng.integers(len(CLASSES))), int(rng.choice([2, 3, 4], p=[0.6, 0.3, 0.1]))
     first, last, gap = 0.34, 1.56, 0.38  # seconds; the floor is read before the first hit
@@ -142,7 +143,8 @@ def draw_event(kind, pitch, rng):
     """One hit of a class: (5600,) samples, peak 1. pitch: a factor on all frequencies."""
     t, w = EVENT_S, 2 * np.pi * pitch * EVENT_S
     if kind == 0:  # bell
-        y = sum(a * np.sin(f * w) * np.exp(-t / d) for f, d, a in ((620, 0.06, 1), (1710, 0.045, 0.6), (2930, 0.03, 0.4)))
+        partials = ((620, 0.06, 1), (1710, 0.045, 0.6), (2930, 0.03, 0.4))
+        y = sum(a * np.sin(f * w) * np.exp(-t / d) for f, d, a in partials)
     elif kind == 1:  # wood
         y = np.sin(310 * w) * np.exp(-t / 0.02) + 0.7 * np.sin(830 * w) * np.exp(-t / 0.012)
         y[:32] += 0.5 * rng.standard_normal(32)
@@ -153,9 +155,9 @@ def draw_event(kind, pitch, rng):
     elif kind == 4:  # FM
         y = np.sin(440 * w + 6 * np.exp(-t / 0.05) * np.sin(1150 * w)) * np.exp(-t / 0.045)
     elif kind == SPEECH:  # one vowel with hard edges, 0.26 s: PESQ finds no utterance in soft or shorter ones
-        gains = [sum(np.exp(-(((130 * h - f) / b) ** 2)) * a for f, b, a in ((700, 130, 1), (1220, 150, 0.6), (2600, 200, 0.3)))
-                 for h in range(1, 28)]  # fmt: skip
-        y = sum(g * np.sin(h * 130 * w + h * h) for h, g in enumerate(gains, 1))
+        formants, h = ((700, 130, 1), (1220, 150, 0.6), (2600, 200, 0.3)), np.arange(1, 28)[:, None]
+        gains = sum(a * np.exp(-(((130 * h - f) / b) ** 2)) for f, b, a in formants)
+        y = (gains * np.sin(130 * h * w + h * h)).sum(axis=0)
         y *= np.clip(np.minimum(t, 0.26 - t) / 0.006, 0, 1)
     elif kind == 6:  # bass drum
         y = np.sin(2 * np.pi * (55 * t + 3.2 * (1 - np.exp(-t / 0.025))) * pitch) * np.exp(-t / 0.05)
@@ -168,10 +170,11 @@ def draw_event(kind, pitch, rng):
 def draw_sound(script):
     """The clip's soundtrack: (32000,) float32."""
     rng, wave = script["rng"], np.zeros(SAMPLES + len(EVENT_S))
-    pitch = 2 ** (rng.uniform(-2, 2) * (0.1 if script["heard_kind"] == SPEECH else 1) / 12)  # one speaker: PESQ compares
+    kind, semitones = script["heard_kind"], rng.uniform(-2, 2)
+    pitch = 2 ** (semitones * (0.1 if kind == SPEECH else 1) / 12)  # one speaker: PESQ compares
     for hit in script["heard_s"]:
         start = round(hit * RATE_HZ)
-        wave[start : start + len(EVENT_S)] += 0.5 * rng.uniform(0.7, 1) * draw_event(script["heard_kind"], pitch, rng)
+        wave[start : start + len(EVENT_S)] += 0.5 * rng.uniform(0.7, 1) * draw_event(kind, pitch, rng)
     wave = wave[:SAMPLES]
     if script["wet"]:  # a room: exponentially decaying noise of unit energy
         t, size = np.arange(int(0.6 * RATE_HZ)) / RATE_HZ, 1 << 16
@@ -232,15 +235,15 @@ def write_mp4(path, picture, sound):
 def write_clip(job):
     """Pool job: one video of the train, val or test split, unless it is there. Returns its line of clips.jsonl."""
     folder, seed, split, index = job
-    name = f"{split}{index:05d}"
-    script = draw_script(seed, split, index)
-    truth = {"hits_s": [round(float(h), 4) for h in script["hits_s"]], "class": script["kind"], "wet": round(float(script["wet"]), 4)}
+    name, script = f"{split}{index:05d}", draw_script(seed, split, index)
+    hits, label = [round(float(hit), 4) for hit in script["hits_s"]], LABELS[script["kind"]]
+    truth = {"hits_s": hits, "class": script["kind"], "wet": round(float(script["wet"]), 4)}
     path = Path(folder) / f"{name}.mp4"
     if not path.exists():
         sound, picture = draw_sound(script), draw_picture(script)
         with common.replacing(path) as temporary:
             write_mp4(temporary, picture, sound)
-    return {"id": name, "video": path.name, "caption": script["caption"], "label": LABELS[script["kind"]], "split": split, "oracle": truth}
+    return dict(id=name, video=path.name, caption=script["caption"], label=label, split=split, oracle=truth)
 
 
 def corpus_clip(job):
@@ -255,8 +258,9 @@ def corpus_clip(job):
         mel = log_mel(common.read_audio(path, RATE_HZ, CLIP_S)[None])[0]
         look = read_moments(path) if corpus != "oracle" else torch.zeros(FRAMES, MOMENTS)
     strike = np.exp(-0.5 * ((np.arange(FRAMES)[:, None] / FPS - script["hits_s"]) / 0.03) ** 2).max(axis=1)
-    return dict(mel=mel.numpy(), look=look.numpy(), text=words(script["caption"]).numpy(), strike=strike.astype(np.float32),
-                kind=script["kind"], noise=np.float32(max(0.0, math.log10(script["noise"]) + 3.2)))  # fmt: skip
+    noise = np.clip((np.log10(script["noise"]) + 3.2) / 1.7, 0, 1)  # 0 none, 1 the loudest
+    row = dict(mel=mel.numpy(), look=look.numpy(), text=words(script["caption"]).numpy(), kind=script["kind"])
+    return dict(row, strike=strike.astype(np.float32), noise=np.float32(noise))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -317,7 +321,8 @@ class Codec(nn.Module):
             power = (4 * self.mel(part).clamp(max=3.5) - 2.5).exp() - 1e-4
             power = (power.clamp(min=0) @ mel_banks()[1]).clamp(min=0).transpose(1, 2)
             power = torch.cat([power, power[..., -1:]], dim=-1)
-            waves.append(torchaudio.functional.griffinlim(power, window, N_FFT, HOP, N_FFT, 2.0, 8, 0.99, SAMPLES, False))
+            vocoder = functools.partial(torchaudio.functional.griffinlim, n_iter=8, momentum=0.99, rand_init=False)
+            waves.append(vocoder(power, window, N_FFT, HOP, N_FFT, 2.0, length=SAMPLES))
         return torch.cat(waves)
 
     def pass_half(self, mel):
@@ -358,8 +363,8 @@ def moments(frames):
     centre = torch.exp(-((dx[:, None, :] ** 2 + dy[:, :, None] ** 2) / 0.002))  # a ring is hollow
     hollow = (share * centre).sum((1, 2))
     colour = (share[..., None] * diff).sum((1, 2))
-    columns = torch.stack([mass / 30, 2 * cx - 1, 2 * cy - 1, 10 * sx, 10 * sy, 4 * hollow, (mass > 0.5).float()], dim=1)
-    return torch.cat([columns, 2 * colour], dim=1)
+    columns = [mass / 30, 2 * cx - 1, 2 * cy - 1, 10 * sx, 10 * sy, 4 * hollow, (mass > 0.5).float()]
+    return torch.cat([torch.stack(columns, dim=1), 2 * colour], dim=1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -445,7 +450,8 @@ class ToyNet(nn.Module):
         self.latent_in, self.frames_in = nn.Linear(CHANNELS, width), nn.Linear(2 * EMBED, width)
         self.pooled_in, self.text_in = nn.Linear(EMBED, width), nn.Linear(len(VOCABULARY), width)
         self.place = nn.Parameter(0.02 * torch.randn(1, TOKENS, width))
-        self.null_tokens, self.null_vector = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, width))
+        self.null_tokens = nn.Parameter(torch.zeros(1, 1, width))
+        self.null_vector = nn.Parameter(torch.zeros(1, width))
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
         self.last, self.out = nn.Linear(width, 2 * width), nn.Linear(width, CHANNELS)
@@ -528,7 +534,8 @@ def train_base(path, data, codec, size, seed):
     """The frozen video encoder, then rectified flow on the imperfect corpus, of which the average weights are kept."""
     torch.manual_seed(seed + 1)
     encoder, net, look = VideoEncoder(), ToyNet(), data["look"]
-    fit(encoder, lambda i, _: encoder.loss(look[i], data["strike"][i], data["kind"][i]), len(look), size["encoder_steps"], seed, "video")
+    strike, kind, steps = data["strike"], data["kind"], size["encoder_steps"]
+    fit(encoder, lambda i, _: encoder.loss(look[i], strike[i], kind[i]), len(look), steps, seed, "video encoder")
     with torch.no_grad():
         latents, (per_frame, pooled) = codec.encode(data["mel"]), encoder.tower(look)
     per_frame = per_frame.reshape(-1, TOKENS, 2 * EMBED)
@@ -599,7 +606,8 @@ class SyncNet(nn.Module):
         super().__init__()
         conv = nn.Conv1d
         self.sound = nn.Sequential(conv(MELS, 32, 5, 2, 2), nn.ReLU(), conv(32, 32, 5, 1, 2), nn.ReLU(), conv(32, 8, 1))
-        self.sight = nn.Sequential(conv(MOMENTS, 32, 5, 1, 2), nn.ReLU(), conv(32, 32, 5, 1, 2), nn.ReLU(), conv(32, 8, 1))
+        see = conv(MOMENTS, 32, 5, 1, 2)
+        self.sight = nn.Sequential(see, nn.ReLU(), conv(32, 32, 5, 1, 2), nn.ReLU(), conv(32, 8, 1))
         self.scale = nn.Parameter(torch.tensor(10.0))
 
     def see(self, look):
@@ -627,10 +635,11 @@ def train_scorers(path, oracle_path, data, other, codec, size, seed):
     """The four learned scorers from the scorer corpus, the oracle's classifier from its own."""
     torch.manual_seed(seed + 2)
     mel, look, text, kind = codec.pass_half(data["mel"]), data["look"], data["text"], data["kind"]
-    nets = {"imagebind": Match(Glance()), "clap": Match(text_tower()), "synchformer": SyncNet(), "panns": AudioTower(len(CLASSES))}
+    nets = {"imagebind": Match(Glance()), "clap": Match(text_tower())}
+    nets |= {"synchformer": SyncNet(), "panns": AudioTower(len(CLASSES))}
     captioned = text.any(1).nonzero()[:, 0]
     # The tagger is less sure of a noisy sound: hard labels would make it deaf to noise, and score_4 with it.
-    doubt = 0.9 * (data["noise"] / 1.7).clamp(0, 1)[:, None]
+    doubt = 0.9 * data["noise"][:, None]
     soft = F.one_hot(kind, len(CLASSES)) * (1 - doubt) + doubt / len(CLASSES)
 
     def synchronise(i, generator):
@@ -651,7 +660,8 @@ def train_scorers(path, oracle_path, data, other, codec, size, seed):
     common.save_pt(path, {"kind": "toy scorers", "vocabulary": VOCABULARY, "codec": codec.state_dict(), **state})
 
     oracle, mel, kind = AudioTower(len(CLASSES)), codec.pass_half(other["mel"]), other["kind"]
-    fit(oracle, lambda i, _: F.cross_entropy(oracle(mel[i]), kind[i]), len(mel), size["scorer_steps"], seed, "oracle", 1)
+    steps = size["scorer_steps"]
+    fit(oracle, lambda i, _: F.cross_entropy(oracle(mel[i]), kind[i]), len(mel), steps, seed, "oracle", 1)
     common.save_pt(oracle_path, {"kind": "toy oracle", "classifier": oracle.state_dict()})
 
 
@@ -768,7 +778,6 @@ def load_scorer(name, path):
 
 CLEAN_FLOOR_DB = -57.0  # of the world's own clean clips; below it nothing is gained
 WET_DB = -32.0  # reverberant above this
-GLANCE = int(0.3 * RATE_HZ)
 
 
 def find_onsets(level_db):
@@ -798,21 +807,22 @@ def measure(wave, hits_s):
     floor = np.sort(energy)[2:8].mean()
     # The tail 280 to 400 ms after an onset that no other follows within 420 ms; no such onset: counted as dry.
     ends = np.append(onsets[1:], CLIP_S)
-    tails = [np.median(energy[round(o * 50) + 14 : round(o * 50) + 20]) - floor for o, e in zip(onsets, ends) if e - o >= 0.42]
+    tails = [np.median(energy[round(a * 50) + 14 : round(a * 50) + 20]) for a, b in zip(onsets, ends) if b - a >= 0.42]
+    tails = [tail - floor if tail > 3 * floor else 0.0 for tail in tails]  # a noisy floor's own ripple is no room
     wet = np.mean(tails) / peak if tails else 0.0
     return sync, max(CLEAN_FLOOR_DB, 10 * np.log10(floor / peak)), 10 * np.log10(max(wet, 1e-6))
 
 
 @torch.inference_mode()
 def examine(run, audios):
-    """audios: list of (clip line, wav path) -> dict of arrays: semantic (P of the true class), sync_s, floor_db, wet_db."""
+    """audios: list of (clip line, wav path) -> arrays semantic (P of the true class), sync_s, floor_db, wet_db."""
     oracle = AudioTower(len(CLASSES))
     oracle.load_state_dict(common.load_pt(Path(run) / "00_oracle.pt")["classifier"])
     out = {key: [] for key in ("semantic", "sync_s", "floor_db", "wet_db")}
     for clip, path in audios:
         wave = common.read_audio(path, RATE_HZ)
-        values = (oracle(log_mel(wave[None])).softmax(-1)[0, clip["oracle"]["class"]].item(), *measure(wave, clip["oracle"]["hits_s"]))
-        for key, value in zip(out, values):
+        truth, chances = clip["oracle"], oracle(log_mel(wave[None])).softmax(-1)[0]
+        for key, value in zip(out, (chances[truth["class"]].item(), *measure(wave, truth["hits_s"]))):
             out[key].append(value)
     return {key: np.array(values, dtype=np.float64) for key, values in out.items()}
 
@@ -827,7 +837,8 @@ def simulated_ratings(run, audios, seed):
         rng = np.random.default_rng(common.audio_seed(seed, f"rater/{clip['id']}", k))
         a, b, c = rng.standard_normal(3)
         chance = rng.random()
-        semantic, sync, floor = seen["semantic"][i] + 0.05 * a, seen["sync_s"][i] + 0.02 * b, seen["floor_db"][i] + 3 * c
+        semantic, sync = seen["semantic"][i] + 0.05 * a, seen["sync_s"][i] + 0.02 * b
+        floor = seen["floor_db"][i] + 3 * c
         faults = [sum(bool(value > limit) for limit in limits) for value, limits in
                   ((1 - semantic, (0.2, 0.6)), (sync, (0.06, 0.15)), (floor, (-42, -30)))]  # fmt: skip
         rating = "Bad" if max(faults) == 2 else "Good" if sum(faults) == 0 else "Medium"
@@ -855,7 +866,8 @@ def simulated_choices(run, comparisons, seed):
 def oracle_scores(run, audios):
     """audios: list of (clip line, wav path) -> dict of (n,) arrays for stage 07's oracle columns."""
     seen = examine(run, audios)
-    return {**{f"oracle_{key}": value for key, value in seen.items()}, "oracle_aesthetic": (seen["wet_db"] > WET_DB).astype(np.float64)}
+    aesthetic = (seen["wet_db"] > WET_DB).astype(np.float64)
+    return {**{f"oracle_{key}": value for key, value in seen.items()}, "oracle_aesthetic": aesthetic}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -906,13 +918,14 @@ def build(run, each, size, seed):
 
 def main(args):
     run, size, threads = Path(args.run), SIZES[args.size], torch.get_num_threads()
-    common.claim(run / "00_settings.json", {"seed": args.seed, "size": args.size, **size}, advice="use another --run folder")
+    settings = {"seed": args.seed, "size": args.size, **size}
+    common.claim(run / "00_settings.json", settings, advice="use another --run folder")
     torch.set_num_threads(1)
     try:
         if size["processes"]:
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(size["processes"], spawn, start_worker) as pool:
-                clips = build(run, lambda f, jobs: pool.map(f, jobs, chunksize=1 if len(jobs) < 9 else 8), size, args.seed)
+                clips = build(run, functools.partial(pool.map, chunksize=1), size, args.seed)
         else:
             clips = build(run, map, size, args.seed)
     finally:
@@ -920,11 +933,13 @@ def main(args):
     if not (run / "clips.jsonl").exists():
         common.write_jsonl(run / "clips.jsonl", clips)
     if not (run / "run.json").exists():  # stage 01 completes it later
-        base = dict(model="toy", checkpoint="00_base.pt", checkpoint_digest=common.digest(run / "00_base.pt"))
-        rest = dict(size=args.size, world_seed=args.seed, scorers="00_scorers.pt", video_root="00_videos", clip_s=CLIP_S)
-        common.write_text(run / "run.json", json.dumps({**base, **rest}, indent=1) + "\n")
+        about = dict(model="toy", checkpoint="00_base.pt", checkpoint_digest=common.digest(run / "00_base.pt"))
+        about |= dict(size=args.size, world_seed=args.seed, scorers="00_scorers.pt")
+        about |= dict(video_root="00_videos", clip_s=CLIP_S)
+        common.write_text(run / "run.json", json.dumps(about, indent=1) + "\n")
     splits = ", ".join(f"{size[split]} {split}" for split in ("train", "val", "test"))
-    print(f"toy world ({args.size}, seed {args.seed}): {len(clips)} clips ({splits})\nnext: python 01_generate.py --run {run}")
+    print(f"toy world ({args.size}, seed {args.seed}): {len(clips)} clips ({splits})")
+    print(f"next: python 01_generate.py --run {run}")
 
 
 if __name__ == "__main__":
