@@ -6,8 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +58,36 @@ def write(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def files_of(run, *numbers):
+    """{name: bytes} of what these stages wrote."""
+    found = (path for path in sorted(run.rglob("*")) if path.is_file())
+    return {str(p.relative_to(run)): p.read_bytes() for p in found if str(p.relative_to(run))[:2] in numbers}
+
+
+def make_video(path, size, fps, seconds, codec="libx264", pixels="yuv420p", sound=True):
+    """A moving gradient, and a beep in stereo at 44.1 kHz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width, height = size
+    with av.open(str(path), "w") as container:
+        video = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+        video.width, video.height, video.pix_fmt = width, height, pixels
+        voice = container.add_stream("aac", rate=44_100, layout="stereo") if sound else None
+        for i in range(round(seconds * fps)):
+            picture = np.full((height, width, 3), (7 * i) % 255, np.uint8)
+            picture[: height // 2, : 1 + i % width] = 255
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)))
+        container.mux(video.encode(None))
+        if voice:
+            wave = np.sin(np.arange(round(44_100 * seconds)) / 15).astype(np.float32)[None].repeat(2, 0) * 0.3
+            for start in range(0, wave.shape[1], 1024):
+                block = np.ascontiguousarray(wave[:, start : start + 1024])
+                frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="stereo")
+                frame.sample_rate, frame.pts, frame.time_base = 44_100, start, Fraction(1, 44_100)
+                container.mux(voice.encode(frame))
+            container.mux(voice.encode(None))
+    return path
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A whole run by the README's own command, only smaller. Read it; to change something, take `run`."""
@@ -100,3 +133,9 @@ def refused(capsys):
         return errors[0]
 
     return check
+
+
+@pytest.fixture
+def toy(finished):
+    """The flags that take the toy model to other clips."""
+    return ("--model", "toy", "--checkpoint", finished / "00_base.pt", "--sampling-steps", 2, "--num-samples", 2)

@@ -1,0 +1,510 @@
+"""What a user can get wrong: one line on stderr that says where and what to do, exit code 2, nothing lost."""
+
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import av
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, STAGES, call, files_of, make_video, read, stage, write
+
+import common
+
+AFTER_01 = ("01", "02", "03", "04", "05", "06", "07")
+
+
+def said(line, *parts):
+    """The line names all of these."""
+    assert [part for part in map(str, parts) if part not in line] == [], line
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def set_line(path, number, **changes):
+    rows = read(path)
+    rows[number - 1] = {key: value for key, value in {**rows[number - 1], **changes}.items() if value is not ...}
+    write(path, rows)
+
+
+# Missing and broken files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", AFTER_01)
+def test_a_missing_run(number, tmp_path, refused):
+    said(refused(number, tmp_path / "nowhere"), tmp_path / "nowhere", "--model" if number == "01" else "01")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_user_error_in_a_process_of_its_own_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, STAGES["05"], "--run", tmp_path / "nowhere"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("error: --run")
+
+
+NEEDED = [
+    ("01", "00_base.pt"),
+    ("01", "clips.jsonl"),
+    ("02", "01_samples/00000.jsonl"),
+    ("02", "00_scorers.pt"),
+    ("03", "02_audioscore.pt"),
+    ("03", "02_ratings.jsonl"),
+    ("04", "03_pairs.jsonl"),
+    ("04", "03_human_pairs.jsonl"),
+    ("05", "04_stage1.jsonl"),
+    ("05", "04_stage2.jsonl"),
+    ("05", "01_samples/00000.pt"),
+    ("05", "00_base.pt"),
+    ("06", "02_audioscore.pt"),
+    ("07", "clips.jsonl"),
+    ("07", "05_flow_dpo/policy.pt"),
+    ("07", "05_flow_dpo/policy.json"),
+]
+
+
+@pytest.mark.parametrize("broken", ["missing", "truncated"])
+@pytest.mark.parametrize("number, name", NEEDED, ids=lambda x: str(x).replace("/", "-"))
+def test_a_missing_or_truncated_input(number, name, broken, run, refused):
+    for path in run.glob(f"{number}_*"):  # the stage runs anew
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    truncate(run / name) if broken == "truncated" else (run / name).unlink()
+    kept = files_of(run, *STAGES)
+    said(refused(number, run), name.split("/")[0])
+    now = files_of(run, *STAGES)
+    assert {key: now.get(key) for key in kept} == kept
+
+
+def test_a_broken_line_of_a_jsonl_is_named(run, refused):
+    lines = (run / "clips.jsonl").read_text().splitlines()
+    lines[4] = lines[4][:20]
+    (run / "clips.jsonl").write_text("\n".join(lines))
+    said(refused("07", run), run / "clips.jsonl", "line 5")
+
+
+def test_a_missing_field_is_named(run, refused):
+    set_line(run / "clips.jsonl", 3, video=...)
+    said(refused("06", run), run / "clips.jsonl", "line 3", "'video'")
+
+
+def test_a_truncated_cache_of_scores_is_named(run, refused):
+    truncate(run / "02_scores" / "00000.clap.pt")
+    said(refused("02", run), run / "02_scores" / "00000.clap.pt")
+
+
+# Ratings and choices -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unrated(run):
+    """A run in which stages 02 and later have not run, and somebody's ratings."""
+    rows = read(run / "02_ratings.jsonl")
+    for path in [path for number in AFTER_01[1:] for path in run.glob(f"{number}_*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write(run / "answers.jsonl", rows)
+    return run
+
+
+BAD_RATINGS = {
+    "an unknown clip": (dict(clip="train09999"), ("line 2", "'clip'", "train09999")),
+    "k out of range": (dict(k=5), ("line 2", "'k'", "5", "0, 1, 2, 3, 4")),
+    "k negative": (dict(k=-1), ("line 2", "'k'", "-1")),
+    "k no number": (dict(k="first"), ("line 2", "'k'", "first")),
+    "not one of the three": (dict(rating="Great"), ("line 2", "'rating'", "Great", "Good, Medium, Bad")),
+    "in other letters": (dict(rating="good"), ("line 2", "'rating'", "good")),
+    "a missing field": (dict(rating=...), ("line 2", "'rating'", "missing")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RATINGS)
+def test_a_bad_rating(case, unrated, refused):
+    changes, expected = BAD_RATINGS[case]
+    set_line(unrated / "answers.jsonl", 2, **changes)
+    said(refused("02", unrated, "--ratings", unrated / "answers.jsonl"), unrated / "answers.jsonl", *expected)
+    assert not (unrated / "02_ratings.jsonl").exists() and not (unrated / "02_scores").exists()
+
+
+def test_a_rating_given_twice_by_one_rater_names_both_lines(unrated, refused):
+    rows = read(unrated / "answers.jsonl")
+    write(unrated / "answers.jsonl", [*rows, rows[2]])
+    line = refused("02", unrated, "--ratings", unrated / "answers.jsonl")
+    said(line, f"line {len(rows) + 1}", rows[2]["clip"], "twice", "line 3")
+
+
+def test_a_csv_of_ratings_without_a_column(unrated, refused):
+    (unrated / "rated.csv").write_text("clip,k,verdict\ntrain00000,0,Good\n")
+    line = refused("02", unrated, "--ratings", unrated / "rated.csv")
+    said(line, unrated / "rated.csv", "line 1", "'rating'")
+
+
+@pytest.mark.parametrize("name", ["nobody.csv", "nobody.jsonl"])
+def test_a_file_of_ratings_that_does_not_exist(name, unrated, refused):
+    said(refused("02", unrated, "--ratings", unrated / name), unrated / name, "no such file")
+
+
+def test_an_empty_sheet_of_ratings(unrated, refused):
+    (unrated / "rated.csv").write_text("clip,k,rating\ntrain00000,0,\n")
+    said(refused("02", unrated, "--ratings", unrated / "rated.csv"), unrated / "rated.csv", "no rating")
+
+
+def test_ratings_of_too_few_clips(unrated, refused):
+    few = {row["clip"] for row in read(unrated / "answers.jsonl")[:20]}
+    write(unrated / "answers.jsonl", [row for row in read(unrated / "answers.jsonl") if row["clip"] in few])
+    said(refused("02", unrated, "--ratings", unrated / "answers.jsonl"), "4 clips", "5")
+
+
+def test_other_ratings_than_the_run_has_need_redo(run, refused):
+    write(run / "other.jsonl", read(run / "02_ratings.jsonl")[:-1])
+    said(refused("02", run, "--ratings", run / "other.jsonl"), run / "other.jsonl", "--redo")
+
+
+BAD_CHOICES = {
+    "an unknown clip": (dict(clip="nobody"), ("line 1", "'clip'", "nobody")),
+    "a out of range": (dict(a=9), ("line 1", "'a'", "9")),
+    "b no number": (dict(b="x"), ("line 1", "'b'", "x")),
+    "not a, b or tie": (dict(choice="both"), ("line 1", "'choice'", "both", "a, b or tie")),
+    "one audio against itself": (dict(a=1, b=1), ("line 1", "same audio")),
+    "a missing field": (dict(choice=...), ("line 1", "'choice'", "missing")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHOICES)
+def test_a_bad_choice(case, run, refused):
+    changes, expected = BAD_CHOICES[case]
+    shutil.copy(run / "03_human_choices.jsonl", run / "answers.jsonl")
+    set_line(run / "answers.jsonl", 1, **changes)
+    kept = files_of(run, *STAGES)
+    line = refused("03", run, "--choices", run / "answers.jsonl", "--redo")
+    said(line, run / "answers.jsonl", *expected)
+    assert files_of(run, *STAGES) == kept
+
+
+def test_a_comparison_answered_twice_by_one_rater(run, refused):
+    rows = read(run / "03_human_choices.jsonl")
+    turned = {**rows[0], "a": rows[0]["b"], "b": rows[0]["a"]}
+    write(run / "answers.jsonl", [*rows, turned])
+    line = refused("03", run, "--choices", run / "answers.jsonl", "--redo")
+    said(line, f"line {len(rows) + 1}", "twice", "line 1")
+
+
+# Chains of stages --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05", "06", "07"])
+def test_ratings_changed_after_stage_02_name_the_stage_to_rerun(number, run, refused):
+    rows = read(run / "02_ratings.jsonl")
+    set_line(run / "02_ratings.jsonl", 1, rating="Good" if rows[0]["rating"] != "Good" else "Bad")
+    said(refused(number, run), run / "02_ratings.jsonl", "changed", "02_fit_audioscore.py", "--redo")
+
+
+def test_a_redone_audioscore_makes_the_later_stages_ask_for_theirs(run, refused):
+    rows = read(run / "02_ratings.jsonl")
+    set_line(run / "02_ratings.jsonl", 1, rating="Good" if rows[0]["rating"] != "Good" else "Bad")
+    call("02", run, "--redo")
+    for number in ("04", "05"):
+        said(refused(number, run), "03_mine_pairs.py", "--redo")
+    call("03", run, "--redo")
+    said(refused("05", run), "04_curriculum_split.py", "--redo")
+    call("04", run, "--redo")
+    said(refused("05", run), "--out")
+
+
+CHANGED = [
+    ("00", ("--size", "tiny", "--seed", 1), "seed"),
+    ("01", ("--guidance", 3), "sampler"),
+    ("01", ("--seed", 4), "seed"),
+    ("01", ("--num-samples", 4), "num_samples"),
+    ("02", ("--num-rated-clips", 7), "num_rated_clips"),
+    ("03", ("--min-score-c", 0.1), "min_score_c"),
+    ("04", ("--threshold", 0.11), "threshold"),
+    ("05", ("--beta", 7), "beta"),
+    ("05", ("--hard-first",), "hard_first"),
+    ("06", ("--lr", 1), "lr"),
+]
+
+
+@pytest.mark.parametrize(
+    "number, flags, field", CHANGED, ids=lambda x: "".join(map(str, x)) if isinstance(x, tuple) else x
+)
+def test_changed_settings_on_an_existing_folder(number, flags, field, run, refused):
+    kept = files_of(run, *STAGES, "ru", "cl")
+    line = refused(number, run, *flags)
+    said(line, f"{field}=", "now")
+    assert re.search(r"use (--redo|another --(run|out))", line), line
+    now = files_of(run, *STAGES, "ru", "cl")
+    assert {name for name in kept if now.get(name) != kept[name]} <= {"02_to_rate.csv", "03_to_choose.csv"}
+
+
+# Flags -------------------------------------------------------------------------------------------------------
+
+
+FLAGS = [
+    ("01", ("--num-samples", 1), "--num-samples"),
+    ("01", ("--sampling-steps", 0), "--sampling-steps"),
+    ("01", ("--videos", "."), "--videos"),
+    ("01", ("--model", "sora"), "sora"),
+    ("01", ("--model", "toy:large"), "toy"),
+    ("01", ("--cavp", "."), "--cavp"),
+    ("04", ("--threshold", 2, "--redo"), "--threshold"),
+    ("05", ("--global-batch", 0, "--out", "x"), "--global-batch"),
+    ("05", ("--steps", 0, "--out", "x"), "--steps"),
+    ("06", ("--updates", 9, "--sampling-steps", 4), "--updates"),
+    ("06", ("--group-size", 1), "--group-size"),
+    ("07", ("--only",), "--only"),
+    ("07", ("--systems", "mine"), "mine"),
+    ("07", ("--systems", "mine=nowhere"), "nowhere"),
+    ("07", ("--systems", "../x=05_flow_dpo"), "../x"),
+]
+
+
+@pytest.mark.parametrize(
+    "number, flags, named", FLAGS, ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else x
+)
+def test_contradictory_or_impossible_flags(number, flags, named, run, refused):
+    kept = files_of(run, *STAGES, "ru", "cl")
+    said(refused(number, run, *flags), named)
+    now = files_of(run, *STAGES, "ru", "cl")
+    assert now == kept and not (run.parent / "x").exists()
+
+
+@pytest.mark.parametrize("number", ["05", "06"])
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", ".", "..", "a/b", "", "01_samples", "07_audio"])
+def test_out_is_a_folder_name_inside_the_run_and_nothing_else(number, name, run, refused):
+    kept = files_of(run, *STAGES, "ru", "cl")
+    said(refused(number, run, "--out", name), f"--out {name}", "folder name")
+    assert files_of(run, *STAGES, "ru", "cl") == kept and not (run.parent / "x").exists()
+
+
+def test_more_processes_than_the_batch_can_be_divided_over(run, refused, monkeypatch):
+    monkeypatch.setattr(common, "setup_ranks", lambda: (0, 3, "cpu"))
+    said(refused("05", run, "--out", "x"), "--global-batch 4", "3 processes")
+    said(refused("06", run, "--out", "x"), "--prompts 2", "3 processes")
+
+
+# Videos ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad_videos(tmp_path):
+    folder = tmp_path / "videos"
+    make_video(folder / "good.mp4", (64, 64), 25, 2.2)
+    make_video(folder / "short.mp4", (64, 64), 25, 0.8)
+    (folder / "corrupt.mp4").write_bytes((folder / "good.mp4").read_bytes()[:700])
+    (folder / "text.mp4").write_text("not a video")
+    (folder / "empty.mp4").write_bytes(b"")
+    shutil.copy(folder / "good.mp4", folder / "damaged.mp4")
+    content = bytearray((folder / "good.mp4").read_bytes())
+    content[len(content) // 3 :] = bytes(len(content) - len(content) // 3)
+    (folder / "damaged.mp4").write_bytes(content)
+    with av.open(str(folder / "good.mp4")) as source, av.open(str(folder / "sound.mp4"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(source.streams.audio[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    return folder
+
+
+def test_unusable_videos_are_skipped_counted_and_listed(bad_videos, tmp_path, toy, capsys):
+    call("01", tmp_path / "run", "--videos", bad_videos, *toy)
+    skipped = {row["clip"]: row["reason"] for row in read(tmp_path / "run" / "01_samples" / "00000.skipped.jsonl")}
+    assert skipped.keys() == {"short", "corrupt", "text", "empty", "sound", "damaged"}
+    assert skipped["sound"] == "no video stream"
+    assert skipped["short"].startswith("too short: 0.80 s")
+    assert all("unreadable" in skipped[name] for name in ("corrupt", "text", "empty"))
+    assert {row["clip"] for row in read(tmp_path / "run" / "01_samples" / "00000.jsonl")} == {"good"}
+    assert "7 in, 1 used, 6 skipped" in capsys.readouterr().out
+
+
+def test_unusable_videos_are_an_error_under_strict(bad_videos, tmp_path, toy, refused):
+    said(refused("01", tmp_path / "run", "--videos", bad_videos, *toy, "--strict"), "--strict", "6 clips", "corrupt")
+    assert not (tmp_path / "run" / "01_samples" / "00000.jsonl").exists()
+
+
+def test_a_list_without_a_single_usable_video(tmp_path, toy, refused):
+    (tmp_path / "videos").mkdir()
+    said(refused("01", tmp_path / "run", "--videos", tmp_path / "videos", *toy), tmp_path / "videos", "no video")
+    (tmp_path / "videos" / "text.mp4").write_text("not a video")
+    said(refused("01", tmp_path / "run", "--videos", tmp_path / "videos", *toy), "no train clip", "skipped.jsonl")
+
+
+BAD_LISTS = {
+    "one id in two splits": (
+        [dict(id="x", split="train"), dict(id="x", split="test")],
+        ("clip 2", "x", "train and test"),
+    ),
+    "one id twice": ([dict(id="x"), dict(id="x")], ("clip 2", "x", "twice")),
+    "an unknown split": ([dict(id="x", split="dev")], ("clip 1", "'split'", "dev")),
+    "an id that is a path": ([dict(id="../x")], ("clip 1", "'id'", "../x")),
+    "an id that is no text": ([dict(id=7)], ("clip 1", "'id'", "7")),
+    "a missing id": ([dict(video="good.mp4")], ("line 1", "'id'")),
+    "a video above the root": ([dict(id="x", video="../good.mp4")], ("x", "../good.mp4", "outside")),
+    "an absolute video": ([dict(id="x", video="/etc/passwd")], ("x", "/etc/passwd", "outside")),
+    "a link that leads outside": ([dict(id="x", video="link.mp4")], ("x", "link.mp4", "outside")),
+    "videos that are not there": ([dict(id="x"), dict(id="y")], ("none of the 2 clips", "videos")),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LISTS)
+def test_a_bad_list_of_clips(case, tmp_path, toy, refused):
+    rows, expected = BAD_LISTS[case]
+    videos = tmp_path / "videos"
+    make_video(tmp_path / "good.mp4", (64, 64), 25, 2.2)
+    videos.mkdir()
+    (videos / "link.mp4").symlink_to(tmp_path / "good.mp4")
+    write(tmp_path / "list.jsonl", rows)
+    line = refused("01", tmp_path / "run", "--clips", tmp_path / "list.jsonl", "--videos", videos, *toy)
+    said(line, "list.jsonl", *expected)
+    assert not (tmp_path / "run" / "clips.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("vgg.csv", "abc,ten,dog,train\n", "line 1"),
+        ("vgg.csv", "abc,10,dog,train\nabd,10,dog\n", "line 2"),
+        ("vgg.tsv", "id\tlabel\nabc\n", "line 2"),
+        ("vgg.txt", "abc\n", ".txt"),
+        ("absent.csv", None, "no such file"),
+    ],
+)
+def test_a_bad_table_of_clips(name, text, expected, tmp_path, toy, refused):
+    if text:
+        (tmp_path / name).write_text(text)
+    line = refused("01", tmp_path / "run", "--clips", tmp_path / name, "--videos", tmp_path, *toy)
+    said(line, tmp_path / name, expected)
+
+
+def test_a_video_path_that_leaves_the_root_after_stage_01(run, refused):
+    set_line(run / "clips.jsonl", 1, video="../00_base.pt")
+    said(refused("06", run), run / "clips.jsonl", "line 1", "'video'", "../00_base.pt")
+
+
+# Models and checkpoints --------------------------------------------------------------------------------------
+
+
+def test_a_policy_of_another_model(run, refused):
+    about = json.loads((run / "05_flow_dpo" / "policy.json").read_text())
+    for changes in ({"model": "frieren"}, {"base_digest": "0123456789abcdef"}):
+        (run / "05_flow_dpo" / "policy.json").write_text(json.dumps({**about, **changes}))
+        said(refused("07", run), run / "05_flow_dpo", "another base")
+
+
+def test_weights_of_another_shape_are_refused_as_policy_and_as_base(run, refused, tmp_path):
+    shutil.rmtree(run / "07_audio" / "flow_dpo")
+    common.save_pt(run / "05_flow_dpo" / "policy.pt", {"weight": torch.zeros(3)})
+    said(refused("07", run), run / "05_flow_dpo" / "policy.pt", "not a policy of the toy model")
+    common.save_pt(tmp_path / "00_base.pt", {"weight": torch.zeros(3)})
+    flags = ("--model", "toy", "--checkpoint", tmp_path / "00_base.pt", "--videos", run / "00_videos")
+    said(refused("01", tmp_path / "new", *flags), tmp_path / "00_base.pt", "not a toy base")
+
+
+def test_another_base_than_stage_01_sampled_from(run, refused):
+    base = common.load_pt(run / "00_base.pt")
+    base["net"]["out.bias"] += 1
+    common.save_pt(run / "00_base.pt", base)
+    said(refused("05", run, "--out", "x"), run / "00_base.pt", "stage 01")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, refused, monkeypatch):
+    original, step = stage("05").train_step, []
+
+    def breaking(*args):
+        sums = original(*args)
+        step.append(1)
+        return sums * float("nan") if len(step) == 5 else sums
+
+    monkeypatch.setattr(stage("05"), "train_step", breaking)
+    line = refused("05", run, "--out", "broken", "--save-every", 2)
+    said(line, "step 4", "not finite", run / "broken" / "checkpoint.pt", "--lr")
+    state = common.load_pt(run / "broken" / "checkpoint.pt")
+    assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())
+    assert not (run / "broken" / "policy.pt").exists() and len(read(run / "broken" / "log.jsonl")) == 4
+
+
+def test_a_learning_rate_that_explodes_stops_with_finite_weights_kept(run, refused):
+    line = refused("05", run, "--out", "broken", "--save-every", 1, "--lr", 1e12, "--warmup", 0)
+    said(line, "not finite", run / "broken" / "checkpoint.pt")
+    state = common.load_pt(run / "broken" / "checkpoint.pt")
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+# Pickles -----------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def test_torch_load_occurs_once_with_weights_only():
+    calls = [(p.name, line) for p in ROOT.glob("*.py") for line in p.read_text().splitlines() if "torch.load(" in line]
+    assert [name for name, _ in calls] == ["common.py"]
+    assert "weights_only=True" in calls[0][1]
+    unsafe = re.compile(r"weights_only=False|pickle\.load|import pickle|np\.load\((?!.*allow_pickle=False)")
+    assert [p.name for p in ROOT.glob("*.py") if any(map(unsafe.search, p.read_text().splitlines()))] == []
+
+
+@pytest.mark.parametrize("name", ["00_base.pt", "02_audioscore.pt", "05_flow_dpo/checkpoint.pt", "01_samples/00000.pt"])
+def test_a_malicious_pickle_is_refused_and_not_run(name, run, refused):
+    for path in run.glob("05_flow_dpo/policy.*"):
+        path.unlink()
+    torch.save({"audioscore": Malicious(run / "mark")}, run / name)
+    number, flags = ("06", ("--out", "x")) if name == "02_audioscore.pt" else ("05", ())
+    said(refused(number, run, *flags), run / name, "plain tensors")
+    assert not (run / "mark").exists()
+
+
+def test_a_bare_malicious_pickle_is_refused(tmp_path, capsys):
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "mark")))
+    with pytest.raises(SystemExit) as stopped:
+        common.load_pt(tmp_path / "evil.pt")
+    assert stopped.value.code == 2 and str(tmp_path / "evil.pt") in capsys.readouterr().err
+    assert not (tmp_path / "mark").exists()
+
+
+# Help --------------------------------------------------------------------------------------------------------
+
+SHOWN = {
+    "00": ("--size", "--seed"),
+    "01": ("--num-samples", "(default: 5)", "(default: 4.5)", "(default: 50000)", "(default: 25)", "Sec. 3.1"),
+    "02": ("--num-rated-clips", "(default: 2000)", "Sec. 2.1"),
+    "03": ("--num-human-pairs", "(default: 2000)", "(default: 0.0)", "Sec. 2.2"),
+    "04": ("score_delta", "(default: 0.7)", "Tab. 2"),
+    "05": (
+        "(default: 600.0)",
+        "(default: 5e-06)",
+        "(default: 1000)",
+        "(default: 12000)",
+        "(default: 8)",
+        "--hard-first",
+    ),
+    "06": ("(default: 12000)", "(default: 5e-06)", "(default: 0.7)", "--group-size"),
+    "07": ("--systems", "--split", "(default: 4.5)", "--allow-missing"),
+}
+
+
+@pytest.mark.parametrize("number", STAGES)
+def test_help_shows_every_flag_and_the_papers_numbers(number, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stopped:
+        stage(number).parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--run" in text and "default: None" not in text
+    said(text, *SHOWN[number])
+    without_help = [line for line in text.splitlines() if re.match(r"  --[a-z-]+( [A-Z_{},a-z0-9]+)?$", line)]
+    assert without_help == []
+
+
+def test_no_abbreviated_or_unknown_flag_passes_silently(capsys):
+    for flags in (["--bta", "7"], ["--beta", "high"]):
+        with pytest.raises(SystemExit) as stopped:
+            stage("05").parse_args(flags)
+        assert stopped.value.code == 2 and flags[0] in capsys.readouterr().err
