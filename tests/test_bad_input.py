@@ -457,7 +457,8 @@ def test_a_malicious_pickle_is_refused_and_not_run(name, run, refused):
     for path in run.glob("05_flow_dpo/policy.*"):
         path.unlink()
     torch.save({"audioscore": Malicious(run / "mark")}, run / name)
-    number, flags = ("06", ("--out", "x")) if name == "02_audioscore.pt" else ("05", ())
+    number = "06" if name == "02_audioscore.pt" else "05"
+    flags = () if "checkpoint" in name else ("--out", "x")
     said(refused(number, run, *flags), run / name, "plain tensors")
     assert not (run / "mark").exists()
 
@@ -499,8 +500,8 @@ def test_help_shows_every_flag_and_the_papers_numbers(number, capsys, monkeypatc
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and "--run" in text and "default: None" not in text
     said(text, *SHOWN[number])
-    without_help = [line for line in text.splitlines() if re.match(r"  --[a-z-]+( [A-Z_{},a-z0-9]+)?$", line)]
-    assert without_help == []
+    options = re.split(r"\n(?=  -)", text.split("options:")[1])[1:]
+    assert [option.strip() for option in options if not re.search(r"\S {2,}\S|\n {10,}\S", option.strip())] == []
 
 
 def test_no_abbreviated_or_unknown_flag_passes_silently(capsys):

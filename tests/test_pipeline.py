@@ -378,6 +378,8 @@ def test_missing_videos_of_the_toy_world_are_made_again_alike(run):
 def start(number, run, *flags):
     command = [sys.executable, str(STAGES[number]), "--run", str(run), *map(str, flags)]
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore Ctrl-C, and so would their children: back to the default.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
 
 
@@ -388,8 +390,8 @@ def lines(path):
 @pytest.mark.parametrize(
     "number, flags, rows, how",
     [
-        ("05", ("--steps", 14, "--save-every", 3), 5, signal.SIGKILL),
-        ("06", ("--steps", 8, "--save-every", 1), 3, signal.SIGINT),
+        ("05", ("--steps", 24, "--save-every", 3), 5, signal.SIGKILL),
+        ("06", ("--steps", 16, "--save-every", 1), 5, signal.SIGINT),
     ],
     ids=["flow_dpo, killed", "ddpo, Ctrl-C"],
 )
@@ -410,15 +412,23 @@ def test_resume_equals_uninterrupted(run, number, flags, rows, how):
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("number, flags", [("05", ("--steps", 20)), ("06", ("--steps", 4))], ids=["flow_dpo", "ddpo"])
+@pytest.mark.parametrize(
+    "number, flags",
+    [("05", ("--steps", 20)), ("06", ("--steps", 4, "--lr", 3e-5))],
+    ids=["flow_dpo", "ddpo"],
+)
 def test_two_ranks_match_one(run, number, flags):
     call(number, run, "--out", "one", *flags)
     torchrun(number, run, "--out", "two", *flags)
-    assert largest_difference(weights(run, "one"), weights(run, "two")) < 1e-4
-    assert largest_difference(weights(run, "one"), common.load_pt(run / "00_base.pt")["net"]) > 1e-3
-    name = "loss" if number == "05" else "reward"
-    one, two = ([row[name] for row in read(run / out / "log.jsonl")] for out in ("one", "two"))
-    assert len(one) == flags[1] and one == pytest.approx(two, abs=1e-4)
+    one, two, base = weights(run, "one"), weights(run, "two"), common.load_pt(run / "00_base.pt")["net"]
+    assert largest_difference(one, two) < 1e-4
+    apart, moved = (sum((a[key] - b[key]).square().sum().item() for key in a) for a, b in ((one, two), (one, base)))
+    assert apart**0.5 < 0.05 * moved**0.5  # Adam turns the rounding of a vanishing gradient into a step now and then
+    logs = [read(run / out / "log.jsonl") for out in ("one", "two")]
+    assert [len(log) for log in logs] == [flags[1]] * 2
+    for name in ("loss", "gap_w", "gap_l") if number == "05" else ("reward", "reward_std", "approx_kl"):
+        assert [row[name] for row in logs[0]] == pytest.approx([row[name] for row in logs[1]], abs=1e-3)
+    assert logs[0][0]["grad_norm"] == pytest.approx(logs[1][0]["grad_norm"], rel=1e-2)
 
 
 @pytest.mark.parametrize("number", ["01", "02", "03", "05", "06", "07"])
