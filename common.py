@@ -769,7 +769,7 @@ def nearest_frames(path, fps, transform):
     """8 s of a video, by the rule of ffmpeg's fps filter in av-benchmark's reader: picture i is the last frame before
     (i + 0.5) / fps, so 0.5 fps shows 1, 3, 5 and 7 s (read_frames would show 0, 2, 4, 6). transform: (3, H, W) uint8 ->
     tensor. Returns (8 * fps, ...). The last frame is held, for at most 0.5 s. Raises SkipClip."""
-    count, pictures, last, start = round(JUDGED_S * fps), [], None, None
+    count, pictures, last, first, slot = round(JUDGED_S * fps), [], None, 0, 0
 
     def show(until):
         if len(pictures) < min(until, count):
@@ -779,14 +779,15 @@ def nearest_frames(path, fps, transform):
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
-                start = frame.time if last is None else start
-                show(math.floor((frame.time - start) * fps + 0.5))
+                slot = math.floor(frame.pts * frame.time_base * fps + 0.5)  # exact: time_base is a Fraction
+                first = slot if last is None else first
+                show(slot - first)
                 if len(pictures) == count:
                     break
                 last = frame
     except (av.error.FFmpegError, OSError, IndexError) as error:
         raise SkipClip(f"unreadable video ({type(error).__name__})") from None
-    if last is not None and last.time - start >= JUDGED_S - 0.5:
+    if last is not None and slot - first >= count - 0.5 * fps:
         show(count)
     if len(pictures) < count:
         raise SkipClip(f"too short: {JUDGED_S} s of video needed")
@@ -811,10 +812,10 @@ def without_init(package):
         del sys.modules[package]
 
 
-def load_weights(net, state, path, device, **options):
+def load_weights(net, state, path, device):
     """Strict; a file of another network ends in one line. Returns the network frozen, in eval mode, on the device."""
     try:
-        net.load_state_dict(state, **options)
+        net.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]
         stop(f"{path}: not the weights of {type(net).__name__} ({reason}); download it again")
@@ -837,13 +838,11 @@ class ImageBindScorer(Scorer):
         path = weight_file(weights, "imagebind_huge.pth")
         with upstream("ImageBind"), without_init("imagebind"):
             from imagebind.models import imagebind_model
-        with torch.device("meta"):  # 1.2e9 parameters: initialising them takes half a minute
-            net = imagebind_model.imagebind_huge(pretrained=False)
-        self.device, self.net = device, load_weights(net, load_pt(path), path, "cpu", assign=True)
+        net = load_weights(imagebind_model.imagebind_huge(pretrained=False), load_pt(path, mmap=True), path, "cpu")
         for parts in (net.modality_preprocessors, net.modality_trunks, net.modality_heads, net.modality_postprocessors):
             for modality in set(parts) - {"vision", "audio"}:
-                del parts[modality]
-        net.to(device)
+                del parts[modality]  # 0.5 of 1.2e9 parameters
+        self.device, self.net = device, net.to(device)
         self.picture = v2.Compose([
             v2.Resize(224, interpolation=v2.InterpolationMode.BICUBIC),
             v2.ToDtype(torch.float32, scale=True),
@@ -1074,7 +1073,7 @@ class PesqScorer(Scorer):
             return pesq(16000, reference, wave, "wb")
         except NoUtterancesError:  # depends on the reference alone
             return math.nan
-        except (PesqError, ValueError):  # ValueError: PESQ itself became nan, from a constant wave for instance
+        except (PesqError, ValueError):  # ValueError: its result is nan, as for silence
             return 1.0
 
 
