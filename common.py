@@ -812,10 +812,10 @@ def without_init(package):
         del sys.modules[package]
 
 
-def load_weights(net, state, path, device):
+def load_weights(net, state, path, device, **options):
     """Strict; a file of another network ends in one line. Returns the network frozen, in eval mode, on the device."""
     try:
-        net.load_state_dict(state)
+        net.load_state_dict(state, **options)
     except (RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]
         stop(f"{path}: not the weights of {type(net).__name__} ({reason}); download it again")
@@ -838,7 +838,8 @@ class ImageBindScorer(Scorer):
         path = weight_file(weights, "imagebind_huge.pth")
         with upstream("ImageBind"), without_init("imagebind"):
             from imagebind.models import imagebind_model
-        net = load_weights(imagebind_model.imagebind_huge(pretrained=False), load_pt(path, mmap=True), path, "cpu")
+        net = imagebind_model.imagebind_huge(pretrained=False)  # 4.8 GB: the file is mapped, never copied
+        net = load_weights(net, load_pt(path, mmap=True), path, "cpu", assign=True)
         for parts in (net.modality_preprocessors, net.modality_trunks, net.modality_heads, net.modality_postprocessors):
             for modality in set(parts) - {"vision", "audio"}:
                 del parts[modality]  # 0.5 of 1.2e9 parameters

@@ -334,6 +334,7 @@ torch.save((audio, text), sys.argv[3])
 """
 
 
+@needs_clones  # no clone is read, but importing laion_clap in full takes its time
 def test_clap_equals_laion_clap(clap, clips, tmp_path):
     """Against CLAP_Module and its load_ckpt, in a process whose hub cache holds three small models."""
     scorer = common.SCORERS["clap"](clap, "cpu")
