@@ -27,7 +27,7 @@ import copy
 import csv
 import functools
 import hashlib
-import importlib
+import importlib.util
 import json
 import math
 import os
