@@ -4,8 +4,9 @@ Stands in for what the paper takes from elsewhere: VGGSound (Sec. 2.1), a pre-tr
 scorers of AudioScore and the human raters. It plays the part of an upstream repository that happens to ship with this
 one: `common` loads it late, as it loads the package of a real backbone, and no stage imports it.
 
-Run:   python 00_toy_world.py                                    (about a minute on two cores, no GPU)
+Run:   python 00_toy_world.py
        python 00_toy_world.py --run runs/small --size tiny       (seconds; for the tests)
+Takes: 220 CPU seconds, two thirds of them for clips; two processes, no GPU. Tiny: 9 CPU seconds, one process.
 Reads: nothing.
 Writes, in --run:
   run.json         model "toy", checkpoint, its digest, size, world_seed, scorers, video_root, clip_s (seconds)
