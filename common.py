@@ -683,6 +683,154 @@ def upstream(repository, folder=""):
 # Box: MMAudio as a backbone
 # ============================================================================================================
 
+MMAUDIO_VARIANTS = ("small_16k", "small_44k", "medium_44k", "large_44k", "large_44k_v2")  # the paper's is large_44k
+MMAUDIO_CLIP = "apple/DFN5B-CLIP-ViT-H-14-384"  # read from the Hugging Face cache, where upstream looks for it
+MMAUDIO_CLIP_FILES = ("open_clip_config.json", "open_clip_pytorch_model.bin")
+MMAUDIO_VOCODER = "nvidia/bigvgan_v2_44khz_128band_512x"  # a folder below --weights
+MMAUDIO_NETS = "https://huggingface.co/hkchengrex/MMAudio/tree/main/weights"
+MMAUDIO_PARTS = "https://github.com/hkchengrex/MMAudio/releases/tag/v0.1"
+WEIGHTS |= {
+    "mmaudio_small_16k.pth": (MMAUDIO_NETS, "601 MB", "velocity network of mmaudio:small_16k"),
+    "mmaudio_small_44k.pth": (MMAUDIO_NETS, "601 MB", "velocity network of mmaudio:small_44k"),
+    "mmaudio_medium_44k.pth": (MMAUDIO_NETS, "2.4 GB", "velocity network of mmaudio:medium_44k"),
+    "mmaudio_large_44k.pth": (MMAUDIO_NETS, "3.9 GB", "velocity network of mmaudio:large_44k"),
+    "mmaudio_large_44k_v2.pth": (MMAUDIO_NETS, "3.9 GB", "velocity network of mmaudio:large_44k_v2"),
+    "synchformer_state_dict.pth": (MMAUDIO_PARTS, "907 MB", "Synchformer, MMAudio's video features and DeSync"),
+    "v1-16.pth": (MMAUDIO_PARTS, "655 MB", "VAE of mmaudio:*_16k"),
+    "best_netG.pt": (MMAUDIO_PARTS, "429 MB", "vocoder of mmaudio:*_16k"),
+    "v1-44.pth": (MMAUDIO_PARTS, "1.2 GB", "VAE of mmaudio:*_44k"),
+    f"{MMAUDIO_VOCODER}/config.json": (f"https://huggingface.co/{MMAUDIO_VOCODER}", "1 KB", "vocoder of mmaudio:*_44k"),
+    f"{MMAUDIO_VOCODER}/bigvgan_generator.pt": (f"https://huggingface.co/{MMAUDIO_VOCODER}", "489 MB", "the same"),
+}
+
+
+class MMAudio(FlowModel):
+    """MMAudio (Cheng et al., CVPR 2025) from upstream's own classes, whose time runs from noise (0) to data (1).
+
+    Weights and t stay float32 and autocast goes around the calls: cast to bfloat16, large_44k_v2's time embedding
+    (frequencies up to 1e4) is another function.
+    """
+
+    clip_s = 8.0
+
+    def __init__(self, variant, checkpoint, weights):
+        super().__init__()
+        if variant not in MMAUDIO_VARIANTS:
+            stop(f"--model mmaudio:{variant}: unknown variant; choose one of {', '.join(MMAUDIO_VARIANTS)}")
+        with upstream("MMAudio"):
+            from mmaudio.model import networks
+        self.variant, self.weights, self.mode = variant, Path(weights), variant.split("_")[1]
+        self.sample_rate_hz = {"16k": 16000, "44k": 44100}[self.mode]
+        checkpoint = checkpoint or weight_file(self.weights, f"mmaudio_{variant}.pth")
+        self.net, self.conditions_class = networks.get_my_mmaudio(variant), networks.PreprocessedConditions
+        self.latent_shape = (self.net.latent_seq_len, self.net.latent_dim)
+        for parameter in (self.net.empty_clip_feat, self.net.empty_sync_feat):
+            parameter.requires_grad_(False)  # null conditions; upstream itself freezes the third, empty_string_feat
+        self.load_policy(checkpoint)
+        # Loaded on first use. A cached function is no submodule, and copies of the model share it.
+        self.encoders, self.codec = functools.cache(self.load_encoders), functools.cache(self.load_codec)
+        self.text_features = functools.lru_cache(maxsize=512)(self.encode_text)
+
+    def project(self, features):
+        clip, sync, text = (features[key].to(self.device) for key in ("clip", "sync", "text"))
+        return dict(vars(self.net.preprocess_conditions(clip, sync, text)))
+
+    def null_conditions(self, conditions):
+        # Learned null video and empty_string_feat, as in upstream's evaluation (batch_eval.py gives no negative text);
+        # its demo.py encodes the negative text '' with CLIP instead.
+        return dict(vars(self.net.get_empty_conditions(len(conditions["clip_f"]))))
+
+    def predict(self, a_t, t, conditions):
+        # Upstream's time is 1 - t, its velocity x1 - x0 = a_0 - eps.
+        return -self.net.predict_flow(a_t, 1 - t.float(), self.conditions_class(**conditions))
+
+    def blocks(self):
+        return [*self.net.joint_blocks, *self.net.fused_blocks]
+
+    def policy_state(self):
+        return {key: value.detach().cpu() for key, value in self.net.state_dict().items()}
+
+    def load_policy(self, path):
+        """Replaces the velocity network's weights by a bare state dict (upstream's file or ours), strictly."""
+        try:
+            self.net.load_weights(load_pt(path))
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).replace("Error(s) in loading state_dict for MMAudio:", "").split())[:120]
+            stop(f"{path}: not the weights of mmaudio:{self.variant} ({reason}); give a file of this variant")
+
+    # Frozen parts: CLIP and Synchformer; VAE and vocoder ----------------------------------------------------
+
+    def encode(self, clip):
+        """clip (64, 1024): CLIP at 8 fps; sync (192, 768): Synchformer at 25 fps; text (77, 1024): CLIP's text tower"""
+        from torchvision.transforms import InterpolationMode, v2
+
+        scale, centre = v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)
+        squash = v2.Compose([v2.Resize((384, 384), InterpolationMode.BICUBIC), scale])
+        crop = v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224), scale, centre])
+        wanted = [(8, lambda frame: squash(frame.permute(2, 0, 1))), (25, lambda frame: crop(frame.permute(2, 0, 1)))]
+        encoders = self.encoders()
+        squashed, cropped = (frames[None].to(self.device) for frames in read_frames(clip["path"], wanted, self.clip_s))
+        features = {
+            "clip": encoders.encode_video_with_clip(squashed)[0],
+            "sync": encoders.encode_video_with_sync(cropped, batch_size=24)[0],
+            # Without caption: the network's empty_string_feat, which upstream's training puts for missing text.
+            "text": self.text_features(clip["caption"]) if clip.get("caption") else self.net.empty_string_feat.data,
+        }
+        return {key: value.float().cpu().clone() for key, value in features.items()}  # a clone is no inference tensor
+
+    def encode_text(self, caption):
+        return self.encoders().encode_text([caption])[0].cpu()
+
+    @torch.no_grad()
+    def decode(self, latents):
+        codec, waves = self.codec(), []
+        for part in latents.split(8):
+            part = self.net.unnormalize(part.to(self.device, torch.float32, copy=True))  # in place, on our copy
+            waves.append(codec.vocode(codec.decode(part)).float().cpu().clone())
+        return torch.cat(waves)[:, 0, : round(self.clip_s * self.sample_rate_hz)]  # 44.1 kHz: 480 samples over 8 s
+
+    def load_encoders(self):
+        from huggingface_hub import constants, try_to_load_from_cache, utils
+
+        synchformer = weight_file(self.weights, "synchformer_state_dict.pth")
+        for name in MMAUDIO_CLIP_FILES:
+            if not isinstance(try_to_load_from_cache(MMAUDIO_CLIP, name), str):
+                stop(
+                    f"{constants.HF_HUB_CACHE}: {name} of {MMAUDIO_CLIP} is missing (MMAudio's CLIP, 3.9 GB); "
+                    f"run: hf download {MMAUDIO_CLIP} {' '.join(MMAUDIO_CLIP_FILES)}"
+                )
+        before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # the files are here: ask the hub for nothing
+        utils.reset_sessions()
+        try:
+            return self.features_utils(enable_conditions=True, synchformer_ckpt=synchformer.resolve())
+        finally:
+            constants.HF_HUB_OFFLINE = before
+            utils.reset_sessions()
+
+    def load_codec(self):
+        vae, vocoder = weight_file(self.weights, f"v1-{self.mode[:2]}.pth").resolve(), None
+        if self.mode == "16k":
+            vocoder = weight_file(self.weights, "best_netG.pt").resolve()
+        else:
+            for name in ("config.json", "bigvgan_generator.pt"):
+                weight_file(self.weights, f"{MMAUDIO_VOCODER}/{name}")
+        parts = dict(tod_vae_ckpt=vae, bigvgan_vocoder_ckpt=vocoder, need_vae_encoder=False)
+        return self.features_utils(enable_conditions=False, **parts)
+
+    def features_utils(self, **parts):
+        """Upstream's FeaturesUtils with the given parts, which finds its 44.1 kHz vocoder below the working folder."""
+        from contextlib import chdir
+
+        with upstream("MMAudio"):
+            from mmaudio.model.utils.features_utils import FeaturesUtils
+        try:
+            with chdir(self.weights):
+                return FeaturesUtils(mode=self.mode, **parts).to(self.device).eval().requires_grad_(False)
+        except Exception as error:  # upstream's loaders raise a dozen types for a truncated or foreign file
+            files = ", ".join(str(value) for value in parts.values() if isinstance(value, Path))
+            reason = " ".join(str(error).split())[:160]
+            stop(f"{files}: MMAudio cannot load it ({type(error).__name__}: {reason}); download it again")
+
 
 # ============================================================================================================
 # Box: Frieren as a backbone
@@ -694,5 +842,5 @@ def upstream(repository, folder=""):
 # ============================================================================================================
 
 
-ADAPTERS = {}
+ADAPTERS = {"mmaudio": MMAudio}
 SCORERS = {}
