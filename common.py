@@ -690,17 +690,17 @@ MMAUDIO_VOCODER = "nvidia/bigvgan_v2_44khz_128band_512x"  # a folder below --wei
 MMAUDIO_NETS = "https://huggingface.co/hkchengrex/MMAudio/tree/main/weights"
 MMAUDIO_PARTS = "https://github.com/hkchengrex/MMAudio/releases/tag/v0.1"
 WEIGHTS |= {
-    "mmaudio_small_16k.pth": (MMAUDIO_NETS, "601 MB", "velocity network of mmaudio:small_16k"),
-    "mmaudio_small_44k.pth": (MMAUDIO_NETS, "601 MB", "velocity network of mmaudio:small_44k"),
-    "mmaudio_medium_44k.pth": (MMAUDIO_NETS, "2.4 GB", "velocity network of mmaudio:medium_44k"),
-    "mmaudio_large_44k.pth": (MMAUDIO_NETS, "3.9 GB", "velocity network of mmaudio:large_44k"),
-    "mmaudio_large_44k_v2.pth": (MMAUDIO_NETS, "3.9 GB", "velocity network of mmaudio:large_44k_v2"),
-    "synchformer_state_dict.pth": (MMAUDIO_PARTS, "907 MB", "Synchformer, MMAudio's video features and DeSync"),
-    "v1-16.pth": (MMAUDIO_PARTS, "655 MB", "VAE of mmaudio:*_16k"),
-    "best_netG.pt": (MMAUDIO_PARTS, "429 MB", "vocoder of mmaudio:*_16k"),
-    "v1-44.pth": (MMAUDIO_PARTS, "1.2 GB", "VAE of mmaudio:*_44k"),
+    "mmaudio_small_16k.pth": (MMAUDIO_NETS, "601 MiB", "velocity network of mmaudio:small_16k"),
+    "mmaudio_small_44k.pth": (MMAUDIO_NETS, "601 MiB", "velocity network of mmaudio:small_44k"),
+    "mmaudio_medium_44k.pth": (MMAUDIO_NETS, "2.4 GiB", "velocity network of mmaudio:medium_44k"),
+    "mmaudio_large_44k.pth": (MMAUDIO_NETS, "3.9 GiB", "velocity network of mmaudio:large_44k"),
+    "mmaudio_large_44k_v2.pth": (MMAUDIO_NETS, "3.9 GiB", "velocity network of mmaudio:large_44k_v2"),
+    "synchformer_state_dict.pth": (MMAUDIO_PARTS, "907 MiB", "Synchformer, MMAudio's video features and DeSync"),
+    "v1-16.pth": (MMAUDIO_PARTS, "655 MiB", "VAE of mmaudio:*_16k"),
+    "best_netG.pt": (MMAUDIO_PARTS, "429 MiB", "vocoder of mmaudio:*_16k"),
+    "v1-44.pth": (MMAUDIO_PARTS, "1.2 GiB", "VAE of mmaudio:*_44k"),
     f"{MMAUDIO_VOCODER}/config.json": (f"https://huggingface.co/{MMAUDIO_VOCODER}", "1 KB", "vocoder of mmaudio:*_44k"),
-    f"{MMAUDIO_VOCODER}/bigvgan_generator.pt": (f"https://huggingface.co/{MMAUDIO_VOCODER}", "489 MB", "the same"),
+    f"{MMAUDIO_VOCODER}/bigvgan_generator.pt": (f"https://huggingface.co/{MMAUDIO_VOCODER}", "466 MiB", "the same"),
 }
 
 
@@ -796,7 +796,7 @@ class MMAudio(FlowModel):
         for name in MMAUDIO_CLIP_FILES:
             if not isinstance(try_to_load_from_cache(MMAUDIO_CLIP, name), str):
                 stop(
-                    f"{constants.HF_HUB_CACHE}: {name} of {MMAUDIO_CLIP} is missing (MMAudio's CLIP, 3.9 GB); "
+                    f"{constants.HF_HUB_CACHE}: {name} of {MMAUDIO_CLIP} is missing (MMAudio's CLIP, 3.7 GiB); "
                     f"run: hf download {MMAUDIO_CLIP} {' '.join(MMAUDIO_CLIP_FILES)}"
                 )
         before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # the files are here: ask the hub for nothing
