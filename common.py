@@ -684,6 +684,7 @@ def upstream(repository, folder=""):
 # ============================================================================================================
 
 MMAUDIO_VARIANTS = ("small_16k", "small_44k", "medium_44k", "large_44k", "large_44k_v2")  # the paper's is large_44k
+MMAUDIO_CONDITIONS = ("clip_f", "sync_f", "text_f", "clip_f_c", "text_f_c")  # upstream's PreprocessedConditions
 MMAUDIO_CLIP = "apple/DFN5B-CLIP-ViT-H-14-384"  # read from the Hugging Face cache, where upstream looks for it
 MMAUDIO_CLIP_FILES = ("open_clip_config.json", "open_clip_pytorch_model.bin")
 MMAUDIO_VOCODER = "nvidia/bigvgan_v2_44khz_128band_512x"  # a folder below --weights
@@ -733,12 +734,14 @@ class MMAudio(FlowModel):
 
     def project(self, features):
         clip, sync, text = (features[key].to(self.device) for key in ("clip", "sync", "text"))
-        return dict(vars(self.net.preprocess_conditions(clip, sync, text)))
+        conditions = self.net.preprocess_conditions(clip, sync, text)
+        return {key: getattr(conditions, key) for key in MMAUDIO_CONDITIONS}
 
     def null_conditions(self, conditions):
         # Learned null video and empty_string_feat, as in upstream's evaluation (batch_eval.py gives no negative text);
         # its demo.py encodes the negative text '' with CLIP instead.
-        return dict(vars(self.net.get_empty_conditions(len(conditions["clip_f"]))))
+        null = self.net.get_empty_conditions(len(conditions["clip_f"]))
+        return {key: getattr(null, key) for key in MMAUDIO_CONDITIONS}
 
     def predict(self, a_t, t, conditions):
         # Upstream's time is 1 - t, its velocity x1 - x0 = a_0 - eps.
@@ -753,7 +756,7 @@ class MMAudio(FlowModel):
     def load_policy(self, path):
         """Replaces the velocity network's weights by a bare state dict (upstream's file or ours), strictly."""
         try:
-            self.net.load_weights(load_pt(path))
+            self.net.load_weights(load_pt(path, mmap=True))
         except (RuntimeError, TypeError) as error:
             reason = " ".join(str(error).replace("Error(s) in loading state_dict for MMAudio:", "").split())[:120]
             stop(f"{path}: not the weights of mmaudio:{self.variant} ({reason}); give a file of this variant")
@@ -761,7 +764,7 @@ class MMAudio(FlowModel):
     # Frozen parts: CLIP and Synchformer; VAE and vocoder ----------------------------------------------------
 
     def encode(self, clip):
-        """clip (64, 1024): CLIP at 8 fps; sync (192, 768): Synchformer at 25 fps; text (77, 1024): CLIP's text tower"""
+        """clip (64, 1024): CLIP at 8 fps; sync (192, 768): Synchformer at 25 fps; text (77, 1024): CLIP's text."""
         from torchvision.transforms import InterpolationMode, v2
 
         scale, centre = v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)
@@ -772,7 +775,7 @@ class MMAudio(FlowModel):
         squashed, cropped = (frames[None].to(self.device) for frames in read_frames(clip["path"], wanted, self.clip_s))
         features = {
             "clip": encoders.encode_video_with_clip(squashed)[0],
-            "sync": encoders.encode_video_with_sync(cropped, batch_size=24)[0],
+            "sync": encoders.encode_video_with_sync(cropped, batch_size=8)[0],  # 8 of 24 segments at a time
             # Without caption: the network's empty_string_feat, which upstream's training puts for missing text.
             "text": self.text_features(clip["caption"]) if clip.get("caption") else self.net.empty_string_feat.data,
         }
@@ -795,41 +798,38 @@ class MMAudio(FlowModel):
         synchformer = weight_file(self.weights, "synchformer_state_dict.pth")
         for name in MMAUDIO_CLIP_FILES:
             if not isinstance(try_to_load_from_cache(MMAUDIO_CLIP, name), str):
-                stop(
-                    f"{constants.HF_HUB_CACHE}: {name} of {MMAUDIO_CLIP} is missing (MMAudio's CLIP, 3.7 GiB); "
-                    f"run: hf download {MMAUDIO_CLIP} {' '.join(MMAUDIO_CLIP_FILES)}"
-                )
+                fetch = f"hf download {MMAUDIO_CLIP} {' '.join(MMAUDIO_CLIP_FILES)}"
+                stop(f"{constants.HF_HUB_CACHE}: {name} of MMAudio's CLIP (3.7 GiB) is missing; run: {fetch}")
         before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # the files are here: ask the hub for nothing
         utils.reset_sessions()
         try:
-            return self.features_utils(enable_conditions=True, synchformer_ckpt=synchformer.resolve())
+            return self.features_utils(enable_conditions=True, synchformer_ckpt=synchformer.absolute())
         finally:
             constants.HF_HUB_OFFLINE = before
             utils.reset_sessions()
 
     def load_codec(self):
-        vae, vocoder = weight_file(self.weights, f"v1-{self.mode[:2]}.pth").resolve(), None
-        if self.mode == "16k":
-            vocoder = weight_file(self.weights, "best_netG.pt").resolve()
-        else:
-            for name in ("config.json", "bigvgan_generator.pt"):
-                weight_file(self.weights, f"{MMAUDIO_VOCODER}/{name}")
+        names = [f"v1-{self.mode[:2]}.pth", "best_netG.pt"]
+        if self.mode == "44k":
+            names[1:] = [f"{MMAUDIO_VOCODER}/bigvgan_generator.pt", f"{MMAUDIO_VOCODER}/config.json"]
+        vae, vocoder = [weight_file(self.weights, name).absolute() for name in names][:2]
         parts = dict(tod_vae_ckpt=vae, bigvgan_vocoder_ckpt=vocoder, need_vae_encoder=False)
         return self.features_utils(enable_conditions=False, **parts)
 
     def features_utils(self, **parts):
-        """Upstream's FeaturesUtils with the given parts, which finds its 44.1 kHz vocoder below the working folder."""
+        """Upstream's FeaturesUtils with these parts; it looks for its 44.1 kHz vocoder below the working folder."""
         from contextlib import chdir
 
         with upstream("MMAudio"):
             from mmaudio.model.utils.features_utils import FeaturesUtils
         try:
             with chdir(self.weights):
-                return FeaturesUtils(mode=self.mode, **parts).to(self.device).eval().requires_grad_(False)
+                utils = FeaturesUtils(mode=self.mode, **parts)
         except Exception as error:  # upstream's loaders raise a dozen types for a truncated or foreign file
             files = ", ".join(str(value) for value in parts.values() if isinstance(value, Path))
             reason = " ".join(str(error).split())[:160]
             stop(f"{files}: MMAudio cannot load it ({type(error).__name__}: {reason}); download it again")
+        return utils.to(self.device).eval().requires_grad_(False)
 
 
 # ============================================================================================================

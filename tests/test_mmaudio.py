@@ -490,6 +490,16 @@ def test_recomputed_blocks_give_the_same_gradients(weights):
         torch.testing.assert_close(one, other)
 
 
+def test_projection_and_prediction_compile_into_one_graph_each(weights):
+    model = common.load_model("mmaudio:small_16k", weights=weights)
+    a_t, t, features = torch.randn(2, *model.latent_shape), torch.tensor([0.2, 0.7]), random_features(2)
+    plain = model(a_t, t, features)
+    for name in ("project", "predict"):
+        setattr(model, name, torch.compile(getattr(model, name), backend="eager", fullgraph=True))
+    torch.testing.assert_close(model(a_t, t, features), plain, rtol=1e-4, atol=1e-4)
+    assert set(model.policy_state()) == set(common.load_pt(weights / "mmaudio_small_16k.pth"))  # no compiler's prefix
+
+
 # One line and exit code 2 -----------------------------------------------------------------------------------
 
 
