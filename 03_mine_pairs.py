@@ -46,7 +46,7 @@ def parse_args(argv=None):
     paper.add_argument("--num-human-pairs", type=int, default=2000, help="pairs that people compare [Sec. 2.2]")
     paper.add_argument("--min-score-c", type=float, default=0.0, help="drop weaker pairs; paper silent on how")
     engineering = parser.add_argument_group("engineering")
-    engineering.add_argument("--seed", type=int, default=0)
+    engineering.add_argument("--seed", type=int, default=0, help="of the draw of comparisons")
     return common.parse(parser, argv, "03")
 
 

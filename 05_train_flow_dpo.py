@@ -59,7 +59,7 @@ def parse_args(argv=None):
     engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
     engineering.add_argument("--compile", action="store_true", help="torch.compile the network")
     engineering.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    engineering.add_argument("--seed", type=int, default=0)
+    engineering.add_argument("--seed", type=int, default=0, help="of batches, times and noise")
     return common.parse(parser, argv, "05")
 
 

@@ -52,7 +52,7 @@ def parse_args(argv=None):
     engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
     engineering.add_argument("--save-every", type=int, default=20, help="rounds between checkpoints")
-    engineering.add_argument("--seed", type=int, default=0)
+    engineering.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     args = common.parse(parser, argv, "06")
     if not 1 <= args.updates <= args.sampling_steps - 1:
         stop(f"--updates {args.updates}: from 1 to {args.sampling_steps - 1}, the stochastic steps of a trajectory")

@@ -528,8 +528,10 @@ def argument_parser(doc):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):  # no "(default: None)" and no "(default: False)"
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+    """Defaults in --help, where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class Shards:
@@ -998,6 +1000,153 @@ class Toy(FlowModel):
 # ============================================================================================================
 # Box: MMAudio as a backbone
 # ============================================================================================================
+
+MMAUDIO_VARIANTS = ("small_16k", "small_44k", "medium_44k", "large_44k", "large_44k_v2")  # the paper's is large_44k
+MMAUDIO_CONDITIONS = ("clip_f", "sync_f", "text_f", "clip_f_c", "text_f_c")  # upstream's PreprocessedConditions
+MMAUDIO_CLIP = "apple/DFN5B-CLIP-ViT-H-14-384"  # read from the Hugging Face cache, where upstream looks for it
+MMAUDIO_CLIP_FILES = ("open_clip_config.json", "open_clip_pytorch_model.bin")
+MMAUDIO_VOCODER = "nvidia/bigvgan_v2_44khz_128band_512x"  # a folder below --weights
+MMAUDIO_NETS = "https://huggingface.co/hkchengrex/MMAudio/tree/main/weights"
+MMAUDIO_PARTS = "https://github.com/hkchengrex/MMAudio/releases/tag/v0.1"
+WEIGHTS |= {
+    "mmaudio_small_16k.pth": (MMAUDIO_NETS, "601 MiB", "velocity network of mmaudio:small_16k"),
+    "mmaudio_small_44k.pth": (MMAUDIO_NETS, "601 MiB", "velocity network of mmaudio:small_44k"),
+    "mmaudio_medium_44k.pth": (MMAUDIO_NETS, "2.4 GiB", "velocity network of mmaudio:medium_44k"),
+    "mmaudio_large_44k.pth": (MMAUDIO_NETS, "3.9 GiB", "velocity network of mmaudio:large_44k"),
+    "mmaudio_large_44k_v2.pth": (MMAUDIO_NETS, "3.9 GiB", "velocity network of mmaudio:large_44k_v2"),
+    "v1-16.pth": (MMAUDIO_PARTS, "655 MiB", "VAE of mmaudio:*_16k"),
+    "best_netG.pt": (MMAUDIO_PARTS, "429 MiB", "vocoder of mmaudio:*_16k"),
+    "v1-44.pth": (MMAUDIO_PARTS, "1.2 GiB", "VAE of mmaudio:*_44k"),
+    f"{MMAUDIO_VOCODER}/config.json": (f"https://huggingface.co/{MMAUDIO_VOCODER}", "1 KB", "vocoder of mmaudio:*_44k"),
+    f"{MMAUDIO_VOCODER}/bigvgan_generator.pt": (f"https://huggingface.co/{MMAUDIO_VOCODER}", "466 MiB", "the same"),
+}
+
+
+class MMAudio(FlowModel):
+    """MMAudio (Cheng et al., CVPR 2025) from upstream's own classes, whose time runs from noise (0) to data (1).
+
+    Weights and t stay float32 and autocast goes around the calls: cast to bfloat16, large_44k_v2's time embedding
+    (frequencies up to 1e4) is another function.
+    """
+
+    clip_s = 8.0
+
+    def __init__(self, variant, checkpoint, weights):
+        super().__init__()
+        if variant not in MMAUDIO_VARIANTS:
+            stop(f"--model mmaudio:{variant}: unknown variant; choose one of {', '.join(MMAUDIO_VARIANTS)}")
+        with upstream("MMAudio"):
+            from mmaudio.model import networks
+        self.variant, self.weights, self.mode = variant, Path(weights), variant.split("_")[1]
+        self.sample_rate_hz = {"16k": 16000, "44k": 44100}[self.mode]
+        self.checkpoint = Path(checkpoint or weight_file(self.weights, f"mmaudio_{variant}.pth"))
+        self.net, self.conditions_class = networks.get_my_mmaudio(variant), networks.PreprocessedConditions
+        self.latent_shape = (self.net.latent_seq_len, self.net.latent_dim)
+        for parameter in (self.net.empty_clip_feat, self.net.empty_sync_feat):
+            parameter.requires_grad_(False)  # null conditions; upstream itself freezes the third, empty_string_feat
+        self.load_policy(self.checkpoint)
+        # Loaded on first use. A cached function is no submodule, and copies of the model share it.
+        self.encoders, self.codec = functools.cache(self.load_encoders), functools.cache(self.load_codec)
+        self.text_features = functools.lru_cache(maxsize=512)(self.encode_text)
+
+    def project(self, features):
+        clip, sync, text = (features[key].to(self.device) for key in ("clip", "sync", "text"))
+        conditions = self.net.preprocess_conditions(clip, sync, text)
+        return {key: getattr(conditions, key) for key in MMAUDIO_CONDITIONS}
+
+    def null_conditions(self, conditions):
+        # Learned null video and empty_string_feat, as in upstream's evaluation (batch_eval.py gives no negative text);
+        # its demo.py encodes the negative text '' with CLIP instead.
+        null = self.net.get_empty_conditions(len(conditions["clip_f"]))
+        return {key: getattr(null, key) for key in MMAUDIO_CONDITIONS}
+
+    def predict(self, a_t, t, conditions):
+        # Upstream's time is 1 - t, its velocity x1 - x0 = a_0 - eps.
+        return -self.net.predict_flow(a_t, 1 - t.float(), self.conditions_class(**conditions))
+
+    def blocks(self):
+        return [*self.net.joint_blocks, *self.net.fused_blocks]
+
+    def policy_state(self):
+        return {key: value.detach().cpu() for key, value in self.net.state_dict().items()}
+
+    def load_policy(self, path):
+        """Replaces the velocity network's weights by a bare state dict (upstream's file or ours), strictly."""
+        try:
+            self.net.load_weights(load_pt(path, mmap=True))
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).replace("Error(s) in loading state_dict for MMAudio:", "").split())[:120]
+            stop(f"{path}: not the weights of mmaudio:{self.variant} ({reason}); give a file of this variant")
+
+    # Frozen parts: CLIP and Synchformer; VAE and vocoder ----------------------------------------------------
+
+    def encode(self, clip):
+        """clip (64, 1024): CLIP at 8 fps; sync (192, 768): Synchformer at 25 fps; text (77, 1024): CLIP's text."""
+        from torchvision.transforms import InterpolationMode, v2
+
+        scale, centre = v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)
+        squash = v2.Compose([v2.Resize((384, 384), InterpolationMode.BICUBIC), scale])
+        crop = v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224), scale, centre])
+        wanted = [(8, lambda frame: squash(frame.permute(2, 0, 1))), (25, lambda frame: crop(frame.permute(2, 0, 1)))]
+        encoders = self.encoders()
+        squashed, cropped = (frames[None].to(self.device) for frames in read_frames(clip["path"], wanted, self.clip_s))
+        features = {
+            "clip": encoders.encode_video_with_clip(squashed)[0],
+            "sync": encoders.encode_video_with_sync(cropped, batch_size=8)[0],  # 8 of 24 segments at a time
+            # Without caption: the network's empty_string_feat, which upstream's training puts for missing text.
+            "text": self.text_features(clip["caption"]) if clip.get("caption") else self.net.empty_string_feat.data,
+        }
+        return {key: value.float().cpu().clone() for key, value in features.items()}  # a clone is no inference tensor
+
+    def encode_text(self, caption):
+        return self.encoders().encode_text([caption])[0].cpu()
+
+    @torch.no_grad()
+    def decode(self, latents):
+        codec, waves = self.codec(), []
+        for part in latents.split(8):
+            part = self.net.unnormalize(part.to(self.device, torch.float32, copy=True))  # in place, on our copy
+            waves.append(codec.vocode(codec.decode(part)).float().cpu().clone())
+        return torch.cat(waves)[:, 0, : round(self.clip_s * self.sample_rate_hz)]  # 44.1 kHz: 480 samples over 8 s
+
+    def load_encoders(self):
+        from huggingface_hub import constants, try_to_load_from_cache, utils
+
+        synchformer = weight_file(self.weights, "synchformer_state_dict.pth")
+        for name in MMAUDIO_CLIP_FILES:
+            if not isinstance(try_to_load_from_cache(MMAUDIO_CLIP, name), str):
+                fetch = f"hf download {MMAUDIO_CLIP} {' '.join(MMAUDIO_CLIP_FILES)}"
+                stop(f"{constants.HF_HUB_CACHE}: {name} of MMAudio's CLIP (3.7 GiB) is missing; run: {fetch}")
+        before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # the files are here: ask the hub for nothing
+        utils.reset_sessions()
+        try:
+            return self.features_utils(enable_conditions=True, synchformer_ckpt=synchformer.absolute())
+        finally:
+            constants.HF_HUB_OFFLINE = before
+            utils.reset_sessions()
+
+    def load_codec(self):
+        names = [f"v1-{self.mode[:2]}.pth", "best_netG.pt"]
+        if self.mode == "44k":
+            names[1:] = [f"{MMAUDIO_VOCODER}/bigvgan_generator.pt", f"{MMAUDIO_VOCODER}/config.json"]
+        vae, vocoder = [weight_file(self.weights, name).absolute() for name in names][:2]
+        parts = dict(tod_vae_ckpt=vae, bigvgan_vocoder_ckpt=vocoder, need_vae_encoder=False)
+        return self.features_utils(enable_conditions=False, **parts)
+
+    def features_utils(self, **parts):
+        """Upstream's FeaturesUtils with these parts; it looks for its 44.1 kHz vocoder below the working folder."""
+        from contextlib import chdir
+
+        with upstream("MMAudio"):
+            from mmaudio.model.utils.features_utils import FeaturesUtils
+        try:
+            with chdir(self.weights):
+                utils = FeaturesUtils(mode=self.mode, **parts)
+        except Exception as error:  # upstream's loaders raise a dozen types for a truncated or foreign file
+            files = ", ".join(str(value) for value in parts.values() if isinstance(value, Path))
+            reason = " ".join(str(error).split())[:160]
+            stop(f"{files}: MMAudio cannot load it ({type(error).__name__}: {reason}); download it again")
+        return utils.to(self.device).eval().requires_grad_(False)
 
 
 # ============================================================================================================
@@ -1518,7 +1667,7 @@ class PesqScorer(Scorer):
             return 1.0
 
 
-ADAPTERS = {"toy": Toy, "frieren": Frieren}
+ADAPTERS = {"toy": Toy, "mmaudio": MMAudio, "frieren": Frieren}
 SCORERS = {
     "imagebind": ImageBindScorer,
     "clap": ClapScorer,
