@@ -23,7 +23,7 @@ def said(line, *parts):
 
 
 def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2].rstrip()[:-1])  # never at the end of a line
 
 
 def set_line(path, number, **changes):
@@ -177,10 +177,12 @@ def test_a_bad_choice(case, run, refused):
     changes, expected = BAD_CHOICES[case]
     shutil.copy(run / "03_human_choices.jsonl", run / "answers.jsonl")
     set_line(run / "answers.jsonl", 1, **changes)
+    (run / "03_to_choose.csv").unlink()  # the copy's names another place: it is written anew
     kept = files_of(run, *STAGES)
     line = refused("03", run, "--choices", run / "answers.jsonl", "--redo")
     said(line, run / "answers.jsonl", *expected)
-    assert files_of(run, *STAGES) == kept
+    now = files_of(run, *STAGES)
+    assert {name: now.get(name) for name in kept} == kept
 
 
 def test_a_comparison_answered_twice_by_one_rater(run, refused):
