@@ -23,7 +23,7 @@ def said(line, *parts):
 
 
 def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2].rstrip()[:-1])  # never at the end of a line
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2].rstrip(b"{}\n"))  # not at the end of a line
 
 
 def set_line(path, number, **changes):
