@@ -62,9 +62,7 @@ def parse_args(argv=None):
     engineering.add_argument("--batch-clips", type=int, default=4, help="clips sampled together, N audios each")
     engineering.add_argument("--seed", type=int, default=0, help="of the draw of clips and of every audio's noise")
     args = common.parse(parser, argv, "01")
-    for name, least in (("max_clips", 0), ("num_samples", 2), ("sampling_steps", 1), ("batch_clips", 1)):
-        if getattr(args, name) < least:
-            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    common.at_least(args, max_clips=0, num_samples=2, sampling_steps=1, batch_clips=1)
     return args
 
 

@@ -45,7 +45,9 @@ def parse_args(argv=None):
     paper.add_argument("--num-rated-clips", type=int, default=2000, help="clips whose N audios are rated [Sec. 2.1]")
     engineering = parser.add_argument_group("engineering")
     engineering.add_argument("--seed", type=int, default=0, help="of the draw of rated clips, the folds and the fit")
-    return common.parse(parser, argv, "02")
+    args = common.parse(parser, argv, "02")
+    common.at_least(args, num_rated_clips=FOLDS)
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------------

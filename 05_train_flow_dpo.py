@@ -60,7 +60,9 @@ def parse_args(argv=None):
     engineering.add_argument("--compile", action="store_true", help="torch.compile the network")
     engineering.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     engineering.add_argument("--seed", type=int, default=0, help="of batches, times and noise")
-    return common.parse(parser, argv, "05")
+    args = common.parse(parser, argv, "05")
+    common.at_least(args, steps=1, global_batch=1, micro_batch=1, save_every=1, warmup=0, beta=0, sft_weight=0)
+    return args
 
 
 def lr_at(step, args):

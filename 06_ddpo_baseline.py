@@ -54,10 +54,9 @@ def parse_args(argv=None):
     engineering.add_argument("--save-every", type=int, default=20, help="rounds between checkpoints")
     engineering.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     args = common.parse(parser, argv, "06")
+    common.at_least(args, steps=1, prompts=1, group_size=2, sampling_steps=2, micro_batch=1, save_every=1, warmup=0)
     if not 1 <= args.updates <= args.sampling_steps - 1:
         stop(f"--updates {args.updates}: from 1 to {args.sampling_steps - 1}, the stochastic steps of a trajectory")
-    if args.group_size < 2:
-        stop(f"--group-size {args.group_size}: advantages are per prompt, so at least 2")
     return args
 
 

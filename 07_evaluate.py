@@ -164,6 +164,9 @@ def choose_systems(run, args):
             stop(f"--systems {item}: give NAME=DIR; known without DIR are {', '.join(DEFAULTS)}")
         if systems[name] is not None and not systems[name].is_dir():
             stop(f"--systems {item}: {systems[name]} is no folder")
+    for folder in filter(None, systems.values()):
+        if (folder / "log.jsonl").exists() and not (folder / "policy.json").exists():
+            stop(f"{folder}: no policy.json, its training has not finished; run the same command of 05 or 06 again")
     for name, folder in DEFAULTS.items():
         if not args.only and name not in systems:
             print(f"{name}: left out, {run / folder} does not exist")
@@ -467,10 +470,10 @@ def main(args):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def picture(figure):
+def picture(figure, box="tight"):
     """A matplotlib figure as an <img> with its data inside."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, bbox_inches="tight")
+    figure.savefig(stream, format="png", dpi=110, bbox_inches=box)
     return f'<img src="{data_uri("image/png", stream.getvalue())}" alt="">'
 
 
@@ -499,10 +502,11 @@ def draw_differences(figure, results, systems):
     figure.tight_layout()
 
 
-def smooth(values, width=15):
-    values = np.asarray(values, float)
+def plot_smooth(axis, values, style="-", label="", width=15):
+    """A running mean, at the middle of its window."""
     width = max(1, min(width, len(values) // 4))
-    return np.convolve(values, np.ones(width) / width, mode="valid")
+    mean = np.convolve(np.asarray(values, float), np.ones(width) / width, mode="valid")
+    axis.plot(np.arange(len(mean)) + (width - 1) / 2, mean, style, label=label)
 
 
 def draw_training(figure, run, folders):
@@ -517,12 +521,12 @@ def draw_training(figure, run, folders):
     for name, folder in folders.items():
         log = common.read_jsonl(folder / "log.jsonl")
         if "reward" in log[0]:
-            axes["reward"].plot(smooth([row["reward"] for row in log]), label=name)
+            plot_smooth(axes["reward"], [row["reward"] for row in log], label=name)
             continue
-        axes["loss"].plot(smooth([row["loss"] for row in log]), label=name)
-        axes["accuracy"].plot(smooth([row["accuracy"] for row in log]), label=name)
-        for key, style in (("gap_w", "-"), ("gap_l", "--")):
-            axes["gap"].plot(smooth([row[key] for row in log]), style, label=f"{name} {key[-1]}")
+        plot_smooth(axes["loss"], [row["loss"] for row in log], label=name)
+        plot_smooth(axes["accuracy"], [row["accuracy"] for row in log], label=name)
+        for key, style, side in (("gap_w", "-", "winner"), ("gap_l", "--", "loser")):
+            plot_smooth(axes["gap"], [row[key] for row in log], style, f"{name}, {side}")
         switch = sum(row["stage"] == log[0]["stage"] for row in log)
         for key in ("loss", "accuracy", "gap"):
             axes[key].axvline(switch, color="grey", lw=0.7, ls=":")
@@ -542,13 +546,14 @@ def draw_audioscore(figure, run):
     points = [(p[bins == i].mean(), good[bins == i].mean(), (bins == i).sum()) for i in range(10) if (bins == i).any()]
     left.plot([0, 1], [0, 1], color="grey", lw=0.8)
     left.scatter(*zip(*[(x, y) for x, y, _ in points]), s=[20 + 200 * n / len(p) for *_, n in points])
-    left.set(xlabel="predicted P(Good)", ylabel="share rated Good", title="AudioScore on held-out clips")
+    left.set(xlabel="predicted P(Good)", ylabel="share rated Good")
+    left.set_title("AudioScore on held-out clips", fontsize=9)
     pairs = [row for i in (1, 2) for row in common.read_jsonl(run / f"04_stage{i}.jsonl") if row["source"] == "auto"]
     threshold = common.read_json(run / "04_settings.json")["settings"]["threshold"]
     right.hist([row["score_c"] for row in pairs], bins=30, color="#4a6fa5")
-    right.axvline(threshold, color="#b3261e", label=f"score_delta {threshold}")
-    right.set(xlabel="score_c (high = easy)", ylabel="pairs", title="Complexity of the mined pairs")
-    right.legend(fontsize=7)
+    right.axvline(threshold, color="#b3261e")
+    right.set(xlabel="score_c (high = easy)", ylabel="pairs")
+    right.set_title(f"Complexity of the mined pairs, score_delta {threshold:g}", fontsize=9)
     figure.tight_layout()
 
 
@@ -588,7 +593,7 @@ def listening_card(clip, systems, files, seconds, rate):
         soundfile.write(flac, wave.numpy(), rate, format="FLAC")
         draw_spectrogram(figure, wave, rate, events)
         audio = f'<audio preload="auto" src="{data_uri("audio/flac", flac.getvalue())}"></audio>'
-        cells += f'<div class="s"><button>{html.escape(system)}</button>{audio}{picture(figure)}</div>'
+        cells += f'<div class="s"><button>{html.escape(system)}</button>{audio}{picture(figure, None)}</div>'
     about = html.escape(f"{clip['id']}: {clip.get('caption') or clip.get('label') or 'no caption'}")
     video = f'<video muted playsinline preload="auto" src="{playable_video(clip, seconds)}"></video>'
     row = f'<div class="row">{video}<div class="grid">{cells}</div></div>'
@@ -596,21 +601,22 @@ def listening_card(clip, systems, files, seconds, rate):
 
 
 def html_table(results, systems, run_json):
-    """Rows = systems; a cell has the value, its interval, and the difference to base."""
+    """Rows = metrics, columns = systems; a cell has the value, its interval, and the difference to base."""
     cell = {(row["metric"], row["system"]): row for row in results}
-    metrics = [m for m in METRICS if any((m, s) in cell for s in systems)]
-    head = "".join(f"<th>{METRICS[m][0]} {'&uarr;' if METRICS[m][1] == 'higher' else '&darr;'}</th>" for m in metrics)
+    head = "".join(f"<th>{html.escape(system)}</th>" for system in systems)
     body = ""
-    for system in systems:
-        body += f"<tr><th>{html.escape(system)}</th>"
-        for metric in metrics:
+    for metric in (m for m in METRICS if any((m, s) in cell for s in systems)):
+        label, better, *_ = METRICS[metric]
+        body += f"<tr><th>{label} {'&uarr;' if better == 'higher' else '&darr;'}</th>"
+        for system in systems:
             row = cell.get((metric, system))
             if row is None or row["value"] is None:
                 body += "<td>-</td>"
                 continue
+            tested = system != "ground_truth" and row["diff"] is not None
             span = f"[{shown(metric, row['low'])}, {shown(metric, row['high'])}]"
-            gap = "" if row["diff"] is None or system == "ground_truth" else f"<i>{shown(metric, row['diff'], '+')}</i>"
-            mark = "" if system == "ground_truth" else verdict(row)
+            gap = f"<i>{shown(metric, row['diff'], '+')}</i>" if tested else ""
+            mark = verdict(row) if tested else ""
             body += f'<td class="{mark}">{shown(metric, row["value"])}<small>{span}</small>{gap}</td>'
         body += "</tr>"
     rows, remark = paper_rows(run_json)
@@ -658,7 +664,7 @@ th:first-child{text-align:left} td small,td i{display:block;color:#777;font-styl
 .card{border:1px solid #ddd;border-radius:8px;padding:.6rem 1rem;margin:1rem 0}
 .card h3{margin:.2rem 0 .6rem;font-size:15px} .row{display:flex;gap:1rem;flex-wrap:wrap}
 video{width:300px;background:#000;border-radius:4px;align-self:flex-start}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:.6rem;flex:1;min-width:260px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:.6rem;flex:1;min-width:260px}
 .s img{width:100%;display:block;border-radius:4px} button.on{background:#1a56b0;color:#fff}
 button{width:100%;padding:.35rem;border:1px solid #bbb;border-radius:4px;background:#f6f6f6;cursor:pointer;font:inherit}
 </style>

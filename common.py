@@ -300,7 +300,7 @@ def load_base_model(run, device="cpu", weights="weights"):
 
 def stop(message):
     """A user error: one line that says what is wrong and what to do, exit code 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also beside a progress bar
     raise SystemExit(2)
 
 
@@ -417,6 +417,8 @@ def sample_index(clip, k, samples, where, field="k"):
 def digest(path):
     """SHA-256 of a file, or of a folder's .jsonl files in order of their names; the first 16 hex digits."""
     path, total = Path(path), hashlib.sha256()
+    if not path.exists():
+        stop(f"{path}: no such file; rerun the stage that writes it")
     for file in sorted(path.glob("[!.]*.jsonl")) if path.is_dir() else [path]:
         with open(file, "rb") as stream:
             while block := stream.read(1 << 22):
@@ -558,6 +560,13 @@ class Shards:
         return {key: torch.stack([features[key][row] for features, row in found]) for key in found[0][0]}
 
 
+def at_least(args, **least):
+    """Stops when one of these numbers is too small: at_least(args, steps=1)."""
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {bound}")
+
+
 def parse(parser, argv, stage):
     """parser.parse_args; on a toy run, TOY[size][stage] replaces the paper's defaults (an explicit flag wins)."""
     args = parser.parse_args(argv)
@@ -580,15 +589,16 @@ TOY = {
         "01": dict(guidance=1.5, sampling_steps=12),
         "02": dict(num_rated_clips=150),
         "03": dict(num_human_pairs=150),
-        "04": dict(threshold=0.3),
+        "04": dict(threshold=0.35),
         "05": dict(lr=1e-4, warmup=20, steps=250, global_batch=16, beta=20.0),
         "06": dict(lr=3e-4, steps=240, prompts=8, group_size=8, sampling_steps=10, updates=8),
         "07": dict(guidance=1.5),
     },
     "tiny": {
-        "01": dict(guidance=1.5, sampling_steps=4),
-        "02": dict(num_rated_clips=6),
-        "03": dict(num_human_pairs=4),
+        "01": dict(guidance=1.5, sampling_steps=8),
+        "02": dict(num_rated_clips=8),
+        "03": dict(num_human_pairs=12),
+        "04": dict(threshold=0.4),
         "05": dict(lr=1e-4, warmup=2, steps=8, global_batch=4, beta=20.0),
         "06": dict(lr=3e-4, steps=4, prompts=2, group_size=3, sampling_steps=4, updates=2),
         "07": dict(guidance=1.5),
@@ -668,7 +678,7 @@ def resume_training(folder, model, optimizer, rank=0):
 
 def output_folder(run, name):
     """run / name for --out: a folder name inside the run, nothing else."""
-    if Path(name).name != name or name in (".", "..") or name[:2] in ("00", "01", "02", "03", "04", "07"):
+    if not name or Path(name).name != name or name in (".", "..") or name[:2] in ("00", "01", "02", "03", "04", "07"):
         stop(f"--out {name}: give a plain folder name, not one of stages 00 to 04 or 07")
     return Path(run) / name
 
