@@ -21,7 +21,7 @@ The world. An object bounces two to four times in two seconds; every time it tou
 and its colour together decide which of eight sounds that is: a model must look (semantic match), and must look at the
 right moment (synchrony). All randomness of a clip comes from (seed, corpus, index).
 
-The clean world is the truth, the pre-training data are not: a fifth of their sounds belongs to another class, a third
+The clean world is the truth, the pre-training data are not: a tenth of their sounds belongs to another class, a third
 comes too early or too late, a third is noisy. A model that fits such data well makes the same errors, at random, in
 its own samples. That is the headroom: among five samples of one video some are right, and a preference can tell.
 
@@ -83,10 +83,10 @@ VOCABULARY = sorted({w for _, text in CLASSES for w in text.split()} | {w for o 
 
 # Clips and optimizer steps of each size; processes besides the main one.
 SIZES = {
-    "default": dict(train=600, val=100, test=200, pretrain=1500, scorer=700, oracle=300, processes=2,
+    "default": dict(train=600, val=100, test=200, pretrain=1500, scorer=700, oracle=300, processes=2, batch=64,
                     encoder_steps=300, base_steps=750, scorer_steps=200, sync_steps=400),
-    "tiny": dict(train=16, val=6, test=8, pretrain=32, scorer=24, oracle=16, processes=0,
-                 encoder_steps=30, base_steps=30, scorer_steps=15, sync_steps=25),
+    "tiny": dict(train=20, val=6, test=8, pretrain=96, scorer=32, oracle=48, processes=0, batch=16,
+                 encoder_steps=120, base_steps=400, scorer_steps=60, sync_steps=80),
 }  # fmt: skip
 CORPORA = ("train", "val", "test", "pretrain", "scorer", "oracle")  # the index is part of every clip's seed
 
@@ -117,7 +117,7 @@ def draw_script(seed, corpus, index):
     script = dict(kind=kind, hits_s=hits, caption=caption, heard_kind=kind, heard_s=hits, wet=0.0, noise=2e-4, rng=rng)
     draw = rng.random(4)
     if corpus == "pretrain":  # the imperfect data
-        if draw[0] < 0.20:
+        if draw[0] < 0.10:
             script["heard_kind"] = int((kind + rng.integers(1, len(CLASSES))) % len(CLASSES))
         if draw[1] < 0.35:
             shift = rng.uniform(0.1, 0.45) * rng.choice([-1, 1])
@@ -517,13 +517,13 @@ def load_base(path):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def fit(net, loss, rows, steps, seed, title, place=0, after=lambda: None):
-    """AdamW with a cosine schedule on random batches of 64; loss(indices, generator) -> scalar."""
+def fit(net, loss, rows, batch, steps, seed, title, place=0, after=lambda: None):
+    """AdamW with a cosine schedule on random batches; loss(indices, generator) -> scalar."""
     generator, lr = torch.Generator().manual_seed(seed), 2e-3
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     for step in tqdm(range(steps), title, position=place, disable=None, mininterval=1):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        value = loss(torch.randint(rows, (min(64, rows),), generator=generator), generator)
+        value = loss(torch.randint(rows, (min(batch, rows),), generator=generator), generator)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -536,7 +536,7 @@ def train_base(path, data, codec, size, seed):
     torch.manual_seed(seed + 1)
     encoder, net, look = VideoEncoder(), ToyNet(), data["look"]
     strike, kind, steps = data["strike"], data["kind"], size["encoder_steps"]
-    fit(encoder, lambda i, _: encoder.loss(look[i], strike[i], kind[i]), len(look), steps, seed, "video encoder")
+    fit(encoder, lambda i, _: encoder.loss(look[i], strike[i], kind[i]), len(look), size["batch"], steps, seed, "video encoder")
     with torch.no_grad():
         latents, (per_frame, pooled) = codec.encode(data["mel"]), encoder.tower(look)
     per_frame = per_frame.reshape(-1, TOKENS, 2 * EMBED)
@@ -558,7 +558,7 @@ def train_base(path, data, codec, size, seed):
         for key, value in net.state_dict().items():
             kept[key].lerp_(value, max(0.005, 10 / (count + 10)))
 
-    fit(net, loss, len(look), size["base_steps"], seed, "base model", after=average)
+    fit(net, loss, len(look), size["batch"], size["base_steps"], seed, "base model", after=average)
     state = {"net": kept, "encoder": encoder.state_dict(), "codec": codec.state_dict()}
     common.save_pt(path, {"kind": "toy base", "vocabulary": VOCABULARY, **state})
 
@@ -656,13 +656,17 @@ def train_scorers(path, oracle_path, data, other, codec, size, seed):
     }
     for name, net in nets.items():
         steps = size["sync_steps" if name == "synchformer" else "scorer_steps"]
-        fit(net, losses[name], len(captioned if name == "clap" else mel), steps, seed, name, 1)
+        rows = len(captioned if name == "clap" else mel)
+        fit(net, losses[name], rows, size["batch"], steps, seed, name, 1)
     state = {name: net.state_dict() for name, net in nets.items()}
     common.save_pt(path, {"kind": "toy scorers", "vocabulary": VOCABULARY, "codec": codec.state_dict(), **state})
 
     oracle, mel, kind = AudioTower(len(CLASSES)), codec.pass_half(other["mel"]), other["kind"]
     steps = size["scorer_steps"]
-    fit(oracle, lambda i, _: F.cross_entropy(oracle(mel[i]), kind[i]), len(mel), steps, seed, "oracle", 1)
+    def name_it(i, _):
+        return F.cross_entropy(oracle(mel[i]), kind[i])
+
+    fit(oracle, name_it, len(mel), size["batch"], steps, seed, "oracle", 1)
     common.save_pt(oracle_path, {"kind": "toy oracle", "classifier": oracle.state_dict()})
 
 
