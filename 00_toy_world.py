@@ -536,7 +536,8 @@ def train_base(path, data, codec, size, seed):
     torch.manual_seed(seed + 1)
     encoder, net, look = VideoEncoder(), ToyNet(), data["look"]
     strike, kind, steps = data["strike"], data["kind"], size["encoder_steps"]
-    fit(encoder, lambda i, _: encoder.loss(look[i], strike[i], kind[i]), len(look), size["batch"], steps, seed, "video encoder")
+    batch = size["batch"]
+    fit(encoder, lambda i, _: encoder.loss(look[i], strike[i], kind[i]), len(look), batch, steps, seed, "video encoder")
     with torch.no_grad():
         latents, (per_frame, pooled) = codec.encode(data["mel"]), encoder.tower(look)
     per_frame = per_frame.reshape(-1, TOKENS, 2 * EMBED)
@@ -558,7 +559,7 @@ def train_base(path, data, codec, size, seed):
         for key, value in net.state_dict().items():
             kept[key].lerp_(value, max(0.005, 10 / (count + 10)))
 
-    fit(net, loss, len(look), size["batch"], size["base_steps"], seed, "base model", after=average)
+    fit(net, loss, len(look), batch, size["base_steps"], seed, "base model", after=average)
     state = {"net": kept, "encoder": encoder.state_dict(), "codec": codec.state_dict()}
     common.save_pt(path, {"kind": "toy base", "vocabulary": VOCABULARY, **state})
 
