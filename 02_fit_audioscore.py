@@ -133,13 +133,18 @@ def fit(found, target, seed, steps=400):
     return audioscore.eval().requires_grad_(False)
 
 
+def video_of(clip):
+    """The YouTube id of `<youtube id>_<start second>`; any other id stands for itself."""
+    return clip[:11] if len(clip) == 18 and clip[11] == "_" else clip
+
+
 def select(found, rows):
     return {name: {key: value[rows] for key, value in part.items()} for name, part in found.items()}
 
 
 def cross_validate(found, target, clips, seed):
     """p (n, 3) of every audio from a fit that saw neither its clip nor any other of the same YouTube video."""
-    videos = [clip[:11] if len(clip) == 18 and clip[11] == "_" else clip for clip in clips]
+    videos = [video_of(clip) for clip in clips]
     names = sorted(set(videos))
     random.Random(seed).shuffle(names)
     fold_of = {name: i % min(FOLDS, len(names)) for i, name in enumerate(names)}
@@ -223,8 +228,8 @@ def main(args):
     # -- fit, report, save
     print(f"ratings: {len(answers)} of {len(keys)} audios of {len(names)} clips, ", end="")
     print(", ".join(f"{name} {count}" for name, count in Counter(a["rating"] for a in answers).most_common()))
-    if len(names) < 2:
-        stop(f"{answers_file}: ratings of one clip; at least 2 are needed to fit and check AudioScore")
+    if len(set(map(video_of, names))) < 2:
+        stop(f"{answers_file}: ratings of one video; at least 2 are needed to fit and check AudioScore")
     p = cross_validate(found, target, [clip for clip, _ in keys], args.seed)
     report(p, majority(target))
     audioscore = fit(found, target, args.seed)
