@@ -109,11 +109,11 @@ def majority(target):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def fit(found, target, seed, steps=400):
+def fit(found, target, seed, steps=200):
     """Fits AudioScore on the given audios: standardiser, marginal p(y), then cross entropy on the raters' shares.
 
-    found: cached scores of n audios; target: (n, 3). Paper silent: the optimizer. Full-batch AdamW, lr 1e-2, weight
-    decay 1e-2, 400 steps.
+    found: cached scores of n audios; target: (n, 3). Paper silent: the optimizer. Full-batch AdamW, lr 3e-3, weight
+    decay 0.3, 200 steps: of six settings the best cross-validated log-loss in the toy world.
     """
     logits = found["panns"]["logits"]
     torch.manual_seed(seed)
@@ -124,7 +124,7 @@ def fit(found, target, seed, steps=400):
     std = (scores - mean).square().nanmean(dim=0).sqrt().nan_to_num(nan=1.0)
     audioscore.mean.copy_(mean)
     audioscore.std.copy_(std.clamp_min(1e-6))
-    optimizer = torch.optim.AdamW(audioscore.parameters(), lr=1e-2, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(audioscore.parameters(), lr=3e-3, weight_decay=0.3)
     for _ in range(steps):
         loss = torch.nn.functional.cross_entropy(audioscore.logits(scores), target)
         optimizer.zero_grad()
