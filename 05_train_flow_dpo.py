@@ -23,6 +23,7 @@ Takes: toy 15 s on 2 cores.
 """
 
 import json
+import math
 import random
 import time
 from pathlib import Path
@@ -56,6 +57,8 @@ def parse_args(argv=None):
     engineering = parser.add_argument_group("engineering")
     engineering.add_argument("--micro-batch", type=int, default=8, help="pairs per forward on one GPU")
     engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
+    described = "bf16 halves the frozen reference's memory; refused if it changes the loss at step 0"
+    engineering.add_argument("--reference-precision", choices=("fp32", "bf16"), default="fp32", help=described)
     engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
     engineering.add_argument("--compile", action="store_true", help="torch.compile the network")
     engineering.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
@@ -199,16 +202,18 @@ def main(args):
     # -- model
     model = common.load_base_model(run, device, args.weights)
     u_ref = model.reference()
-    ref_digest = common.state_digest(u_ref)
     if args.gradient_checkpointing:
         model.checkpoint_blocks()
+    if args.reference_precision == "bf16":
+        u_ref.to(torch.bfloat16)
+    ref_digest = common.state_digest(u_ref)
     optimizer = torch.optim.AdamW(
         model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
     )
     done = common.resume_training(folder, model, optimizer, rank)
     if args.compile:
         for network in (model, u_ref):
-            network.predict = torch.compile(network.predict)
+            network.project, network.predict = torch.compile(network.project), torch.compile(network.predict)
     policy = common.data_parallel(model, device)
     if rank == 0:
         names = ["hard + human", "easy"] if args.hard_first else ["easy", "hard + human"]
@@ -231,6 +236,8 @@ def main(args):
         sums = common.sum_over_ranks(sums.to(device)).cpu()
         if not sums.isfinite().all():
             stop(f"step {step}: the loss is not finite; {folder}/checkpoint.pt holds the last good step; lower --lr")
+        if step == 0 and args.sft_weight == 0 and abs(sums[0].item() / args.global_batch - math.log(2)) > 1e-3:
+            stop("step 0: the loss is not log 2, so the reference is not the policy; use --reference-precision fp32")
         grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args)

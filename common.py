@@ -638,9 +638,9 @@ def data_parallel(model, device):
     """The module whose forward 05 and 06 train: the model itself, or its DistributedDataParallel."""
     if not dist.is_initialized():
         return model
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=None if device == "cpu" else [device], broadcast_buffers=False
-    )
+    devices = None if device == "cpu" else [device]
+    options = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, device_ids=devices, **options)
 
 
 def autocast(device, precision):
