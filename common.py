@@ -588,7 +588,7 @@ TOY = {
     "default": {
         "01": dict(guidance=1.5, sampling_steps=12),
         "02": dict(num_rated_clips=150),
-        "03": dict(num_human_pairs=250),
+        "03": dict(num_human_pairs=150),
         "04": dict(threshold=0.35),
         "05": dict(lr=1e-4, warmup=20, steps=250, global_batch=16, beta=60.0),
         "06": dict(lr=3e-4, steps=240, prompts=8, group_size=8, sampling_steps=10, updates=8),
