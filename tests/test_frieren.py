@@ -7,7 +7,6 @@ stood in for, step for step.
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import importlib
@@ -24,6 +23,19 @@ import pytest
 import torch
 import torch.nn as nn
 import yaml
+from upstream_files import (
+    TINY_DIT,
+    TINY_VAE,
+    TINY_VOCODER,
+    EulerOnly,
+    frieren_model,
+    frieren_modules,
+    frieren_root,
+    inference_config,
+    save_lightning,
+    write_cavp,
+    write_frieren,
+)
 
 import common
 from common import Frieren, SkipClip, flow_error, interpolate, load_model, sample
@@ -33,164 +45,19 @@ pytestmark = [
     pytest.mark.skipif("UPSTREAM_DIR" not in os.environ, reason="needs UPSTREAM_DIR, the folder of the clones"),
 ]
 ROOT = Path(__file__).resolve().parents[1]
-TINY_DIT = dict(in_channels=20, context_dim=768, hidden_size=64, num_heads=2, depth=2, max_len=300)
-TINY_VAE = dict(Frieren.vae_config, ch=32)
-TINY_VOCODER = dict(
-    num_mels=80, resblock="1", upsample_rates=[4, 4, 2, 2, 2, 2], upsample_kernel_sizes=[8, 8, 4, 4, 4, 4],
-    upsample_initial_channel=64, resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3, 5]], activation="snakebeta",
-    snake_logscale=True,
-)  # fmt: skip
 # Written out by hand: 1000 k / 25 for k = 0 ... 24, with upstream's three float32 truncations.
 UPSTREAM_25 = [0, 40, 80, 120, 160, 199, 240, 280, 320, 359, 399, 440, 480, 520, 560, 600, 640, 680, 720, 760, 800]
 UPSTREAM_25 += [840, 880, 920, 960]
-
-
-def upstream_root():
-    root = Path(os.environ["UPSTREAM_DIR"]) / "Frieren-V2A"
-    if not root.is_dir():
-        pytest.skip(f"no clone of Frieren-V2A in {root.parent}")
-    return root
-
-
-class EulerOnly:
-    """torchdyn's NeuralODE(solver='euler') on a given time grid: the next step is measured from the accumulated t."""
-
-    def __init__(self, field, solver, **_):
-        assert solver == "euler"
-        self.field = field
-
-    def __call__(self, x, times):
-        t, dt, states = times[0], times[1] - times[0], [x]
-        for index in range(1, len(times)):
-            x = x + dt * self.field(t, x, args={})
-            states.append(x)
-            t = t + dt
-            if index < len(times) - 1:
-                dt = times[index + 1] - t
-        return times, torch.stack(states)
-
-
-class BareLightning(nn.Module):
-    """What Frieren's classes use of LightningModule outside of training; `cuda` stays where it is."""
-
-    device = property(lambda self: next(self.parameters()).device)
-
-    def cuda(self):
-        return self
-
-
-@contextlib.contextmanager
-def upstream_modules(torchdyn=False):
-    """Upstream's packages importable under their own names, with stand-ins; all gone afterwards."""
-    lightning = types.ModuleType("pytorch_lightning")
-    lightning.LightningModule = BareLightning
-    distributed = types.ModuleType("pytorch_lightning.utilities.distributed")
-    distributed.rank_zero_only = lambda function: function
-    omegaconf = types.ModuleType("omegaconf")
-    omegaconf.OmegaConf = types.SimpleNamespace(
-        load=lambda path: types.SimpleNamespace(**yaml.safe_load(Path(path).read_text()))
-    )
-    stand_ins = {
-        "pytorch_lightning": lightning,
-        "pytorch_lightning.utilities": types.ModuleType("pytorch_lightning.utilities"),
-        "pytorch_lightning.utilities.distributed": distributed,
-        "omegaconf": omegaconf,
-    }
-    if torchdyn:
-        importlib.import_module("torchdyn.core")
-    else:
-        core = types.ModuleType("torchdyn.core")
-        core.NeuralODE = EulerOnly
-        stand_ins |= {"torchdyn": types.ModuleType("torchdyn"), "torchdyn.core": core}
-    tops = {"cfm", "vocoder", "pytorch_lightning", "omegaconf"} | (set() if torchdyn else {"torchdyn"})
-    before = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] in tops}
-    path = [*sys.path]
-    sys.modules.update(stand_ins)
-    sys.path.insert(0, str(upstream_root() / "Frieren"))
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        for name in [name for name in sys.modules if name.split(".")[0] in tops]:
-            del sys.modules[name]
-        sys.modules.update(before)
-
-
-def inference_config():
-    """Upstream's own inference config, made small; no separate VAE file."""
-    file = upstream_root() / "Frieren/configs/ldm_training/v2a_cfm_cfg_infer.yaml"
-    config = yaml.safe_load(file.read_text())
-    params = config["model"]["params"]
-    params["unet_config"]["params"] = TINY_DIT
-    params["first_stage_config"]["params"] |= {"ckpt_path": None, "ddconfig": TINY_VAE}
-    return config
-
-
-def wake(module, seed):
-    """Random weights everywhere: a fresh DiT's zero output projections would hide t, attention and position."""
-    torch.manual_seed(seed)
-    for name, p in module.named_parameters():
-        nn.init.normal_(p, std=0.1 if p.dim() < 2 else p[0].numel() ** -0.5)
-        if p.dim() == 1 and name.endswith("weight"):  # a norm's scale
-            p.data += 1
-
-
-def upstream_model(torchdyn=False):
-    with upstream_modules(torchdyn), contextlib.redirect_stdout(None):
-        config = inference_config()["model"]
-        model = importlib.import_module("cfm.util").instantiate_from_config(config)
-        wake(model, 0)
-    return model.eval()
-
-
-class ModelCheckpoint:
-    """Pickles by Lightning's name, as its checkpoints key their callbacks."""
-
-
-ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
-
-
-def save_lightning(path, state, dirpath="/x/logs/2024_v2a_cfm_train_load_novidpos_concat_2card/checkpoints", **more):
-    """A file with the pickled names that Lightning 1.4 leaves in a checkpoint of Frieren's training."""
-    module = types.ModuleType(ModelCheckpoint.__module__)
-    module.ModelCheckpoint = ModelCheckpoint
-    names = ["pytorch_lightning", "pytorch_lightning.callbacks", ModelCheckpoint.__module__]
-    callback = {"monitor": "val/loss", "best_model_score": torch.tensor(0.5), "dirpath": dirpath, "best_model_path": ""}
-    optimizer = {"param_groups": [{"lr": np.float64(5e-5), "steps": np.int64(3)}], "state": {}}
-    before = {name: sys.modules.get(name) for name in names}
-    sys.modules.update({names[0]: types.ModuleType(names[0]), names[1]: types.ModuleType(names[1]), names[2]: module})
-    try:
-        file = {"epoch": 7, "global_step": 1234, "state_dict": state, "pytorch-lightning_version": "1.4.2"}
-        file |= {"callbacks": {ModelCheckpoint: callback}, "optimizer_states": [optimizer], "lr_schedulers": []}
-        torch.save(file | more, path)
-    finally:
-        for name, was in before.items():
-            sys.modules.pop(name)
-            if was is not None:
-                sys.modules[name] = was
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Upstream's small model, its Lightning-style checkpoint, a vocoder beside it, and three clips' CAVP features."""
     root = tmp_path_factory.mktemp("frieren")
-    theirs = upstream_model()
-    checkpoint = root / "v2a/noreflow/last.ckpt"
-    checkpoint.parent.mkdir(parents=True)
-    save_lightning(checkpoint, theirs.state_dict())
-    vocoder = root / "bigvnat"
-    vocoder.mkdir()
-    (vocoder / "args.yml").write_text(yaml.safe_dump(TINY_VOCODER))
-    with upstream_modules():
-        net = importlib.import_module("vocoder.bigvgan.models").BigVGAN(types.SimpleNamespace(**TINY_VOCODER))
-    torch.save({"generator": net.state_dict()}, vocoder / "best_netG.pt")
-    (root / "cavp").mkdir()
-    for index in range(3):
-        rows = torch.randn(40, 512, generator=torch.Generator().manual_seed(index))
-        rows = torch.nn.functional.normalize(rows, dim=1)
-        np.savez(root / f"cavp/-clip{index:06d}_00001{index}.npz", feat=rows.numpy())
+    theirs = write_frieren(root)
+    write_cavp(root / "cavp", [f"-clip{index:06d}_00001{index}" for index in range(3)])
     cavp = sorted((root / "cavp").iterdir())
-    return types.SimpleNamespace(root=root, theirs=theirs, checkpoint=checkpoint, cavp=cavp)
+    return types.SimpleNamespace(root=root, theirs=theirs, checkpoint=root / "v2a/noreflow/last.ckpt", cavp=cavp)
 
 
 @pytest.fixture(autouse=True)
@@ -285,7 +152,7 @@ def test_velocity_is_minus_upstreams_and_its_error_is_upstreams_loss(model, worl
 def test_25_steps_with_guidance_equal_upstreams_sampler(model, world, monkeypatch, solver):
     if solver == "torchdyn":
         pytest.importorskip("torchdyn", reason="torchdyn is not installed (it is not needed to use Frieren)")
-    theirs = upstream_model(solver == "torchdyn")
+    theirs = frieren_model(solver == "torchdyn")
     theirs.load_state_dict(world.theirs.state_dict())
     cavp = features(model, world)
     fed_theirs, hook = times_fed(theirs.model.diffusion_model)
@@ -540,10 +407,10 @@ def test_upstreams_generation_script_loads_the_policy_and_makes_our_mels(model, 
         def __getattr__(self, name):
             return getattr(torch, name)
 
-    with upstream_modules():
+    with frieren_modules():
         monkeypatch.setattr(sys.modules["torchdyn.core"], "NeuralODE", NotingEuler)
-        monkeypatch.chdir(upstream_root() / "script")
-        file = upstream_root() / "script/generate_mel_cfm_cfg_scale.py"
+        monkeypatch.chdir(frieren_root() / "script")
+        file = frieren_root() / "script/generate_mel_cfm_cfg_scale.py"
         spec = importlib.util.spec_from_file_location("generate", file)
         script = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
@@ -583,7 +450,7 @@ def test_decode_equals_upstreams_vae_and_vocoder(model, world):
     latents = torch.randn(3, 256, 20)
     waves = model.decode(latents)
     assert waves.shape == (3, 131072) and waves.dtype == torch.float32 and model.sample_rate_hz == 16000
-    with upstream_modules():
+    with frieren_modules():
         models = importlib.import_module("vocoder.bigvgan.models")
         vocoder = models.BigVGAN(types.SimpleNamespace(**TINY_VOCODER)).eval()
     vocoder.load_state_dict(torch.load(world.root / "bigvnat/best_netG.pt", weights_only=True)["generator"])

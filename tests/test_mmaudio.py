@@ -7,8 +7,6 @@ layer, few channels, the true sequence lengths), and read back by upstream's own
 """
 
 import functools
-import importlib
-import json
 import os
 import shutil
 import socket
@@ -19,6 +17,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from upstream_files import mmaudio_modules, write_mmaudio
 
 import common
 
@@ -27,110 +26,17 @@ pytestmark = [
     pytest.mark.skipif("UPSTREAM_DIR" not in os.environ, reason="UPSTREAM_DIR, the folder of the clones, is unset"),
 ]
 
-UPSTREAM = {
-    "networks": "mmaudio.model.networks",
-    "flow_matching": "mmaudio.model.flow_matching",
-    "features_utils": "mmaudio.model.utils.features_utils",
-    "eval_utils": "mmaudio.eval_utils",
-    "synchformer": "mmaudio.ext.synchformer.synchformer",
-    "motionformer": "mmaudio.ext.synchformer.motionformer",
-    "vae": "mmaudio.ext.autoencoder.vae",
-    "autoencoder": "mmaudio.ext.autoencoder.autoencoder",
-    "bigvgan": "mmaudio.ext.bigvgan.models",
-    "bigvgan_v2": "mmaudio.ext.bigvgan_v2.bigvgan",
-}
-BIGVGAN = dict(
-    resblock="1", upsample_initial_channel=64, resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3, 5]],
-    activation="snakebeta", snake_logscale=True,
-)  # fmt: skip
-BIGVGAN_16K = dict(BIGVGAN, num_mels=80, upsample_rates=[4, 4, 2, 2, 2, 2], upsample_kernel_sizes=[8, 8, 4, 4, 4, 4])
-BIGVGAN_44K = dict(BIGVGAN, num_mels=128, upsample_rates=[8, 4, 2, 2, 2, 2], upsample_kernel_sizes=[16, 8, 4, 4, 4, 4])
-CLIP = dict(
-    embed_dim=1024, quick_gelu=True,
-    vision_cfg=dict(image_size=384, patch_size=128, width=64, layers=1, head_width=64),
-    text_cfg=dict(context_length=77, vocab_size=49408, width=1024, heads=16, layers=1),
-)  # fmt: skip
-
-
-# Tiny parts in upstream's form ------------------------------------------------------------------------------
-
-
-def tiny_network(classes, variant):
-    """Upstream's MMAudio with the variant's true latent and feature shapes, 64 channels and three blocks."""
-    channels, length = (20, 250) if variant.endswith("16k") else (40, 345)
-    return classes.MMAudio(
-        latent_dim=channels, latent_seq_len=length, clip_seq_len=64, sync_seq_len=192, clip_dim=1024, sync_dim=768,
-        text_dim=1024, hidden_dim=64, depth=3, fused_depth=1, num_heads=2, v2=variant.endswith("v2"),
-    )  # fmt: skip
-
-
-def random_state(network, seed):
-    """A network's state dict without the zeros and nans of a fresh one, which would hide most mistakes."""
-    torch.manual_seed(seed)
-    state = network.state_dict()
-    for name, value in state.items():
-        if "adaLN" in name or "final_layer" in name or "empty" in name or "pos_emb" in name:
-            value.normal_(std=0.1)
-    state["latent_mean"].normal_()
-    state["latent_std"].uniform_(0.5, 1.5)
-    return state
-
 
 @pytest.fixture(scope="module")
 def upstream():
-    with common.upstream("MMAudio"):
-        return SimpleNamespace(**{name: importlib.import_module(path) for name, path in UPSTREAM.items()})
+    return mmaudio_modules()
 
 
 @pytest.fixture(scope="module")
-def weights(upstream, tmp_path_factory):
+def weights(tmp_path_factory):
     """A --weights folder and a Hugging Face cache of tiny files; meanwhile upstream builds networks of these sizes."""
-    import huggingface_hub
-    import open_clip
-    from omegaconf import OmegaConf
-
     folder, patch = tmp_path_factory.mktemp("weights"), pytest.MonkeyPatch()
-    torch.manual_seed(0)
-    variants = {name: functools.partial(tiny_network, SimpleNamespace(MMAudio=upstream.networks.MMAudio), name)
-                for name in common.MMAUDIO_VARIANTS}  # fmt: skip
-    patch.setattr(upstream.networks, "get_my_mmaudio", lambda name: variants[name]())
-    for seed, name in enumerate(("small_16k", "small_44k", "large_44k_v2")):
-        torch.save(random_state(variants[name](), seed), folder / f"mmaudio_{name}.pth")
-
-    sizes = {"16k": (80, 20), "44k": (128, 40)}
-    build_vae = {mode: functools.partial(upstream.vae.VAE, data_dim=mels, embed_dim=channels, hidden_dim=16)
-                 for mode, (mels, channels) in sizes.items()}  # fmt: skip
-    patch.setattr(upstream.autoencoder, "get_my_vae", lambda mode: build_vae[mode]())
-    torch.save(build_vae["16k"]().state_dict(), folder / "v1-16.pth")
-    torch.save(build_vae["44k"]().state_dict(), folder / "v1-44.pth")
-
-    OmegaConf.save(BIGVGAN_16K, folder / "tiny.yml")
-    with_tiny = functools.partial(upstream.autoencoder.BigVGAN, config_path=folder / "tiny.yml")
-    patch.setattr(upstream.autoencoder, "BigVGAN", with_tiny)
-    generator = upstream.bigvgan.BigVGANVocoder(OmegaConf.create(BIGVGAN_16K))
-    torch.save({"generator": generator.state_dict()}, folder / "best_netG.pt")
-    vocoder = folder / common.MMAUDIO_VOCODER
-    vocoder.mkdir(parents=True)
-    (vocoder / "config.json").write_text(json.dumps(BIGVGAN_44K))
-    generator = upstream.bigvgan_v2.BigVGAN(upstream.bigvgan_v2.AttrDict(BIGVGAN_44K))
-    torch.save({"generator": generator.state_dict()}, vocoder / "bigvgan_generator.pt")
-
-    def tiny_motionformer(path, load=OmegaConf.load):
-        config = load(path)
-        config.VIT.DEPTH, config.VIT.PATCH_SIZE = 1, 56  # 16 patches a frame instead of 196
-        return config
-
-    patch.setattr(upstream.motionformer, "OmegaConf", SimpleNamespace(load=tiny_motionformer))
-    torch.save(upstream.synchformer.Synchformer().state_dict(), folder / "synchformer_state_dict.pth")
-
-    cache = folder / "hub"
-    snapshot = cache / f"models--{common.MMAUDIO_CLIP.replace('/', '--')}" / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    (snapshot / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
-    torch.save(open_clip.CLIP(**CLIP).state_dict(), snapshot / "open_clip_pytorch_model.bin")
-    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    write_mmaudio(folder, patch)
     yield folder
     patch.undo()
     shutil.rmtree(folder)  # 0.4 GB

@@ -18,6 +18,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
+from upstream_files import bursts, film, write_clap, write_imagebind, write_panns
 
 import common
 
@@ -31,37 +32,6 @@ def needs_clones(test):
 
 
 # Clips, audio and files ---------------------------------------------------------------------------------------
-
-
-def film(path, seconds=9.0, rate=Fraction(43, 2), sound="bursts", size=(160, 90)):
-    """H.264 with a moving bar and, unless sound is None, AAC at 44.1 kHz."""
-    width, height = size
-    with av.open(str(path), "w") as out:
-        video = out.add_stream("libx264", rate=rate)
-        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-        audio = out.add_stream("aac", rate=44100, layout="mono") if sound else None
-        for i in range(int(seconds * rate)):
-            picture = np.full((height, width, 3), 40 + 3 * (i % 60), np.uint8)
-            picture[:, (7 * i) % width :][:, :20] = (250, 10 * (i % 25), 30)
-            out.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        if audio:
-            wave = np.zeros(int(seconds * 44100)) if sound == "silence" else bursts(seconds, 44100)
-            for start in range(0, len(wave), 1024):
-                block = wave[None, start : start + 1024].astype(np.float32)
-                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout="mono")
-                frame.sample_rate, frame.pts = 44100, start
-                out.mux(audio.encode(frame))
-            out.mux(audio.encode(None))
-        out.mux(video.encode(None))
-    return path
-
-
-def bursts(seconds, rate_hz, pitch_hz=140.0, seed=0):
-    """Voiced syllables, 4 in a second: harmonics under a raised cosine."""
-    t = np.arange(int(seconds * rate_hz)) / rate_hz
-    voice = sum(np.sin(2 * np.pi * pitch_hz * k * t + k) / k for k in range(1, 12))
-    noise = np.random.default_rng(seed).standard_normal(len(t))
-    return (0.2 * voice + 0.01 * noise) * np.clip(np.sin(2 * np.pi * 2 * t), 0, None)
 
 
 def waves(rate_hz):
@@ -104,16 +74,6 @@ def stops(capsys, call):
 
 def finite(scored):
     return all(torch.isfinite(value).all() for value in scored.values())
-
-
-def lively(net, seed=0):
-    """Random weights under which different inputs give different outputs; batch norms that are no identity."""
-    torch.manual_seed(seed)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2.0)
-    return net.eval()
 
 
 def forward(scorer, waves, clips):
@@ -238,19 +198,7 @@ def test_frames_of_a_short_missing_or_soundonly_file_skip_the_clip(tmp_path):
 
 @pytest.fixture
 def tiny_imagebind(monkeypatch, tmp_path):
-    """Upstream's class at small width and its checkpoint's real name and keys."""
-    with common.upstream("ImageBind"), common.without_init("imagebind"):
-        from imagebind.models import imagebind_model as upstream
-    small = dict(out_embed_dim=16)
-    for m, width in dict(vision=32, audio=32, text=16, depth=16, thermal=16, imu=16).items():
-        small |= {f"{m}_embed_dim": width, f"{m}_num_blocks": 2, f"{m}_num_heads": 2}
-    monkeypatch.setattr(upstream, "imagebind_huge", lambda pretrained: upstream.ImageBindModel(**small))
-    torch.manual_seed(0)
-    net = upstream.imagebind_huge(False).eval()
-    for p in net.parameters():  # the real initialisation hides the pictures behind nearly equal class tokens
-        p.data.add_(0.05 * torch.randn_like(p))
-    torch.save(net.state_dict(), tmp_path / "imagebind_huge.pth")
-    return net
+    return write_imagebind(tmp_path, monkeypatch)
 
 
 @needs_clones
@@ -281,34 +229,10 @@ def test_imagebind_runs_the_video_tower_once_per_clip(tiny_imagebind, clips, tmp
 
 # CLAP -----------------------------------------------------------------------------------------------------------
 
-TINY_ROBERTA = dict(common.ClapScorer.roberta, num_hidden_layers=1, intermediate_size=64)
-
-
 @pytest.fixture(scope="session")
 def clap_files(tmp_path_factory):
-    """The official checkpoint's form (prefix, position_ids, optimizer with numpy learning rates), tokenizer files."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import RobertaConfig, RobertaModel
-
-    folder, tokenizer = tmp_path_factory.mktemp("clap"), ByteLevelBPETokenizer()
-    words = ["a man talks", "a dog barks in the rain", "someone is playing the drums"]
-    tokenizer.train_from_iterator(words, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-    (folder / "roberta-base").mkdir()
-    tokenizer.save_model(str(folder / "roberta-base"))
-    roberta = dict(TINY_ROBERTA, vocab_size=tokenizer.get_vocab_size())
-    with common.without_init("laion_clap"):
-        from laion_clap.clap_module import factory, model
-    torch.manual_seed(0)
-    text_tower = RobertaModel(RobertaConfig(**roberta))
-    before, model.RobertaModel = model.RobertaModel, types.SimpleNamespace(from_pretrained=lambda _: text_tower)
-    net = lively(factory.create_model("HTSAT-base", "roberta", device="cpu")[0])
-    model.RobertaModel = before
-    state = {f"module.{key}": value for key, value in net.state_dict().items()}
-    state["module.text_branch.embeddings.position_ids"] = torch.arange(514)[None]
-    optimizer = {"state": {}, "param_groups": [{"lr": np.float64(1e-4), "betas": (0.9, 0.99), "params": [0, 1]}]}
-    official = {"epoch": 15, "name": "clap", "state_dict": state, "optimizer": optimizer}
-    torch.save(official, folder / "music_speech_audioset_epoch_15_esc_89.98.pt")
-    return folder, roberta
+    folder = tmp_path_factory.mktemp("clap")
+    return folder, write_clap(folder)
 
 
 @pytest.fixture
@@ -464,13 +388,7 @@ def test_full_size_synchformer_file_loads_strictly(tmp_path, capsys):
 
 @pytest.fixture
 def panns_files(tmp_path):
-    """Both files in PANNs' form: from before torch's zip format, with the sampler's numpy indices beside the model."""
-    with common.without_init("panns_inference"):
-        from panns_inference.models import Cnn14
-    for scorer in (common.PannsScorer, common.Panns16kScorer):
-        net = lively(Cnn14(sample_rate=scorer.sample_rate_hz, mel_bins=64, classes_num=527, **scorer.stft))
-        file = {"iteration": 600000, "model": net.state_dict(), "sampler": {"indexes": np.arange(9), "pointer": 4}}
-        torch.save(file, tmp_path / scorer.file, _use_new_zipfile_serialization=False)
+    write_panns(tmp_path)
     return tmp_path
 
 

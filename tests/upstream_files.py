@@ -1,0 +1,483 @@
+"""Weight files of exactly the real form (names, keys, wrapping), made by upstream's own classes at tiny size.
+
+Every `write_...` puts files into a --weights folder; those that take a `patch` (a MonkeyPatch) also make upstream build
+networks of that size for as long as it lasts.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import types
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import yaml
+
+import common
+from common import Frieren
+
+# Clips ------------------------------------------------------------------------------------------------------
+
+
+def film(path, seconds=9.0, rate=Fraction(43, 2), sound="bursts", size=(160, 90)):
+    """H.264 with a moving bar and, unless sound is None, AAC at 44.1 kHz."""
+    width, height = size
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=rate)
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        audio = out.add_stream("aac", rate=44100, layout="mono") if sound else None
+        for i in range(int(seconds * rate)):
+            picture = np.full((height, width, 3), 40 + 3 * (i % 60), np.uint8)
+            picture[:, (7 * i) % width :][:, :20] = (250, 10 * (i % 25), 30)
+            out.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        if audio:
+            wave = np.zeros(int(seconds * 44100)) if sound == "silence" else bursts(seconds, 44100)
+            for start in range(0, len(wave), 1024):
+                block = wave[None, start : start + 1024].astype(np.float32)
+                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout="mono")
+                frame.sample_rate, frame.pts = 44100, start
+                out.mux(audio.encode(frame))
+            out.mux(audio.encode(None))
+        out.mux(video.encode(None))
+    return path
+
+
+def bursts(seconds, rate_hz, pitch_hz=140.0, seed=0):
+    """Voiced syllables, 4 in a second: harmonics under a raised cosine."""
+    t = np.arange(int(seconds * rate_hz)) / rate_hz
+    voice = sum(np.sin(2 * np.pi * pitch_hz * k * t + k) / k for k in range(1, 12))
+    noise = np.random.default_rng(seed).standard_normal(len(t))
+    return (0.2 * voice + 0.01 * noise) * np.clip(np.sin(2 * np.pi * 2 * t), 0, None)
+
+
+# Random weights --------------------------------------------------------------------------------------------
+
+
+def wake(module, seed):
+    """Random weights everywhere, of a size that keeps signals alive: a fresh network would hide t, attention and
+    position in a DiT's zero projections, and the latent behind a vocoder's biases."""
+    torch.manual_seed(seed)
+    for name, p in module.named_parameters():
+        nn.init.normal_(p, std=0.1 if p.dim() < 2 else p[0].numel() ** -0.5)
+        if p.dim() == 1 and name.endswith("weight"):  # a norm's scale
+            p.data += 1
+
+
+def wake_vocoder(generator, volume):
+    """A BigVGAN, whose weights are weight-normed: original0 or weight_g is a filter's length."""
+    wake(generator, 1)
+    for name, p in generator.conv_post.named_parameters():
+        p.data.mul_(volume if name.endswith(("original0", "weight_g")) else 0 if name == "bias" else 1)
+
+
+def lively(net, seed=0):
+    """Random weights under which different inputs give different outputs; batch norms that are no identity."""
+    torch.manual_seed(seed)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2.0)
+    return net.eval()
+
+
+# MMAudio ----------------------------------------------------------------------------------------------------
+
+MMAUDIO = {
+    "networks": "mmaudio.model.networks",
+    "flow_matching": "mmaudio.model.flow_matching",
+    "features_utils": "mmaudio.model.utils.features_utils",
+    "eval_utils": "mmaudio.eval_utils",
+    "synchformer": "mmaudio.ext.synchformer.synchformer",
+    "motionformer": "mmaudio.ext.synchformer.motionformer",
+    "vae": "mmaudio.ext.autoencoder.vae",
+    "autoencoder": "mmaudio.ext.autoencoder.autoencoder",
+    "bigvgan": "mmaudio.ext.bigvgan.models",
+    "bigvgan_v2": "mmaudio.ext.bigvgan_v2.bigvgan",
+}
+BIGVGAN = dict(
+    resblock="1", upsample_initial_channel=64, resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3, 5]],
+    activation="snakebeta", snake_logscale=True,
+)  # fmt: skip
+BIGVGAN_16K = dict(BIGVGAN, num_mels=80, upsample_rates=[4, 4, 2, 2, 2, 2], upsample_kernel_sizes=[8, 8, 4, 4, 4, 4])
+BIGVGAN_44K = dict(BIGVGAN, num_mels=128, upsample_rates=[8, 4, 2, 2, 2, 2], upsample_kernel_sizes=[16, 8, 4, 4, 4, 4])
+CLIP = dict(
+    embed_dim=1024, quick_gelu=True,
+    vision_cfg=dict(image_size=384, patch_size=128, width=64, layers=1, head_width=64),
+    text_cfg=dict(context_length=77, vocab_size=49408, width=1024, heads=16, layers=1),
+)  # fmt: skip
+
+
+def tiny_network(classes, variant):
+    """Upstream's MMAudio with the variant's true latent and feature shapes, 64 channels and three blocks."""
+    channels, length = (20, 250) if variant.endswith("16k") else (40, 345)
+    return classes.MMAudio(
+        latent_dim=channels, latent_seq_len=length, clip_seq_len=64, sync_seq_len=192, clip_dim=1024, sync_dim=768,
+        text_dim=1024, hidden_dim=64, depth=3, fused_depth=1, num_heads=2, v2=variant.endswith("v2"),
+    )  # fmt: skip
+
+
+def random_state(network, seed):
+    """A network's state dict without the zeros and nans of a fresh one, which would hide most mistakes."""
+    torch.manual_seed(seed)
+    state = network.state_dict()
+    for name, value in state.items():
+        if "adaLN" in name or "final_layer" in name or "empty" in name or "pos_emb" in name:
+            value.normal_(std=0.1)
+    state["latent_mean"].normal_()
+    state["latent_std"].uniform_(0.5, 1.5)
+    return state
+
+
+def mmaudio_modules():
+    with common.upstream("MMAudio"):
+        return SimpleNamespace(**{name: importlib.import_module(path) for name, path in MMAUDIO.items()})
+
+
+def shrink_motionformer(module, patch):
+    """Synchformer's video tower: one narrow layer, 16 patches a frame instead of 196."""
+    from omegaconf import OmegaConf
+
+    def load(path):
+        config = OmegaConf.load(path)
+        config.VIT.DEPTH, config.VIT.PATCH_SIZE, config.VIT.MLP_RATIO = 1, 56, 1
+        return config
+
+    patch.setattr(module, "OmegaConf", SimpleNamespace(load=load))
+
+
+def write_mmaudio(folder, patch):
+    """MMAudio's files in `folder` and CLIP in a Hugging Face cache below it."""
+    import huggingface_hub
+    import open_clip
+    from omegaconf import OmegaConf
+
+    upstream = mmaudio_modules()
+    torch.manual_seed(0)
+    variants = {name: functools.partial(tiny_network, SimpleNamespace(MMAudio=upstream.networks.MMAudio), name)
+                for name in common.MMAUDIO_VARIANTS}  # fmt: skip
+    patch.setattr(upstream.networks, "get_my_mmaudio", lambda name: variants[name]())
+    for seed, name in enumerate(("small_16k", "small_44k", "large_44k_v2")):
+        torch.save(random_state(variants[name](), seed), folder / f"mmaudio_{name}.pth")
+
+    sizes = {"16k": (80, 20), "44k": (128, 40)}
+    build_vae = {mode: functools.partial(upstream.vae.VAE, data_dim=mels, embed_dim=channels, hidden_dim=16)
+                 for mode, (mels, channels) in sizes.items()}  # fmt: skip
+    patch.setattr(upstream.autoencoder, "get_my_vae", lambda mode: build_vae[mode]())
+    torch.save(build_vae["16k"]().state_dict(), folder / "v1-16.pth")
+    torch.save(build_vae["44k"]().state_dict(), folder / "v1-44.pth")
+
+    OmegaConf.save(BIGVGAN_16K, folder / "tiny.yml")
+    with_tiny = functools.partial(upstream.autoencoder.BigVGAN, config_path=folder / "tiny.yml")
+    patch.setattr(upstream.autoencoder, "BigVGAN", with_tiny)
+    generator = upstream.bigvgan.BigVGANVocoder(OmegaConf.create(BIGVGAN_16K))
+    wake_vocoder(generator, volume=1e-4)
+    torch.save({"generator": generator.state_dict()}, folder / "best_netG.pt")
+    vocoder = folder / common.MMAUDIO_VOCODER
+    vocoder.mkdir(parents=True)
+    (vocoder / "config.json").write_text(json.dumps(BIGVGAN_44K))
+    generator = upstream.bigvgan_v2.BigVGAN(upstream.bigvgan_v2.AttrDict(BIGVGAN_44K))
+    torch.save({"generator": generator.state_dict()}, vocoder / "bigvgan_generator.pt")
+
+    shrink_motionformer(upstream.motionformer, patch)
+    torch.save(upstream.synchformer.Synchformer().state_dict(), folder / "synchformer_state_dict.pth")
+
+    cache = folder / "hub"
+    snapshot = cache / f"models--{common.MMAUDIO_CLIP.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    (snapshot / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
+    torch.save(open_clip.CLIP(**CLIP).state_dict(), snapshot / "open_clip_pytorch_model.bin")
+    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+
+
+# The scorers -----------------------------------------------------------------------------------------------
+
+
+def write_imagebind(folder, patch):
+    """Upstream's class at small width and its checkpoint's real name and keys."""
+    with common.upstream("ImageBind"), common.without_init("imagebind"):
+        from imagebind.models import imagebind_model as upstream
+    small = dict(out_embed_dim=16)
+    for m, width in dict(vision=32, audio=32, text=16, depth=16, thermal=16, imu=16).items():
+        small |= {f"{m}_embed_dim": width, f"{m}_num_blocks": 2, f"{m}_num_heads": 2}
+    patch.setattr(upstream, "imagebind_huge", lambda pretrained: upstream.ImageBindModel(**small))
+    torch.manual_seed(0)
+    net = upstream.imagebind_huge(False).eval()
+    for p in net.parameters():  # the real initialisation hides the pictures behind nearly equal class tokens
+        p.data.add_(0.05 * torch.randn_like(p))
+    torch.save(net.state_dict(), folder / "imagebind_huge.pth")
+    return net
+
+
+def write_clap(folder):
+    """The official checkpoint's form (prefix, position_ids, optimizer with numpy learning rates), tokenizer files.
+    Returns the configuration of its text tower."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaConfig, RobertaModel
+
+    tokenizer = ByteLevelBPETokenizer()
+    words = ["a man talks", "a dog barks in the rain", "someone is playing the drums"]
+    tokenizer.train_from_iterator(words, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    (folder / "roberta-base").mkdir()
+    tokenizer.save_model(str(folder / "roberta-base"))
+    roberta = dict(common.ClapScorer.roberta, num_hidden_layers=1, intermediate_size=64)
+    roberta["vocab_size"] = tokenizer.get_vocab_size()
+    with common.without_init("laion_clap"):
+        from laion_clap.clap_module import factory, model
+    torch.manual_seed(0)
+    text_tower = RobertaModel(RobertaConfig(**roberta))
+    before, model.RobertaModel = model.RobertaModel, types.SimpleNamespace(from_pretrained=lambda _: text_tower)
+    net = lively(factory.create_model("HTSAT-base", "roberta", device="cpu")[0])
+    model.RobertaModel = before
+    state = {f"module.{key}": value for key, value in net.state_dict().items()}
+    state["module.text_branch.embeddings.position_ids"] = torch.arange(514)[None]
+    optimizer = {"state": {}, "param_groups": [{"lr": np.float64(1e-4), "betas": (0.9, 0.99), "params": [0, 1]}]}
+    official = {"epoch": 15, "name": "clap", "state_dict": state, "optimizer": optimizer}
+    torch.save(official, folder / "music_speech_audioset_epoch_15_esc_89.98.pt")
+    return roberta
+
+
+def shrink_cnn14(patch):
+    """PANNs' Cnn14 with a sixteenth of its channels between the first and the last, and its last convolution
+    depthwise."""
+    with common.without_init("panns_inference"):
+        from panns_inference import models
+
+    class Narrow(models.ConvBlock):
+        def __init__(self, in_channels, out_channels):
+            inner, outer = max(1, in_channels // 16), out_channels if out_channels == 2048 else out_channels // 16
+            nn.Module.__init__(self)
+            self.conv1 = nn.Conv2d(inner, outer, 3, padding=1, bias=False)
+            self.conv2 = nn.Conv2d(outer, outer, 3, padding=1, bias=False, groups=outer // 4)
+            for conv in (self.conv1, self.conv2):
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            self.bn1, self.bn2 = nn.BatchNorm2d(outer), nn.BatchNorm2d(outer)
+
+    patch.setattr(models, "ConvBlock", Narrow)
+
+
+def write_panns(folder):
+    """Both files in PANNs' form: from before torch's zip format, with the sampler's numpy indices beside the model."""
+    with common.without_init("panns_inference"):
+        from panns_inference.models import Cnn14
+    for scorer in (common.PannsScorer, common.Panns16kScorer):
+        net = lively(Cnn14(sample_rate=scorer.sample_rate_hz, mel_bins=64, classes_num=527, **scorer.stft))
+        file = {"iteration": 600000, "model": net.state_dict(), "sampler": {"indexes": np.arange(9), "pointer": 4}}
+        torch.save(file, folder / scorer.file, _use_new_zipfile_serialization=False)
+
+
+def write_passt(folder, patch):
+    """One block of 96 channels; upstream's function, which prints the network, builds it."""
+    from hear21passt.models import passt
+
+    tiny = dict(patch_size=16, embed_dim=96, depth=1, num_heads=2, distilled=True)
+    build = functools.partial(passt._create_vision_transformer, "passt_s_swa_p16_128_ap476", **tiny)
+    patch.setattr(passt, "passt_s_swa_p16_128_ap476", build)
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(None):
+        net = passt.get_model(arch="passt_s_swa_p16_128_ap476", pretrained=False)
+    wake(net, 0)
+    torch.save(net.state_dict(), folder / "passt-s-f128-p16-s10-ap.476-swa.pt")
+
+
+def write_synchformer(folder, patch):
+    """The one file that MMAudio (its video tower) and DeSync (all of it) read; both see 16 patches a frame."""
+    with common.upstream("av-benchmark"):
+        from av_bench.synchformer import ast, motionformer, synchformer
+    shrink_motionformer(motionformer, patch)
+    patch.setattr(ast, "ASTConfig", functools.partial(ast.ASTConfig, num_hidden_layers=1, intermediate_size=64))
+    whole = synchformer.GlobalTransformer
+    patch.setattr(synchformer, "GlobalTransformer", lambda **sizes: whole(**(sizes | {"n_layer": 1})))
+    torch.manual_seed(0)
+    net = synchformer.Synchformer().eval()
+    for p in net.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
+    file = folder / "synchformer_state_dict.pth"
+    torch.save(net.state_dict(), file)
+
+    # Random weights give every clip and sound the same offset: centre the logits on what some of them give.
+    logits, clip = [], dict(id="a", path=film(folder / "a.mp4"))
+    hook = synchformer.Synchformer.compare_v_a
+    scorer = common.SCORERS["synchformer"](folder, "cpu")
+    scorer.net.compare_v_a = lambda *x: logits.append(hook(scorer.net, *x)) or logits[-1]
+    noise = 0.2 * torch.randn(2, 128_000, generator=torch.Generator().manual_seed(0))
+    voices = torch.stack([torch.from_numpy(bursts(8, 16000, pitch)).float() for pitch in (100, 400)])
+    scorer(torch.cat([voices, voices + noise, noise]), [clip] * 6)
+    net.transformer.off_head.bias.data -= torch.cat(logits).mean(dim=0)
+    torch.save(net.state_dict(), file)
+
+
+def shrink_htsat(patch):
+    """CLAP's audio tower with one block per stage instead of 2, 2, 12, 2."""
+    with common.without_init("laion_clap"):
+        from laion_clap.clap_module import htsat, model
+    tiny = dict(spec_size=256, patch_size=4, patch_stride=(4, 4), embed_dim=128, depths=[1] * 4, window_size=8)
+
+    def build(config, enable_fusion, fusion_type):
+        fusion = dict(enable_fusion=enable_fusion, fusion_type=fusion_type)
+        heads = dict(num_heads=[4, 8, 16, 32], num_classes=config.class_num)
+        return htsat.HTSAT_Swin_Transformer(config=config, **tiny, **heads, **fusion)
+
+    patch.setattr(model, "create_htsat_model", build)
+
+
+# Frieren ----------------------------------------------------------------------------------------------------
+
+TINY_DIT = dict(in_channels=20, context_dim=768, hidden_size=64, num_heads=2, depth=2, max_len=300)
+TINY_VAE = dict(Frieren.vae_config, ch=32)
+TINY_VOCODER = dict(
+    num_mels=80, resblock="1", upsample_rates=[4, 4, 2, 2, 2, 2], upsample_kernel_sizes=[8, 8, 4, 4, 4, 4],
+    upsample_initial_channel=64, resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3, 5]], activation="snakebeta",
+    snake_logscale=True,
+)  # fmt: skip
+
+
+def frieren_root():
+    root = Path(os.environ["UPSTREAM_DIR"]) / "Frieren-V2A"
+    if not root.is_dir():
+        pytest.skip(f"no clone of Frieren-V2A in {root.parent}")
+    return root
+
+
+class EulerOnly:
+    """torchdyn's NeuralODE(solver='euler') on a given time grid: the next step is measured from the accumulated t."""
+
+    def __init__(self, field, solver, **_):
+        assert solver == "euler"
+        self.field = field
+
+    def __call__(self, x, times):
+        t, dt, states = times[0], times[1] - times[0], [x]
+        for index in range(1, len(times)):
+            x = x + dt * self.field(t, x, args={})
+            states.append(x)
+            t = t + dt
+            if index < len(times) - 1:
+                dt = times[index + 1] - t
+        return times, torch.stack(states)
+
+
+class BareLightning(nn.Module):
+    """What Frieren's classes use of LightningModule outside of training; `cuda` stays where it is."""
+
+    device = property(lambda self: next(self.parameters()).device)
+
+    def cuda(self):
+        return self
+
+
+@contextlib.contextmanager
+def frieren_modules(torchdyn=False):
+    """Upstream's packages importable under their own names, with stand-ins; all gone afterwards."""
+    lightning = types.ModuleType("pytorch_lightning")
+    lightning.LightningModule = BareLightning
+    distributed = types.ModuleType("pytorch_lightning.utilities.distributed")
+    distributed.rank_zero_only = lambda function: function
+    omegaconf = types.ModuleType("omegaconf")
+    omegaconf.OmegaConf = types.SimpleNamespace(
+        load=lambda path: types.SimpleNamespace(**yaml.safe_load(Path(path).read_text()))
+    )
+    stand_ins = {
+        "pytorch_lightning": lightning,
+        "pytorch_lightning.utilities": types.ModuleType("pytorch_lightning.utilities"),
+        "pytorch_lightning.utilities.distributed": distributed,
+        "omegaconf": omegaconf,
+    }
+    if torchdyn:
+        importlib.import_module("torchdyn.core")
+    else:
+        core = types.ModuleType("torchdyn.core")
+        core.NeuralODE = EulerOnly
+        stand_ins |= {"torchdyn": types.ModuleType("torchdyn"), "torchdyn.core": core}
+    tops = {"cfm", "vocoder", "pytorch_lightning", "omegaconf"} | (set() if torchdyn else {"torchdyn"})
+    before = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] in tops}
+    path = [*sys.path]
+    sys.modules.update(stand_ins)
+    sys.path.insert(0, str(frieren_root() / "Frieren"))
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in [name for name in sys.modules if name.split(".")[0] in tops]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def inference_config():
+    """Upstream's own inference config, made small; no separate VAE file."""
+    file = frieren_root() / "Frieren/configs/ldm_training/v2a_cfm_cfg_infer.yaml"
+    config = yaml.safe_load(file.read_text())
+    params = config["model"]["params"]
+    params["unet_config"]["params"] = TINY_DIT
+    params["first_stage_config"]["params"] |= {"ckpt_path": None, "ddconfig": TINY_VAE}
+    return config
+
+
+def frieren_model(torchdyn=False):
+    with frieren_modules(torchdyn), contextlib.redirect_stdout(None):
+        config = inference_config()["model"]
+        model = importlib.import_module("cfm.util").instantiate_from_config(config)
+        wake(model, 0)
+    return model.eval()
+
+
+class ModelCheckpoint:
+    """Pickles by Lightning's name, as its checkpoints key their callbacks."""
+
+
+ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+def save_lightning(path, state, dirpath="/x/logs/2024_v2a_cfm_train_load_novidpos_concat_2card/checkpoints", **more):
+    """A file with the pickled names that Lightning 1.4 leaves in a checkpoint of Frieren's training."""
+    module = types.ModuleType(ModelCheckpoint.__module__)
+    module.ModelCheckpoint = ModelCheckpoint
+    names = ["pytorch_lightning", "pytorch_lightning.callbacks", ModelCheckpoint.__module__]
+    callback = {"monitor": "val/loss", "best_model_score": torch.tensor(0.5), "dirpath": dirpath, "best_model_path": ""}
+    optimizer = {"param_groups": [{"lr": np.float64(5e-5), "steps": np.int64(3)}], "state": {}}
+    before = {name: sys.modules.get(name) for name in names}
+    sys.modules.update({names[0]: types.ModuleType(names[0]), names[1]: types.ModuleType(names[1]), names[2]: module})
+    try:
+        file = {"epoch": 7, "global_step": 1234, "state_dict": state, "pytorch-lightning_version": "1.4.2"}
+        file |= {"callbacks": {ModelCheckpoint: callback}, "optimizer_states": [optimizer], "lr_schedulers": []}
+        torch.save(file | more, path)
+    finally:
+        for name, was in before.items():
+            sys.modules.pop(name)
+            if was is not None:
+                sys.modules[name] = was
+
+
+def write_frieren(folder):
+    """The Lightning-style checkpoint and the vocoder. Returns upstream's model."""
+    theirs = frieren_model()
+    checkpoint = folder / "v2a/noreflow/last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    save_lightning(checkpoint, theirs.state_dict())
+    vocoder = folder / "bigvnat"
+    vocoder.mkdir()
+    (vocoder / "args.yml").write_text(yaml.safe_dump(TINY_VOCODER))
+    with frieren_modules():
+        net = importlib.import_module("vocoder.bigvgan.models").BigVGAN(types.SimpleNamespace(**TINY_VOCODER))
+    wake_vocoder(net, volume=1e-4)
+    torch.save({"generator": net.state_dict()}, vocoder / "best_netG.pt")
+    return theirs
+
+
+def write_cavp(folder, ids):
+    folder.mkdir()
+    for index, name in enumerate(ids):
+        rows = torch.randn(40, 512, generator=torch.Generator().manual_seed(index))
+        rows = torch.nn.functional.normalize(rows, dim=1)
+        np.savez(folder / f"{name}.npz", feat=rows.numpy())
