@@ -590,8 +590,8 @@ TOY = {
         "02": dict(num_rated_clips=150),
         "03": dict(num_human_pairs=150),
         "04": dict(threshold=0.35),
-        "05": dict(lr=1e-4, warmup=20, steps=250, global_batch=16, beta=60.0),
-        "06": dict(lr=3e-4, steps=240, prompts=8, group_size=8, sampling_steps=10, updates=8),
+        "05": dict(lr=7e-5, warmup=20, steps=250, global_batch=32, beta=60.0),
+        "06": dict(lr=3e-4, steps=250, prompts=8, group_size=8, sampling_steps=10, updates=8),
         "07": dict(guidance=1.5),
     },
     "tiny": {
