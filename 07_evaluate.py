@@ -179,14 +179,14 @@ def is_policy(name, folder):
     return name == "base" or (folder is not None and (folder / "policy.json").exists())
 
 
-def read_features(model, run, clips):
-    """Features of these clips from 07_conditions/, encoding what is not there yet: {clip id: dict}."""
-    features = {}
-    for i in range(0, len(clips), BLOCK_CLIPS):
-        block = clips[i : i + BLOCK_CLIPS]
-        file = run / "07_conditions" / f"{clips[0]['split']}_{i // BLOCK_CLIPS:05d}.pt"
-        cached = common.load_pt(file) if file.exists() else {}
-        new = {}
+def read_features(model, run, clips, ranks):
+    """Features of these clips, memory-mapped from 07_conditions/, after encoding what is not there yet, its blocks
+    divided over the ranks: {clip id: dict}."""
+    rank, world, _ = ranks
+    blocks = [clips[i : i + BLOCK_CLIPS] for i in range(0, len(clips), BLOCK_CLIPS)]
+    files = [run / "07_conditions" / f"{clips[0]['split']}_{i:05d}.pt" for i in range(len(blocks))]
+    for block, file in tqdm(list(zip(blocks, files))[rank::world], desc="encode", unit="block", disable=rank > 0):
+        cached, new = common.load_pt(file) if file.exists() else {}, {}
         for clip in block:
             if clip["id"] not in cached:
                 try:
@@ -195,8 +195,8 @@ def read_features(model, run, clips):
                     print(f"{clip['id']}: {reason}; no policy can sound it")
         if new:
             common.save_pt(file, cached | new)
-        features |= cached | new
-    return features
+    common.barrier()
+    return {name: value for file in files if file.exists() for name, value in common.load_pt(file, mmap=True).items()}
 
 
 def generate(run, name, folder, model, features, clips, args, ranks):
@@ -431,9 +431,7 @@ def main(args):
     # -- audio
     if any(is_policy(name, folder) for name, folder in systems.items()):
         model = common.load_base_model(run, device, args.weights)
-        features = read_features(model, run, clips) if rank == 0 else None
-        common.barrier()
-        features = features or read_features(model, run, clips)
+        features = read_features(model, run, clips, ranks)
         for name, folder in systems.items():  # base comes before any policy replaces its weights
             if is_policy(name, folder):
                 generate(run, name, folder, model, features, clips, args, ranks)

@@ -36,6 +36,7 @@ import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import av
@@ -619,7 +620,8 @@ def setup_ranks():
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device != "cpu" else "gloo")
+        patience = timedelta(hours=12)  # ranks wait for the slowest clip, scorer or encoder
+        dist.init_process_group("nccl" if device != "cpu" else "gloo", timeout=patience)
     return rank, world, device
 
 
