@@ -412,7 +412,7 @@ def print_paper(run_json):
     rows, remark = paper_rows(run_json)
     print("\nthe paper (Table 1, VGGSound test)" + "".join(f"{METRICS[m][0]:>11}" for m in PAPER_COLUMNS))
     for name, row in rows.items():
-        print(f"{name:<34}" + "".join(f"{value:>11}" for value in row))
+        print(f"{name:<34}" + "".join(f"{value:>11.2f}" for value in row))
     print(f"({remark})")
 
 
@@ -618,7 +618,7 @@ def html_table(results, systems, run_json):
             body += f'<td class="{mark}">{shown(metric, row["value"])}<small>{span}</small>{gap}</td>'
         body += "</tr>"
     rows, remark = paper_rows(run_json)
-    paper = "".join(f"<tr><th>{n}</th>" + "".join(f"<td>{v}</td>" for v in row) + "</tr>" for n, row in rows.items())
+    paper = "".join(f"<tr><th>{n}</th>" + "".join(f"<td>{v:.2f}</td>" for v in row) + "</tr>" for n, row in rows.items())
     columns = "".join(f"<th>{METRICS[m][0]}</th>" for m in PAPER_COLUMNS)
     return (
         f"<table><tr><th></th>{head}</tr>{body}</table><h3>The paper, Table 1 (VGGSound test)</h3>"
