@@ -618,7 +618,8 @@ def html_table(results, systems, run_json):
             body += f'<td class="{mark}">{shown(metric, row["value"])}<small>{span}</small>{gap}</td>'
         body += "</tr>"
     rows, remark = paper_rows(run_json)
-    paper = "".join(f"<tr><th>{n}</th>" + "".join(f"<td>{v:.2f}</td>" for v in row) + "</tr>" for n, row in rows.items())
+    cells = {name: "".join(f"<td>{value:.2f}</td>" for value in row) for name, row in rows.items()}
+    paper = "".join(f"<tr><th>{name}</th>{row}</tr>" for name, row in cells.items())
     columns = "".join(f"<th>{METRICS[m][0]}</th>" for m in PAPER_COLUMNS)
     return (
         f"<table><tr><th></th>{head}</tr>{body}</table><h3>The paper, Table 1 (VGGSound test)</h3>"
