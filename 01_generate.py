@@ -176,16 +176,18 @@ def generate_shard(model, clips, encoded, folder, shard, args):
     """Samples, decodes and writes one shard; its .jsonl comes last, so that a shard that has one is whole."""
     usable = [(clip, features) for clip, features in zip(clips, encoded) if isinstance(features, dict)]
     skipped = [{"clip": c["id"], "reason": reason} for c, reason in zip(clips, encoded) if isinstance(reason, str)]
-    rows, latents, n = [], [], args.num_samples
-    for start in range(0, len(usable), args.batch_clips):
-        batch = usable[start : start + args.batch_clips]
-        features = {key: torch.stack([f[key] for _, f in batch]).to(model.device) for key in batch[0][1]}
-        # Sampled k-major (all first audios, then all second ones), so that the N audios of a clip share its conditions.
-        seeds = [common.audio_seed(args.seed, clip["id"], k) for k in range(n) for clip, _ in batch]
-        a_0 = common.sample(model, features, seeds, args.sampling_steps, args.guidance)
-        a_0 = a_0.unflatten(0, (n, len(batch))).transpose(0, 1).flatten(0, 1)  # (clips * N, T, C): clip-major
-        waves = model.decode(a_0)
-        for i, (wave, latent) in enumerate(zip(waves, a_0)):
+    rows, latents, waiting, n = [], [], [], args.num_samples
+    with ThreadPoolExecutor(1) as codec:  # decodes one batch while the next is sampled
+        for start in range(0, len(usable), args.batch_clips):
+            batch = usable[start : start + args.batch_clips]
+            features = {key: torch.stack([f[key] for _, f in batch]).to(model.device) for key in batch[0][1]}
+            # Sampled k-major (all first audios, then all second), so that a clip's N audios share its conditions.
+            seeds = [common.audio_seed(args.seed, clip["id"], k) for k in range(n) for clip, _ in batch]
+            a_0 = common.sample(model, features, seeds, args.sampling_steps, args.guidance)
+            a_0 = a_0.unflatten(0, (n, len(batch))).transpose(0, 1).flatten(0, 1)  # (clips * N, T, C): clip-major
+            waiting.append((batch, seeds, a_0, codec.submit(model.decode, a_0)))
+    for batch, seeds, a_0, waves in waiting:
+        for i, (wave, latent) in enumerate(zip(waves.result(), a_0)):
             clip, k = batch[i // n][0]["id"], i % n
             wav, finite = f"01_audio/{clip}_{k}.wav", bool(wave.isfinite().all() and latent.isfinite().all())
             common.write_audio(Path(args.run) / wav, wave, model.sample_rate_hz)

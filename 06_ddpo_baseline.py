@@ -21,6 +21,7 @@ import json
 import math
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -131,16 +132,20 @@ class Reward:
         self.audioscore = AudioScore.load(run / "02_audioscore.pt")
         names = common.AUDIOSCORE_SCORERS
         self.scorers = {name: common.load_scorer(name, run, device, weights) for name in names}
+        self.pool = ThreadPoolExecutor(2 if device == "cpu" else 1)
 
     def __call__(self, model, a_0, clips):
         """a_0: (B, T, C), clips: B lines of clips.jsonl -> (B,) float32 in [0, 1]; 0 for audio that is not finite."""
-        waves = model.decode(a_0)
+        waves = torch.cat(list(self.pool.map(model.decode, a_0.chunk(2))))
         finite = waves.isfinite().all(dim=1)
-        waves, found = torch.nan_to_num(waves, 0.0, 0.0, 0.0).clamp(-1, 1), {}
-        for name, scorer in self.scorers.items():
+        waves = torch.nan_to_num(waves, 0.0, 0.0, 0.0).clamp(-1, 1)
+
+        def judge(scorer):
             rate = scorer.sample_rate_hz
             resampled = torchaudio.functional.resample(waves, model.sample_rate_hz, rate)
-            found[name] = scorer(common.fit_length(resampled, round(model.clip_s * rate)), clips)
+            return scorer(common.fit_length(resampled, round(model.clip_s * rate)), clips)
+
+        found = dict(zip(self.scorers, self.pool.map(judge, self.scorers.values())))
         return self.audioscore(common.five_scores(found, self.audioscore))[:, 0].float() * finite
 
     def forget(self):

@@ -179,14 +179,14 @@ def is_policy(name, folder):
     return name == "base" or (folder is not None and (folder / "policy.json").exists())
 
 
-def read_features(model, run, clips):
-    """Features of these clips from 07_conditions/, encoding what is not there yet: {clip id: dict}."""
-    features = {}
-    for i in range(0, len(clips), BLOCK_CLIPS):
-        block = clips[i : i + BLOCK_CLIPS]
-        file = run / "07_conditions" / f"{clips[0]['split']}_{i // BLOCK_CLIPS:05d}.pt"
-        cached = common.load_pt(file) if file.exists() else {}
-        new = {}
+def read_features(model, run, clips, ranks):
+    """Features of these clips, memory-mapped from 07_conditions/, after encoding what is not there yet, its blocks
+    divided over the ranks: {clip id: dict}."""
+    rank, world, _ = ranks
+    blocks = [clips[i : i + BLOCK_CLIPS] for i in range(0, len(clips), BLOCK_CLIPS)]
+    files = [run / "07_conditions" / f"{clips[0]['split']}_{i:05d}.pt" for i in range(len(blocks))]
+    for block, file in tqdm(list(zip(blocks, files))[rank::world], desc="encode", unit="block", disable=rank > 0):
+        cached, new = common.load_pt(file) if file.exists() else {}, {}
         for clip in block:
             if clip["id"] not in cached:
                 try:
@@ -195,8 +195,8 @@ def read_features(model, run, clips):
                     print(f"{clip['id']}: {reason}; no policy can sound it")
         if new:
             common.save_pt(file, cached | new)
-        features |= cached | new
-    return features
+    common.barrier()
+    return {name: value for file in files if file.exists() for name, value in common.load_pt(file, mmap=True).items()}
 
 
 def generate(run, name, folder, model, features, clips, args, ranks):
@@ -412,7 +412,7 @@ def print_paper(run_json):
     rows, remark = paper_rows(run_json)
     print("\nthe paper (Table 1, VGGSound test)" + "".join(f"{METRICS[m][0]:>11}" for m in PAPER_COLUMNS))
     for name, row in rows.items():
-        print(f"{name:<34}" + "".join(f"{value:>11}" for value in row))
+        print(f"{name:<34}" + "".join(f"{value:>11.2f}" for value in row))
     print(f"({remark})")
 
 
@@ -431,9 +431,7 @@ def main(args):
     # -- audio
     if any(is_policy(name, folder) for name, folder in systems.items()):
         model = common.load_base_model(run, device, args.weights)
-        features = read_features(model, run, clips) if rank == 0 else None
-        common.barrier()
-        features = features or read_features(model, run, clips)
+        features = read_features(model, run, clips, ranks)
         for name, folder in systems.items():  # base comes before any policy replaces its weights
             if is_policy(name, folder):
                 generate(run, name, folder, model, features, clips, args, ranks)
@@ -620,7 +618,8 @@ def html_table(results, systems, run_json):
             body += f'<td class="{mark}">{shown(metric, row["value"])}<small>{span}</small>{gap}</td>'
         body += "</tr>"
     rows, remark = paper_rows(run_json)
-    paper = "".join(f"<tr><th>{n}</th>" + "".join(f"<td>{v}</td>" for v in row) + "</tr>" for n, row in rows.items())
+    cells = {name: "".join(f"<td>{value:.2f}</td>" for value in row) for name, row in rows.items()}
+    paper = "".join(f"<tr><th>{name}</th>{row}</tr>" for name, row in cells.items())
     columns = "".join(f"<th>{METRICS[m][0]}</th>" for m in PAPER_COLUMNS)
     return (
         f"<table><tr><th></th>{head}</tr>{body}</table><h3>The paper, Table 1 (VGGSound test)</h3>"

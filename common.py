@@ -36,6 +36,7 @@ import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import av
@@ -586,12 +587,12 @@ def parse(parser, argv, stage):
 # The toy world's replacements for the paper's numbers, chosen on its val split: {size: {stage: {argument: value}}}.
 TOY = {
     "default": {
-        "01": dict(guidance=1.5, sampling_steps=12),
+        "01": dict(guidance=1.5, sampling_steps=12, batch_clips=8),
         "02": dict(num_rated_clips=150),
         "03": dict(num_human_pairs=150),
         "04": dict(threshold=0.35),
-        "05": dict(lr=1e-4, warmup=20, steps=250, global_batch=16, beta=60.0),
-        "06": dict(lr=3e-4, steps=240, prompts=8, group_size=8, sampling_steps=10, updates=8),
+        "05": dict(lr=7e-5, warmup=20, steps=250, global_batch=32, beta=60.0),
+        "06": dict(lr=3e-4, steps=250, prompts=8, group_size=8, sampling_steps=10, updates=8, eta=1.0),
         "07": dict(guidance=1.5),
     },
     "tiny": {
@@ -619,7 +620,8 @@ def setup_ranks():
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device != "cpu" else "gloo")
+        patience = timedelta(hours=12)  # ranks wait for the slowest clip, scorer or encoder
+        dist.init_process_group("nccl" if device != "cpu" else "gloo", timeout=patience)
     return rank, world, device
 
 
@@ -844,7 +846,8 @@ def score_groups(run, cache, groups, names, weights, ranks=(0, 1, "cpu")):
     cached is not scored again, and groups are divided over the ranks.
     """
     rank, world, device = ranks
-    for name in names:
+
+    def score_with(name):
         scorer, waiting = None, []
         for group in list(groups)[rank::world]:
             file = Path(cache) / f"{group}.{name}.pt"
@@ -864,6 +867,9 @@ def score_groups(run, cache, groups, names, weights, ranks=(0, 1, "cpu")):
         del scorer
         if device != "cpu":
             torch.cuda.empty_cache()
+
+    with ThreadPoolExecutor(2 if "scorers" in read_run(run) else 1) as pool:  # two of the toy's tiny ones at a time
+        list(pool.map(score_with, names))
     barrier()
 
 
@@ -920,6 +926,7 @@ def load_scorer(name, run, device="cpu", weights="weights"):
 
 def toy_world():
     """The embedded default, loaded late like any other upstream package."""
+    torch.set_num_threads(1)  # its networks are so small that a second thread triples the CPU time
     return importlib.import_module("00_toy_world")
 
 
