@@ -16,7 +16,7 @@ Writes:
                                      diff, diff_low, diff_high: value minus base's, paired, never sign-flipped, null
                                      for base
     07_report.html                   one self-contained page; --split val writes 07_results_val.jsonl and no page
-Takes: toy 45 s on 2 cores.
+Takes: toy 44 s on 2 cores.
 """
 
 import base64
@@ -387,16 +387,16 @@ def print_table(results, systems):
         print(f"{METRICS[metric][0] + ' ' + arrow:<18}" + "".join(f"{v:>15}" for v in values))
     others = [s for s in systems if s not in ("base", "ground_truth")]
     if "base" in systems and others:
-        print("\nminus base, 95 % interval" + " " * 4 + "".join(f"{s[:24]:>32}" for s in others))
+        print("\nminus base, 95 % interval" + " " * 4 + "".join(f"{s[:24]:>36}" for s in others))
         for metric in metrics:
             text = f"{METRICS[metric][0]:<29}"
             for row in (cell.get((metric, s)) for s in others):
                 if row is None or row["diff"] is None:
-                    text += " " * 32
+                    text += " " * 36
                     continue
                 low, high = (shown(metric, row[k], "+") for k in ("diff_low", "diff_high"))
                 mark = {"better": " better", "worse": " worse "}.get(verdict(row), "       ")
-                text += f"{shown(metric, row['diff'], '+') + ' [' + low + ', ' + high + ']' + mark:>32}"
+                text += f"{shown(metric, row['diff'], '+') + ' [' + low + ', ' + high + ']' + mark:>36}"
             print(text)
 
 

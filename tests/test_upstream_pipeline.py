@@ -312,7 +312,7 @@ def test_a_folder_of_audio_files_has_the_numbers_of_the_system_it_was_copied_fro
             was = before["flow_dpo", metric][key]
             assert now["wav", metric][key] == was, metric
             assert now["flac", metric][key] == pytest.approx(was, rel=1e-4, abs=1e-5), metric
-        # Resampling cuts the band edge, where a random vocoder is loud; P(Good), from an AudioScore fitted on four audios,
+        # Resampling cuts the band edge, where a random vocoder is loud; P(Good), fitted on four audios here,
         # magnifies that and is left out.
         near = dict(fd_passt=0.5, kl_panns=0.005, kl_passt=0.005, ib=0.01, clap=0.005, desync_s=0.2, win_rate=0.5)
         if metric in near:
