@@ -33,6 +33,7 @@ import math
 import os
 import re
 import sys
+import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -299,8 +300,17 @@ def load_base_model(run, device="cpu", weights="weights"):
 # ------------------------------------------------------------------------------------------------------------
 
 
+SAYING, SAID_BY_THREADS = threading.Lock(), set()
+
+
 def stop(message):
-    """A user error: one line that says what is wrong and what to do, exit code 2."""
+    """A user error: one line that says what is wrong and what to do, exit code 2. Threads that meet the same one say it
+    once."""
+    if threading.current_thread() is not threading.main_thread():
+        with SAYING:
+            if message in SAID_BY_THREADS:
+                raise SystemExit(2)
+            SAID_BY_THREADS.add(message)
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also beside a progress bar
     raise SystemExit(2)
 
@@ -599,7 +609,7 @@ TOY = {
         "01": dict(guidance=1.5, sampling_steps=8),
         "02": dict(num_rated_clips=8),
         "03": dict(num_human_pairs=12),
-        "04": dict(threshold=0.4),
+        "04": dict(threshold=0.1),
         "05": dict(lr=1e-4, warmup=2, steps=8, global_batch=4, beta=20.0),
         "06": dict(lr=3e-4, steps=4, prompts=2, group_size=3, sampling_steps=4, updates=2),
         "07": dict(guidance=1.5),
@@ -846,6 +856,7 @@ def score_groups(run, cache, groups, names, weights, ranks=(0, 1, "cpu")):
     cached is not scored again, and groups are divided over the ranks.
     """
     rank, world, device = ranks
+    toy = "scorers" in read_run(run)
 
     def score_with(name):
         scorer, waiting = None, []
@@ -855,7 +866,7 @@ def score_groups(run, cache, groups, names, weights, ranks=(0, 1, "cpu")):
             new = [audio for audio in groups[group] if audio[2] not in known]
             if new:
                 waiting.append((file, new))
-        for file, new in tqdm(waiting, desc=name, unit="group", disable=rank > 0 or not waiting):
+        for file, new in tqdm(waiting, desc=name, unit="group", disable=toy or rank > 0 or not waiting):
             scorer = scorer or load_scorer(name, run, device, weights)
             fresh = score_files(scorer, new, read_run(run)["clip_s"])
             fresh["keys"] = [key for _, _, key in new]
@@ -868,8 +879,12 @@ def score_groups(run, cache, groups, names, weights, ranks=(0, 1, "cpu")):
         if device != "cpu":
             torch.cuda.empty_cache()
 
-    with ThreadPoolExecutor(2 if "scorers" in read_run(run) else 1) as pool:  # two of the toy's tiny ones at a time
-        list(pool.map(score_with, names))
+    if toy:  # two of its tiny scorers at a time
+        with ThreadPoolExecutor(2) as pool:
+            list(tqdm(pool.map(score_with, names), desc="score", total=len(names), unit="scorer", disable=rank > 0))
+    else:
+        for name in names:
+            score_with(name)
     barrier()
 
 
