@@ -123,7 +123,7 @@ def fit(found, target, seed, steps=200):
     mean = scores.nanmean(dim=0).nan_to_num(nan=0.0)
     std = (scores - mean).square().nanmean(dim=0).sqrt().nan_to_num(nan=1.0)
     audioscore.mean.copy_(mean)
-    audioscore.std.copy_(std.clamp_min(1e-6))
+    audioscore.std.copy_(torch.where(std > 1e-6, std, 1.0))  # a score without spread stays unscaled
     optimizer = torch.optim.AdamW(audioscore.parameters(), lr=3e-3, weight_decay=0.3)
     for _ in range(steps):
         loss = torch.nn.functional.cross_entropy(audioscore.logits(scores), target)

@@ -470,6 +470,16 @@ def test_audioscore_learns_ratings_that_its_scores_determine_and_is_judged_on_ot
     assert chance < accuracy - 0.2  # nothing leaks from the held-out clips
 
 
+def test_a_score_that_never_varied_among_the_rated_audios_does_not_decide_alone_elsewhere():
+    found, target, _ = made_up_scores(40)
+    found["synchformer"]["desync_s"][:] = 0.6
+    judge = stage("02").fit(found, target, seed=0)
+    scores = common.five_scores(found, judge)
+    scores[:, 2] = 1.0  # DeSync moves in steps of 0.1 s: a handful of audios may share one value
+    p = judge(scores)
+    assert judge.std[2] == 1 and p.max() < 0.9999 and len(p.unique(dim=0)) == 40
+
+
 def test_a_fold_never_splits_a_clip_nor_a_youtube_video():
     found, target, _ = made_up_scores(60)
     clips = [f"abcdefghij{i // 10}_{i % 10:06d}" for i in range(60)]  # 6 videos of 10 clips
