@@ -273,7 +273,7 @@ def test_contradictory_or_impossible_flags(number, flags, named, run, refused):
 
 
 @pytest.mark.parametrize("number", ["05", "06"])
-@pytest.mark.parametrize("name", ["../x", "/tmp/x", ".", "..", "a/b", "", "01_samples", "07_audio"])
+@pytest.mark.parametrize("name", ["../x", "/x", ".", "..", "a/b", "", "01_samples", "07_audio"])
 def test_out_is_a_folder_name_inside_the_run_and_nothing_else(number, name, run, refused):
     kept = files_of(run, *STAGES, "ru", "cl")
     said(refused(number, run, "--out", name), f"--out {name}", "folder name")
