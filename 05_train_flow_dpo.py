@@ -17,7 +17,8 @@ Writes, in <run>/<--out>:
     checkpoint.pt    step, model, optimizer: the same command resumes from here, exactly
     log.jsonl        per step: stage, loss, accuracy (share of pairs whose winner the implicit reward prefers), gap_w
                      and gap_l (error minus the reference's; also by quarter of t), saturated (share), grad_norm, lr,
-                     seconds, peak_gb
+                     seconds, forwards (rows through policy and reference so far), forwards_grad (with a
+                     backward pass), peak_gb
     settings.json    the settings that this folder was made with
 Takes: toy 32 s on 2 cores.
 """
@@ -53,7 +54,10 @@ def parse_args(argv=None):
     paper.add_argument("--threshold", type=float, help="score_delta: split anew by the stored score_c [Tab. 2]")
     paper.add_argument("--hard-first", action="store_true", help="ablation: stage 2 before stage 1")
     paper.add_argument("--no-human", action="store_true", help="ablation: without the human pairs")
-    paper.add_argument("--sft-weight", type=float, default=0.0, help="weight of the winner's own error; paper: 0")
+    described = "ablation: Eq. 5's brackets as printed, -beta/2 W - L, instead of Eq. 4's"
+    paper.add_argument("--printed-brackets", action="store_true", help=described)
+    described = "weight of the winner's own error; paper: 0; with --beta 0 this is SFT on the winners"
+    paper.add_argument("--sft-weight", type=float, default=0.0, help=described)
     engineering = parser.add_argument_group("engineering")
     engineering.add_argument("--micro-batch", type=int, default=8, help="pairs per forward on one GPU")
     engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
@@ -155,7 +159,8 @@ def train_step(policy, u_ref, shards, pairs, t, eps, args, device):
             with torch.no_grad():
                 ref_err_w, ref_err_l = pair_errors(u_ref, features, a_0, eps_part, t_part)
             err_w, err_l = pair_errors(policy, features, a_0, eps_part, t_part)
-        loss, logits = common.flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, args.beta)  # Eq. 5
+        errors = (err_w, err_l, ref_err_w, ref_err_l)
+        loss, logits = common.flow_dpo_loss(*errors, args.beta, args.printed_brackets)  # Eq. 5
         loss = loss + args.sft_weight * err_w
         (loss.sum() / args.global_batch * world).backward()  # DDP averages over ranks: times world is the global mean
 
@@ -246,6 +251,7 @@ def main(args):
         if rank == 0:
             row = log_row(step, stage + 1, sums, args)
             row.update(grad_norm=grad_norm.item(), lr=lr_at(step, args), seconds=time.time() - began)
+            row["forwards"], row["forwards_grad"] = (n * args.global_batch * (step + 1) for n in (4, 2))
             row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else None
             with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")

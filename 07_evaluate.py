@@ -400,19 +400,38 @@ def print_table(results, systems):
             print(text)
 
 
-def paper_rows(run_json):
-    """Table 1 beside ours, and how to compare: in the toy world only MMAudio's rows, and only signs."""
+def paper_twin(system, run_json):
+    """The row of Table 1 that a system repeats: base, flow_dpo and ddpo of the two models that the paper tunes, and any
+    system named like a row (mmaudio=DIR)."""
+    family = {"mmaudio:large_44k": "MMAudio", "frieren": "Frieren"}.get(run_json["model"])
+    if family and system in ("base", "flow_dpo", "ddpo"):
+        return family + {"base": "", "flow_dpo": "-DPO", "ddpo": "-DDPO"}[system]
+    plain = {"".join(filter(str.isalnum, name)).lower(): name for name in PAPER}
+    return plain.get("".join(filter(str.isalnum, system)).lower())
+
+
+def table_1(run_json, results, systems):
+    """The paper's rows, then ours, then each of ours minus the paper's own: [(label, six texts)], and a remark. In the
+    toy world only MMAudio's rows, without ours: only the signs of the differences compare."""
     if "scorers" in run_json:
-        rows = {name: row for name, row in PAPER.items() if name.startswith("MMAudio")}
+        rows = [(name, [f"{x:.2f}" for x in row]) for name, row in PAPER.items() if name.startswith("MMAudio")]
         return rows, "another world and other scorers: compare the signs of the differences, not the numbers"
-    return PAPER, TOLERANCE
+    value = {(row["system"], row["metric"]): row["value"] for row in results}
+    rows = [(name, [f"{x:.2f}" for x in row]) for name, row in PAPER.items()]
+    for system in (s for s in systems if s != "ground_truth"):
+        ours = [value.get((system, metric)) for metric in PAPER_COLUMNS]
+        rows.append((f"here: {system}", [shown(m, x) for m, x in zip(PAPER_COLUMNS, ours)]))
+        if twin := paper_twin(system, run_json):
+            drift = [None if x is None else x - y / METRICS[m][3] for m, x, y in zip(PAPER_COLUMNS, ours, PAPER[twin])]
+            rows.append((f"  minus the paper's {twin}", [shown(m, x, "+") for m, x in zip(PAPER_COLUMNS, drift)]))
+    return rows, TOLERANCE
 
 
-def print_paper(run_json):
-    rows, remark = paper_rows(run_json)
+def print_table_1(run_json, results, systems):
+    rows, remark = table_1(run_json, results, systems)
     print("\nthe paper (Table 1, VGGSound test)" + "".join(f"{METRICS[m][0]:>11}" for m in PAPER_COLUMNS))
-    for name, row in rows.items():
-        print(f"{name:<34}" + "".join(f"{value:>11.2f}" for value in row))
+    for name, texts in rows:
+        print(f"{name[:34]:<34}" + "".join(f"{text:>11}" for text in texts))
     print(f"({remark})")
 
 
@@ -456,7 +475,7 @@ def main(args):
     coverage = ", ".join(f"{name} {len(paths)}/{len(clips)}" for name, paths in files.items())
     print(f"{args.split} split, guidance {args.guidance:g}; clips with audio: {coverage}")
     print_table(results, list(systems))
-    print_paper(run_json)
+    print_table_1(run_json, results, list(systems))
     print(f"\nwrote {run / f'07_results{suffix}.jsonl'}")
     if args.split == "test":
         write_report(run, run_json, results, systems, files, clips, args)
@@ -617,9 +636,9 @@ def html_table(results, systems, run_json):
             mark = verdict(row) if tested else ""
             body += f'<td class="{mark}">{shown(metric, row["value"])}<small>{span}</small>{gap}</td>'
         body += "</tr>"
-    rows, remark = paper_rows(run_json)
-    cells = {name: "".join(f"<td>{value:.2f}</td>" for value in row) for name, row in rows.items()}
-    paper = "".join(f"<tr><th>{name}</th>{row}</tr>" for name, row in cells.items())
+    rows, remark = table_1(run_json, results, systems)
+    cells = [(html.escape(name), "".join(f"<td>{text}</td>" for text in texts)) for name, texts in rows]
+    paper = "".join(f"<tr><th>{name}</th>{row}</tr>" for name, row in cells)
     columns = "".join(f"<th>{METRICS[m][0]}</th>" for m in PAPER_COLUMNS)
     return (
         f"<table><tr><th></th>{head}</tr>{body}</table><h3>The paper, Table 1 (VGGSound test)</h3>"

@@ -77,17 +77,17 @@ def flow_error(v, u):
     return (v.float() - u.float()).square().mean(dim=(1, 2))
 
 
-def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta):
+def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
     """Eq. 5 for each pair; no model, no randomness. err_*: (B,) float32, `flow_error` of policy and reference.
 
-    The printed brackets would subtract the loser's gap outside beta/2, which pulls towards the loser too and
-    contradicts the paragraph below Eq. 5; we use Eq. 4's: -log sigmoid(-beta/2 (W - L)).
+    The printed brackets subtract the loser's gap outside beta/2, which pulls towards the loser too and contradicts the
+    paragraph below Eq. 5; we use Eq. 4's, -log sigmoid(-beta/2 (W - L)). `printed` takes them literally, to compare.
     Returns loss (B,), log 2 where policy equals reference, and logits (B,), positive where the policy already
     prefers the winner (the implicit reward's margin).
     """
     gap_w = err_w - ref_err_w  # W, below 0 where the policy fits the winner better than the reference does
     gap_l = err_l - ref_err_l  # L
-    logits = -0.5 * beta * (gap_w - gap_l)
+    logits = -0.5 * beta * gap_w - gap_l if printed else -0.5 * beta * (gap_w - gap_l)
     return -F.logsigmoid(logits), logits
 
 

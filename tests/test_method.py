@@ -33,10 +33,18 @@ def test_flow_dpo_loss_is_log2_when_policy_equals_reference():
 
 def test_flow_dpo_loss_by_hand_with_eq4s_brackets():
     # W = 0.5 - 0.6 = -0.1, L = 0.9 - 0.7 = 0.2, beta 10: -log sigmoid(-5 (-0.1 - 0.2)) = -log sigmoid(1.5) = 0.2014133
-    # As Eq. 5 prints its brackets it would be -log sigmoid(-5 (-0.1) - 0.2) = -log sigmoid(0.3) = 0.5543552
     loss, logits = common.flow_dpo_loss(*scalars(0.5, 0.9, 0.6, 0.7), beta=10)
     assert logits.item() == pytest.approx(1.5, abs=1e-5)
     assert loss.item() == pytest.approx(0.2014133, abs=1e-5)
+
+
+def test_eq5s_brackets_as_printed_pull_towards_the_loser_too():
+    # -log sigmoid(-5 (-0.1) - 0.2) = -log sigmoid(0.3) = 0.5543552; d/d err_l = 1 - sigmoid(0.3) = 0.4255575 > 0
+    errors = scalars(0.5, 0.9, 0.6, 0.7)
+    loss, logits = common.flow_dpo_loss(*errors, beta=10, printed=True)
+    loss.sum().backward()
+    assert (logits.item(), loss.item()) == pytest.approx((0.3, 0.5543552), abs=1e-5)
+    assert errors[1].grad.item() == pytest.approx(0.4255575, abs=1e-5)
 
 
 def test_a_lower_loser_error_raises_the_loss_and_a_lower_winner_error_lowers_it():
@@ -518,3 +526,15 @@ def test_sft_weight_adds_the_winners_own_error(run):
     plain, sft = (read(run / out / "log.jsonl")[0]["loss"] for out in ("plain", "sft"))
     assert plain == pytest.approx(LOG_2, abs=1e-6)
     assert sft > plain + 0.1  # 2 x an error of order 1
+
+
+def test_beta_0_with_sft_weight_is_plain_fine_tuning_on_the_winners(run, monkeypatch):
+    def last(out, **swap):
+        monkeypatch.setattr(common, "flow_dpo_loss", swap.get("loss", common.flow_dpo_loss))
+        call("05", run, "--steps", 3, "--out", out, "--beta", 0, "--sft-weight", 1)
+        return (run / out / "policy.pt").read_bytes()
+
+    def no_preference(err_w, *_):
+        return 0 * err_w, 0 * err_w
+
+    assert last("sft") == last("winners", loss=no_preference)
