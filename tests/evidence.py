@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {path.name[:2]: path.name for path in sorted(ROOT.glob("0?_*.py"))}
@@ -48,14 +49,14 @@ SHARES = (0.89, 0.81, 0.45, 0.08, 0.0)  # Table 2's
 TABLE_2 = DPO | {f"beta{beta}": ("05", f"--beta {beta}") for beta in BETAS}
 TABLE_2 |= {
     "beta600sum": ("05", "--beta 600000"),  # the sum over 25 x 40 latent values instead of their mean
-    "printed600": ("05", "--beta 600 --printed-brackets"),
-    "printed1000": ("05", "--beta 1000 --printed-brackets"),
+    "beta1000printed": ("05", "--beta 1000 --printed-brackets"),
 }
 TABLE_2 |= {f"share{100 * share:.0f}": ("05", f"--threshold {{share:{share}}}") for share in SHARES}
 TABLE_2 |= {"hard_first": ("05", "--hard-first")}
 GUIDANCE = {"flow_dpo": TABLE_1["flow_dpo"], "ddpo": TABLE_1["ddpo"]}
 ARMS = {"table1": TABLE_1, "table2": TABLE_2, "guidance": GUIDANCE}
 SCALES = (1.0, 1.5, 3.0, 4.5)
+COUNTS = ("forwards_grad", "forwards")  # of the logs of 05 and 06
 
 # metric: (heading, which way is better, decimals, shown times)
 METRICS = {
@@ -77,7 +78,10 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, default=3, help="seeds of everything after stage 00, on each base")
     parser.add_argument("--jobs", type=int, default=2, help="bases, then cells, at a time; one core each")
     parser.add_argument("--size", choices=("default", "tiny"), default="default", help="of the toy world")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.bases < 2 or args.seeds < 1:
+        parser.error("--bases must be at least 2 (an interval needs a spread), --seeds at least 1")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -92,7 +96,8 @@ def command(cell, number, flags):
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        raise RuntimeError(f"{shlex.join(line)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        said = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise RuntimeError(f"{shlex.join(line)} ended with {done.returncode}: {said[0]}")
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     with open(cell / "commands.jsonl", "a", encoding="utf-8") as log:
         log.write(json.dumps({"command": f"{STAGES[number]} {flags}", "cpu_s": round(seconds, 1)}) + "\n")
@@ -224,7 +229,7 @@ def cost_table(cells, arms):
         last = [lines(cell / name / "log.jsonl")[-1] for cell in everything]
         spent = [c["cpu_s"] for cell in everything for c in lines(cell / "commands.jsonl")
                  if c["command"].startswith(STAGES[number]) and f"--out {name} " in c["command"]]  # fmt: skip
-        counts = [np.mean([row[key] for row in last]) for key in ("forwards_grad", "forwards")]
+        counts = [np.mean([row[key] for row in last]) for key in COUNTS]
         rows.append([name, *(f"{count:,.0f}" for count in counts), f"{np.mean(spent):.0f}"])
     pool = [sum(c["cpu_s"] for c in lines(cell / "commands.jsonl") if c["command"][:2] in ("01", "03"))
             for cell in everything]  # fmt: skip
@@ -245,7 +250,7 @@ CLAIMS_1 = (
     ("Flow-DPO is better than DDPO (11 against 10)", "flow_dpo", "ddpo", (*PAPERS, *ORACLE)),
     ("... with equal information: no human pairs", "no_human", "ddpo", (*PAPERS, *ORACLE)),
     ("Human pairs add the aesthetic appeal (Sec. 2.2)", "flow_dpo", "no_human", ("oracle_aesthetic",)),
-    ("... at no cost elsewhere", "flow_dpo", "no_human", ("fd", *ORACLE[:3])),
+    ("... and improve the rest too", "flow_dpo", "no_human", ("fd", *ORACLE[:3])),
     ("Preference learning does more than SFT on the winners", "flow_dpo", "sft", (*PAPERS, *ORACLE)),
 )
 CLAIMS_2 = (
@@ -253,7 +258,7 @@ CLAIMS_2 = (
     ("... and than 600", "flow_dpo", "beta600", ("fd", "is", "ib", "desync_s", *ORACLE)),
     ("At beta 1000 training hurts: the base model is better", "base", "beta1000", ("fd", "is", "ib", "desync_s")),
     ("... with the sum over the latent", "base", "beta600sum", ("fd", "is", "ib", "desync_s")),
-    ("... with Eq. 5's brackets as printed", "base", "printed1000", ("fd", "is", "ib", "desync_s")),
+    ("... with Eq. 5's brackets as printed", "base", "beta1000printed", ("fd", "is", "ib", "desync_s")),
     ("The curriculum (81 %) is better than shuffled pairs (0 %)", "share81", "share0",
      ("fd", "is", "ib", "desync_s", *ORACLE)),
     ("Easy pairs first is better than hard pairs first", "flow_dpo", "hard_first",
@@ -288,10 +293,13 @@ def main(args):
     jobs = [(cells[b][s], bases[b], s, args.table) for s in range(args.seeds) for b in range(args.bases)]
     with ProcessPoolExecutor(args.jobs) as pool:
         for work, todo in ((make_base, [(f, b, args.size) for b, f in enumerate(bases)]), (make_cell, jobs)):
-            for number, _ in enumerate(pool.map(work, todo, chunksize=1), 1):
-                print(f"{work.__name__}: {number} of {len(todo)}", file=sys.stderr)
+            unit = work.__name__.removeprefix("make_")
+            list(tqdm(pool.map(work, todo, chunksize=1), total=len(todo), desc=args.table, unit=unit))
     write_tables(args, cells)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
