@@ -689,6 +689,8 @@ class ToyScorer(common.Scorer):
 class ImageBind(ToyScorer):
     """ib: cosine of video and sound (B,)."""
 
+    video_score = "ib"
+
     def clip_side(self, clip):
         return self.net.other(read_moments(str(clip["path"]))[None])[0]
 
@@ -709,6 +711,8 @@ class Clap(ToyScorer):
 
 class Synchformer(ToyScorer):
     """desync_s: expected |offset| of sound against picture in seconds (B,)."""
+
+    video_score = "desync_s"
 
     def clip_side(self, clip):
         return self.net.see(read_moments(str(clip["path"]))[None])[0]
@@ -949,4 +953,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    common.launch(main, parse_args)

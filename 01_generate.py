@@ -20,7 +20,7 @@ Writes:
     01_samples/00012.pt         latents (rows, T, C) float32 normalised; features: dict of (rows // N, ...) float32
     01_samples/00012.skipped.jsonl   clips of the shard that could not be used: clip, reason
     01_audio/<clip>_<k>.wav     what a person listens to
-Takes: toy 58 s on 2 cores; MMAudio-L needs 25.7 TFLOP per audio (25 steps, guidance), 250K audios in all.
+Takes: toy 58 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in all.
 """
 
 import csv
@@ -74,7 +74,9 @@ def parse_args(argv=None):
 def clips_of_table(path, delimiter):
     """VGGSound's csv or MMAudio's tsv -> clips; ids in upstream's form, `<youtube id>_<start second, 6 digits>`."""
     clips = []
-    with open(path, newline="", encoding="utf-8") as stream:
+    if not path.is_file():
+        stop(f"{path}: no such file")
+    with open(path, newline="", encoding="utf-8", errors="replace") as stream:
         for number, row in enumerate(csv.reader(stream, delimiter=delimiter), 1):
             if delimiter == "\t":  # MMAudio: id, label
                 if row == ["id", "label"]:
@@ -100,8 +102,6 @@ def listed_clips(args):
         names = [file.relative_to(args.videos) for file in files]
         return [{"id": "_".join(n.with_suffix("").parts), "video": str(n), "split": "train"} for n in names]
     path = Path(args.clips)
-    if not path.is_file():
-        stop(f"--clips {path}: no such file")
     if path.suffix == ".jsonl":
         return common.read_jsonl(path, ("id",))
     if path.suffix not in (".csv", ".tsv"):
@@ -132,7 +132,7 @@ def check_clips(clips, where):
 
 
 def gather_clips(args):
-    """The lines of clips.jsonl (videos that exist) and of 01_missing.jsonl, from the user's list."""
+    """From the user's list: every clip of it, the lines of clips.jsonl (videos that exist) and of 01_missing.jsonl."""
     where, root = args.clips or args.videos, Path(args.videos).resolve()
     clips = listed_clips(args)
     if args.test_list:
@@ -156,7 +156,14 @@ def gather_clips(args):
     print("videos found: " + ", ".join(f"{split} {have[split]} of {listed[split]}" for split in sorted(listed)))
     if not found:
         stop(f"none of the {len(clips)} clips of {where} has a video below {args.videos}: {missing[0]['reason']} ...")
-    return found, missing
+    return clips, found, missing
+
+
+def keep_clips(run, found):
+    """On a rerun the run keeps its own list: its audios are made from it. Says what happened to the videos since."""
+    own, now = ({clip["id"] for clip in clips} for clips in (common.read_jsonl(run / "clips.jsonl", ("id",)), found))
+    if own != now:
+        print(f"{run}/clips.jsonl stays as it is: {len(now - own)} videos appeared since, {len(own - now)} vanished")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,22 +231,30 @@ def main(args):
 
     # -- data
     if rank == 0:
-        clips, missing = (common.read_jsonl(run / "clips.jsonl"), []) if own_clips else gather_clips(args)
+        listed, found, missing = (common.read_jsonl(run / "clips.jsonl"), [], []) if own_clips else gather_clips(args)
         given = args.checkpoint and str(Path(args.checkpoint).resolve())
         settings = dict(model=args.model, checkpoint=given or known.get("checkpoint") or "upstream")
         settings.update(checkpoint_digest=model.checkpoint_digest, latent_shape=list(model.latent_shape))
         settings.update(sample_rate_hz=model.sample_rate_hz, num_samples=args.num_samples, seed=args.seed)
         settings.update(sampler=dict(steps=args.sampling_steps, guidance=args.guidance), clip_s=model.clip_s)
-        settings.update(max_clips=args.max_clips, clips_digest=common.clips_digest(clips))
+        settings.update(max_clips=args.max_clips, clips_digest=common.clips_digest(listed))
         where = {"video_root": str(Path(args.videos).resolve())} if args.videos else {}
         where.update({"cavp_root": str(Path(args.cavp).resolve())} if args.cavp else {})
         if args.model == "toy" and not own_clips:
-            where["scorers"] = str((Path(args.checkpoint).parent / "00_scorers.pt").resolve())
-            where["size"] = common.read_run(Path(args.checkpoint).parent)["size"]
-        common.claim(run / "01_settings.json", settings, advice="use another --run, or remove this one")
-        if not own_clips:
+            beside = Path(args.checkpoint).parent
+            if not (beside / "00_scorers.pt").is_file() or not (beside / "run.json").is_file():
+                stop(f"--checkpoint {args.checkpoint}: 00_scorers.pt and run.json of stage 00 must lie beside it")
+            where.update(scorers=str((beside / "00_scorers.pt").resolve()), size=common.read_run(beside)["size"])
+        record, advice = run / "01_settings.json", "use another --run, or remove this one"
+        prepared = known.get("max_clips") == 0  # a run that --max-clips 0 prepared may get its train clips later
+        if prepared:
+            common.claim(record, settings | {"max_clips": 0}, advice=advice)
+        common.claim(record, settings, redo=prepared, advice=advice)
+        if (run / "clips.jsonl").exists() and not own_clips:
+            keep_clips(run, found)
+        elif not own_clips:
             common.write_jsonl(run / "01_missing.jsonl", missing)
-            common.write_jsonl(run / "clips.jsonl", clips)
+            common.write_jsonl(run / "clips.jsonl", found)
         common.write_text(run / "run.json", json.dumps({**known, **settings, **where}, indent=1) + "\n")
     common.barrier()
     train = common.read_clips(run, "train")
@@ -249,16 +264,20 @@ def main(args):
     todo = [i for i in range(len(blocks)) if not (folder / f"{i:05d}.jsonl").exists()][rank::world]
 
     # -- loop: the next clip is decoded and encoded while this shard is sampled
-    with ThreadPoolExecutor(1) as ahead:
+    if todo:
+        model.decode(torch.zeros(1, *model.latent_shape))  # a missing codec is said now, not after the first shard
+    ahead = ThreadPoolExecutor(1)
+    try:
         futures = {i: [ahead.submit(encode, model, clip) for clip in blocks[i]] for i in todo[:1]}
         for position, i in enumerate(tqdm(todo, unit="shard", disable=rank > 0)):
             encoded = [future.result() for future in futures.pop(i)]
             for j in todo[position + 1 : position + 2]:
                 futures[j] = [ahead.submit(encode, model, clip) for clip in blocks[j]]
             if args.strict and (bad := [(c["id"], e) for c, e in zip(blocks[i], encoded) if isinstance(e, str)]):
-                ahead.shutdown(cancel_futures=True)
                 stop(f"--strict: {len(bad)} clips of shard {i:05d} cannot be used, first {bad[0][0]}: {bad[0][1]}")
             generate_shard(model, blocks[i], encoded, folder, f"{i:05d}", args)
+    finally:
+        ahead.shutdown(wait=False, cancel_futures=True)  # Ctrl-C need not wait for the clips that queue
     common.barrier()
 
     # -- report

@@ -20,7 +20,6 @@ Writes:
 Takes: toy 16 s on 2 cores.
 """
 
-import csv
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -61,13 +60,11 @@ def draw_rated_clips(samples, count, seed):
     return sorted(random.Random(seed).sample(names, min(count, len(names))))
 
 
-def write_to_rate(path, rated, samples, clips):
-    with common.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["clip", "k", "wav", "video", "caption", "rating", "rater"])
-        for clip in rated:
-            for row in samples[clip]:
-                writer.writerow([clip, row["k"], row["wav"], clips[clip]["path"], clips[clip].get("caption"), "", ""])
+def rating_sheet(rated, samples, clips):
+    """Header and rows of 02_to_rate.csv."""
+    audios = [(clip, row) for clip in rated for row in samples[clip]]
+    rows = [(c, row["k"], row["wav"], clips[c]["path"], clips[c].get("caption"), "", "") for c, row in audios]
+    return ("clip", "k", "wav", "video", "caption", "rating", "rater"), rows
 
 
 def read_ratings(path, samples):
@@ -179,7 +176,7 @@ def main(args):
     # -- setup
     ranks = rank, _, _ = common.setup_ranks()
     run = Path(args.run)
-    samples = common.read_samples(run)
+    run_json, samples = common.read_run(run), common.read_samples(run)
     clips = {clip["id"]: clip for clip in common.read_clips(run, "train")}
     rated = draw_rated_clips(samples, args.num_rated_clips, args.seed)
 
@@ -187,14 +184,13 @@ def main(args):
     answers_file = run / "02_ratings.jsonl"
     source = Path(args.ratings) if args.ratings else answers_file
     if rank == 0:
-        write_to_rate(run / "02_to_rate.csv", rated, samples, clips)
-        if not source.exists() and not args.ratings and (run / "00_oracle.pt").exists():
+        common.write_sheet(run / "02_to_rate.csv", *rating_sheet(rated, samples, clips), "rating")
+        asked = {(clip, row["k"]) for clip in rated for row in samples[clip]}
+        if not args.ratings and common.to_simulate(run, source, asked, ("clip", "k"), args.redo):
             audios = [(clips[c], row["k"], run / row["wav"]) for c in rated for row in samples[c]]
             common.write_jsonl(source, common.toy_world().simulated_ratings(run, audios, args.seed))
     common.barrier()
-    if not source.exists():
-        if args.ratings:
-            stop(f"--ratings {source}: no such file")
+    if not args.ratings and not source.exists():
         count = sum(len(samples[clip]) for clip in rated)
         print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(rated)} clips")
         print(f"Listen to each wav beside its video and fill the column 'rating' ({', '.join(RATINGS)}).")
@@ -208,8 +204,8 @@ def main(args):
             if answers_file.exists() and not args.redo and common.read_jsonl(answers_file) != answers:
                 stop(f"{answers_file}: holds other ratings than {source}; use --redo to replace them")
             common.write_jsonl(answers_file, answers)
-        inputs = [run / "01_samples", answers_file]
-        common.claim(run / "02_settings.json", settings, inputs, args.redo)
+        inputs, outputs = [run / "01_samples", answers_file], [run / "02_audioscore.pt", run / "02_scores.jsonl"]
+        common.claim(run / "02_settings.json", settings, inputs, args.redo, outputs=outputs)
 
     # -- scores
     names = sorted({clip for clip, _ in target_of})
@@ -217,12 +213,12 @@ def main(args):
     for i, clip in enumerate(names):
         rows = [row for row in samples[clip] if (clip, row["k"]) in target_of]
         group = groups.setdefault(f"{i // RATED_GROUP_CLIPS:05d}", [])
-        group += [(clips[clip], run / row["wav"], f"{clip}/{row['k']}") for row in rows]
+        group += [(clips[clip], run / row["wav"], common.sample_key(run_json, clip, row["k"])) for row in rows]
     common.score_groups(run, run / "02_scores", groups, common.AUDIOSCORE_SCORERS, args.weights, ranks)
     if rank > 0:
         return
     found = common.merge_scores(run / "02_scores", groups, common.AUDIOSCORE_SCORERS)
-    keys = [(clip["id"], int(key.rsplit("/", 1)[1])) for audios in groups.values() for clip, _, key in audios]
+    keys = [(clip["id"], int(key.split("/")[1])) for audios in groups.values() for clip, _, key in audios]
     target = torch.stack([target_of[key] for key in keys])
 
     # -- fit, report, save
@@ -234,10 +230,8 @@ def main(args):
     report(p, majority(target))
     audioscore = fit(found, target, args.seed)
     scores = common.five_scores(found, audioscore)
-    lines = []
-    for (clip, k), row, rating in zip(keys, scores.tolist(), majority(target).tolist()):
-        numbers = {name: None if value != value else round(value, 6) for name, value in zip(SCORES, row)}
-        lines.append({"clip": clip, "k": k, **numbers, "rating": RATINGS[rating]})
+    rated_rows = zip(keys, scores, majority(target).tolist())
+    lines = [common.score_line(clip, k, row, rating=RATINGS[rating]) for (clip, k), row, rating in rated_rows]
     common.write_jsonl(run / "02_scores.jsonl", lines)
     heldout = {"p": p, "rating": majority(target)}
     common.save_pt(run / "02_audioscore.pt", {"audioscore": audioscore.state_dict(), "heldout": heldout})

@@ -7,7 +7,7 @@ Run:
     torchrun --nproc_per_node 8 -- 03_mine_pairs.py ...          # audios are divided over the GPUs for scoring
 
 Reads:
-    01_samples/, 01_audio/, 02_audioscore.pt, 02_ratings.jsonl, 02_scores/
+    01_samples/, 01_audio/, 02_audioscore.pt, 02_scores.jsonl (the ratings), 02_scores/
     --choices or 03_human_choices.jsonl   clip, a, b (two k of the clip), choice (a, b or tie), rater
 Writes:
     03_scores/*.pt              what every scorer said, per shard of stage 01
@@ -18,7 +18,6 @@ Writes:
 Takes: toy 34 s on 2 cores.
 """
 
-import csv
 import random
 from collections import Counter, defaultdict
 from itertools import combinations
@@ -29,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import SCORES, AudioScore, stop
+from common import AudioScore, stop
 
 SILENT_PEAK = 1e-3  # -60 dBFS
 CLIPPED_SHARE = 0.01  # of samples at full scale
@@ -108,11 +107,12 @@ def as_pair(clip, winner, loser, p_of):
 
 
 def comparisons(samples, ratings, count, seed):
-    """Pairs of one rated clip's audios with the same rating, which AudioScore's classes cannot tell apart: what is
-    left to prefer is the aesthetic appeal. As many clips as possible first. Returns [(clip, a, b), ...]."""
+    """Pairs of one rated clip's audios with the same rating, which AudioScore's classes cannot tell apart: what is left
+    to prefer is the aesthetic appeal. As many clips as possible first. ratings: lines of 02_scores.jsonl. Returns
+    [(clip, a, b), ...]."""
     rating_of = defaultdict(dict)
-    for answer in ratings:
-        rating_of[answer["clip"]].setdefault(answer["k"], answer["rating"])
+    for row in ratings:
+        rating_of[row["clip"]][row["k"]] = row["rating"]
     usable = {clip: {row["k"] for row in rows if row["finite"]} for clip, rows in samples.items()}
     rng, rounds = random.Random(seed), defaultdict(list)
     for clip in sorted(rating_of):
@@ -129,13 +129,11 @@ def comparisons(samples, ratings, count, seed):
     return sorted([pair for i in sorted(rounds) for pair in rounds[i]][:count])
 
 
-def write_to_choose(path, pairs, samples, clips):
-    with common.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["clip", "a", "b", "wav_a", "wav_b", "video", "choice", "rater"])
-        for clip, a, b in pairs:
-            wav = {row["k"]: row["wav"] for row in samples[clip]}
-            writer.writerow([clip, a, b, wav[a], wav[b], clips[clip]["path"], "", ""])
+def choice_sheet(pairs, samples, clips):
+    """Header and rows of 03_to_choose.csv."""
+    wav = {(clip, row["k"]): row["wav"] for clip, rows in samples.items() for row in rows}
+    rows = [(clip, a, b, wav[clip, a], wav[clip, b], clips[clip]["path"], "", "") for clip, a, b in pairs]
+    return ("clip", "a", "b", "wav_a", "wav_b", "video", "choice", "rater"), rows
 
 
 def read_choices(path, samples):
@@ -156,6 +154,8 @@ def read_choices(path, samples):
             stop(f"{where}: {key[0]}, {a} against {b} is answered twice by {key[3]} ({first}); keep one")
         seen[key] = line
         answers.append({"clip": row["clip"], "a": a, "b": b, "choice": row["choice"], "rater": key[3]})
+    if not answers:
+        stop(f"{path}: no choice in this file")
     return answers
 
 
@@ -170,21 +170,20 @@ def human_pairs(answers, p_of):
     return [as_pair(clip, *((a, b) if vote > 0 else (b, a)), p_of) for (clip, a, b), vote in decided]
 
 
-def score_everything(run, samples, clips, audioscore, weights, ranks):
+def score_everything(run, run_json, samples, clips, audioscore, weights, ranks):
     """Five scores and p of every audio, shard by shard; what stage 02 scored is not scored again."""
     names, shards, p_of = common.AUDIOSCORE_SCORERS, defaultdict(list), {}
     for clip, rows in samples.items():
         for row in rows:
-            shards[row["shard"]].append((clips[clip], run / row["wav"], f"{clip}/{row['k']}"))
-    common.adopt_scores(run / "02_scores", run / "03_scores", shards, names)
+            shards[row["shard"]].append((clips[clip], run / row["wav"], common.sample_key(run_json, clip, row["k"])))
+    common.adopt_scores(run / "02_scores", run / "03_scores", shards, names, ranks)
     common.score_groups(run, run / "03_scores", shards, names, weights, ranks)
     for shard, audios in shards.items():
         scores = common.five_scores(common.cached_scores(run / "03_scores", shard, audios, names), audioscore)
         lines = []
-        for (clip, _, key), row, p in zip(audios, scores.tolist(), audioscore(scores).tolist()):
-            k = int(key.rsplit("/", 1)[1])
-            numbers = {name: None if value != value else round(value, 6) for name, value in zip(SCORES, row)}
-            lines.append({"clip": clip["id"], "k": k, **numbers, "p": p})
+        for (clip, _, key), row, p in zip(audios, scores, audioscore(scores).tolist()):
+            k = int(key.split("/")[1])
+            lines.append(common.score_line(clip["id"], k, row, p=p))
             p_of[clip["id"], k] = tuple(p)
         if ranks[0] == 0:
             common.write_jsonl(run / "03_scores" / f"{shard}.jsonl", lines)
@@ -195,11 +194,12 @@ def main(args):
     # -- setup
     ranks = rank, _, _ = common.setup_ranks()
     run = Path(args.run)
-    common.read_run(run)
+    run_json = common.read_run(run)
     common.check_chain(run, "02")
     samples = common.read_samples(run)
     clips = {clip["id"]: clip for clip in common.read_clips(run, "train")}
-    ratings = common.read_jsonl(run / "02_ratings.jsonl", ("clip", "k", "rating"))
+    hint = "; rerun 02_fit_audioscore.py --redo"
+    ratings = common.read_jsonl(run / "02_scores.jsonl", ("clip", "k", "rating"), hint)
     audioscore = AudioScore.load(run / "02_audioscore.pt")
 
     # -- data: who chooses
@@ -207,26 +207,26 @@ def main(args):
     source = Path(args.choices) if args.choices else answers_file
     if rank == 0:
         asked = comparisons(samples, ratings, args.num_human_pairs, args.seed)
-        write_to_choose(run / "03_to_choose.csv", asked, samples, clips)
-        if not source.exists() and not args.choices and (run / "00_oracle.pt").exists():
+        common.write_sheet(run / "03_to_choose.csv", *choice_sheet(asked, samples, clips), "choice")
+        if not args.choices and common.to_simulate(run, source, set(asked), ("clip", "a", "b"), args.redo):
             wav = {(clip, row["k"]): run / row["wav"] for clip, rows in samples.items() for row in rows}
             asked = [(clips[clip], a, b, wav[clip, a], wav[clip, b]) for clip, a, b in asked]
             common.write_jsonl(source, common.toy_world().simulated_choices(run, asked, args.seed))
     common.barrier()
-    if args.choices and not source.exists():
-        stop(f"--choices {source}: no such file")
-    answers = read_choices(source, samples) if source.exists() else []
+    answers = read_choices(source, samples) if args.choices or source.exists() else []
     if rank == 0:
         if answers and source != answers_file:
             if answers_file.exists() and not args.redo and common.read_jsonl(answers_file) != answers:
                 stop(f"{answers_file}: holds other choices than {source}; use --redo to replace them")
             common.write_jsonl(answers_file, answers)
         settings = dict(num_human_pairs=args.num_human_pairs, min_score_c=args.min_score_c, seed=args.seed)
-        inputs = [run / "01_samples", run / "02_audioscore.pt", run / "02_ratings.jsonl"]
-        common.claim(run / "03_settings.json", settings, inputs + [answers_file] * bool(answers), args.redo)
+        inputs = [run / "01_samples", run / "02_audioscore.pt", run / "02_scores.jsonl"]
+        outputs = [run / "03_pairs.jsonl", run / "03_human_pairs.jsonl"]
+        inputs += [answers_file] * bool(answers)
+        common.claim(run / "03_settings.json", settings, inputs, args.redo, outputs=outputs)
 
     # -- scores, then pairs
-    p_of = score_everything(run, samples, clips, audioscore, args.weights, ranks)
+    p_of = score_everything(run, run_json, samples, clips, audioscore, args.weights, ranks)
     if rank > 0:
         return
     pairs, dropped = mine(samples, p_of, run, {r["clip"] for r in ratings}, args.min_score_c)

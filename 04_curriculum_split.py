@@ -68,7 +68,8 @@ def main(args):
     pairs = common.read_jsonl(run / "03_pairs.jsonl", fields, hint)
     people = common.read_jsonl(run / "03_human_pairs.jsonl", fields, hint)
     inputs = [run / "03_pairs.jsonl", run / "03_human_pairs.jsonl"]
-    common.claim(run / "04_settings.json", {"threshold": args.threshold}, inputs, args.redo)
+    outputs = [run / "04_stage1.jsonl", run / "04_stage2.jsonl"]
+    common.claim(run / "04_settings.json", {"threshold": args.threshold}, inputs, args.redo, outputs=outputs)
 
     scored = complexity(pairs, people)
     stage1, stage2 = split(scored, args.threshold)

@@ -49,7 +49,7 @@ def parse_args(argv=None):
     paper.add_argument("--eta", type=float, default=0.7, help="SDE noise, s = eta sqrt(t / (1 - t))")
     paper.add_argument("--clip-range", type=float, default=1e-3, help="the ratio is clipped to 1 +- this")
     engineering = parser.add_argument_group("engineering")
-    engineering.add_argument("--micro-batch", type=int, default=64, help="audios per forward on one GPU")
+    engineering.add_argument("--micro-batch", type=int, default=64, help="audios per backward pass on one GPU")
     engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
     engineering.add_argument("--save-every", type=int, default=20, help="rounds between checkpoints")
@@ -132,7 +132,7 @@ class Reward:
         self.audioscore = AudioScore.load(run / "02_audioscore.pt")
         names = common.AUDIOSCORE_SCORERS
         self.scorers = {name: common.load_scorer(name, run, device, weights) for name in names}
-        self.pool = ThreadPoolExecutor(2 if device == "cpu" else 1)
+        self.pool = ThreadPoolExecutor(2 if "scorers" in common.read_run(run) else 1)  # two of the toy's tiny scorers
 
     def __call__(self, model, a_0, clips):
         """a_0: (B, T, C), clips: B lines of clips.jsonl -> (B,) float32 in [0, 1]; 0 for audio that is not finite."""
@@ -174,8 +174,7 @@ def draw_prompts(clips, number, args):
     """The round's clips: epochs of seeded permutations, a function of the round alone."""
     drawn = []
     for i in range(number * args.prompts, (number + 1) * args.prompts):
-        order = list(range(len(clips)))
-        random.Random(f"{args.seed}/{i // len(clips)}").shuffle(order)
+        order = common.shuffled(f"{args.seed}/{i // len(clips)}", len(clips))
         drawn.append(clips[order[i % len(clips)]])
     return drawn
 
@@ -216,20 +215,24 @@ def train_step(policy, batches, update, times, guidance, args, device):
     sums, audios = torch.zeros(3, dtype=torch.float64), args.prompts * args.group_size
     world = args.prompts // sum(len(next(iter(batch[0].values()))) for batch in batches)
     for i, (features, states, old_log_probs, advantages, chosen) in enumerate(batches):
-        policy.require_backward_grad_sync = i == len(batches) - 1  # DDP: one all-reduce per step
-        at, row = chosen[update], torch.arange(len(advantages), device=device)
-        a_t, a_next = states[at, row], states[at + 1, row]
-        t, t_next = times[at], times[at + 1]
-        with common.autocast(device, args.precision):
-            u_theta = policy(a_t, t, features, guidance)
-        mean, std = sde_step(a_t, u_theta.float(), t, t_next, args.eta)
-        log_ratio = log_prob(a_next, mean, std) - old_log_probs[at, row]
-        ratio = log_ratio.exp()
-        loss = ppo_loss(ratio, advantages, args.clip_range)
-        (loss.sum() / audios * world).backward()
-        with torch.no_grad():
-            clipped = (ratio - 1).abs() > args.clip_range
-            sums += torch.stack([ratio, clipped.float(), 0.5 * log_ratio.square()]).double().sum(dim=1).cpu()
+        prompts = len(next(iter(features.values())))
+        parts = torch.arange(len(advantages), device=device).split(max(1, args.micro_batch // prompts) * prompts)
+        for row in parts:  # whole repeats of the prompts, so that row r * B + b keeps to prompt b
+            last = i == len(batches) - 1 and row[-1] == len(advantages) - 1
+            policy.require_backward_grad_sync = bool(last)  # DDP: one all-reduce per step
+            at = chosen[update][row]
+            a_t, a_next = states[at, row], states[at + 1, row]
+            t, t_next = times[at], times[at + 1]
+            with common.autocast(device, args.precision):
+                u_theta = policy(a_t, t, features, guidance)
+            mean, std = sde_step(a_t, u_theta.float(), t, t_next, args.eta)
+            log_ratio = log_prob(a_next, mean, std) - old_log_probs[at, row]
+            ratio = log_ratio.exp()
+            loss = ppo_loss(ratio, advantages[row], args.clip_range)
+            (loss.sum() / audios * world).backward()
+            with torch.no_grad():
+                clipped = (ratio - 1).abs() > args.clip_range
+                sums += torch.stack([ratio, clipped.float(), 0.5 * log_ratio.square()]).double().sum(dim=1).cpu()
     return sums
 
 

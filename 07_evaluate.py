@@ -25,6 +25,8 @@ import io
 import json
 import shutil
 import string
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import av
@@ -156,8 +158,10 @@ def choose_systems(run, args):
         name, _, folder = item.partition("=")
         if not name.replace("_", "").replace("-", "").isalnum():
             stop(f"--systems {item}: a name has letters, digits, _ and -")
+        if folder and name in ("ground_truth", "base"):
+            stop(f"--systems {item}: {name} comes from the run itself; choose another name")
         if folder:
-            systems[name] = run / folder if (run / folder / "policy.json").exists() else Path(folder)
+            systems[name] = run / folder if (run / folder).is_dir() else Path(folder)
         elif name in DEFAULTS:
             systems[name] = DEFAULTS[name] and run / DEFAULTS[name]
         else:
@@ -186,13 +190,13 @@ def read_features(model, run, clips, ranks):
     blocks = [clips[i : i + BLOCK_CLIPS] for i in range(0, len(clips), BLOCK_CLIPS)]
     files = [run / "07_conditions" / f"{clips[0]['split']}_{i:05d}.pt" for i in range(len(blocks))]
     for block, file in tqdm(list(zip(blocks, files))[rank::world], desc="encode", unit="block", disable=rank > 0):
-        cached, new = common.load_pt(file) if file.exists() else {}, {}
+        cached, new = common.load_pt(file, mmap=True) if file.exists() else {}, {}
         for clip in block:
             if clip["id"] not in cached:
                 try:
                     new[clip["id"]] = model.encode(clip)
                 except SkipClip as reason:
-                    print(f"{clip['id']}: {reason}; no policy can sound it")
+                    tqdm.write(f"{clip['id']}: {reason}; no policy can sound it", file=sys.stderr)
         if new:
             common.save_pt(file, cached | new)
     common.barrier()
@@ -206,9 +210,10 @@ def generate(run, name, folder, model, features, clips, args, ranks):
     policy = run_json["checkpoint_digest"] if folder is None else common.digest(folder / "policy.pt")
     settings = dict(policy=policy, guidance=args.guidance, steps=run_json["sampler"]["steps"], seed=run_json["seed"])
     if rank == 0:
-        if (out / "settings.json").exists() and common.read_json(out / "settings.json") != settings:
+        record = out / "settings.json"
+        if out.exists() and (not record.exists() or common.read_json(record) != settings):
             shutil.rmtree(out)  # a cache of another policy
-        common.write_text(out / "settings.json", json.dumps(settings) + "\n")
+        common.write_text(record, json.dumps(settings) + "\n")
     common.barrier()
     todo = [c for c in clips if c["id"] in features and not (out / f"{c['id']}.wav").exists()][rank::world]
     if folder is not None:
@@ -222,9 +227,8 @@ def generate(run, name, folder, model, features, clips, args, ranks):
         batch = todo[start : start + args.batch_clips]
         stacked = {k: torch.stack([features[c["id"]][k] for c in batch]).to(device) for k in features[batch[0]["id"]]}
         seeds = [common.audio_seed(run_json["seed"], c["id"], 0) for c in batch]
-        with common.autocast(device, "auto" if device != "cpu" else "fp32"):
-            a_0 = common.sample(model, stacked, seeds, run_json["sampler"]["steps"], args.guidance)
-        for clip, wave in zip(batch, model.decode(a_0.float())):
+        a_0 = common.sample(model, stacked, seeds, run_json["sampler"]["steps"], args.guidance)
+        for clip, wave in zip(batch, model.decode(a_0)):
             common.write_audio(out / f"{clip['id']}.wav", wave, model.sample_rate_hz)
     common.barrier()
 
@@ -249,9 +253,9 @@ def audio_files(run, name, folder, clips, args):
 
 def has_audio(path):
     try:
-        with av.open(str(path)) as container:
-            return bool(container.streams.audio)
-    except (OSError, av.error.FFmpegError):
+        with common.open_media(path) as container:
+            return next(iter(container.decode(audio=0)), None) is not None
+    except (OSError, IndexError, av.error.FFmpegError):
         return False
 
 
@@ -353,8 +357,9 @@ def results_of(means, sets, n):
                 reference, rows = truth[metric]
                 return frechet_distance(mine, reference[rows[index][rows[index] >= 0]])
 
-            def difference(index, statistic=statistic):
-                ours, base = statistic(index), statistic(index, system="base")
+            def difference(index, statistic=statistic, metric=metric, system=system):
+                both = (sets[system][metric][1][index] >= 0) & (sets["base"][metric][1][index] >= 0)  # paired
+                ours, base = statistic(index[both]), statistic(index[both], system="base")
                 return None if ours is None or base is None else ours - base
 
             count = int((sets[system][metric][1] >= 0).sum())
@@ -377,7 +382,7 @@ def verdict(row):
 
 
 def print_table(results, systems):
-    """Values, then differences to base with 95 % intervals; + and - mark intervals that exclude 0."""
+    """Values, then differences to base with 95 % intervals; better and worse mark intervals that exclude 0."""
     cell = {(row["metric"], row["system"]): row for row in results}
     metrics = [m for m in METRICS if any((m, s) in cell for s in systems)]
     print("\n" + f"{'':<18}" + "".join(f"{s[:14]:>15}" for s in systems))
@@ -474,6 +479,9 @@ def main(args):
     common.write_jsonl(run / f"07_results{suffix}.jsonl", results)
     coverage = ", ".join(f"{name} {len(paths)}/{len(clips)}" for name, paths in files.items())
     print(f"{args.split} split, guidance {args.guidance:g}; clips with audio: {coverage}")
+    missing = run / "01_missing.jsonl"
+    if gone := missing.exists() and sum(row["split"] == args.split for row in common.read_jsonl(missing)):
+        print(f"{gone} more listed {args.split} clips have no video (01_missing.jsonl), so no system is judged on them")
     print_table(results, list(systems))
     print_table_1(run_json, results, list(systems))
     print(f"\nwrote {run / f'07_results{suffix}.jsonl'}")
@@ -487,9 +495,10 @@ def main(args):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def picture(figure, box="tight"):
-    """A matplotlib figure as an <img> with its data inside."""
-    stream = io.BytesIO()
+def picture(draw, *about, box="tight"):
+    """What draw(figure, *about) draws, as an <img> with its data inside."""
+    figure, stream = Figure(), io.BytesIO()
+    draw(figure, *about)
     figure.savefig(stream, format="png", dpi=110, bbox_inches=box)
     return f'<img src="{data_uri("image/png", stream.getvalue())}" alt="">'
 
@@ -526,7 +535,7 @@ def plot_smooth(axis, values, style="-", label="", width=15):
     axis.plot(np.arange(len(mean)) + (width - 1) / 2, mean, style, label=label)
 
 
-def draw_training(figure, run, folders):
+def draw_training(figure, folders):
     """Loss, implicit accuracy, error gaps of every Flow-DPO folder; reward of every DDPO folder."""
     figure.set_size_inches(11, 2.6)
     titles = ("loss", "implicit accuracy", "error gap (policy - reference)", "DDPO: reward P(Good)")
@@ -577,7 +586,8 @@ def draw_audioscore(figure, run):
 def draw_spectrogram(figure, wave, rate, events):
     figure.set_size_inches(3.2, 1.3)
     axis = figure.add_axes((0, 0, 1, 1))
-    axis.specgram(wave.numpy() + 1e-7, NFFT=512, Fs=rate, noverlap=384, vmin=-140, vmax=-30, cmap="magma")
+    with np.errstate(divide="ignore"):  # silence has no level
+        axis.specgram(wave.numpy() + 1e-7, NFFT=512, Fs=rate, noverlap=384, vmin=-140, vmax=-30, cmap="magma")
     for second in events:
         axis.axvline(second, color="white", lw=0.8, ls="--")
     axis.set_axis_off()
@@ -589,18 +599,22 @@ def draw_spectrogram(figure, wave, rate, events):
 
 
 def playable_video(clip, seconds):
-    """The silent picture as H.264 that every browser plays (4:2:0, at least 240 pixels high), `seconds` long."""
+    """The silent picture as H.264 that every browser plays (4:2:0, 240 to 360 pixels high), `seconds` long."""
     fps, stream = 25, io.BytesIO()
-    (frames,) = common.read_frames(clip["path"], [(fps, lambda frame: frame)], seconds)
-    height, width = frames.shape[1:3]
-    scale = max(1.0, 240 / height) if height < 240 else min(1.0, 360 / height)
-    height, width = (2 * round(x * scale / 2) for x in (height, width))
+
+    def resized(frame):  # at once: 8 s of full-size frames are a gigabyte
+        height = min(max(frame.shape[0], 240), 360)
+        width = 2 * round(frame.shape[1] * height / frame.shape[0] / 2)
+        image = av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")
+        image = image.reformat(width, height - height % 2, "rgb24", interpolation="POINT")
+        return torch.from_numpy(image.to_ndarray())
+
+    (frames,) = common.read_frames(clip["path"], [(fps, resized)], seconds)
     with av.open(stream, "w", format="mp4") as container:
         video = container.add_stream("libx264", rate=fps, options={"crf": "26", "preset": "veryfast"})
-        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames.numpy():
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            container.mux(video.encode(picture.reformat(width, height, "yuv420p", interpolation="POINT")))
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(video.encode(None))
     return data_uri("video/mp4", stream.getvalue())
 
@@ -611,11 +625,11 @@ def listening_card(clip, systems, files, seconds, rate):
     for system in systems:
         if clip["id"] not in files[system]:
             continue
-        wave, figure, flac = common.read_audio(files[system][clip["id"]], rate, seconds), Figure(), io.BytesIO()
+        wave, flac = common.read_audio(files[system][clip["id"]], rate, seconds), io.BytesIO()
         soundfile.write(flac, wave.numpy(), rate, format="FLAC")
-        draw_spectrogram(figure, wave, rate, events)
+        image = picture(draw_spectrogram, wave, rate, events, box=None)
         audio = f'<audio preload="auto" src="{data_uri("audio/flac", flac.getvalue())}"></audio>'
-        cells += f'<div class="s"><button>{html.escape(system)}</button>{audio}{picture(figure, None)}</div>'
+        cells += f'<div class="s"><button>{html.escape(system)}</button>{audio}{image}</div>'
     about = html.escape(f"{clip['id']}: {clip.get('caption') or clip.get('label') or 'no caption'}")
     video = f'<video muted playsinline preload="auto" src="{playable_video(clip, seconds)}"></video>'
     row = f'<div class="row">{video}<div class="grid">{cells}</div></div>'
@@ -652,24 +666,22 @@ def html_table(results, systems, run_json):
 
 
 def write_report(run, run_json, results, systems, files, clips, args):
-    names, figure = list(systems), Figure()
-    compared = [name for name in names if name not in ("base", "ground_truth")]
-    parts = {"table": html_table(results, names, run_json)}
+    names, compared = list(systems), [name for name in systems if name not in ("base", "ground_truth")]
     folders = {name: folder for name, folder in systems.items() if folder and (folder / "log.jsonl").exists()}
-    draw_differences(figure, results, compared)
-    parts["differences"] = picture(figure) if compared else ""
-    figure = Figure()
-    draw_training(figure, run, folders)
-    parts["training"] = picture(figure) if folders else "<p>No policy was trained in this run.</p>"
-    figure = Figure()
-    has_pairs = (run / "04_settings.json").exists()
-    if has_pairs:
-        draw_audioscore(figure, run)
-    parts["audioscore"] = picture(figure) if has_pairs else "<p>AudioScore was not fitted in this run.</p>"
+    parts = {"table": html_table(results, names, run_json), "differences": ""}
+    parts["training"], parts["audioscore"] = "<p>No policy was trained.</p>", "<p>AudioScore was not fitted.</p>"
+    if compared:
+        parts["differences"] = picture(draw_differences, results, compared)
+    if folders:
+        parts["training"] = picture(draw_training, folders)
+    if (run / "04_settings.json").exists():
+        parts["audioscore"] = picture(draw_audioscore, run)
     chosen = [clips[i] for i in np.linspace(0, len(clips) - 1, min(LISTEN, len(clips))).astype(int)]
     seconds, rate = run_json["clip_s"], run_json["sample_rate_hz"]
-    cards = [listening_card(clip, names, files, seconds, rate) for clip in tqdm(chosen, desc="page", unit="clip")]
-    parts["cards"] = "\n".join(cards)
+    parts["cards"] = ""
+    for clip in tqdm(chosen, desc="page", unit="clip"):
+        with suppress(SkipClip):  # a video that cannot be read has been said above
+            parts["cards"] += listening_card(clip, names, files, seconds, rate) + "\n"
     sampler = f"{run_json['sampler']['steps']} Euler steps, guidance {args.guidance:g}"
     parts["about"] = html.escape(f"{run_json['model']}, {len(clips)} test clips, {sampler}")
     common.write_text(run / "07_report.html", string.Template(PAGE).substitute(parts))

@@ -31,6 +31,7 @@ import importlib.util
 import json
 import math
 import os
+import random
 import re
 import sys
 import threading
@@ -157,14 +158,14 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
     """Euler's method from noise (t = 1) to data (t = 0), classifier-free guidance inside.
 
     features: dict of tensors with B rows; seeds: R * B integers, row r * B + b belongs to clip b. The conditions are
-    projected once. Returns a_0 (R * B, T, C) float32 on the model's device.
+    projected once; on CUDA the network runs in bf16. Returns a_0 (R * B, T, C) float32 on the model's device.
     """
-    conditions = model.project(features)
-    a_t = initial_noise(model, seeds)
-    times = torch.linspace(1, 0, steps + 1)
-    for t, t_next in zip(times[:-1], times[1:]):
-        u = model.velocity(a_t, model.snap_t(t).expand(len(a_t)).to(a_t), conditions, guidance)
-        a_t = a_t + (t_next - t).item() * u.float()
+    a_t, times = initial_noise(model, seeds), torch.linspace(1, 0, steps + 1)
+    with autocast(model.device.type, "auto"):
+        conditions = model.project(features)
+        for t, t_next in zip(times[:-1], times[1:]):
+            u = model.velocity(a_t, model.snap_t(t).expand(len(a_t)).to(a_t), conditions, guidance)
+            a_t = a_t + (t_next - t).item() * u.float()
     return a_t
 
 
@@ -386,9 +387,8 @@ def read_jsonl(path, fields=(), hint=""):
     path, rows = Path(path), []
     if not path.is_file():
         stop(f"{path}: no such file{hint}")
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
+    text = path.read_text(encoding="utf-8", errors="replace").rstrip()
+    for number, line in enumerate(text.split("\n") if text else (), 1):  # splitlines would cut at U+2028 in a caption
         try:
             row = json.loads(line)
         except ValueError:
@@ -403,6 +403,8 @@ def read_jsonl(path, fields=(), hint=""):
 def read_table(path, fields):
     """A person's answers, .csv or .jsonl: yields (line number, row); every row must have `fields`."""
     path = Path(path)
+    if not path.is_file():
+        stop(f"{path}: no such file")
     if path.suffix == ".jsonl":
         yield from enumerate(read_jsonl(path, fields), 1)
         return
@@ -415,12 +417,35 @@ def read_table(path, fields):
             yield reader.line_num, row
 
 
+def write_sheet(path, header, rows, answer):
+    """A csv for people to fill in, an empty cell of the column `answer` in each row. Somebody's answers are never
+    written over: a sheet that holds any is left as it is, and said so."""
+    path = Path(path)
+    if path.exists() and any(row[answer] for _, row in read_table(path, (answer,))):
+        print(f"{path}: holds answers and is left as it is")
+        return
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([header, *rows])
+
+
+def to_simulate(run, answers, asked, fields, redo):
+    """Whether the toy world's people answer: nobody has, or, with --redo, only they have, and to other questions.
+    answers: their .jsonl; asked: a set of tuples of these fields."""
+    if not (Path(run) / "00_oracle.pt").exists():
+        return False
+    if not answers.exists():
+        return True
+    rows = read_jsonl(answers, fields)
+    simulated = all(row.get("rater") == "simulated" for row in rows)
+    return redo and simulated and {tuple(row[field] for field in fields) for row in rows} != asked
+
+
 def sample_index(clip, k, samples, where, field="k"):
     """k as an integer, after checking that stage 01 made the k-th audio of this clip."""
-    if clip not in samples:
+    if not isinstance(clip, str) or clip not in samples:
         stop(f"{where}, field 'clip': {clip!r} is no clip with generated audio")
     known = [row["k"] for row in samples[clip]]
-    if not str(k).isdigit() or int(k) not in known:
+    if not str(k).isdecimal() or int(k) not in known:
         stop(f"{where}, field '{field}': {k!r} is no audio of {clip} (there are {', '.join(map(str, known))})")
     return int(k)
 
@@ -446,11 +471,12 @@ def inside(root, name, where):
     return path
 
 
-def claim(record, settings, inputs=(), redo=False, advice="use --redo to replace it"):
+def claim(record, settings, inputs=(), redo=False, advice="use --redo to replace it", outputs=()):
     """One record of settings per output: `record` is its json file, `inputs` the files it is made from.
 
     The first call writes it; a later one with other settings, or with inputs that changed meanwhile, prints the
-    difference and stops, so that nothing is ever half made with other settings. `redo` replaces the record.
+    difference and stops, so that nothing is ever half made with other settings. `redo` replaces the record, and first
+    removes the `outputs` of the old one: interrupted, it leaves none that the new record would vouch for.
     """
     record = Path(record)
     new = {"settings": settings, "inputs": {str(Path(p).relative_to(run_of(record))): digest(p) for p in inputs}}
@@ -464,6 +490,8 @@ def claim(record, settings, inputs=(), redo=False, advice="use --redo to replace
                     changed = f"made with {key}={before.get(key)}, now {now.get(key)}"
                     changed = changed if part == "settings" else f"{key} has changed since it was read"
                     stop(f"{record}: {changed}; {advice}")
+    for output in outputs if redo else ():
+        Path(output).unlink(missing_ok=True)
     write_text(record, json.dumps(new, indent=1) + "\n")
 
 
@@ -518,7 +546,7 @@ def read_clips(run, split=None):
 
 
 def clips_digest(clips):
-    """Digest of clips.jsonl's lines without the toy world's `oracle`, which no stage from 01 to 06 reads."""
+    """Digest of a list of clips without the toy world's `oracle`, which no stage from 01 to 06 reads."""
     lines = [{k: v for k, v in clip.items() if k != "oracle"} for clip in clips]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16]
 
@@ -537,7 +565,7 @@ def read_samples(run):
 
 def argument_parser(doc):
     """A stage's parser: the first line of its docstring, and defaults shown in --help."""
-    return argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=HelpFormatter)
+    return argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -583,7 +611,10 @@ def parse(parser, argv, stage):
     args = parser.parse_args(argv)
     file = Path(args.run) / "run.json"
     run = read_json(file) if file.is_file() else {}
-    size = run.get("size") or ("default" if getattr(args, "model", None) == "toy" else None)
+    if "size" not in run and getattr(args, "model", None) == "toy" and args.checkpoint:  # the toy model, other clips
+        beside = Path(args.checkpoint).parent / "run.json"
+        run = read_json(beside) if beside.is_file() else {}
+    size = run.get("size")
     toy = TOY.get(size, {}).get(stage, {})
     paper = {key: parser.get_default(key) for key in toy}
     parser.set_defaults(**toy)
@@ -622,8 +653,10 @@ TOY = {
 
 
 def setup_ranks():
-    """(rank, world, device) under torchrun or alone; nccl on CUDA, gloo elsewhere."""
+    """(rank, world, device) under torchrun or alone; nccl on CUDA, gloo elsewhere. Other ranks speak of errors only."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
@@ -661,12 +694,12 @@ def autocast(device, precision):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
 
 
-def state_digest(module):
-    """SHA-256 of every parameter, the first 16 hex digits: shows that a frozen network stayed as it was."""
-    total = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        total.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:16]
+@functools.lru_cache(maxsize=4)
+def shuffled(seed, count):
+    """A permutation of range(count), a function of the seed: one epoch's order."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def save_training(folder, step, model, optimizer):
@@ -692,6 +725,8 @@ def output_folder(run, name):
     """run / name for --out: a folder name inside the run, nothing else."""
     if not name or Path(name).name != name or name in (".", "..") or name[:2] in ("00", "01", "02", "03", "04", "07"):
         stop(f"--out {name}: give a plain folder name, not one of stages 00 to 04 or 07")
+    if (Path(run) / name).exists() and not (Path(run) / name).is_dir():
+        stop(f"--out {name}: is a file of this run; give a plain folder name")
     return Path(run) / name
 
 
@@ -707,6 +742,11 @@ def save_policy(folder, model, run_json, **about):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def open_media(path):
+    """A video or audio file through PyAV; a title in another encoding than UTF-8 is no reason to refuse it."""
+    return av.open(str(path), metadata_errors="ignore")
+
+
 def read_frames(path, wanted, duration_s):
     """Decodes a video once for several consumers. wanted: [(fps, transform), ...]; transform takes one frame
     (H, W, 3) uint8 tensor and returns a tensor. Output i of a consumer is the first frame shown at or after i / fps,
@@ -716,7 +756,7 @@ def read_frames(path, wanted, duration_s):
     counts = [round(duration_s * fps) for fps, _ in wanted]
     taken, reformat, t, length = [[] for _ in wanted], av.video.reformatter.VideoReformatter(), None, 0.0
     try:
-        with av.open(str(path)) as container:
+        with open_media(path) as container:
             if not container.streams.video:
                 raise SkipClip("no video stream")
             stream = container.streams.video[0]
@@ -724,6 +764,8 @@ def read_frames(path, wanted, duration_s):
             length = 1.0 / float(stream.average_rate or 25)
             start = None
             for frame in container.decode(stream):
+                if frame.time is None:
+                    raise SkipClip("frames without time stamps")
                 start = frame.time if start is None else start
                 t, picture = frame.time - start, None
                 for (fps, transform), count, out in zip(wanted, counts, taken):
@@ -767,7 +809,7 @@ def read_audio(path, sample_rate_hz, duration_s=None):
 
 def decode_audio(path):
     """(S,) float32 mono and its rate, through PyAV."""
-    with av.open(str(path)) as container:
+    with open_media(path) as container:
         if not container.streams.audio:
             raise SkipClip("no audio stream")
         stream = container.streams.audio[0]
@@ -801,9 +843,11 @@ class Scorer:
     panns, pesq (AudioScore's five) and, for evaluation only, panns_16k and passt."""
 
     sample_rate_hz: int
+    files: tuple = ()  # below --weights
+    video_score: str  # the key that is nan for a clip whose video cannot be read, where there is a video tower
 
     def __init__(self):
-        self.memo = {}  # clip id -> embedding of its video or caption
+        self.memo = {}  # clip id -> embedding of its video or caption, or why there is none
 
     def clip_side(self, clip):
         """What depends on the clip alone (video tower, text tower, PESQ's reference); None where the score does not
@@ -818,10 +862,21 @@ class Scorer:
     def __call__(self, waves, clips):
         for clip in clips:
             if clip["id"] not in self.memo:
-                self.memo[clip["id"]] = self.clip_side(clip)
+                try:
+                    self.memo[clip["id"]] = self.clip_side(clip)
+                except SkipClip as reason:
+                    self.memo[clip["id"]] = reason
+                    tqdm.write(f"{clip['id']}: {reason}; {type(self).__name__} cannot judge it", file=sys.stderr)
+        sides = [self.memo[clip["id"]] for clip in clips]
+        rows = [i for i, side in enumerate(sides) if not isinstance(side, SkipClip)]
+        if not rows:
+            return {self.video_score: torch.full((len(waves),), math.nan)}
         with torch.inference_mode():
-            scored = self.audio_side(waves, clips, [self.memo[clip["id"]] for clip in clips])
-        return {key: value.detach().clone().float().cpu() for key, value in scored.items()}
+            scored = self.audio_side(waves[rows], [clips[i] for i in rows], [sides[i] for i in rows])
+        everything = {key: torch.full((len(waves), *value.shape[1:]), math.nan) for key, value in scored.items()}
+        for key, value in scored.items():
+            everything[key][rows] = value.float().cpu()
+        return everything
 
 
 AUDIOSCORE_SCORERS = ("imagebind", "clap", "synchformer", "panns", "pesq")
@@ -841,10 +896,7 @@ def score_files(scorer, audios, clip_s, batch=20):
     scored = []
     with ThreadPoolExecutor(2) as readers:
         for part, waves in zip(parts, readers.map(read, parts)):
-            try:
-                scored.append(scorer(waves, [clip for clip, _, _ in part]))
-            except SkipClip as reason:
-                stop(f"{type(scorer).__name__} cannot judge one of {sorted({c['id'] for c, _, _ in part})}: {reason}")
+            scored.append(scorer(waves, [clip for clip, _, _ in part]))
     return {key: torch.cat([one[key] for one in scored]) for key in scored[0]}
 
 
@@ -856,17 +908,20 @@ def score_groups(run, cache, groups, names, weights, ranks=(0, 1, "cpu")):
     cached is not scored again, and groups are divided over the ranks.
     """
     rank, world, device = ranks
-    toy = "scorers" in read_run(run)
-
-    def score_with(name):
-        scorer, waiting = None, []
+    toy, waiting = "scorers" in read_run(run), {name: [] for name in names}
+    for name in names:
         for group in list(groups)[rank::world]:
             file = Path(cache) / f"{group}.{name}.pt"
             known = set(load_pt(file, mmap=True)["keys"]) if file.exists() else set()
-            new = [audio for audio in groups[group] if audio[2] not in known]
-            if new:
-                waiting.append((file, new))
-        for file, new in tqdm(waiting, desc=name, unit="group", disable=toy or rank > 0 or not waiting):
+            if new := [audio for audio in groups[group] if audio[2] not in known]:
+                waiting[name].append((file, new))
+        if waiting[name] and not toy:
+            for file in SCORERS[name].files:  # a missing file is said now, not after hours of the other scorers
+                weight_file(weights, file)
+
+    def score_with(name):
+        scorer = None
+        for file, new in tqdm(waiting[name], desc=name, unit="group", disable=toy or rank > 0 or not waiting[name]):
             scorer = scorer or load_scorer(name, run, device, weights)
             fresh = score_files(scorer, new, read_run(run)["clip_s"])
             fresh["keys"] = [key for _, _, key in new]
@@ -905,18 +960,32 @@ def merge_scores(cache, groups, names):
     return {n: {key: torch.cat([part[n][key] for part in parts]) for key in parts[0][n]} for n in names}
 
 
-def adopt_scores(source, cache, groups, names):
-    """Copies what another stage's cache knows of these audios into groups that have no cache file yet."""
+def adopt_scores(source, cache, groups, names, ranks=(0, 1, "cpu")):
+    """Copies what another stage's cache knows of these audios into groups that have no cache file yet; every rank for
+    the groups that score_groups gives it."""
+    rank, world, _ = ranks
     for name in names:
         stored = [load_pt(file) for file in sorted(Path(source).glob(f"*.{name}.pt"))]
         where = {key: (i, j) for i, part in enumerate(stored) for j, key in enumerate(part["keys"])}
-        for group, audios in groups.items():
-            keys = [key for _, _, key in audios if key in where]
+        for group in list(groups)[rank::world]:
+            keys = [key for _, _, key in groups[group] if key in where]
             file = Path(cache) / f"{group}.{name}.pt"
             if keys and not file.exists():
                 values = [k for k in stored[0] if k != "keys"]
                 rows = {v: torch.stack([stored[where[key][0]][v][where[key][1]] for key in keys]) for v in values}
                 save_pt(file, {**rows, "keys": keys})
+
+
+def sample_key(run_json, clip, k):
+    """The cache key of stage 01's k-th audio of a clip; it changes when the audio is made otherwise."""
+    made = json.dumps([run_json[key] for key in ("checkpoint_digest", "sampler", "seed")])
+    return f"{clip}/{k}/{hashlib.sha256(made.encode()).hexdigest()[:8]}"
+
+
+def score_line(clip, k, scores, **more):
+    """A line of 02_scores.jsonl or 03_scores/*.jsonl; scores: (5,) with nan where one does not apply."""
+    numbers = {name: None if math.isnan(value) else round(value, 6) for name, value in zip(SCORES, scores.tolist())}
+    return {"clip": clip, "k": k, **numbers, **more}
 
 
 def five_scores(found, audioscore):
@@ -1069,7 +1138,7 @@ class MMAudio(FlowModel):
             stop(f"--model mmaudio:{variant}: unknown variant; choose one of {', '.join(MMAUDIO_VARIANTS)}")
         with upstream("MMAudio"):
             from mmaudio.model import networks
-        self.variant, self.weights, self.mode = variant, Path(weights), variant.split("_")[1]
+        self.variant, self.weights, self.mode = variant, Path(weights).absolute(), variant.split("_")[1]
         self.sample_rate_hz = {"16k": 16000, "44k": 44100}[self.mode]
         self.checkpoint = Path(checkpoint or weight_file(self.weights, f"mmaudio_{variant}.pth"))
         self.net, self.conditions_class = networks.get_my_mmaudio(variant), networks.PreprocessedConditions
@@ -1398,8 +1467,10 @@ def nearest_frames(path, fps, transform):
             pictures.extend([picture] * (min(until, count) - len(pictures)))
 
     try:
-        with av.open(str(path)) as container:
+        with open_media(path) as container:
             for frame in container.decode(video=0):
+                if frame.pts is None:
+                    raise SkipClip("frames without time stamps")
                 slot = math.floor(frame.pts * frame.time_base * fps + 0.5)  # exact: time_base is a Fraction
                 first = slot if last is None else first
                 show(slot - first)
@@ -1450,13 +1521,13 @@ class ImageBindScorer(Scorer):
     Audio: windows of 2 s at 0, 3 and 6 s, averaged (av-benchmark spreads them over the whole file if it exceeds 8 s).
     """
 
-    sample_rate_hz = 16000
+    sample_rate_hz, files, video_score = 16000, ("imagebind_huge.pth",), "ib"
 
     def __init__(self, weights, device):
         super().__init__()
         from torchvision.transforms import v2
 
-        path = weight_file(weights, "imagebind_huge.pth")
+        path = weight_file(weights, self.files[0])
         with upstream("ImageBind"), without_init("imagebind"):
             from imagebind.models import imagebind_model
         net = imagebind_model.imagebind_huge(pretrained=False)  # 4.8 GB: the file is mapped, never copied
@@ -1508,14 +1579,14 @@ class ClapScorer(Scorer):
     """
 
     sample_rate_hz = 48000
+    files = ("music_speech_audioset_epoch_15_esc_89.98.pt", "roberta-base/vocab.json", "roberta-base/merges.txt")
     roberta = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)  # -base
 
     def __init__(self, weights, device):
         super().__init__()
         from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
 
-        path = weight_file(weights, "music_speech_audioset_epoch_15_esc_89.98.pt")
-        vocab, merges = (weight_file(weights, f"roberta-base/{name}") for name in ("vocab.json", "merges.txt"))
+        path, vocab, merges = (weight_file(weights, name) for name in self.files)
         tokens = len(read_json(vocab))  # too few would silently map every caption to the same ids
         if tokens != self.roberta["vocab_size"]:
             stop(f"{vocab}: {tokens} tokens instead of {self.roberta['vocab_size']}; download it again")
@@ -1556,13 +1627,13 @@ class SynchformerScorer(Scorer):
     """score_3, `desync_s`: |audio-video offset| in seconds that Synchformer predicts, mean of the first and the last
     4.8 s, in [0, 2], lower is better. An offset is the most probable of 21 classes, -2 to 2 s in steps of 0.2 s."""
 
-    sample_rate_hz = 16000
+    sample_rate_hz, files, video_score = 16000, ("synchformer_state_dict.pth",), "desync_s"
 
     def __init__(self, weights, device):
         super().__init__()
         from torchvision.transforms import v2
 
-        path = weight_file(weights, "synchformer_state_dict.pth")
+        path = weight_file(weights, self.files[0])
         with upstream("av-benchmark"):
             from av_bench.synchformer.synchformer import Synchformer, make_class_grid
         self.device, self.net = device, load_weights(Synchformer(), load_pt(path), path, device)
@@ -1599,12 +1670,12 @@ class PannsScorer(Scorer):
     """The tagger of score_4, PANNs' Cnn14 at 32 kHz: `logits` (B, 527) over AudioSet's classes, before the sigmoid, and
     `embedding` (B, 2048)."""
 
-    sample_rate_hz, file = 32000, "Cnn14_mAP=0.431.pth"
+    sample_rate_hz, files = 32000, ("Cnn14_mAP=0.431.pth",)
     stft = dict(window_size=1024, hop_size=320, fmin=50, fmax=14000)
 
     def __init__(self, weights, device):
         super().__init__()
-        path = weight_file(weights, self.file)
+        path = weight_file(weights, self.files[0])
         with without_init("panns_inference"):
             from panns_inference.models import Cnn14
         with torch.serialization.safe_globals(NUMPY_ARRAYS):
@@ -1621,18 +1692,18 @@ class PannsScorer(Scorer):
 class Panns16kScorer(PannsScorer):
     """The variant of av-benchmark's KL_PANNs and IS."""
 
-    sample_rate_hz, file = 16000, "Cnn14_16k_mAP=0.438.pth"
+    sample_rate_hz, files = 16000, ("Cnn14_16k_mAP=0.438.pth",)
     stft = dict(window_size=512, hop_size=160, fmin=50, fmax=8000)
 
 
 class PasstScorer(Scorer):
     """`logits` (B, 527) and `embedding` (B, 768) of PaSST at 32 kHz, for FD_PaSST and KL_PaSST: 8 s, padded to 10 s."""
 
-    sample_rate_hz = 32000
+    sample_rate_hz, files = 32000, ("passt-s-f128-p16-s10-ap.476-swa.pt",)
 
     def __init__(self, weights, device):
         super().__init__()
-        path = weight_file(weights, "passt-s-f128-p16-s10-ap.476-swa.pt")
+        path = weight_file(weights, self.files[0])
         from hear21passt.models.passt import get_model
         from hear21passt.models.preprocess import AugmentMelSTFT
 

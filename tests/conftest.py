@@ -52,7 +52,8 @@ def torchrun(number, run, *flags):
 
 def read(path):
     """The lines of a .jsonl, by other code than the stages'."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
 
 
 def write(path, rows):

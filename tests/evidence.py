@@ -36,7 +36,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {path.name[:2]: path.name for path in sorted(ROOT.glob("0?_*.py"))}
 
-# Arms: name -> (stage, flags). {share:.2f} becomes the threshold at which that share of the mined pairs is easy.
+# Arms: name -> (stage, flags). {share:0.45} becomes the threshold at which that share of the mined pairs is easy.
 DPO = {"flow_dpo": ("05", "")}
 TABLE_1 = DPO | {
     "ddpo": ("06", ""),
@@ -146,7 +146,8 @@ def result_file(table, scale):
 
 
 def lines(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -173,7 +174,8 @@ class Results:
 
     def __init__(self, cells, file):
         rows = [[{(r["system"], r["metric"]): r["value"] for r in lines(c / file)} for c in base] for base in cells]
-        self.values = {key: np.array([[cell[key] for cell in base] for base in rows]) for key in rows[0][0]}
+        values = {key: [[cell[key] for cell in base] for base in rows] for key in rows[0][0]}
+        self.values = {key: np.array(value) for key, value in values.items() if None not in sum(value, [])}
 
     def gap(self, system, against, metric):
         """Difference within each cell: mean, half width, and in how many cells it has the mean's sign."""
@@ -212,7 +214,7 @@ def claim_table(results, claims):
     """claims: (text, system, against, metrics). One row per claim and metric."""
     rows = []
     for text, system, against, metrics in claims:
-        for metric in metrics:
+        for metric in (m for m in metrics if m in results.metrics()):
             mean, half, agree = results.gap(system, against, metric)
             cells = results.values[system, metric].size
             row = [text, METRICS[metric][0], shown(metric, mean, half).strip("*"), f"{agree} of {cells}"]

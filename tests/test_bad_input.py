@@ -96,6 +96,21 @@ def test_a_truncated_cache_of_scores_is_named(run, refused):
     said(refused("02", run), run / "02_scores" / "00000.clap.pt")
 
 
+def test_a_line_separator_inside_a_caption_ends_no_line(tmp_path):
+    rows = [{"caption": "a\u2028b\x85c"}, {"caption": "d"}]
+    common.write_jsonl(tmp_path / "x.jsonl", rows)
+    assert common.read_jsonl(tmp_path / "x.jsonl", ("caption",)) == rows
+
+
+def test_a_blank_line_is_named_and_trailing_ones_do_not_matter(tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\r\n{"a": 2}\r\n\n')
+    assert common.read_jsonl(tmp_path / "x.jsonl", ("a",)) == [{"a": 1}, {"a": 2}]
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n{"b": 2}\n')
+    with pytest.raises(SystemExit):
+        common.read_jsonl(tmp_path / "x.jsonl", ("a",))
+    assert "x.jsonl, line 2: not valid JSON" in capsys.readouterr().err
+
+
 # Ratings and choices -----------------------------------------------------------------------------------------
 
 
@@ -114,6 +129,8 @@ BAD_RATINGS = {
     "k out of range": (dict(k=5), ("line 2", "'k'", "5", "0, 1, 2, 3, 4")),
     "k negative": (dict(k=-1), ("line 2", "'k'", "-1")),
     "k no number": (dict(k="first"), ("line 2", "'k'", "first")),
+    "k a superscript": (dict(k="²"), ("line 2", "'k'", "²")),
+    "a list for a clip": (dict(clip=["train00000"]), ("line 2", "'clip'", "train00000")),
     "not one of the three": (dict(rating="Great"), ("line 2", "'rating'", "Great", "Good, Medium, Bad")),
     "in other letters": (dict(rating="good"), ("line 2", "'rating'", "good")),
     "a missing field": (dict(rating=...), ("line 2", "'rating'", "missing")),
@@ -141,7 +158,7 @@ def test_a_csv_of_ratings_without_a_column(unrated, refused):
     said(line, unrated / "rated.csv", "line 1", "'rating'")
 
 
-@pytest.mark.parametrize("name", ["nobody.csv", "nobody.jsonl"])
+@pytest.mark.parametrize("name", ["nobody.csv", "nobody.jsonl", "01_samples"])
 def test_a_file_of_ratings_that_does_not_exist(name, unrated, refused):
     said(refused("02", unrated, "--ratings", unrated / name), unrated / name, "no such file")
 
@@ -259,6 +276,11 @@ FLAGS = [
     ("07", ("--systems", "mine"), "mine"),
     ("07", ("--systems", "mine=nowhere"), "nowhere"),
     ("07", ("--systems", "../x=05_flow_dpo"), "../x"),
+    ("07", ("--systems", "base=05_flow_dpo"), "base comes from the run itself"),
+    ("07", ("--systems", "ground_truth=00_videos"), "ground_truth comes from the run itself"),
+    ("05", ("--threshold", -0.1, "--out", "x"), "--threshold"),
+    ("05", ("--out", "clips.jsonl"), "is a file"),
+    ("06", ("--out", "run.json"), "is a file"),
 ]
 
 
@@ -278,6 +300,12 @@ def test_out_is_a_folder_name_inside_the_run_and_nothing_else(number, name, run,
     kept = files_of(run, *STAGES, "ru", "cl")
     said(refused(number, run, "--out", name), f"--out {name}", "folder name")
     assert files_of(run, *STAGES, "ru", "cl") == kept and not (run.parent / "x").exists()
+
+
+def test_a_policy_whose_training_has_not_finished(run, refused):
+    (run / "05_flow_dpo").rename(run / "05_mine")
+    (run / "05_mine" / "policy.json").unlink()
+    said(refused("07", run, "--systems", "mine=05_mine"), run / "05_mine", "not finished")
 
 
 def test_more_processes_than_the_batch_can_be_divided_over(run, refused, monkeypatch):
@@ -319,6 +347,25 @@ def test_unusable_videos_are_skipped_counted_and_listed(bad_videos, tmp_path, to
     assert all("unreadable" in skipped[name] for name in ("corrupt", "text", "empty"))
     assert {row["clip"] for row in read(tmp_path / "run" / "01_samples" / "00000.jsonl")} == {"good"}
     assert "7 in, 1 used, 6 skipped" in capsys.readouterr().out
+
+
+def test_a_title_in_latin_1_is_no_reason_and_frames_without_time_are(tmp_path, toy):
+    (tmp_path / "videos").mkdir()
+    for name, container in (("titled.mkv", "matroska"), ("raw.mp4", "h264")):
+        with av.open(str(tmp_path / "videos" / name), "w", format=container) as target:
+            target.metadata["title"] = "caf.."
+            video = target.add_stream("libx264", rate=25)
+            video.width = video.height = 64
+            for _ in range(60):
+                target.mux(video.encode(av.VideoFrame(64, 64, "yuv420p")))
+            target.mux(video.encode(None))
+    titled = tmp_path / "videos" / "titled.mkv"
+    assert b"caf.." in titled.read_bytes()
+    titled.write_bytes(titled.read_bytes().replace(b"caf..", b"caf\xe9\xe9"))
+    call("01", tmp_path / "run", "--videos", tmp_path / "videos", *toy)
+    assert {row["clip"] for row in read(tmp_path / "run/01_samples/00000.jsonl")} == {"titled"}
+    (skipped,) = read(tmp_path / "run/01_samples/00000.skipped.jsonl")
+    assert (skipped["clip"], skipped["reason"]) == ("raw", "frames without time stamps")
 
 
 def test_unusable_videos_are_an_error_under_strict(bad_videos, tmp_path, toy, refused):
@@ -380,6 +427,22 @@ def test_a_bad_table_of_clips(name, text, expected, tmp_path, toy, refused):
     said(line, tmp_path / name, expected)
 
 
+def test_a_test_list_that_does_not_exist_or_is_not_utf_8(tmp_path, toy, refused):
+    make_video(tmp_path / "videos" / "good.mp4", (64, 64), 25, 2.2)
+    (tmp_path / "list.jsonl").write_text('{"id": "good"}\n')
+    flags = ("--clips", tmp_path / "list.jsonl", "--videos", tmp_path / "videos", *toy)
+    said(refused("01", tmp_path / "run", *flags, "--test-list", tmp_path / "absent.tsv"), "absent.tsv", "no such file")
+    (tmp_path / "vgg-test.tsv").write_bytes(b"id\tlabel\ncaf\xe9\n")
+    said(refused("01", tmp_path / "run", *flags, "--test-list", tmp_path / "vgg-test.tsv"), "vgg-test.tsv, line 2")
+
+
+def test_a_toy_checkpoint_without_its_scorers_beside_it(tmp_path, toy, refused):
+    make_video(tmp_path / "videos" / "good.mp4", (64, 64), 25, 2.2)
+    shutil.copy(toy[3], tmp_path / "00_base.pt")
+    flags = ("--model", "toy", "--checkpoint", tmp_path / "00_base.pt", "--videos", tmp_path / "videos")
+    said(refused("01", tmp_path / "run", *flags), tmp_path / "00_base.pt", "00_scorers.pt", "beside it")
+
+
 def test_a_video_path_that_leaves_the_root_after_stage_01(run, refused):
     set_line(run / "clips.jsonl", 1, video="../00_base.pt")
     said(refused("06", run), run / "clips.jsonl", "line 1", "'video'", "../00_base.pt")
@@ -425,6 +488,22 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, refu
     state = common.load_pt(run / "broken" / "checkpoint.pt")
     assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())
     assert not (run / "broken" / "policy.pt").exists() and len(read(run / "broken" / "log.jsonl")) == 4
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(run, refused, monkeypatch):
+    clip, seen = torch.nn.utils.clip_grad_norm_, []
+
+    def infinite(parameters, bound):
+        parameters = list(parameters)
+        seen.append(1)
+        if len(seen) == 3:
+            parameters[0].grad.fill_(float("inf"))
+        return clip(parameters, bound)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", infinite)
+    said(refused("05", run, "--out", "broken", "--save-every", 1), "step 2", "not finite", "broken/checkpoint.pt")
+    state = common.load_pt(run / "broken" / "checkpoint.pt")
+    assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
 
 
 def test_a_learning_rate_that_explodes_stops_with_finite_weights_kept(run, refused):
@@ -506,7 +585,7 @@ def test_help_shows_every_flag_and_the_papers_numbers(number, capsys, monkeypatc
 
 
 def test_no_abbreviated_or_unknown_flag_passes_silently(capsys):
-    for flags in (["--bta", "7"], ["--beta", "high"]):
+    for flags in (["--bta", "7"], ["--bet", "7"], ["--global", "4"], ["--beta", "high"]):
         with pytest.raises(SystemExit) as stopped:
             stage("05").parse_args(flags)
         assert stopped.value.code == 2 and flags[0] in capsys.readouterr().err

@@ -63,6 +63,15 @@ def test_tables_show_differences_as_wide_as_they_are_and_bold_only_where_better(
     assert "|  | FD | +2 ± 0 | 4 of 4 | does not hold |" in claims
 
 
+def test_a_metric_that_some_cell_lacks_is_left_out(cells):
+    file = cells[1][0] / "results_table1.jsonl"
+    write(file, [{**row, "value": None if row["metric"] == "is" else row["value"]} for row in evidence.lines(file)])
+    results = evidence.Results(cells, "results_table1.jsonl")
+    assert "is" not in results.metrics() and "fd" in results.metrics()
+    text = evidence.claim_table(results, [("people", "no_human", "base", ("is", "fd"))])
+    assert "| people | FD |" in text and "IS" not in text
+
+
 def test_costs_count_rows_and_the_cpu_seconds_of_each_arms_own_command(cells):
     for cell in (cell for row in cells for cell in row):
         spent = [("01_generate.py --seed 0", 70), ("03_mine_pairs.py --seed 0", 30)]

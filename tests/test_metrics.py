@@ -180,6 +180,17 @@ def test_a_clip_without_audio_of_one_system_counts_for_neither_in_the_difference
     assert row["n"] == 3
 
 
+def test_set_metrics_compare_two_systems_on_the_clips_that_both_have(metrics):
+    base, rows = made_up(60, 2.0, 1), np.arange(60)
+    few = np.where(rows % 3 == 0, rows // 3, -1)  # the same audio on every third clip, none on the others
+    truth = made_up(60, seed=9)
+    sets = {"base": {"fd": (base, rows)}, "flow_dpo": {"fd": (base[::3], few)}, "ground_truth": {"fd": (truth, rows)}}
+    means = {"ground_truth": {}, "base": {}, "flow_dpo": {}}
+    (row,) = [r for r in metrics.results_of(means, sets, 60) if (r["system"], r["metric"]) == ("flow_dpo", "fd")]
+    assert row["diff"] == pytest.approx(0, abs=1e-9) and row["n"] == 20
+    assert row["diff_low"] == pytest.approx(0, abs=1e-9) and row["diff_high"] == pytest.approx(0, abs=1e-9)
+
+
 # Table 1 ------------------------------------------------------------------------------------------------------
 
 

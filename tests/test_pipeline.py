@@ -180,7 +180,7 @@ def test_the_reference_stays_the_base_while_the_policy_learns(run, monkeypatch):
     kept, reference = [], common.FlowModel.reference
     monkeypatch.setattr(common.FlowModel, "reference", lambda model: kept.append(reference(model)) or kept[-1])
     call("05", run, "--out", "watched", "--steps", 3)
-    assert common.state_digest(kept[0]) == common.state_digest(common.load_base_model(run))
+    assert largest_difference(kept[0].state_dict(), common.load_base_model(run).state_dict()) == 0
     assert largest_difference(weights(run, "watched"), common.load_pt(run / "00_base.pt")["net"]) > 1e-5
 
 
@@ -365,6 +365,38 @@ def test_interrupted_scoring_goes_on_and_gives_the_same_audioscore(run, finished
     assert (run / "02_scores.jsonl").read_bytes() == (finished / "02_scores.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("number, owner, name", [("02", "02", "fit"), ("03", "03", "mine"), ("04", "04", "split")])
+def test_an_interrupted_redo_leaves_nothing_that_later_stages_would_take_for_new(run, number, owner, name, monkeypatch):
+    if number == "02":
+        set_rating(run, 0)
+    elif number == "03":
+        call("02", run, "--redo", "--seed", 5)
+    else:
+        call("03", run, "--redo", "--min-score-c", 0.01)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, stage(owner), name, 1)
+        with pytest.raises(KeyboardInterrupt):
+            call(number, run, "--redo")
+    with pytest.raises(SystemExit):
+        call({"02": "03", "03": "04", "04": "05"}[number], run, *(("--out", "x") if number == "04" else ()))
+    call(number, run)  # the same command without --redo goes on
+
+
+def set_rating(run, number):
+    rows = read(run / "02_ratings.jsonl")
+    rows[number]["rating"] = "Good" if rows[number]["rating"] != "Good" else "Bad"
+    write(run / "02_ratings.jsonl", rows)
+
+
+def test_smaller_micro_batches_of_ddpo_give_the_same_policy(run):
+    for out, size in (("whole", 3), ("sliced", 1)):  # a prompt's three audios together, and one by one
+        call("06", run, "--out", out, "--steps", 2, "--micro-batch", size, "--lr", 3e-5)
+    assert largest_difference(weights(run, "whole"), weights(run, "sliced")) < 2e-6
+    whole, sliced = (read(run / out / "log.jsonl") for out in ("whole", "sliced"))
+    for key in ("reward", "grad_norm", "approx_kl"):
+        assert [row[key] for row in sliced] == pytest.approx([row[key] for row in whole], rel=1e-3, abs=1e-9)
+
+
 def test_missing_videos_of_the_toy_world_are_made_again_alike(run):
     before = files_of(run, "00")
     for name in ("train00003.mp4", "test00001.mp4"):
@@ -450,6 +482,16 @@ def test_memory_savers_do_not_change_the_result(run, flags):
     call("05", run, "--out", "plain", "--steps", 4)
     call("05", run, "--out", "saved", "--steps", 4, *flags)
     assert largest_difference(weights(run, "plain"), weights(run, "saved")) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("flags", [(), ("--compile",), ("--gradient-checkpointing",)])
+def test_flow_dpo_starts_at_log2_and_learns_in_bf16_on_cuda(run, flags):
+    call("05", run, "--out", "cuda", "--steps", 4, *flags)
+    log = read(run / "cuda" / "log.jsonl")
+    assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-3) and log[0]["peak_gb"] > 0
+    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in log)
 
 
 # The oracle --------------------------------------------------------------------------------------------------
@@ -552,7 +594,83 @@ def test_max_clips_draws_a_seeded_subset_of_the_train_clips(tmp_path, youtube, t
     assert len({frozenset(part) for part in drawn.values()}) > 1
 
 
+def test_a_run_prepared_without_train_clips_gets_them_later(tmp_path, youtube, toy, capsys):
+    videos, names = youtube
+    write(tmp_path / "list.jsonl", [{"id": n, "split": "test" if i > 3 else "train"} for i, n in enumerate(names)])
+    flags = ("--clips", tmp_path / "list.jsonl", "--videos", videos, *toy)
+    call("01", tmp_path / "run", *flags, "--max-clips", 0)
+    assert "prepared" in capsys.readouterr().out and not (tmp_path / "run" / "01_samples").exists()
+    with pytest.raises(SystemExit):
+        call("01", tmp_path / "run", *flags, "--guidance", 2)
+    call("01", tmp_path / "run", *flags)
+    assert {row["clip"] for row in read(tmp_path / "run" / "01_samples" / "00000.jsonl")} == set(names[:4])
+
+
+def test_a_rerun_keeps_its_list_when_videos_appear_or_vanish(tmp_path, youtube, toy, capsys):
+    videos, names = youtube
+    write(tmp_path / "list.jsonl", [{"id": name} for name in names])
+    flags = ("--clips", tmp_path / "list.jsonl", "--videos", videos, *toy)
+    (videos / f"{names[0]}.mp4").rename(tmp_path / "kept.mp4")
+    call("01", tmp_path / "run", *flags)
+    before = files_of(tmp_path / "run", "01", "cl")
+    (tmp_path / "kept.mp4").rename(videos / f"{names[0]}.mp4")
+    (videos / f"{names[1]}.mp4").unlink()
+    capsys.readouterr()
+    call("01", tmp_path / "run", *flags)
+    assert "1 videos appeared since, 1 vanished" in capsys.readouterr().out
+    assert files_of(tmp_path / "run", "01", "cl") == before
+
+
+def test_the_toy_model_on_other_clips_goes_on_with_its_own_settings(tmp_path, youtube, finished):
+    flags = ("--model", "toy", "--checkpoint", finished / "00_base.pt", "--videos", youtube[0], "--max-clips", 2)
+    call("01", tmp_path / "run", *flags)
+    sampler = json.loads((tmp_path / "run" / "run.json").read_text())["sampler"]
+    assert sampler == {"steps": common.TOY["tiny"]["01"]["sampling_steps"], "guidance": 1.5}
+    call("01", tmp_path / "run", *flags)
+
+
 # People and published systems --------------------------------------------------------------------------------
+
+
+def fill(sheet, column, answers):
+    """What a spreadsheet does with a sheet: in its place."""
+    with open(sheet, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    for row, answer in zip(rows, answers):
+        row[column] = answer
+    with open(sheet, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return sheet.read_bytes()
+
+
+def test_sheets_that_people_fill_in_are_read_in_place_and_never_written_over(run, refused):
+    for path in [path for number in ("02", "03") for path in run.glob(f"{number}_*") if path.is_file()]:
+        path.unlink()
+    (run / "00_oracle.pt").unlink()
+    call("02", run)
+    filled = fill(run / "02_to_rate.csv", "rating", ("Good", "Bad", "Medium", "Medium") * 5)
+    call("02", run)  # not given yet: asks again
+    call("02", run, "--ratings", run / "02_to_rate.csv")
+    assert (run / "02_to_rate.csv").read_bytes() == filled and len(read(run / "02_ratings.jsonl")) == 20
+    call("03", run)
+    assert "no choice" in refused("03", run, "--choices", run / "03_to_choose.csv", "--redo")
+    filled = fill(run / "03_to_choose.csv", "choice", ("a", "b", "tie"))
+    call("03", run, "--choices", run / "03_to_choose.csv", "--redo")
+    assert (run / "03_to_choose.csv").read_bytes() == filled and len(read(run / "03_human_pairs.jsonl")) == 2
+
+
+def test_the_toy_worlds_people_answer_anew_when_redo_asks_them_other_questions(run):
+    before = read(run / "02_ratings.jsonl")
+    set_rating(run, 0)
+    edited = read(run / "02_ratings.jsonl")
+    call("02", run, "--redo")
+    assert read(run / "02_ratings.jsonl") == edited  # the same audios: what a person changed stays
+    call("02", run, "--redo", "--num-rated-clips", 6)
+    assert {row["clip"] for row in read(run / "02_ratings.jsonl")} < {row["clip"] for row in before}
+    call("03", run, "--redo", "--num-human-pairs", 4)
+    assert len(read(run / "03_human_choices.jsonl")) == 4
 
 
 def test_without_choices_stage_03_asks_for_them_and_goes_on(run, capsys):
@@ -618,6 +736,54 @@ def test_a_folder_of_audio_is_a_system_and_the_truth_itself_is_at_distance_0(run
     call("07", run, *flags, "--allow-missing")
     found = results(run, "val")
     assert (found["published", "ib"]["n"], found["ground_truth", "ib"]["n"]) == (5, 6)
+
+
+def test_a_test_clip_whose_video_or_sound_cannot_be_read_is_left_out_where_it_must(run, capfd):
+    names = [clip["id"] for clip in read(run / "clips.jsonl") if clip["split"] == "test"]
+    whole = (run / "00_videos" / f"{names[0]}.mp4").read_bytes()
+    make_video(run / "00_videos" / f"{names[0]}.mp4", (64, 64), 25, 0.8)  # too short to look at, but it sounds
+    (run / "00_videos" / f"{names[1]}.mp4").write_bytes(whole[:700])  # neither
+    for name in ("07_scores", "07_conditions"):
+        shutil.rmtree(run / name)
+    call("07", run, "--allow-missing")
+    found, said = results(run), capfd.readouterr().err
+    assert f"{names[0]}: too short" in said and f"{names[1]}: unreadable" in said
+    assert found["ground_truth", "ib"]["n"] == 6 and found["ground_truth", "is"]["n"] == 7
+    assert found["base", "ib"]["n"] == found["base", "desync_s"]["n"] == 6  # its audio is cached, the video is gone
+    assert all(row["value"] is None or np.isfinite(row["value"]) for row in found.values())
+
+
+def test_coverage_counts_the_listed_clips_without_video(run, capsys):
+    write(run / "01_missing.jsonl", [{"id": x, "split": s, "reason": "no"} for x, s in (("a", "test"), ("b", "train"))])
+    call("07", run, "--only", "--systems", "ground_truth", "base")
+    assert "1 more listed test clips have no video" in capsys.readouterr().out
+
+
+def test_a_file_that_a_scorer_lacks_is_named_before_any_other_scorer_works(run, monkeypatch, capsys):
+    class Working(common.Scorer):
+        def __init__(self, *_):
+            raise AssertionError("it should not have started")
+
+    class Lacking(Working):
+        files = ("Cnn14_mAP=0.431.pth",)
+
+    monkeypatch.setattr(common, "SCORERS", {"imagebind": Working, "panns": Lacking})
+    about = json.loads((run / "run.json").read_text())
+    del about["scorers"]
+    (run / "run.json").write_text(json.dumps(about))
+    with pytest.raises(SystemExit):
+        common.score_groups(run, run / "x", {"0": [({"id": "a"}, "a.wav", "a/0")]}, ("imagebind", "panns"), run / "w")
+    assert "Cnn14_mAP=0.431.pth: missing" in capsys.readouterr().err
+
+
+def test_a_cached_audio_of_another_policy_is_never_taken_for_this_ones(run):
+    before = (run / "07_audio/flow_dpo/settings.json").read_bytes()
+    (run / "07_audio/flow_dpo/settings.json").unlink()  # as an interrupted clean-up leaves it
+    names = sorted((run / "07_audio/flow_dpo").glob("*.wav"))
+    kept = names[0].read_bytes()
+    names[0].write_bytes(names[1].read_bytes())
+    call("07", run)
+    assert names[0].read_bytes() == kept and (run / "07_audio/flow_dpo/settings.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("suffix, rate, channels", [("flac", 44_100, 2), ("wav", 8_000, 1), ("ogg", 48_000, 2)])
