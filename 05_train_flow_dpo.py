@@ -221,8 +221,8 @@ def main(args):
     policy = common.data_parallel(model, device)
     if rank == 0:
         names = ["hard + human", "easy"] if args.hard_first else ["easy", "hard + human"]
-        for i in (0, 1):
-            print(f"stage {i + 1} ({names[i]}): {len(stages[i])} pairs, {stage_steps[i]} steps of {args.global_batch}")
+        for i, (name, pairs, steps) in enumerate(zip(names, stages, stage_steps), 1):
+            print(f"stage {i} ({name}): {len(pairs)} pairs, {steps} steps with {args.global_batch} each")
         size = model.latent_shape[0] * model.latent_shape[1]
         print(f"beta {args.beta:g} on errors averaged over {size} latent values (as a sum: beta {args.beta / size:g})")
         trained = sum(p.numel() for p in model.trainable_parameters())
@@ -242,8 +242,8 @@ def main(args):
         if not (sums.isfinite().all() and grad_norm.isfinite()):
             stop(f"step {step}: the loss is not finite; {folder}/checkpoint.pt holds the last good step; lower --lr")
         if step == 0 and args.sft_weight == 0 and abs(sums[0].item() / args.global_batch - math.log(2)) > 1e-3:
-            advice = "use --reference-precision fp32, leave --compile out, or try --precision fp32"
-            stop(f"step 0: the loss is {sums[0] / args.global_batch:.4f}, not log 2: the reference is not the policy; {advice}")
+            loss, advice = sums[0].item() / args.global_batch, "use --reference-precision fp32, no --compile"
+            stop(f"step 0: the loss is {loss:.4f}, not log 2, so the reference differs; {advice} or --precision fp32")
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args)
         optimizer.step()

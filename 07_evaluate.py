@@ -124,9 +124,10 @@ def inception_score(logits, splits=10, seed=2020):
 
 
 def bootstrap(values, resamples=2000, seed=0):
-    """95 % percentile interval of the mean over clips; values (n,), nan = the metric does not apply to the clip."""
+    """95 % percentile interval of the mean over clips; values (n,), nan = the metric does not apply to the clip. None
+    below two clips, which have no spread."""
     values = values[np.isfinite(values)]
-    if len(values) == 0:
+    if len(values) < 2:
         return None, None
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]

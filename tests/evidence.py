@@ -211,16 +211,18 @@ def difference_table(results, systems, by_metric):
 
 
 def claim_table(results, claims):
-    """claims: (text, system, against, metrics). One row per claim and metric."""
+    """claims: (text, system, against, metrics). One row per claim, its metrics sorted by verdict; in brackets, in how
+    many of the cells the difference has its mean's sign."""
     rows = []
     for text, system, against, metrics in claims:
+        found = {"holds": [], "does not hold": [], "not decidable here": []}
         for metric in (m for m in metrics if m in results.metrics()):
             mean, half, agree = results.gap(system, against, metric)
-            cells = results.values[system, metric].size
-            row = [text, METRICS[metric][0], shown(metric, mean, half).strip("*"), f"{agree} of {cells}"]
-            rows.append([*row, verdict(mean, half, METRICS[metric][1])])
-            text = ""
-    return table(["claim", "on", "difference", "cells that agree", ""], rows)
+            number = shown(metric, mean, half).strip("*")
+            count = f"{agree}/{results.values[system, metric].size}"
+            found[verdict(mean, half, METRICS[metric][1])].append(f"{METRICS[metric][0]} {number} ({count})")
+        rows.append([text, *("; ".join(part) or "-" for part in found.values())])
+    return table(["claim", *found], rows)
 
 
 def cost_table(cells, arms):

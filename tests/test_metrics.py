@@ -128,7 +128,7 @@ def test_jackknife_interval_of_fd_contains_its_value_and_its_width_shrinks(metri
 def test_bootstrap_ignores_clips_to_which_a_metric_does_not_apply(metrics):
     low, high = metrics.bootstrap(np.array([np.nan, 1.0, 2.0, 3.0]))
     assert 1 <= low < high <= 3
-    assert metrics.bootstrap(np.array([np.nan, np.nan])) == (None, None)
+    assert metrics.bootstrap(np.array([np.nan, np.nan])) == metrics.bootstrap(np.array([3.0])) == (None, None)
 
 
 def made_up(n, shift=0.0, seed=0):

@@ -274,7 +274,7 @@ def write_panns(folder):
     for scorer in (common.PannsScorer, common.Panns16kScorer):
         net = lively(Cnn14(sample_rate=scorer.sample_rate_hz, mel_bins=64, classes_num=527, **scorer.stft))
         file = {"iteration": 600000, "model": net.state_dict(), "sampler": {"indexes": np.arange(9), "pointer": 4}}
-        torch.save(file, folder / scorer.file, _use_new_zipfile_serialization=False)
+        torch.save(file, folder / scorer.files[0], _use_new_zipfile_serialization=False)
 
 
 def write_passt(folder, patch):
