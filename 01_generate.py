@@ -250,7 +250,7 @@ def main(args):
         if prepared:
             common.claim(record, settings | {"max_clips": 0}, advice=advice)
         common.claim(record, settings, redo=prepared, advice=advice)
-        if (run / "clips.jsonl").exists() and not own_clips:
+        if (run / "clips.jsonl").exists() and not own_clips and not prepared:
             keep_clips(run, found)
         elif not own_clips:
             common.write_jsonl(run / "01_missing.jsonl", missing)

@@ -55,7 +55,7 @@ TABLE_2 |= {f"share{100 * share:.0f}": ("05", f"--threshold {{share:{share}}}") 
 TABLE_2 |= {"hard_first": ("05", "--hard-first")}
 GUIDANCE = {"flow_dpo": TABLE_1["flow_dpo"], "ddpo": TABLE_1["ddpo"]}
 ARMS = {"table1": TABLE_1, "table2": TABLE_2, "guidance": GUIDANCE}
-SCALES = (1.0, 1.5, 3.0, 4.5)
+SCALES = (1.0, 3.0, 4.5)  # besides the toy world's own, 1.5, which is Table 1
 COUNTS = ("forwards_grad", "forwards")  # of the logs of 05 and 06
 
 # metric: (heading, which way is better, decimals, shown times)

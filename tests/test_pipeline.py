@@ -598,7 +598,9 @@ def test_a_run_prepared_without_train_clips_gets_them_later(tmp_path, youtube, t
     videos, names = youtube
     write(tmp_path / "list.jsonl", [{"id": n, "split": "test" if i > 3 else "train"} for i, n in enumerate(names)])
     flags = ("--clips", tmp_path / "list.jsonl", "--videos", videos, *toy)
+    (videos / f"{names[0]}.mp4").rename(tmp_path / "later.mp4")
     call("01", tmp_path / "run", *flags, "--max-clips", 0)
+    (tmp_path / "later.mp4").rename(videos / f"{names[0]}.mp4")
     assert "prepared" in capsys.readouterr().out and not (tmp_path / "run" / "01_samples").exists()
     with pytest.raises(SystemExit):
         call("01", tmp_path / "run", *flags, "--guidance", 2)
