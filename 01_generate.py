@@ -20,7 +20,7 @@ Writes:
     01_samples/00012.pt         latents (rows, T, C) float32 normalised; features: dict of (rows // N, ...) float32
     01_samples/00012.skipped.jsonl   clips of the shard that could not be used: clip, reason
     01_audio/<clip>_<k>.wav     what a person listens to
-Takes: toy 58 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in all.
+Takes: toy 56 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in all.
 """
 
 import csv

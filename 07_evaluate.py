@@ -16,7 +16,7 @@ Writes:
                                      diff, diff_low, diff_high: value minus base's, paired, never sign-flipped, null
                                      for base
     07_report.html                   one self-contained page; --split val writes 07_results_val.jsonl and no page
-Takes: toy 44 s on 2 cores.
+Takes: toy 42 s on 2 cores.
 """
 
 import base64
