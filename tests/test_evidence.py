@@ -1,4 +1,4 @@
-"""The README's evidence: its intervals, verdicts and tables, on numbers worked out by hand."""
+"""docs/evidence.py: its intervals, verdicts and tables, on numbers worked out by hand."""
 
 import json
 

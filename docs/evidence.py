@@ -1,10 +1,10 @@
-"""The README's evidence: Tables 1 and 2 in miniature, over several toy worlds and seeds (Sec. 3.2).
+"""The evidence of docs/evidence.md: Tables 1 and 2 in miniature, over several toy worlds and seeds (Sec. 3.2).
 
 Run:
-    python tests/evidence.py table1         # base, Flow-DPO, DDPO, SFT on winners, ... : who is better than whom
-    python tests/evidence.py table2         # beta, the curriculum's threshold, and readings of Eq. 5
-    python tests/evidence.py guidance       # the same policies at other guidance scales
-    python tests/evidence.py table1 --bases 2 --seeds 1 --size tiny        # a try, minutes
+    python docs/evidence.py table1         # base, Flow-DPO, DDPO, SFT on winners, ... : who is better than whom
+    python docs/evidence.py table2         # beta, the curriculum's threshold, and readings of Eq. 5
+    python docs/evidence.py guidance       # the same policies at other guidance scales
+    python docs/evidence.py table1 --bases 2 --seeds 1 --size tiny        # a try, minutes
 Everything is a stage's own command, written to <runs>/base<b>_seed<s>/commands.jsonl: 00 with --seed b makes the world,
 its base model, scorers and raters; 01 to 06 with --seed s make audios, ratings, pairs and policies on it; 07 judges on
 the test split. What is there is not made again.
@@ -14,8 +14,8 @@ differ by clips, seeds, pre-training and scorers alike, so all of these are in i
 and seed, on the same clips and noise.
 
 Writes:
-    <runs>/<table>.md      the tables, ready for the README; and prints them
-Takes: see the README.
+    <runs>/<table>.md      the tables, ready for docs/evidence.md; and prints them
+Takes: see docs/evidence.md.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def parse_args(argv=None):
 
 def command(cell, number, flags):
     """Runs a stage, notes its command and CPU seconds, and stops with its output when it fails."""
-    line = [sys.executable, STAGES[number], "--run", str(cell), *shlex.split(flags)]
+    line = [sys.executable, STAGES[number], "--run-dir", str(cell), *shlex.split(flags)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
