@@ -1,15 +1,104 @@
-"""The README says what the code says: commands, weights table, the paper's numbers, the top level."""
+"""README and docs say what the code says: commands and flags, weights, packages, stages, links, the top level."""
 
+import argparse
+import ast
+import fnmatch
+import functools
+import importlib
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 import common
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {file: file.read_text(encoding="utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+SCRIPTS = {file.name: file for file in sorted(ROOT.glob("0?_*.py"))} | {"docs/evidence.py": ROOT / "docs/evidence.py"}
+OTHERS = {"--no-deps", "--local-dir"}  # of pip, pytest, git and hf, where the pages name them in a sentence
+
+
+# Commands -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def parser_of(script):
+    """The parser that a script's parse_args builds, caught when it is about to parse."""
+
+    class Built(Exception):
+        pass
+
+    def caught(parser, *_, **__):
+        raise Built(parser)
+
+    module = importlib.import_module(SCRIPTS[script].stem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", caught)
+        with pytest.raises(Built) as built:
+            module.parse_args([])
+    return built.value.args[0]
+
+
+def flags_of(parser):
+    """Every `--flag` of a parser and of its subcommands."""
+    inner = [p for a in parser._actions if isinstance(a, argparse._SubParsersAction) for p in a.choices.values()]
+    own = {flag for flag in parser._option_string_actions if flag.startswith("--")}
+    return own.union(*map(flags_of, inner))
+
+
+def code_lines(text):
+    """Lines of fenced blocks and indented code, continuation lines joined."""
+    lines, fenced = [], False
+    for line in text.split("\n"):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            if lines and lines[-1].endswith("\\"):
+                lines[-1] = lines[-1][:-1] + " " + line.strip()
+            else:
+                lines.append(line.strip())
+    return lines
+
+
+def commands_in(text):
+    """[[word, ...], ...]: the commands of a text's code that start with python or torchrun and name a script of ours,
+    without what is said behind them: `# ...`, or in brackets after two spaces."""
+    found = []
+    for line in code_lines(text):
+        for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*|\s{2,}\(.*", "", line)):
+            if re.match(r"\s*(python|torchrun) .*\b(0\d_\w+|evidence)\.py\b", part):
+                found.append([word for word in shlex.split(part) if word != "..."])
+    return found
+
+
+def complaint(words):
+    """What is wrong with a command, or None: torchrun's own parser reads its part, the script's parser the rest."""
+    try:
+        if words[0] == "torchrun":
+            assert "--" not in words, "torchrun takes the line without ` -- `"
+            launch = torchrun_parser().parse_args(words[1:])
+            script, given = launch.training_script, launch.training_script_args
+        else:
+            script, given = words[1], words[2:]
+        assert script in SCRIPTS, f"no script {script}"
+        unknown = [word for word in given if word.startswith("--") and word not in flags_of(parser_of(script))]
+        assert not unknown, f"{script} has no {' '.join(unknown)}"
+        parser_of(script).parse_args(given)
+    except (SystemExit, AssertionError) as error:
+        return str(error) or "refused"
+
+
+def docstring_of(script):
+    return ast.get_docstring(ast.parse(SCRIPTS[script].read_text(encoding="utf-8")), clean=False)
+
+
+SOURCES = {str(page.relative_to(ROOT)): text for page, text in PAGES.items()}
+SOURCES |= {script: docstring_of(script) for script in SCRIPTS}
+COMMANDS = [(source, words) for source, text in SOURCES.items() for words in commands_in(text)]
 
 
 def test_the_two_commands_stand_verbatim_on_one_line_each():
@@ -19,29 +108,110 @@ def test_the_two_commands_stand_verbatim_on_one_line_each():
     assert "python -m pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_every_weight_file_has_its_row_with_size_and_use():
-    for name, (source, size, use) in common.WEIGHTS.items():
-        row = next((line for line in README.splitlines() if line.startswith(f"| `{name}` |")), None)
-        assert row is not None, name
-        assert source in row and f"| {size} | {use} |" in row
+@pytest.mark.parametrize("source, words", COMMANDS, ids=[f"{source}: {' '.join(w)}"[:90] for source, w in COMMANDS])
+def test_every_command_line_parses(source, words):
+    assert complaint(words) is None
+
+
+def test_the_readme_shows_a_command_of_every_stage():
+    said = {word for source, words in COMMANDS for word in words if source == "README.md"}
+    assert {script for script in SCRIPTS if "/" not in script} <= said | {"00_toy_world.py"}
+
+
+@pytest.mark.parametrize("line", ("05_train_flow_dpo.py --no-such-flag", "05_train_flow_dpo.py --steps many",
+                                  "01_generate.py --gui 1", "09_none.py"))  # fmt: skip
+def test_a_wrong_command_line_is_found(line):
+    for launcher in ("python", "torchrun --nproc_per_node 8"):
+        (words,) = commands_in(f"    {launcher} \\\n        {line}  # as typed")
+        assert complaint(words)
+
+
+def test_every_flag_in_a_sentence_is_some_scripts_or_torchruns():
+    known = OTHERS.union(*(flags_of(parser_of(script)) for script in SCRIPTS), flags_of(torchrun_parser()))
+    for page, text in PAGES.items():
+        spans = " ".join(re.findall(r"`[^`\n]+`", text))
+        said = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", spans))
+        assert said <= known, f"{page.name}: {said - known}"
+
+
+# Tables -------------------------------------------------------------------------------------------------------
+
+
+def rows_of(page):
+    """{first cell without backticks: [other cells]} of a page that has one table."""
+    lines = [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert sum(set(line) <= set("|-: ") for line in lines) == 1, f"{page}: one table"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert all(len(row) == len(cells[0]) and all(row) for row in cells), f"{page}: a cell is empty"
+    rows = {row[0].strip("`"): row[1:] for row in cells}
+    assert len(rows) == len(cells), f"{page}: a file has two rows"
+    return rows
+
+
+def files_read(source):
+    """Names of weight files in a source, `*` where an f-string inserts something."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        text = "".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in parts)
+        if re.fullmatch(r"[\w*][\w./=*+-]*\.(pth|pt|ckpt|yml|json|txt)", text) and not text.startswith("open_clip_"):
+            found |= {text, f"*/{text}"}  # a folder may be put before it elsewhere
+    return found
+
+
+def test_every_weight_file_has_its_row_and_every_row_its_reader():
+    rows, read = rows_of("docs/weights.md"), set()
+    for file in (ROOT / "adapters").glob("*.py"):
+        read |= files_read(file.read_text(encoding="utf-8"))
+    assert read
+    for name in (name for name in read if not name.startswith("*/")):
+        assert fnmatch.filter(rows, name) or fnmatch.filter(rows, f"*/{name}"), f"no row for {name}"
+    unread = [row for row in rows if not any(fnmatch.fnmatch(row, name) for name in read)]
+    assert sorted(unread) == ["00_base.pt", "00_scorers.pt"]
+    assert all(re.search(r"\b0[1-7]\b", row[-1]) for row in rows.values())
+
+
+def test_a_missing_weight_file_is_said_by_its_row(tmp_path, capsys):
+    for name, (source, size, use, _) in rows_of("docs/weights.md").items():
+        with pytest.raises(SystemExit):
+            common.weight_file(tmp_path, name)
+        said = capsys.readouterr().err
+        assert name in said and source.strip("<>") in said and size in said and use in said
 
 
 def test_every_required_package_is_explained():
+    choices = (ROOT / "docs" / "choices.md").read_text(encoding="utf-8")
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            package = re.split(r"[=><]", line)[0]
-            assert re.search(rf"^\|[^|]*\b{re.escape(package)}\b", README, flags=re.M), package
-
-
-def test_every_torchrun_line_separates_the_script_from_torchruns_own_options():
-    commands = [line for line in README.splitlines() if line.strip().startswith("torchrun")]
-    assert commands
-    assert all(" -- 0" in line for line in commands)
+            package, pinned = re.split(r"[=><]", line)[0], re.search(r"==(.+)", line)
+            row = re.search(rf"^\|[^|]*\b{re.escape(package)}\b[^|]*\|", choices, flags=re.M)
+            assert row and (pinned is None or f"{package} {pinned[1]}" in row[0]), line
 
 
 def test_the_stages_in_the_table_are_the_files():
-    files = {path.name for path in ROOT.glob("0?_*.py")} | {"common.py"}
-    assert files == set(re.findall(r"^\| `([\w]+\.py)` \|", README, flags=re.M))
+    files = {path.name for path in ROOT.glob("0?_*.py")} | {"common.py", "adapters/"}
+    assert files == set(re.findall(r"^\| `([\w]+(?:\.py|/))` \|", README, flags=re.M))
+
+
+# Pages --------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_read_in_five_minutes_and_lists_every_page():
+    assert len(README.splitlines()) <= 150
+    for page in PAGES:
+        assert page.name == "README.md" or f"(docs/{page.name})" in README
+
+
+def test_every_link_leads_to_a_file_and_every_anchor_to_a_heading():
+    for page, text in PAGES.items():
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text):
+            if target.startswith("http"):
+                continue
+            file = (page.parent / target).resolve() if target else page
+            assert file.exists(), f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.M) if anchor else []
+            slugs = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+            assert not anchor or anchor in slugs, f"{page.name}: {target}#{anchor}"
 
 
 def test_git_holds_nothing_beyond_the_design():
@@ -50,5 +220,6 @@ def test_git_holds_nothing_beyond_the_design():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     assert "README.md" in listed
     top = {name.split("/")[0] for name in listed if name}
-    extra = {".ci", ".gitignore", "LICENSE", "README.md", "common.py", "pyproject.toml", "requirements.txt", "tests"}
+    extra = {".ci", ".gitignore", "LICENSE", "README.md", "common.py", "pyproject.toml", "requirements.txt"}
+    extra |= {"adapters", "docs", "tests"}
     assert top <= extra | {path.name for path in ROOT.glob("0?_*.py")}
