@@ -5,12 +5,14 @@ scorers of AudioScore and the human raters. It plays the part of an upstream rep
 one: `common` loads it late, as it loads the package of a real backbone, and no stage imports it.
 
 Run:   python 00_toy_world.py
-       python 00_toy_world.py --run runs/small --size tiny       (seconds; for the tests)
+       python 00_toy_world.py --run-dir runs/small --size tiny       (seconds; for the tests)
 Takes: 114 s on 2 cores in two processes, no GPU. Tiny: about 20 s in one.
 Reads: nothing.
-Writes, in --run:
-  run.json         model "toy", checkpoint, its digest, size, world_seed, scorers, video_root, clip_s (seconds)
-  clips.jsonl      id, video, caption (or null), label, split (train, val, test), oracle (the truth: hits_s, class)
+Writes, in --run-dir:
+  run.json         model "toy", checkpoint, its digest, size, world_seed, scorers, video_root, clip_s (seconds), and
+                   `defaults`: this world's replacements for the paper's numbers, by stage
+  clips.jsonl      id, video, caption (or null), label, split (train, val, test)
+  00_truth.jsonl   id, class, hits_s (seconds), wet (amplitude): read only by the simulated people and the oracle
   00_base.pt       net (the velocity network), encoder, codec, vocabulary
   00_scorers.pt    imagebind, clap, synchformer, panns (state dicts), codec, vocabulary
   00_oracle.pt     the oracle's classifier; read only by simulated_ratings, simulated_choices and oracle_scores
@@ -34,9 +36,7 @@ scorer saw. Three corpora train networks (pretrain, scorer, oracle), and go thro
 clips of the train, val and test splits.
 """
 
-import argparse
 import functools
-import json
 import math
 import multiprocessing
 import os
@@ -58,6 +58,7 @@ from tqdm import tqdm
 
 import common
 
+torch.set_num_threads(1)  # networks so small that a second thread triples the CPU time
 RATE_HZ, CLIP_S, FPS = 16000, 2.0, 25
 SAMPLES, FRAMES = int(RATE_HZ * CLIP_S), int(FPS * CLIP_S)
 PIXELS = 64  # on file; the moments are taken at half of it, where yuv420p has kept all colour
@@ -88,15 +89,34 @@ SIZES = {
     "tiny": dict(train=20, val=6, test=8, pretrain=96, scorer=32, oracle=48, processes=0, batch=16,
                  encoder_steps=120, base_steps=400, scorer_steps=60, sync_steps=80),
 }  # fmt: skip
+# This world's replacements for the paper's numbers, chosen on its val split: {size: {stage: {argument: value}}}.
+DEFAULTS = {
+    "default": {
+        "01": dict(guidance=1.5, sampling_steps=12, batch_clips=8),
+        "02": dict(num_rated_clips=150),
+        "03": dict(num_human_pairs=150),
+        "04": dict(threshold=0.35),
+        "05": dict(lr=7e-5, warmup=20, steps=250, global_batch=32, beta=60.0),
+        "06": dict(lr=3e-4, steps=250, prompts=4, group_size=16, sampling_steps=10, updates=8, eta=1.0),
+        "07": dict(guidance=1.5),
+    },
+    "tiny": {
+        "01": dict(guidance=1.5, sampling_steps=8),
+        "02": dict(num_rated_clips=8),
+        "03": dict(num_human_pairs=12),
+        "04": dict(threshold=0.1),
+        "05": dict(lr=1e-4, warmup=2, steps=8, global_batch=4, beta=20.0),
+        "06": dict(lr=3e-4, steps=4, prompts=2, group_size=3, sampling_steps=4, updates=2),
+        "07": dict(guidance=1.5),
+    },
+}
 CORPORA = ("train", "val", "test", "pretrain", "scorer", "oracle")  # the index is part of every clip's seed
 
 
 def parse_args(argv=None):
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
-    parser.add_argument("--run", default="runs/toy", help="run folder; created, or continued with the same settings")
-    parser.add_argument("--seed", type=int, default=0, help="seed of every clip and every network")
-    parser.add_argument("--size", choices=list(SIZES), default="default", help="tiny: seconds, for the tests")
+    parser = common.Parser(__doc__)
+    parser.engineering.add_argument("--seed", type=common.number(int, 0), default=0, help="of every clip and network")
+    parser.engineering.add_argument("--size", choices=list(SIZES), default="default", help="tiny: seconds, for tests")
     return parser.parse_args(argv)
 
 
@@ -234,17 +254,18 @@ def write_mp4(path, picture, sound):
 
 
 def write_clip(job):
-    """Pool job: one video of the train, val or test split, unless it is there. Returns its line of clips.jsonl."""
+    """Pool job: one video of the train, val or test split, unless it is there. Returns its lines of clips.jsonl and
+    00_truth.jsonl."""
     folder, seed, split, index = job
     name, script = f"{split}{index:05d}", draw_script(seed, split, index)
     hits, label = [round(float(hit), 4) for hit in script["hits_s"]], LABELS[script["kind"]]
-    truth = {"hits_s": hits, "class": script["kind"], "wet": round(float(script["wet"]), 4)}
+    truth = {"id": name, "class": script["kind"], "hits_s": hits, "wet": round(float(script["wet"]), 4)}
     path = Path(folder) / f"{name}.mp4"
     if not path.exists():
         sound, picture = draw_sound(script), draw_picture(script)
         with common.replacing(path) as temporary:
             write_mp4(temporary, picture, sound)
-    return dict(id=name, video=path.name, caption=script["caption"], label=label, split=split, oracle=truth)
+    return dict(id=name, video=path.name, caption=script["caption"], label=label, split=split), truth
 
 
 def corpus_clip(job):
@@ -368,8 +389,12 @@ def moments(frames):
     return torch.cat([torch.stack(columns, dim=1), 2 * colour], dim=1)
 
 
-@functools.lru_cache(maxsize=4096)
 def read_moments(path):
+    return moments_of(path, common.stamp(path))
+
+
+@functools.lru_cache(maxsize=4096)
+def moments_of(path, stamp):
     return moments(common.read_frames(path, [(FPS, frame_transform)], CLIP_S)[0])
 
 
@@ -478,38 +503,65 @@ class ToyNet(nn.Module):
         return self.out(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
 
 
-class Base:
-    """A pre-trained toy model as `common` uses it: `net` is trainable, everything else is frozen."""
+class Toy(common.FlowModel):
+    """The pre-trained toy model; `net` is trainable, encoders and codec are frozen. Its time is the paper's already."""
 
-    sample_rate_hz, fps, clip_s, latent_shape = RATE_HZ, FPS, CLIP_S, (TOKENS, CHANNELS)
-    frame_transform = staticmethod(frame_transform)
-    encode_text = staticmethod(words)
+    sample_rate_hz, clip_s, latent_shape = RATE_HZ, CLIP_S, (TOKENS, CHANNELS)
 
-    def __init__(self, state):
-        self.net, self.encoder, self.codec = ToyNet(), VideoEncoder(), Codec(state["codec"])
+    def __init__(self, variant, checkpoint, weights):
+        super().__init__()
+        if variant:
+            common.stop(f"--model toy:{variant}: the toy model has no variants; give --model toy")
+        if checkpoint is None:
+            common.stop("--model toy: needs its weights; give --checkpoint runs/toy/00_base.pt, which stage 00 writes")
+        self.checkpoint, state = Path(checkpoint), common.load_pt(checkpoint)
+        if not isinstance(state, dict) or state.get("kind") != "toy base":
+            common.stop(f"{checkpoint}: is not a toy base model; give the 00_base.pt that 00_toy_world.py writes")
+        if state["vocabulary"] != VOCABULARY:
+            common.stop(f"{checkpoint}: made by another version of 00_toy_world.py; make the run folder anew")
+        for name in ("00_scorers.pt", "run.json"):
+            if not self.checkpoint.with_name(name).is_file():
+                common.stop(f"--checkpoint {checkpoint}: {name} of stage 00 must lie beside it")
+        encoder, self.net = VideoEncoder(), ToyNet()
         self.net.load_state_dict(state["net"])
-        self.encoder.load_state_dict(state["encoder"])
-        self.encoder.requires_grad_(False)
+        self.net.null_tokens.requires_grad_(False)
+        self.net.null_vector.requires_grad_(False)
+        encoder.load_state_dict(state["encoder"])
+        self.frozen = [encoder.requires_grad_(False), Codec(state["codec"])]  # in a list: no submodules
 
     @torch.no_grad()
-    def encode_video(self, frames):
-        """(50, 64, 64, 3) uint8 -> {"frames": (25, 64), "pooled": (32,)} float32."""
-        per_frame, pooled = self.encoder.tower(moments(frames)[None])
-        return {"frames": per_frame.reshape(TOKENS, 2 * EMBED), "pooled": pooled[0]}
+    def encode(self, clip):
+        """frames (25, 64), pooled (32,), text (V,)."""
+        per_frame, pooled = self.frozen[0].tower(read_moments(clip["path"])[None])
+        return {"frames": per_frame.reshape(TOKENS, 2 * EMBED), "pooled": pooled[0], "text": words(clip["caption"])}
+
+    def project(self, features):
+        return self.net.condition(*(features[key].to(self.device).float() for key in ("frames", "pooled", "text")))
+
+    def null_conditions(self, conditions):
+        return self.net.null(conditions)
+
+    def predict(self, a_t, t, conditions):
+        return self.net(a_t, t, conditions)
 
     def decode(self, latents):
-        """(B, 25, 40) -> (B, 32000) float32 at 16 kHz, on the CPU."""
-        return self.codec.decode(latents)
+        return self.frozen[1].decode(latents)
+
+    def blocks(self):
+        return self.net.blocks
+
+    def policy_state(self):
+        return {key: value.detach().cpu().clone() for key, value in self.net.state_dict().items()}
+
+    def load_policy(self, path):
+        """path: policy.pt, a bare state dict of ToyNet."""
+        try:
+            self.net.load_state_dict(common.load_pt(path))
+        except (AttributeError, RuntimeError, TypeError):
+            common.stop(f"{path}: is not a policy of the toy model; give the policy.pt of a run whose --model is toy")
 
 
-def load_base(path):
-    """path: 00_base.pt -> Base."""
-    state = common.load_pt(path)
-    if not isinstance(state, dict) or state.get("kind") != "toy base":
-        common.stop(f"{path}: is not a toy base model; give the 00_base.pt that 00_toy_world.py writes")
-    if state["vocabulary"] != VOCABULARY:
-        common.stop(f"{path}: made by another version of 00_toy_world.py; make the run folder anew")
-    return Base(state)
+ADAPTER = Toy
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -677,34 +729,49 @@ def train_scorers(path, oracle_path, data, other, codec, size, seed):
 
 
 class ToyScorer(common.Scorer):
-    sample_rate_hz = RATE_HZ
+    """A scorer whose `part` of 00_scorers.pt `net` loads."""
 
-    def __init__(self, net, state):
+    sample_rate_hz, files = RATE_HZ, ("00_scorers.pt",)
+    part: str
+
+    def __init__(self, weights, device):
         super().__init__()
-        self.net = net
-        self.net.load_state_dict(state)
+        path = common.weight_file(weights, self.files[0])
+        state = common.load_pt(path)
+        if not isinstance(state, dict) or state.get("kind") != "toy scorers" or state["vocabulary"] != VOCABULARY:
+            common.stop(f"{path}: is not of this toy world; make the run folder anew with 00_toy_world.py")
+        self.net = self.build()
+        self.net.load_state_dict(state[self.part])
         self.net.requires_grad_(False)
 
 
 class ImageBind(ToyScorer):
     """ib: cosine of video and sound (B,)."""
 
-    video_score = "ib"
+    part, reads, gives = "imagebind", "video", "ib"
 
-    def clip_side(self, clip):
-        return self.net.other(read_moments(str(clip["path"]))[None])[0]
+    def build(self):
+        return Match(Glance())
 
-    def audio_side(self, waves, clips, sides):
+    def embed_clip(self, clip):
+        return self.net.other(read_moments(clip["path"])[None])[0]
+
+    def score_audio(self, waves, clips, sides):
         return {"ib": F.cosine_similarity(self.net.sound(log_mel(waves)), torch.stack(sides))}
 
 
 class Clap(ToyScorer):
     """clap: cosine of caption and sound (B,), nan without caption."""
 
-    def clip_side(self, clip):
+    part, reads, gives = "clap", "caption", "clap"
+
+    def build(self):
+        return Match(text_tower())
+
+    def embed_clip(self, clip):
         return None if clip["caption"] is None else self.net.other(words(clip["caption"])[None])[0]
 
-    def audio_side(self, waves, clips, sides):
+    def score_audio(self, waves, clips, sides):
         sides = torch.stack([torch.full((EMBED,), math.nan) if side is None else side for side in sides])
         return {"clap": F.cosine_similarity(self.net.sound(log_mel(waves)), sides)}
 
@@ -712,19 +779,34 @@ class Clap(ToyScorer):
 class Synchformer(ToyScorer):
     """desync_s: expected |offset| of sound against picture in seconds (B,)."""
 
-    video_score = "desync_s"
+    part, reads, gives = "synchformer", "video", "desync_s"
 
-    def clip_side(self, clip):
-        return self.net.see(read_moments(str(clip["path"]))[None])[0]
+    def build(self):
+        return SyncNet()
 
-    def audio_side(self, waves, clips, sides):
+    def embed_clip(self, clip):
+        return self.net.see(read_moments(clip["path"])[None])[0]
+
+    def score_audio(self, waves, clips, sides):
         return {"desync_s": self.net.desync_s(self.net(log_mel(waves), torch.stack(sides)))}
 
 
 class Panns(ToyScorer):
-    """logits: (B, 8) of the tagger; embedding: (B, 64), for score_4, FD, KL and IS."""
+    """logits: (B, 8) of the tagger, for score_4."""
 
-    def audio_side(self, waves, clips, sides):
+    part = "panns"
+
+    def build(self):
+        return AudioTower(len(CLASSES))
+
+    def score_audio(self, waves, clips, sides):
+        return {"logits": self.net(log_mel(waves))}
+
+
+class Passt(Panns):
+    """logits (B, 8) and embedding (B, 64) of the same tagger, for FD, KL and IS."""
+
+    def score_audio(self, waves, clips, sides):
         embedding = self.net.embedding(log_mel(waves))
         return {"logits": self.net.head(F.relu(embedding)), "embedding": embedding}
 
@@ -737,6 +819,11 @@ class Pesq(ToyScorer):
     nothing else would be heard.
     """
 
+    part, reads, gives = "codec", "reference", "pesq"
+
+    def build(self):
+        return Codec()
+
     @staticmethod
     def measure(reference, wave):
         import pesq  # a C extension, needed for this score only
@@ -744,17 +831,17 @@ class Pesq(ToyScorer):
         value = pesq.pesq(RATE_HZ, reference.numpy(), wave.numpy(), "wb", on_error=pesq.PesqError.RETURN_VALUES)
         return float(value) if math.isfinite(value) and value > 0 else None
 
-    def clip_side(self, clip):
+    def embed_clip(self, clip):
         if clip["label"] != LABELS[SPEECH]:
             return None
         try:
             wave = common.read_audio(clip["path"], RATE_HZ, CLIP_S)
-        except common.SkipClip:
+        except common.NoAudio:  # a silent film
             return None
         reference = self.net.decode(self.net.encode(log_mel(wave[None])))[0]
         return reference if reference.abs().max() > 1e-3 and self.measure(reference, reference) else None
 
-    def audio_side(self, waves, clips, sides):
+    def score_audio(self, waves, clips, sides):
         values = []
         for wave, reference in zip(waves, sides):
             if reference is None:
@@ -766,24 +853,16 @@ class Pesq(ToyScorer):
         return {"pesq": torch.tensor(values)}
 
 
-def load_scorer(name, path):
-    """name: imagebind, clap, synchformer, panns or pesq; path: 00_scorers.pt."""
-    state = common.load_pt(path)
-    if not isinstance(state, dict) or state.get("kind") != "toy scorers" or state["vocabulary"] != VOCABULARY:
-        common.stop(f"{path}: is not of this toy world; make the run folder anew with 00_toy_world.py")
-    if name == "imagebind":
-        return ImageBind(Match(Glance()), state[name])
-    if name == "clap":
-        return Clap(Match(text_tower()), state[name])
-    if name == "synchformer":
-        return Synchformer(SyncNet(), state[name])
-    if name == "panns":
-        return Panns(AudioTower(len(CLASSES)), state[name])
-    return Pesq(Codec(), state["codec"])
+SCORERS = {"imagebind": ImageBind, "clap": Clap, "synchformer": Synchformer, "panns": Panns, "pesq": Pesq}
+SCORERS |= {"passt": Passt}
+MEASURES = {"fd": ("fd", "passt", "embedding"), "kl": ("kl", "passt", "logits"), "is": ("is", "passt", "logits")}
+MEASURES |= {"ib": ("mean", "imagebind", "ib"), "clap": ("mean", "clap", "clap")}
+MEASURES |= {"desync_s": ("mean", "synchformer", "desync_s")}
+AT_A_TIME = 2  # so small that two share a laptop's two cores
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The oracle: what is true. Only the three functions at the end touch 00_oracle.pt and a clip's `oracle`.
+# The oracle: what is true. Only the functions of this section read 00_oracle.pt and 00_truth.jsonl.
 # ------------------------------------------------------------------------------------------------------------
 
 CLEAN_FLOOR_DB = -57.0  # of the world's own clean clips; below it nothing is gained
@@ -823,15 +902,19 @@ def measure(wave, hits_s):
     return sync, max(CLEAN_FLOOR_DB, 10 * np.log10(floor / peak)), 10 * np.log10(max(wet, 1e-6))
 
 
+def truth_of(run):
+    return {row["id"]: row for row in common.read_jsonl(Path(run) / "00_truth.jsonl", ("id", "class", "hits_s"))}
+
+
 @torch.inference_mode()
 def examine(run, audios):
     """audios: list of (clip line, wav path) -> arrays semantic (P of the true class), sync_s, floor_db, wet_db."""
     oracle = AudioTower(len(CLASSES))
     oracle.load_state_dict(common.load_pt(Path(run) / "00_oracle.pt")["classifier"])
-    out = {key: [] for key in ("semantic", "sync_s", "floor_db", "wet_db")}
+    out, truths = {key: [] for key in ("semantic", "sync_s", "floor_db", "wet_db")}, truth_of(run)
     for clip, path in audios:
         wave = common.read_audio(path, RATE_HZ)
-        truth, chances = clip["oracle"], oracle(log_mel(wave[None])).softmax(-1)[0]
+        truth, chances = truths[clip["id"]], oracle(log_mel(wave[None])).softmax(-1)[0]
         for key, value in zip(out, (chances[truth["class"]].item(), *measure(wave, truth["hits_s"]))):
             out[key].append(value)
     return {key: np.array(values, dtype=np.float64) for key, values in out.items()}
@@ -844,7 +927,7 @@ def simulated_ratings(run, audios, seed):
     """
     rows, seen = [], examine(run, [(clip, path) for clip, _, path in audios])
     for i, (clip, k, _) in enumerate(audios):
-        rng = np.random.default_rng(common.audio_seed(seed, f"rater/{clip['id']}", k))
+        rng = np.random.default_rng(common.seed_of(seed, "rater", clip["id"], k))
         a, b, c = rng.standard_normal(3)
         chance = rng.random()
         semantic, sync = seen["semantic"][i] + 0.05 * a, seen["sync_s"][i] + 0.02 * b
@@ -867,7 +950,7 @@ def simulated_choices(run, comparisons, seed):
     second = examine(run, [(clip, path) for clip, _, _, _, path in comparisons])["wet_db"]
     rows = []
     for (clip, a, b, _, _), wet_a, wet_b in zip(comparisons, first, second):
-        rng = np.random.default_rng(common.audio_seed(seed, f"chooser/{clip['id']}/{a}", b))
+        rng = np.random.default_rng(common.seed_of(seed, "chooser", clip["id"], a, b))
         choice = "tie" if abs(wet_a - wet_b) <= 6 else "a" if wet_a - wet_b + 2 * rng.standard_normal() > 0 else "b"
         rows.append({"clip": clip["id"], "a": a, "b": b, "choice": choice, "rater": "simulated"})
     return rows
@@ -886,7 +969,6 @@ def oracle_scores(run, audios):
 
 
 def start_worker():
-    torch.set_num_threads(1)  # two threads on one busy core wait for each other
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphans
@@ -898,7 +980,7 @@ def train_part(job):
 
 
 def build(run, each, size, seed):
-    """Everything that is not there yet. each: a map. Returns the lines of clips.jsonl."""
+    """Everything that is not there yet. each: a map. Returns the lines of clips.jsonl and 00_truth.jsonl."""
 
     def bar(function, jobs, title):
         return list(tqdm(each(function, jobs), title, total=len(jobs), disable=None, mininterval=1))
@@ -927,29 +1009,25 @@ def build(run, each, size, seed):
 
 
 def main(args):
-    run, size, threads = Path(args.run), SIZES[args.size], torch.get_num_threads()
+    run, size = Path(args.run_dir), SIZES[args.size]
     settings = {"seed": args.seed, "size": args.size, **size}
-    common.claim(run / "00_settings.json", settings, advice="use another --run folder")
-    torch.set_num_threads(1)
-    try:
-        if size["processes"]:
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(size["processes"], spawn, start_worker) as pool:
-                clips = build(run, functools.partial(pool.map, chunksize=1), size, args.seed)
-        else:
-            clips = build(run, map, size, args.seed)
-    finally:
-        torch.set_num_threads(threads)
-    if not (run / "clips.jsonl").exists():
-        common.write_jsonl(run / "clips.jsonl", clips)
+    common.claim(run, "00_settings.json", settings, advice="use another --run-dir")
+    if size["processes"]:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(size["processes"], spawn, start_worker) as pool:
+            clips, truths = zip(*build(run, functools.partial(pool.map, chunksize=1), size, args.seed))
+    else:
+        clips, truths = zip(*build(run, map, size, args.seed))
+    for name, rows in (("00_truth.jsonl", truths), ("clips.jsonl", clips)):
+        if not (run / name).exists():
+            common.write_jsonl(run / name, rows)
     if not (run / "run.json").exists():  # stage 01 completes it later
         about = dict(model="toy", checkpoint="00_base.pt", checkpoint_digest=common.digest(run / "00_base.pt"))
-        about |= dict(size=args.size, world_seed=args.seed, scorers="00_scorers.pt")
-        about |= dict(video_root="00_videos", clip_s=CLIP_S)
-        common.write_text(run / "run.json", json.dumps(about, indent=1) + "\n")
+        about |= dict(size=args.size, world_seed=args.seed, scorers="toy", scorers_root=".", video_root="00_videos")
+        common.write_json(run / "run.json", about | dict(clip_s=CLIP_S, defaults=DEFAULTS[args.size]))
     splits = ", ".join(f"{size[split]} {split}" for split in ("train", "val", "test"))
     print(f"toy world ({args.size}, seed {args.seed}): {len(clips)} clips ({splits})")
-    print(f"next: python 01_generate.py --run {run}")
+    print(f"next: python 01_generate.py --run-dir {run}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Run:
     python 01_generate.py                                    # the toy world of stage 00
-    python 01_generate.py --run runs/vgg --model mmaudio:large_44k --clips vggsound.csv --videos DIR \\
+    python 01_generate.py --run-dir runs/vgg --model mmaudio:large_44k --clips vggsound.csv --videos DIR \\
         --test-list MMAudio/sets/vgg-test.tsv                # the paper's
-    torchrun --nproc_per_node 8 -- 01_generate.py ...           # shards are divided over the GPUs
+    torchrun --nproc_per_node 8 01_generate.py ...           # shards are divided over the GPUs
 
 Clips come from one of: the toy world's clips.jsonl; a .jsonl (id, video, and if known caption, label, split);
 VGGSound's csv (youtube id, start second, label, split; no header); MMAudio's tsv (header id, label; its split is in
@@ -16,14 +16,17 @@ Writes:
     run.json                    model, checkpoint and its digest, latent shape, sampler, N, seed, video root
     clips.jsonl                 id, video, caption or null, label or null, split
     01_missing.jsonl            clips whose video does not exist: id, split, reason
-    01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row, finite (row = k-th of clip row // N)
-    01_samples/00012.pt         latents (rows, T, C) float32 normalised; features: dict of (rows // N, ...) float32
+    01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row (= k-th of clip row // N), digest of the
+                                wav, finite, peak (of full scale), clipped (share of samples at full scale)
+    01_samples/00012.pt         latents (rows, T, C) float32 normalised; features: dict of (rows // N, ...) float32;
+                                digests: those of the rows, which bind the two files
     01_samples/00012.skipped.jsonl   clips of the shard that could not be used: clip, reason
     01_audio/<clip>_<k>.wav     what a person listens to
 Takes: toy 56 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in all.
 """
 
 import csv
+import hashlib
 import json
 import random
 from collections import Counter
@@ -34,16 +37,15 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import SkipClip, stop
+from common import SkipClip, number, stop
 
 SHARD_CLIPS = 32
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 
 
 def parse_args(argv=None):
-    parser = common.argument_parser(__doc__)
-    io = parser.add_argument_group("io")
-    io.add_argument("--run", default="runs/toy", help="run folder")
+    parser = common.Parser(__doc__)
+    io = parser.io
     io.add_argument("--model", help="toy, mmaudio:small_16k ... mmaudio:large_44k, frieren; the toy run knows its own")
     io.add_argument("--checkpoint", help="weights of the velocity network, if not the upstream file under --weights")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
@@ -52,18 +54,16 @@ def parse_args(argv=None):
     io.add_argument("--videos", help="folder of videos")
     io.add_argument("--cavp", help="Frieren only: folder of CAVP features, <id>.npz or <id>.npy")
     io.add_argument("--strict", action="store_true", help="a video that cannot be used is an error, not a counted skip")
-    paper = parser.add_argument_group("paper")
+    paper = parser.paper
     described = "train clips, a seeded random subset; 0 only prepares the run folder, for stage 07 [Sec. 2.2]"
-    paper.add_argument("--max-clips", type=int, default=50_000, help=described)
-    paper.add_argument("--num-samples", type=int, default=5, help="audios per clip, N [Sec. 3.1]")
-    paper.add_argument("--guidance", type=float, default=4.5, help="guidance scale gamma [Sec. 3.1]")
-    paper.add_argument("--sampling-steps", type=int, default=25, help="Euler steps; paper silent: upstream's")
-    engineering = parser.add_argument_group("engineering")
-    engineering.add_argument("--batch-clips", type=int, default=4, help="clips sampled together, N audios each")
-    engineering.add_argument("--seed", type=int, default=0, help="of the draw of clips and of every audio's noise")
-    args = common.parse(parser, argv, "01")
-    common.at_least(args, max_clips=0, num_samples=2, sampling_steps=1, batch_clips=1)
-    return args
+    paper.add_argument("--max-clips", type=number(int, 0), default=50_000, help=described)
+    paper.add_argument("--num-samples", type=number(int, 2), default=5, help="audios per clip [Sec. 3.1]")
+    paper.add_argument("--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]")
+    paper.add_argument("--sampling-steps", type=number(int, 1), default=25, help="Euler steps; upstream's")
+    engineering = parser.engineering
+    engineering.add_argument("--batch-clips", type=number(int, 1), default=4, help="clips sampled together")
+    engineering.add_argument("--seed", type=number(int, 0), default=0, help="of the clips' draw and all noise")
+    return common.parse(parser, argv, "01")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -77,17 +77,17 @@ def clips_of_table(path, delimiter):
     if not path.is_file():
         stop(f"{path}: no such file")
     with open(path, newline="", encoding="utf-8", errors="replace") as stream:
-        for number, row in enumerate(csv.reader(stream, delimiter=delimiter), 1):
+        for line, row in enumerate(csv.reader(stream, delimiter=delimiter), 1):
             if delimiter == "\t":  # MMAudio: id, label
                 if row == ["id", "label"]:
                     continue
                 if len(row) != 2:
-                    stop(f"{path}, line {number}: {len(row)} fields, expected id<TAB>label")
+                    stop(f"{path}, line {line}: {len(row)} fields, expected id<TAB>label")
                 name, label = row
                 split = next((s for s in ("test", "val") if s in path.stem), "train")
             else:  # VGGSound: youtube id, start, label, split
                 if len(row) != 4 or not row[1].strip().isdigit():
-                    stop(f"{path}, line {number}: expected youtube id, start second, label, split")
+                    stop(f"{path}, line {line}: expected youtube id, start second, label, split")
                 name, label, split = f"{row[0]}_{int(row[1]):06d}", row[2], row[3].strip()
             clips.append({"id": name, "caption": label, "label": label, "split": split})
     return clips
@@ -113,15 +113,15 @@ def check_clips(clips, where):
     """Ids are unique file names, one split each; YouTube ids that recur across splits are listed, since one video's
     clips sound alike."""
     split_of, splits_of_video = {}, {}
-    for number, clip in enumerate(clips, 1):
+    for i, clip in enumerate(clips, 1):
         name, split = clip["id"], clip.setdefault("split", "train")
         if not isinstance(name, str) or not name or any(c in name for c in "/\\\0") or name.startswith("."):
-            stop(f"{where}, clip {number}, field 'id': {name!r} cannot be a file name")
+            stop(f"{where}, clip {i}, field 'id': {name!r} cannot be a file name")
         if split not in ("train", "val", "test"):
-            stop(f"{where}, clip {number} ({name}), field 'split': {split!r} is not train, val or test")
+            stop(f"{where}, clip {i} ({name}), field 'split': {split!r} is not train, val or test")
         if name in split_of:
             twice = f"in both {split_of[name]} and {split}" if split_of[name] != split else "twice"
-            stop(f"{where}, clip {number}, field 'id': {name} occurs {twice}; keep one")
+            stop(f"{where}, clip {i}, field 'id': {name} occurs {twice}; keep one")
         split_of[name] = split
         if len(name) == 18 and name[11] == "_":
             splits_of_video.setdefault(name[:11], set()).add(split)
@@ -159,6 +159,35 @@ def gather_clips(args):
     return clips, found, missing
 
 
+def prepare_run(run, known, own_clips, model, args):
+    """run.json, clips.jsonl and 01_missing.jsonl, or the proof that those of this run are of the same settings."""
+    listed, found, missing = (common.read_jsonl(run / "clips.jsonl"), [], []) if own_clips else gather_clips(args)
+    given = args.checkpoint and Path(args.checkpoint).resolve()
+    settings = dict(model=args.model, checkpoint=str(given) if given else known.get("checkpoint", "upstream"))
+    settings.update(checkpoint_digest=model.checkpoint_digest, latent_shape=list(model.latent_shape))
+    settings.update(sample_rate_hz=model.sample_rate_hz, num_samples=args.num_samples, seed=args.seed)
+    settings.update(sampler=dict(steps=args.sampling_steps, guidance=args.guidance), clip_s=model.clip_s)
+    lines = json.dumps(listed).encode()
+    settings.update(max_clips=args.max_clips, clips_digest=hashlib.sha256(lines).hexdigest()[:16])
+    about = {"video_root": str(Path(args.videos).resolve())} if args.videos else {}
+    about |= {"cavp_root": str(Path(args.cavp).resolve())} if args.cavp else {}
+    if given and (beside := given.with_name("run.json")).is_file():  # a world's model keeps its scorers
+        world = common.read_json(beside)
+        about |= {key: world[key] for key in ("defaults", "scorers") if key in world}
+        about |= {"scorers_root": str(given.parent)} if "scorers" in world else {}
+    advice = "use another --run-dir, or remove this one"
+    prepared = known.get("max_clips") == 0  # a run that --max-clips 0 prepared may get its train clips later
+    if prepared:
+        common.claim(run, "01_settings.json", settings | {"max_clips": 0}, advice=advice)
+    common.claim(run, "01_settings.json", settings, redo=prepared, advice=advice)
+    if (run / "clips.jsonl").exists() and not own_clips and not prepared:
+        keep_clips(run, found)
+    elif not own_clips:
+        common.write_jsonl(run / "01_missing.jsonl", missing)
+        common.write_jsonl(run / "clips.jsonl", found)
+    common.write_json(run / "run.json", {**known, **settings, **about})
+
+
 def keep_clips(run, found):
     """On a rerun the run keeps its own list: its audios are made from it. Says what happened to the videos since."""
     own, now = ({clip["id"] for clip in clips} for clips in (common.read_jsonl(run / "clips.jsonl", ("id",)), found))
@@ -189,21 +218,22 @@ def generate_shard(model, clips, encoded, folder, shard, args):
             batch = usable[start : start + args.batch_clips]
             features = {key: torch.stack([f[key] for _, f in batch]).to(model.device) for key in batch[0][1]}
             # Sampled k-major (all first audios, then all second), so that a clip's N audios share its conditions.
-            seeds = [common.audio_seed(args.seed, clip["id"], k) for k in range(n) for clip, _ in batch]
+            seeds = [common.seed_of(args.seed, clip["id"], k) for k in range(n) for clip, _ in batch]
             a_0 = common.sample(model, features, seeds, args.sampling_steps, args.guidance)
             a_0 = a_0.unflatten(0, (n, len(batch))).transpose(0, 1).flatten(0, 1)  # (clips * N, T, C): clip-major
             waiting.append((batch, seeds, a_0, codec.submit(model.decode, a_0)))
     for batch, seeds, a_0, waves in waiting:
         for i, (wave, latent) in enumerate(zip(waves.result(), a_0)):
             clip, k = batch[i // n][0]["id"], i % n
-            wav, finite = f"01_audio/{clip}_{k}.wav", bool(wave.isfinite().all() and latent.isfinite().all())
-            common.write_audio(Path(args.run) / wav, wave, model.sample_rate_hz)
-            seed = seeds[k * len(batch) + i // n]
-            rows.append({"clip": clip, "k": k, "seed": seed, "wav": wav, "row": len(rows), "finite": finite})
+            row = {"clip": clip, "k": k, "seed": seeds[k * len(batch) + i // n], "wav": f"01_audio/{clip}_{k}.wav"}
+            about = common.write_audio(Path(args.run_dir) / row["wav"], wave, model.sample_rate_hz)
+            about["finite"] &= bool(latent.isfinite().all())
+            rows.append({**row, "row": len(rows), **about})
         latents.append(a_0.float().cpu())
     if usable:
         features = {key: torch.stack([f[key] for _, f in usable]) for key in usable[0][1]}
-        common.save_pt(folder / f"{shard}.pt", {"latents": torch.cat(latents), "features": features})
+        made = {"latents": torch.cat(latents), "features": features, "digests": [row["digest"] for row in rows]}
+        common.save_pt(folder / f"{shard}.pt", made)
     if skipped:
         common.write_jsonl(folder / f"{shard}.skipped.jsonl", skipped)
     common.write_jsonl(folder / f"{shard}.jsonl", rows)
@@ -212,14 +242,14 @@ def generate_shard(model, clips, encoded, folder, shard, args):
 def main(args):
     # -- setup
     rank, world, device = common.setup_ranks()
-    run, folder = Path(args.run), Path(args.run) / "01_samples"
+    run, folder = Path(args.run_dir), Path(args.run_dir) / "01_samples"
     known = common.read_run(run) if (run / "run.json").exists() else {}
     args.model = args.model or known.get("model")
     if args.model is None:
-        stop(f"--run {run} is new: give --model (or run 00_toy_world.py first for the toy world)")
-    own_clips = "world_seed" in known  # the toy world wrote clips.jsonl itself
+        stop(f"--run-dir {run} is new: give --model (or run 00_toy_world.py first for the toy world)")
+    own_clips = (run / "00_settings.json").exists()  # stage 00 wrote clips.jsonl itself
     if own_clips and (args.clips or args.videos):
-        stop(f"--run {run} is the toy world's and has its own clips; give --clips or --videos another --run")
+        stop(f"--run-dir {run} has clips of its own, from stage 00; give --clips or --videos another --run-dir")
     if not own_clips and not args.videos:
         stop("--videos: name the folder that holds the videos")
     if args.videos and not Path(args.videos).is_dir():
@@ -231,31 +261,7 @@ def main(args):
 
     # -- data
     if rank == 0:
-        listed, found, missing = (common.read_jsonl(run / "clips.jsonl"), [], []) if own_clips else gather_clips(args)
-        given = args.checkpoint and str(Path(args.checkpoint).resolve())
-        settings = dict(model=args.model, checkpoint=given or known.get("checkpoint") or "upstream")
-        settings.update(checkpoint_digest=model.checkpoint_digest, latent_shape=list(model.latent_shape))
-        settings.update(sample_rate_hz=model.sample_rate_hz, num_samples=args.num_samples, seed=args.seed)
-        settings.update(sampler=dict(steps=args.sampling_steps, guidance=args.guidance), clip_s=model.clip_s)
-        settings.update(max_clips=args.max_clips, clips_digest=common.clips_digest(listed))
-        where = {"video_root": str(Path(args.videos).resolve())} if args.videos else {}
-        where.update({"cavp_root": str(Path(args.cavp).resolve())} if args.cavp else {})
-        if args.model == "toy" and not own_clips:
-            beside = Path(args.checkpoint).parent
-            if not (beside / "00_scorers.pt").is_file() or not (beside / "run.json").is_file():
-                stop(f"--checkpoint {args.checkpoint}: 00_scorers.pt and run.json of stage 00 must lie beside it")
-            where.update(scorers=str((beside / "00_scorers.pt").resolve()), size=common.read_run(beside)["size"])
-        record, advice = run / "01_settings.json", "use another --run, or remove this one"
-        prepared = known.get("max_clips") == 0  # a run that --max-clips 0 prepared may get its train clips later
-        if prepared:
-            common.claim(record, settings | {"max_clips": 0}, advice=advice)
-        common.claim(record, settings, redo=prepared, advice=advice)
-        if (run / "clips.jsonl").exists() and not own_clips and not prepared:
-            keep_clips(run, found)
-        elif not own_clips:
-            common.write_jsonl(run / "01_missing.jsonl", missing)
-            common.write_jsonl(run / "clips.jsonl", found)
-        common.write_text(run / "run.json", json.dumps({**known, **settings, **where}, indent=1) + "\n")
+        prepare_run(run, known, own_clips, model, args)
     common.barrier()
     train = common.read_clips(run, "train")
     if len(train) > args.max_clips:
@@ -282,7 +288,7 @@ def main(args):
 
     # -- report
     if rank == 0 and not train:
-        print(f"prepared {run}, no train clips\nnext: python 07_evaluate.py --run {run} --only --systems NAME=DIR")
+        print(f"prepared {run}, no train clips\nnext: python 07_evaluate.py --run-dir {run} --only --systems NAME=DIR")
     elif rank == 0:
         skipped = [row for file in sorted(folder.glob("*.skipped.jsonl")) for row in common.read_jsonl(file)]
         print(f"train clips: {len(train)} in, {len(train) - len(skipped)} used, {len(skipped)} skipped")
@@ -293,7 +299,7 @@ def main(args):
         samples = [row for rows in common.read_samples(run).values() for row in rows]
         bad = sum(not row["finite"] for row in samples)
         print(f"audios: {len(samples)}, {bad} with values that are not finite (never used in a pair)")
-        print(f"next: python 02_fit_audioscore.py --run {run}")
+        print(f"next: python 02_fit_audioscore.py --run-dir {run}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Run:
     python 02_fit_audioscore.py                               # toy world: simulated raters answer
-    python 02_fit_audioscore.py --run runs/vgg                # writes 02_to_rate.csv; rate it, then run again with
-    python 02_fit_audioscore.py --run runs/vgg --ratings rated.csv
-    torchrun --nproc_per_node 8 -- 02_fit_audioscore.py ...      # audios are divided over the GPUs for scoring
+    python 02_fit_audioscore.py --run-dir runs/vgg                # writes 02_to_rate.csv; rate it, then run again with
+    python 02_fit_audioscore.py --run-dir runs/vgg --ratings rated.csv
+    torchrun --nproc_per_node 8 02_fit_audioscore.py ...      # audios are divided over the GPUs for scoring
 
 Reads:
     01_samples/, 01_audio/      stage 01's audios
@@ -12,7 +12,7 @@ Reads:
 Writes:
     02_to_rate.csv              the audios of --num-rated-clips random train clips: clip, k, wav, video, caption, rating
     02_ratings.jsonl            the answers, validated
-    02_scores/*.pt              what every scorer said of the rated audios (the cache that stage 03 shares)
+    scores/*.pt                 what every scorer said, by shard of stage 01: the store that stages 03 and 07 share
     02_scores.jsonl             clip, k, ib (cosine), clap (cosine), desync_s (seconds), is_nats (nats), pesq (MOS-LQO),
                                 null where a score does not apply; rating (majority, the worse of a tie)
     02_audioscore.pt            audioscore: the state dict of common.AudioScore (MLP, standardiser, marginal p(y));
@@ -27,26 +27,22 @@ from pathlib import Path
 import torch
 
 import common
-from common import RATINGS, SCORES, AudioScore, stop
+from common import RATINGS, SCORES, AudioScore, number, stop
 
 FOLDS = 5
-RATED_GROUP_CLIPS = 32  # rated clips per cached file
 
 
 def parse_args(argv=None):
-    parser = common.argument_parser(__doc__)
-    io = parser.add_argument_group("io")
-    io.add_argument("--run", default="runs/toy", help="run folder")
+    parser = common.Parser(__doc__)
+    io = parser.io
     io.add_argument("--ratings", help="answers to 02_to_rate.csv (.csv or .jsonl); else 02_ratings.jsonl, if any")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     io.add_argument("--redo", action="store_true", help="replace this stage's outputs; what is scored stays cached")
-    paper = parser.add_argument_group("paper")
-    paper.add_argument("--num-rated-clips", type=int, default=2000, help="clips whose N audios are rated [Sec. 2.1]")
-    engineering = parser.add_argument_group("engineering")
-    engineering.add_argument("--seed", type=int, default=0, help="of the draw of rated clips, the folds and the fit")
-    args = common.parse(parser, argv, "02")
-    common.at_least(args, num_rated_clips=2)
-    return args
+    paper = parser.paper
+    paper.add_argument("--num-rated-clips", type=number(int, 2), default=2000, help="clips to rate [Sec. 2.1]")
+    engineering = parser.engineering
+    engineering.add_argument("--seed", type=number(int, 0), default=0, help="of the draw, the folds and the fit")
+    return common.parse(parser, argv, "02")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -174,52 +170,48 @@ def report(p, truth):
 
 def main(args):
     # -- setup
-    ranks = rank, _, _ = common.setup_ranks()
-    run = Path(args.run)
-    run_json, samples = common.read_run(run), common.read_samples(run)
+    ranks = common.setup_ranks()
+    run = Path(args.run_dir)
+    samples = common.read_samples(run)
     clips = {clip["id"]: clip for clip in common.read_clips(run, "train")}
     rated = draw_rated_clips(samples, args.num_rated_clips, args.seed)
 
     # -- data: who answers
     answers_file = run / "02_ratings.jsonl"
     source = Path(args.ratings) if args.ratings else answers_file
-    if rank == 0:
+    if ranks.rank == 0:
         common.write_sheet(run / "02_to_rate.csv", *rating_sheet(rated, samples, clips), "rating")
         asked = {(clip, row["k"]) for clip in rated for row in samples[clip]}
         if not args.ratings and common.to_simulate(run, source, asked, ("clip", "k"), args.redo):
             audios = [(clips[c], row["k"], run / row["wav"]) for c in rated for row in samples[c]]
-            common.write_jsonl(source, common.toy_world().simulated_ratings(run, audios, args.seed))
+            common.write_jsonl(source, common.people_of(run).simulated_ratings(run, audios, args.seed))
     common.barrier()
     if not args.ratings and not source.exists():
         count = sum(len(samples[clip]) for clip in rated)
         print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(rated)} clips")
         print(f"Listen to each wav beside its video and fill the column 'rating' ({', '.join(RATINGS)}).")
-        print(f"next: python 02_fit_audioscore.py --run {run} --ratings FILE")
+        print(f"next: python 02_fit_audioscore.py --run-dir {run} --ratings FILE")
         return
     answers = read_ratings(source, samples)
-    target_of = rated_audios(answers)
-    if rank == 0:
+    if ranks.rank == 0:
         settings = dict(num_rated_clips=args.num_rated_clips, seed=args.seed, audioscore=list(SCORES))
         if source != answers_file:
             if answers_file.exists() and not args.redo and common.read_jsonl(answers_file) != answers:
                 stop(f"{answers_file}: holds other ratings than {source}; use --redo to replace them")
             common.write_jsonl(answers_file, answers)
-        inputs, outputs = [run / "01_samples", answers_file], [run / "02_audioscore.pt", run / "02_scores.jsonl"]
-        common.claim(run / "02_settings.json", settings, inputs, args.redo, outputs=outputs)
+        inputs, outputs = ("01_samples", "02_ratings.jsonl"), ("02_audioscore.pt", "02_scores.jsonl")
+        common.claim(run, "02_settings.json", settings, inputs, args.redo, outputs=outputs)
 
     # -- scores
-    names = sorted({clip for clip, _ in target_of})
-    groups = {}
-    for i, clip in enumerate(names):
-        rows = [row for row in samples[clip] if (clip, row["k"]) in target_of]
-        group = groups.setdefault(f"{i // RATED_GROUP_CLIPS:05d}", [])
-        group += [(clips[clip], run / row["wav"], common.sample_key(run_json, clip, row["k"])) for row in rows]
-    common.score_groups(run, run / "02_scores", groups, common.AUDIOSCORE_SCORERS, args.weights, ranks)
-    if rank > 0:
+    target_of = rated_audios(answers)
+    rated_rows = [row for clip in sorted(samples) for row in samples[clip] if (clip, row["k"]) in target_of]
+    keys = [(row["clip"], row["k"]) for row in rated_rows]
+    audios = [common.Audio(clips[r["clip"]], run / r["wav"], r["digest"], r["shard"]) for r in rated_rows]
+    common.fill_store(run, audios, common.AUDIOSCORE_SCORERS, args.weights, ranks)
+    if ranks.rank > 0:
         return
-    found = common.merge_scores(run / "02_scores", groups, common.AUDIOSCORE_SCORERS)
-    keys = [(clip["id"], int(key.split("/")[1])) for audios in groups.values() for clip, _, key in audios]
-    target = torch.stack([target_of[key] for key in keys])
+    found = common.stored_scores(run, audios, common.AUDIOSCORE_SCORERS, args.weights)
+    target, names = torch.stack([target_of[key] for key in keys]), sorted({clip for clip, _ in keys})
 
     # -- fit, report, save
     print(f"ratings: {len(answers)} of {len(keys)} audios of {len(names)} clips, ", end="")
@@ -230,13 +222,13 @@ def main(args):
     report(p, majority(target))
     audioscore = fit(found, target, args.seed)
     scores = common.five_scores(found, audioscore)
-    rated_rows = zip(keys, scores, majority(target).tolist())
-    lines = [common.score_line(clip, k, row, rating=RATINGS[rating]) for (clip, k), row, rating in rated_rows]
+    judged = zip(keys, scores, majority(target).tolist())
+    lines = [common.score_line(clip, k, row, rating=RATINGS[rating]) for (clip, k), row, rating in judged]
     common.write_jsonl(run / "02_scores.jsonl", lines)
     heldout = {"p": p, "rating": majority(target)}
     common.save_pt(run / "02_audioscore.pt", {"audioscore": audioscore.state_dict(), "heldout": heldout})
     print(f"wrote {run / '02_audioscore.pt'}")
-    print(f"next: python 03_mine_pairs.py --run {run}")
+    print(f"next: python 03_mine_pairs.py --run-dir {run}")
 
 
 if __name__ == "__main__":

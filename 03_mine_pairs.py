@@ -2,15 +2,15 @@
 
 Run:
     python 03_mine_pairs.py                                   # toy world: simulated choices
-    python 03_mine_pairs.py --run runs/vgg                    # writes 03_to_choose.csv for people, goes on without
-    python 03_mine_pairs.py --run runs/vgg --choices chosen.csv --redo
-    torchrun --nproc_per_node 8 -- 03_mine_pairs.py ...          # audios are divided over the GPUs for scoring
+    python 03_mine_pairs.py --run-dir runs/vgg                    # writes 03_to_choose.csv for people, goes on without
+    python 03_mine_pairs.py --run-dir runs/vgg --choices chosen.csv --redo
+    torchrun --nproc_per_node 8 03_mine_pairs.py ...          # audios are divided over the GPUs for scoring
 
 Reads:
-    01_samples/, 01_audio/, 02_audioscore.pt, 02_scores.jsonl (the ratings), 02_scores/
+    01_samples/, 02_audioscore.pt, 02_scores.jsonl (the ratings), scores/; 01_audio/ for what is not scored yet
     --choices or 03_human_choices.jsonl   clip, a, b (two k of the clip), choice (a, b or tie), rater
 Writes:
-    03_scores/*.pt              what every scorer said, per shard of stage 01
+    scores/*.pt                 what every scorer said, by shard of stage 01; what stage 02 scored is there already
     03_scores/00012.jsonl       clip, k, the five scores (null where one does not apply), p: [Good, Medium, Bad]
     03_pairs.jsonl              clip, winner, loser (k), p_winner, p_loser: [Good, Medium, Bad]
     03_to_choose.csv            pairs of equally rated audios for people: clip, a, b, wav_a, wav_b, video, choice
@@ -23,29 +23,27 @@ from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
 
-import soundfile
 import torch
 from tqdm import tqdm
 
 import common
-from common import AudioScore, stop
+from common import AudioScore, number, stop
 
 SILENT_PEAK = 1e-3  # -60 dBFS
 CLIPPED_SHARE = 0.01  # of samples at full scale
 
 
 def parse_args(argv=None):
-    parser = common.argument_parser(__doc__)
-    io = parser.add_argument_group("io")
-    io.add_argument("--run", default="runs/toy", help="run folder")
+    parser = common.Parser(__doc__)
+    io = parser.io
     io.add_argument("--choices", help="answers to 03_to_choose.csv (.csv or .jsonl)")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     io.add_argument("--redo", action="store_true", help="replace this stage's outputs; what is scored stays cached")
-    paper = parser.add_argument_group("paper")
-    paper.add_argument("--num-human-pairs", type=int, default=2000, help="pairs that people compare [Sec. 2.2]")
-    paper.add_argument("--min-score-c", type=float, default=0.0, help="drop weaker pairs; paper silent on how")
-    engineering = parser.add_argument_group("engineering")
-    engineering.add_argument("--seed", type=int, default=0, help="of the draw of comparisons")
+    paper = parser.paper
+    paper.add_argument("--num-human-pairs", type=number(int, 0), default=2000, help="pairs for people [Sec. 2.2]")
+    paper.add_argument("--min-score-c", type=number(float, -1, 1), default=0.0, help="drop weaker pairs; paper silent")
+    engineering = parser.engineering
+    engineering.add_argument("--seed", type=number(int, 0), default=0, help="of the draw of comparisons")
     return common.parse(parser, argv, "03")
 
 
@@ -54,12 +52,11 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def fault(path):
-    """Why an audio may not win: `silent`, `clipped` or None. path: a wav of stage 01."""
-    wave, _ = soundfile.read(path, dtype="float32")
-    if abs(wave).max(initial=0.0) < SILENT_PEAK:
+def fault(row):
+    """Why an audio may not win: `silent`, `clipped` or None. row: its line of stage 01."""
+    if row["peak"] < SILENT_PEAK:
         return "silent"
-    return "clipped" if (abs(wave) >= 0.999).mean() >= CLIPPED_SHARE else None
+    return "clipped" if row["clipped"] >= CLIPPED_SHARE else None
 
 
 def select_pair(p, may_win, may_lose):
@@ -77,15 +74,15 @@ def select_pair(p, may_win, may_lose):
     return winners[0], losers[0]
 
 
-def mine(samples, p_of, run, rated, min_score_c):
+def mine(samples, p_of, rated, min_score_c):
     """Pairs of all clips that were not rated, and how many were dropped why."""
     pairs, dropped = [], Counter()
-    for clip, rows in tqdm(samples.items(), desc="mine", unit="clip"):
+    for clip, rows in samples.items():
         if clip in rated:
             dropped["rated by people"] += 1  # Paper silent: AudioScore was fitted on these clips
             continue
         may_lose = [row["k"] for row in rows if row["finite"]]
-        may_win = [row["k"] for row in rows if row["finite"] and fault(run / row["wav"]) is None]
+        may_win = [row["k"] for row in rows if row["finite"] and fault(row) is None]
         pair = select_pair({row["k"]: p_of[clip, row["k"]] for row in rows}, may_win, may_lose)
         if isinstance(pair, str):
             dropped[pair] += 1
@@ -170,32 +167,31 @@ def human_pairs(answers, p_of):
     return [as_pair(clip, *((a, b) if vote > 0 else (b, a)), p_of) for (clip, a, b), vote in decided]
 
 
-def score_everything(run, run_json, samples, clips, audioscore, weights, ranks):
-    """Five scores and p of every audio, shard by shard; what stage 02 scored is not scored again."""
-    names, shards, p_of = common.AUDIOSCORE_SCORERS, defaultdict(list), {}
+def judge_everything(run, samples, clips, audioscore, weights, ranks):
+    """Writes the five scores and p of every audio, shard by shard; returns {(clip, k): p}, on rank 0 alone."""
+    shards, p_of, names = defaultdict(list), {}, common.AUDIOSCORE_SCORERS
     for clip, rows in samples.items():
         for row in rows:
-            shards[row["shard"]].append((clips[clip], run / row["wav"], common.sample_key(run_json, clip, row["k"])))
-    common.adopt_scores(run / "02_scores", run / "03_scores", shards, names, ranks)
-    common.score_groups(run, run / "03_scores", shards, names, weights, ranks)
-    for shard, audios in shards.items():
-        scores = common.five_scores(common.cached_scores(run / "03_scores", shard, audios, names), audioscore)
+            audio = common.Audio(clips[clip], run / row["wav"], row["digest"], row["shard"])
+            shards[row["shard"]].append((row["k"], audio))
+    audios = [audio for shard in shards.values() for _, audio in shard]
+    common.fill_store(run, audios, names, weights, ranks)
+    for shard, rows in tqdm(shards.items(), desc="judge", unit="shard") if ranks.rank == 0 else ():
+        scores = common.five_scores(common.stored_scores(run, [a for _, a in rows], names, weights), audioscore)
         lines = []
-        for (clip, _, key), row, p in zip(audios, scores, audioscore(scores).tolist()):
-            k = int(key.split("/")[1])
-            lines.append(common.score_line(clip["id"], k, row, p=p))
-            p_of[clip["id"], k] = tuple(p)
-        if ranks[0] == 0:
-            common.write_jsonl(run / "03_scores" / f"{shard}.jsonl", lines)
+        for (k, audio), row, p in zip(rows, scores, audioscore(scores).tolist()):
+            lines.append(common.score_line(audio.clip["id"], k, row, p=p))
+            p_of[audio.clip["id"], k] = tuple(p)
+        common.write_jsonl(run / "03_scores" / f"{shard}.jsonl", lines)
     return p_of
 
 
 def main(args):
     # -- setup
-    ranks = rank, _, _ = common.setup_ranks()
-    run = Path(args.run)
-    run_json = common.read_run(run)
-    common.check_chain(run, "02")
+    ranks = common.setup_ranks()
+    run = Path(args.run_dir)
+    common.read_run(run)
+    common.require(run, "02_audioscore.pt", "02_scores.jsonl")
     samples = common.read_samples(run)
     clips = {clip["id"]: clip for clip in common.read_clips(run, "train")}
     hint = "; rerun 02_fit_audioscore.py --redo"
@@ -205,31 +201,30 @@ def main(args):
     # -- data: who chooses
     answers_file = run / "03_human_choices.jsonl"
     source = Path(args.choices) if args.choices else answers_file
-    if rank == 0:
+    if ranks.rank == 0:
         asked = comparisons(samples, ratings, args.num_human_pairs, args.seed)
         common.write_sheet(run / "03_to_choose.csv", *choice_sheet(asked, samples, clips), "choice")
         if not args.choices and common.to_simulate(run, source, set(asked), ("clip", "a", "b"), args.redo):
             wav = {(clip, row["k"]): run / row["wav"] for clip, rows in samples.items() for row in rows}
             asked = [(clips[clip], a, b, wav[clip, a], wav[clip, b]) for clip, a, b in asked]
-            common.write_jsonl(source, common.toy_world().simulated_choices(run, asked, args.seed))
+            common.write_jsonl(source, common.people_of(run).simulated_choices(run, asked, args.seed))
     common.barrier()
     answers = read_choices(source, samples) if args.choices or source.exists() else []
-    if rank == 0:
+    if ranks.rank == 0:
         if answers and source != answers_file:
             if answers_file.exists() and not args.redo and common.read_jsonl(answers_file) != answers:
                 stop(f"{answers_file}: holds other choices than {source}; use --redo to replace them")
             common.write_jsonl(answers_file, answers)
         settings = dict(num_human_pairs=args.num_human_pairs, min_score_c=args.min_score_c, seed=args.seed)
-        inputs = [run / "01_samples", run / "02_audioscore.pt", run / "02_scores.jsonl"]
-        outputs = [run / "03_pairs.jsonl", run / "03_human_pairs.jsonl"]
-        inputs += [answers_file] * bool(answers)
-        common.claim(run / "03_settings.json", settings, inputs, args.redo, outputs=outputs)
+        inputs = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"] + ["03_human_choices.jsonl"] * bool(answers)
+        outputs = ("03_pairs.jsonl", "03_human_pairs.jsonl")
+        common.claim(run, "03_settings.json", settings, inputs, args.redo, outputs=outputs)
 
     # -- scores, then pairs
-    p_of = score_everything(run, run_json, samples, clips, audioscore, args.weights, ranks)
-    if rank > 0:
+    p_of = judge_everything(run, samples, clips, audioscore, args.weights, ranks)
+    if ranks.rank > 0:
         return
-    pairs, dropped = mine(samples, p_of, run, {r["clip"] for r in ratings}, args.min_score_c)
+    pairs, dropped = mine(samples, p_of, {row["clip"] for row in ratings}, args.min_score_c)
     people = human_pairs(answers, p_of)
     common.write_jsonl(run / "03_pairs.jsonl", pairs)
     common.write_jsonl(run / "03_human_pairs.jsonl", people)
@@ -248,7 +243,7 @@ def main(args):
         print(f"human choices: {len(answers)} in ({ties} ties), {len(people)} pairs")
     else:
         print(f"no human choices: to add some, fill {run / '03_to_choose.csv'} and rerun with --choices FILE --redo")
-    print(f"next: python 04_curriculum_split.py --run {run}")
+    print(f"next: python 04_curriculum_split.py --run-dir {run}")
 
 
 if __name__ == "__main__":

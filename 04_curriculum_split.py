@@ -2,7 +2,7 @@
 
 Run:
     python 04_curriculum_split.py
-    python 04_curriculum_split.py --run runs/vgg --threshold 0.7
+    python 04_curriculum_split.py --run-dir runs/vgg --threshold 0.7
 
 Reads:
     03_pairs.jsonl, 03_human_pairs.jsonl     clip, winner, loser (k), p_winner, p_loser: [Good, Medium, Bad]
@@ -17,18 +17,17 @@ from pathlib import Path
 import torch
 
 import common
-from common import stop
+from common import number
 
 PAPER_SHARES = {1.0: 0, 0.9: 8, 0.8: 45, 0.7: 81, 0.6: 89}  # threshold: % of simple pairs [Tab. 2]
 
 
 def parse_args(argv=None):
-    parser = common.argument_parser(__doc__)
-    io = parser.add_argument_group("io")
-    io.add_argument("--run", default="runs/toy", help="run folder")
+    parser = common.Parser(__doc__)
+    io = parser.io
     io.add_argument("--redo", action="store_true", help="replace this stage's outputs")
-    paper = parser.add_argument_group("paper")
-    paper.add_argument("--threshold", type=float, default=0.7, help="score_delta [Sec. 3.1, Tab. 2]")
+    paper = parser.paper
+    paper.add_argument("--threshold", type=number(float, 0, 1), default=0.7, help="score_delta [Sec. 3.1, Tab. 2]")
     return common.parse(parser, argv, "04")
 
 
@@ -58,18 +57,15 @@ def print_shares(score_c, num_human):
 
 
 def main(args):
-    run = Path(args.run)
+    run = Path(args.run_dir)
     common.read_run(run)
-    if not 0 <= args.threshold <= 1:
-        stop(f"--threshold {args.threshold}: score_delta lies between 0 and 1")
-    common.check_chain(run, "02", "03")
+    inputs, outputs = ("03_pairs.jsonl", "03_human_pairs.jsonl"), ("04_stage1.jsonl", "04_stage2.jsonl")
+    common.require(run, *inputs)
     fields = ("clip", "winner", "loser", "p_winner", "p_loser")
     hint = "; rerun 03_mine_pairs.py --redo"
     pairs = common.read_jsonl(run / "03_pairs.jsonl", fields, hint)
     people = common.read_jsonl(run / "03_human_pairs.jsonl", fields, hint)
-    inputs = [run / "03_pairs.jsonl", run / "03_human_pairs.jsonl"]
-    outputs = [run / "04_stage1.jsonl", run / "04_stage2.jsonl"]
-    common.claim(run / "04_settings.json", {"threshold": args.threshold}, inputs, args.redo, outputs=outputs)
+    common.claim(run, "04_settings.json", {"threshold": args.threshold}, inputs, args.redo, outputs=outputs)
 
     scored = complexity(pairs, people)
     stage1, stage2 = split(scored, args.threshold)
@@ -79,8 +75,8 @@ def main(args):
     print(f"pairs: {len(scored)} in; stage 1: {len(stage1)} easy; stage 2: {hard} hard + {len(people)} human")
     if pairs:
         print_shares(torch.tensor([p["score_c"] for p in scored if p["source"] == "auto"]), len(people))
-    print(f"next: python 05_train_flow_dpo.py --run {run}")
-    print(f"      torchrun --nproc_per_node 8 -- 05_train_flow_dpo.py --run {run}")
+    print(f"next: python 05_train_flow_dpo.py --run-dir {run}")
+    print(f"      torchrun --nproc_per_node 8 05_train_flow_dpo.py --run-dir {run}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 Run:
     python 05_train_flow_dpo.py                                                # toy world, CPU
-    torchrun --nproc_per_node 8 -- 05_train_flow_dpo.py --run runs/vgg         # one node, the paper's 8 GPUs
+    torchrun --nproc_per_node 8 05_train_flow_dpo.py --run-dir runs/vgg         # one node, the paper's 8 GPUs
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        -- 05_train_flow_dpo.py --run runs/vgg                                    # two nodes, a shared run folder
-The global batch is the same on any number of GPUs, and so are the batches, times and noise. (torchrun needs the `--`:
-it would take --run for an abbreviation of its own --run-path.)
+        05_train_flow_dpo.py --run-dir runs/vgg                                # two nodes, a shared run folder
+The global batch is the same on any number of GPUs, and so are the batches, times and noise.
 
 Reads:
     01_samples/                    latents and features, memory-mapped
@@ -32,45 +31,41 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import stop
+from common import number, stop
 
 T_BINS = 4  # the log shows error gaps by quarter of t
+MEASURES = ("pairs", "loss", "accuracy", "gap_w", "gap_l", "saturated")  # summed over pairs, by quarter of t
 SATURATED = 5.0  # |logit| beyond which a pair's gradient is below 1 % of its largest
 
 
 def parse_args(argv=None):
-    parser = common.argument_parser(__doc__)
-    io = parser.add_argument_group("io")
-    io.add_argument("--run", default="runs/toy", help="run folder")
+    parser = common.Parser(__doc__)
+    io = parser.io
     io.add_argument("--out", default="05_flow_dpo", help="name of the output folder inside the run")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
-    paper = parser.add_argument_group("paper")
-    paper.add_argument("--beta", type=float, default=600.0, help="KL strength [Sec. 3.1, Tab. 2]")
-    paper.add_argument("--lr", type=float, default=5e-6, help="learning rate, constant after the warm-up [Sec. 3.1]")
-    paper.add_argument("--warmup", type=int, default=1000, help="linear warm-up steps [Sec. 3.1]")
-    paper.add_argument("--steps", type=int, default=12_000, help="optimizer steps of both stages together [Sec. 3.1]")
-    paper.add_argument("--global-batch", type=int, default=8, help="pairs per step over all GPUs [Sec. 3.1]")
-    paper.add_argument("--threshold", type=float, help="score_delta: split anew by the stored score_c [Tab. 2]")
+    paper = parser.paper
+    paper.add_argument("--beta", type=number(float, 0), default=600.0, help="KL strength [Sec. 3.1, Tab. 2]")
+    paper.add_argument("--lr", type=number(float, 0), default=5e-6, help="learning rate after the warm-up [Sec. 3.1]")
+    paper.add_argument("--warmup", type=number(int, 0), default=1000, help="linear warm-up steps [Sec. 3.1]")
+    paper.add_argument("--steps", type=number(int, 1), default=12_000, help="optimizer steps of both stages [Sec. 3.1]")
+    paper.add_argument("--global-batch", type=number(int, 1), default=8, help="pairs per step, all GPUs [Sec. 3.1]")
+    paper.add_argument("--threshold", type=number(float, 0, 1), help="score_delta: split anew [Tab. 2]")
     paper.add_argument("--hard-first", action="store_true", help="ablation: stage 2 before stage 1")
     paper.add_argument("--no-human", action="store_true", help="ablation: without the human pairs")
     described = "ablation: Eq. 5's brackets as printed, -beta/2 W - L, instead of Eq. 4's"
     paper.add_argument("--printed-brackets", action="store_true", help=described)
     described = "weight of the winner's own error; paper: 0; with --beta 0 this is SFT on the winners"
-    paper.add_argument("--sft-weight", type=float, default=0.0, help=described)
-    engineering = parser.add_argument_group("engineering")
-    engineering.add_argument("--micro-batch", type=int, default=8, help="pairs per forward on one GPU")
+    paper.add_argument("--sft-weight", type=number(float, 0), default=0.0, help=described)
+    engineering = parser.engineering
+    engineering.add_argument("--micro-batch", type=number(int, 1), default=8, help="pairs per forward on one GPU")
     engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     described = "bf16 halves the frozen reference's memory; refused if it changes the loss at step 0"
     engineering.add_argument("--reference-precision", choices=("fp32", "bf16"), default="fp32", help=described)
     engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
     engineering.add_argument("--compile", action="store_true", help="torch.compile the network")
-    engineering.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    engineering.add_argument("--seed", type=int, default=0, help="of batches, times and noise")
-    args = common.parse(parser, argv, "05")
-    common.at_least(args, steps=1, global_batch=1, micro_batch=1, save_every=1, warmup=0, beta=0, sft_weight=0)
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        stop(f"--threshold {args.threshold}: score_delta lies between 0 and 1")
-    return args
+    engineering.add_argument("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
+    engineering.add_argument("--seed", type=number(int, 0), default=0, help="of batches, times and noise")
+    return common.parse(parser, argv, "05")
 
 
 def lr_at(step, args):
@@ -120,7 +115,7 @@ def draw_t_and_noise(step, model, args):
 
     t ~ U(0, 1) as under Eq. 5 (not the backbones' own training laws), snapped to what the network knows.
     """
-    generator = torch.Generator().manual_seed(common.audio_seed(args.seed, "step", step))
+    generator = torch.Generator().manual_seed(common.seed_of(args.seed, "step", step))
     t = model.snap_t(torch.rand(args.global_batch, generator=generator))
     return t, torch.randn(args.global_batch, *model.latent_shape, generator=generator)
 
@@ -140,11 +135,10 @@ def pair_errors(network, features, a_0, eps, t):
     return common.flow_error(v, u).chunk(2)
 
 
-def train_step(policy, u_ref, shards, pairs, t, eps, args, device):
-    """Accumulates the gradient of this rank's share of the global batch; returns its sums for the log, float64:
-    loss, right, gap_w, gap_l, saturated, then per bin of t: pairs, gap_w, gap_l."""
-    world = args.global_batch // len(pairs)
-    sums = torch.zeros(5 + 3 * T_BINS, dtype=torch.float64)
+def train_step(policy, reference, shards, pairs, t, eps, world, args, device):
+    """Accumulates the gradient of this rank's share of the global batch; returns the sums of MEASURES for the log,
+    (6, T_BINS) float64 on the device."""
+    sums = torch.zeros(len(MEASURES), T_BINS, dtype=torch.float64, device=device)
     for start in range(0, len(pairs), args.micro_batch):
         micro = slice(start, start + args.micro_batch)
         part = pairs[micro]
@@ -157,46 +151,46 @@ def train_step(policy, u_ref, shards, pairs, t, eps, args, device):
         policy.require_backward_grad_sync = last  # DDP: one all-reduce per step
         with common.autocast(device, args.precision):
             with torch.no_grad():
-                ref_err_w, ref_err_l = pair_errors(u_ref, features, a_0, eps_part, t_part)
+                ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps_part, t_part)
             err_w, err_l = pair_errors(policy, features, a_0, eps_part, t_part)
         errors = (err_w, err_l, ref_err_w, ref_err_l)
         loss, logits = common.flow_dpo_loss(*errors, args.beta, args.printed_brackets)  # Eq. 5
         loss = loss + args.sft_weight * err_w
         (loss.sum() / args.global_batch * world).backward()  # DDP averages over ranks: times world is the global mean
 
-        gap_w, gap_l = (err_w - ref_err_w).detach(), (err_l - ref_err_l).detach()
-        right = (logits > 0).double() + 0.5 * (logits == 0).double()
-        rows = torch.stack([loss.detach(), right, gap_w, gap_l, (logits.abs() > SATURATED)]).double().cpu()
-        sums[:5] += rows.sum(dim=1)
-        bins = (t_part * T_BINS).long().clamp(max=T_BINS - 1).cpu()
-        for i, value in enumerate((torch.ones_like(rows[0]), rows[2], rows[3])):
-            sums[5 + i * T_BINS : 5 + (i + 1) * T_BINS].index_add_(0, bins, value)
+        with torch.no_grad():
+            right = (logits > 0).double() + 0.5 * (logits == 0).double()
+            saturated = logits.abs() > SATURATED
+            values = (torch.ones_like(loss), loss, right, err_w - ref_err_w, err_l - ref_err_l, saturated)
+            bins = (t_part * T_BINS).long().clamp(max=T_BINS - 1)
+            sums.index_add_(1, bins, torch.stack([value.double() for value in values]))
     return sums
 
 
-def log_row(step, stage, sums, args):
-    """The global batch's means; a bin of t without pairs is null."""
-    means = dict(zip(("loss", "accuracy", "gap_w", "gap_l", "saturated"), (sums[:5] / args.global_batch).tolist()))
-    count, *gaps = sums[5:].view(3, T_BINS)
-    for name, gap in zip(("gap_w_t", "gap_l_t"), gaps):
-        means[name] = [(g / c).item() if c else None for g, c in zip(gap, count)]
+def log_row(step, stage, sums):
+    """The global batch's means, and by quarter of t the error gaps; null where a quarter has no pair."""
+    total, by_t = dict(zip(MEASURES, sums.sum(dim=1).tolist())), dict(zip(MEASURES, sums.tolist()))
+    means = {name: total[name] / total["pairs"] for name in MEASURES[1:]}
+    for name in ("gap_w", "gap_l"):
+        means[f"{name}_t"] = [gap / n if n else None for gap, n in zip(by_t[name], by_t["pairs"])]
     return {"step": step, "stage": stage, **means}
 
 
 def main(args):
     # -- setup
     rank, world, device = common.setup_ranks()
-    run = Path(args.run)
+    run = Path(args.run_dir)
     run_json = common.read_run(run)
     folder = common.output_folder(run, args.out)
     if args.global_batch % world:
         stop(f"--global-batch {args.global_batch} cannot be divided over {world} processes")
-    common.check_chain(run, "02", "03", "04")
-    inputs = [run / "01_samples", run / "04_stage1.jsonl", run / "04_stage2.jsonl"]
-    runtime = ("run", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing", "compile")
+    inputs = ("01_samples", "04_stage1.jsonl", "04_stage2.jsonl")
+    common.require(run, *inputs)
+    runtime = ("run_dir", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing", "compile")
     settings = {key: value for key, value in vars(args).items() if key not in runtime}
     if rank == 0:
-        common.claim(folder / "settings.json", settings, inputs, advice="use another --out, or remove this folder")
+        advice = "use another --out, or remove this folder"
+        common.claim(run, f"{args.out}/settings.json", settings, inputs, advice=advice)
     common.barrier()
 
     # -- data
@@ -206,17 +200,17 @@ def main(args):
 
     # -- model
     model = common.load_base_model(run, device, args.weights)
-    u_ref = model.reference()
+    reference = model.reference()
     if args.gradient_checkpointing:
         model.checkpoint_blocks()
     if args.reference_precision == "bf16":
-        u_ref.to(torch.bfloat16)
+        reference.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(
         model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
     )
-    done = common.resume_training(folder, model, optimizer, rank)
+    done = common.resume_training(folder, model, optimizer, args.steps, rank)
     if args.compile:
-        for network in (model, u_ref):
+        for network in (model, reference):
             network.project, network.predict = torch.compile(network.project), torch.compile(network.predict)
     policy = common.data_parallel(model, device)
     if rank == 0:
@@ -236,20 +230,19 @@ def main(args):
         t, eps = draw_t_and_noise(step, model, args)
         mine = slice(rank, None, world)
         optimizer.zero_grad(set_to_none=True)
-        sums = train_step(policy, u_ref, shards, batch[mine], t[mine], eps[mine], args, device)
-        sums = common.sum_over_ranks(sums.to(device)).cpu()
+        sums = train_step(policy, reference, shards, batch[mine], t[mine], eps[mine], world, args, device)
+        row = log_row(step, stage + 1, common.sum_over_ranks(sums).cpu())
         grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
-        if not (sums.isfinite().all() and grad_norm.isfinite()):
+        if not (math.isfinite(row["loss"]) and grad_norm.isfinite()):
             stop(f"step {step}: the loss is not finite; {folder}/checkpoint.pt holds the last good step; lower --lr")
-        if step == 0 and args.sft_weight == 0 and abs(sums[0].item() / args.global_batch - math.log(2)) > 1e-3:
-            loss, advice = sums[0].item() / args.global_batch, "use --reference-precision fp32, no --compile"
-            stop(f"step 0: the loss is {loss:.4f}, not log 2, so the reference differs; {advice} or --precision fp32")
+        if step == 0 and args.sft_weight == 0 and abs(row["loss"] - math.log(2)) > 1e-3:
+            wrong = f"step 0: the loss is {row['loss']:.4f}, not log 2, so the reference differs"
+            stop(f"{wrong}; use --reference-precision fp32, no --compile or --precision fp32")
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args)
         optimizer.step()
 
         if rank == 0:
-            row = log_row(step, stage + 1, sums, args)
             row.update(grad_norm=grad_norm.item(), lr=lr_at(step, args), seconds=time.time() - began)
             row["forwards"], row["forwards_grad"] = (n * args.global_batch * (step + 1) for n in (4, 2))
             row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else None
@@ -270,7 +263,7 @@ def main(args):
                 mean = {key: sum(row[key] for row in last) / len(last) for key in keys}
                 print(f"stage {i}, last {len(last)} steps: " + ", ".join(f"{k} {v:.4f}" for k, v in mean.items()))
         print(f"wrote {folder / 'policy.pt'}")
-        print(f"next: python 06_ddpo_baseline.py --run {args.run}   (or 07_evaluate.py)")
+        print(f"next: python 06_ddpo_baseline.py --run-dir {args.run_dir}   (or 07_evaluate.py)")
 
 
 if __name__ == "__main__":

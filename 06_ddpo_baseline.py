@@ -2,7 +2,7 @@
 
 Run:
     python 06_ddpo_baseline.py                                             # toy world, CPU
-    torchrun --nproc_per_node 8 -- 06_ddpo_baseline.py --run runs/vgg
+    torchrun --nproc_per_node 8 06_ddpo_baseline.py --run-dir runs/vgg
 Each round draws --prompts clips, samples --group-size audios of each with an SDE whose marginals are the ODE's, scores
 them, and makes --updates optimizer steps on the stored transitions; one step = one optimizer update, as in stage 05.
 
@@ -29,33 +29,32 @@ import torchaudio
 from tqdm import tqdm
 
 import common
-from common import AudioScore, stop
+from common import AudioScore, number, stop
 
 
 def parse_args(argv=None):
-    parser = common.argument_parser(__doc__)
-    io = parser.add_argument_group("io")
-    io.add_argument("--run", default="runs/toy", help="run folder")
+    parser = common.Parser(__doc__)
+    io = parser.io
     io.add_argument("--out", default="06_ddpo", help="name of the output folder inside the run")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
-    paper = parser.add_argument_group("paper (silent on DDPO's settings: as many steps and the same lr as stage 05)")
-    paper.add_argument("--lr", type=float, default=5e-6, help="learning rate, constant after the warm-up")
-    paper.add_argument("--warmup", type=int, default=0, help="linear warm-up steps")
-    paper.add_argument("--steps", type=int, default=12_000, help="optimizer updates")
-    paper.add_argument("--prompts", type=int, default=8, help="clips per round over all GPUs")
-    paper.add_argument("--group-size", type=int, default=8, help="audios per clip and round")
-    paper.add_argument("--sampling-steps", type=int, default=10, help="SDE steps of a trajectory")
-    paper.add_argument("--updates", type=int, default=8, help="optimizer updates per round")
-    paper.add_argument("--eta", type=float, default=0.7, help="SDE noise, s = eta sqrt(t / (1 - t))")
-    paper.add_argument("--clip-range", type=float, default=1e-3, help="the ratio is clipped to 1 +- this")
-    engineering = parser.add_argument_group("engineering")
-    engineering.add_argument("--micro-batch", type=int, default=64, help="audios per backward pass on one GPU")
+    paper = parser.paper
+    paper.description = "Silent on DDPO's settings: as many steps and the same lr as stage 05."
+    paper.add_argument("--lr", type=number(float, 0), default=5e-6, help="learning rate, constant after the warm-up")
+    paper.add_argument("--warmup", type=number(int, 0), default=0, help="linear warm-up steps")
+    paper.add_argument("--steps", type=number(int, 1), default=12_000, help="optimizer updates")
+    paper.add_argument("--prompts", type=number(int, 1), default=8, help="clips per round over all GPUs")
+    paper.add_argument("--group-size", type=number(int, 2), default=8, help="audios per clip and round")
+    paper.add_argument("--sampling-steps", type=number(int, 2), default=10, help="SDE steps of a trajectory")
+    paper.add_argument("--updates", type=number(int, 1), default=8, help="optimizer updates per round")
+    paper.add_argument("--eta", type=number(float, 0), default=0.7, help="SDE noise, s = eta sqrt(t / (1 - t))")
+    paper.add_argument("--clip-range", type=number(float, 0), default=1e-3, help="the ratio is clipped to 1 +- this")
+    engineering = parser.engineering
+    engineering.add_argument("--micro-batch", type=number(int, 1), default=64, help="audios per backward pass, one GPU")
     engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
-    engineering.add_argument("--save-every", type=int, default=20, help="rounds between checkpoints")
-    engineering.add_argument("--seed", type=int, default=0, help="of prompts and noise")
+    engineering.add_argument("--save-every", type=number(int, 1), default=20, help="rounds between checkpoints")
+    engineering.add_argument("--seed", type=number(int, 0), default=0, help="of prompts and noise")
     args = common.parse(parser, argv, "06")
-    common.at_least(args, steps=1, prompts=1, group_size=2, sampling_steps=2, micro_batch=1, save_every=1, warmup=0)
     if not 1 <= args.updates <= args.sampling_steps - 1:
         stop(f"--updates {args.updates}: from 1 to {args.sampling_steps - 1}, the stochastic steps of a trajectory")
     return args
@@ -101,8 +100,9 @@ def rollout(model, features, seeds, guidance, args, device):
     (S - 1, R * B) at sampling time, and a_0 (R * B, T, C). The last step is deterministic and has no log-probability.
     """
     times = grid(model, args.sampling_steps)
-    conditions = model.project(features)
-    generators = [torch.Generator().manual_seed(common.audio_seed(seed, "sde", 0)) for seed in seeds]
+    with common.autocast(device, args.precision):
+        conditions = model.project(features)  # as in training: under bf16 the ratio would not start at 1 otherwise
+    generators = [torch.Generator().manual_seed(common.seed_of(seed, "sde", 0)) for seed in seeds]
     a_t = common.initial_noise(model, seeds)
     states, log_probs = [a_t], []
     for t, t_next in zip(times[:-2], times[1:-1]):
@@ -132,7 +132,7 @@ class Reward:
         self.audioscore = AudioScore.load(run / "02_audioscore.pt")
         names = common.AUDIOSCORE_SCORERS
         self.scorers = {name: common.load_scorer(name, run, device, weights) for name in names}
-        self.pool = ThreadPoolExecutor(2 if "scorers" in common.read_run(run) else 1)  # two of the toy's tiny scorers
+        self.pool = ThreadPoolExecutor(common.scorers_of(run, weights).at_a_time)
 
     def __call__(self, model, a_0, clips):
         """a_0: (B, T, C), clips: B lines of clips.jsonl -> (B,) float32 in [0, 1]; 0 for audio that is not finite."""
@@ -150,7 +150,7 @@ class Reward:
 
     def forget(self):
         for scorer in self.scorers.values():
-            scorer.memo.clear()
+            scorer.sides.clear()
 
 
 def group_advantages(rewards, groups):
@@ -197,7 +197,7 @@ def collect(model, reward, shards, clips, number, guidance, args, device):
         part = clips[start : start + per_batch]
         features = {k: v.to(device) for k, v in shards.features([clip["id"] for clip in part]).items()}
         names = [(clip["id"], k) for k in range(args.group_size) for clip in part]
-        seeds = [common.audio_seed(f"{args.seed}/ddpo/{number}", name, k) for name, k in names]
+        seeds = [common.seed_of(args.seed, "ddpo", number, name, k) for name, k in names]
         states, log_probs, a_0 = rollout(model, features, seeds, guidance, args, device)
         rewards = reward(model, a_0, part * args.group_size).to(device)
         advantages, std = group_advantages(rewards, len(part))
@@ -207,13 +207,12 @@ def collect(model, reward, shards, clips, number, guidance, args, device):
     return batches, sums
 
 
-def train_step(policy, batches, update, times, guidance, args, device):
+def train_step(policy, batches, update, times, guidance, world, args, device):
     """Accumulates the gradient of one update: one chosen transition of every trajectory of the round.
 
     Returns this rank's sums for the log: ratio, clipped, approx_kl.
     """
     sums, audios = torch.zeros(3, dtype=torch.float64), args.prompts * args.group_size
-    world = args.prompts // sum(len(next(iter(batch[0].values()))) for batch in batches)
     for i, (features, states, old_log_probs, advantages, chosen) in enumerate(batches):
         prompts = len(next(iter(features.values())))
         parts = torch.arange(len(advantages), device=device).split(max(1, args.micro_batch // prompts) * prompts)
@@ -239,17 +238,18 @@ def train_step(policy, batches, update, times, guidance, args, device):
 def main(args):
     # -- setup
     rank, world, device = common.setup_ranks()
-    run = Path(args.run)
+    run = Path(args.run_dir)
     run_json = common.read_run(run)
     folder = common.output_folder(run, args.out)
     if args.prompts % world:
         stop(f"--prompts {args.prompts} cannot be divided over {world} processes")
-    common.check_chain(run, "02")
-    runtime = ("run", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing")
+    inputs = ("01_samples", "02_audioscore.pt")
+    common.require(run, *inputs)
+    runtime = ("run_dir", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing")
     settings = {key: value for key, value in vars(args).items() if key not in runtime}
     if rank == 0:
-        inputs = [run / "01_samples", run / "02_audioscore.pt"]
-        common.claim(folder / "settings.json", settings, inputs, advice="use another --out, or remove this folder")
+        advice = "use another --out, or remove this folder"
+        common.claim(run, f"{args.out}/settings.json", settings, inputs, advice=advice)
     common.barrier()
 
     # -- data
@@ -266,7 +266,7 @@ def main(args):
     optimizer = torch.optim.AdamW(
         model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
     )
-    done = common.resume_training(folder, model, optimizer, rank)
+    done = common.resume_training(folder, model, optimizer, args.steps, rank)
     policy = common.data_parallel(model, device)
     times = torch.tensor(grid(model, args.sampling_steps), device=device)
     audios, rows = args.prompts * args.group_size, 2 if guidance != 1 else 1  # rows of one guided evaluation
@@ -284,7 +284,7 @@ def main(args):
             batches, rewards = collect(model, reward, shards, prompts, number, guidance, args, device)
             rewards = common.sum_over_ranks(rewards.to(device)).cpu()
         optimizer.zero_grad(set_to_none=True)
-        sums = train_step(policy, batches, update, times, guidance, args, device)
+        sums = train_step(policy, batches, update, times, guidance, world, args, device)
         sums = common.sum_over_ranks(sums.to(device)).cpu()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
         if not (sums.isfinite().all() and grad_norm.isfinite()):
@@ -316,7 +316,7 @@ def main(args):
         first, last = (sum(row["reward"] for row in part) / fifth for part in (log[:fifth], log[-fifth:]))
         print(f"reward while training: first fifth {first:.3f}, last fifth {last:.3f}")
         print(f"wrote {folder / 'policy.pt'}")
-        print(f"next: python 07_evaluate.py --run {args.run}")
+        print(f"next: python 07_evaluate.py --run-dir {args.run_dir}")
 
 
 if __name__ == "__main__":

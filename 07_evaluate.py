@@ -1,61 +1,62 @@
-"""Stage 07: the metrics of Tables 1 and 2, with intervals, and the report (Sec. 3.1-3.2).
+"""Stage 07: the metrics of Tables 1 and 2, with intervals (Sec. 3.1-3.2). Stage 08 makes the page.
 
 Run:
     python 07_evaluate.py                                      # ground truth, base, Flow-DPO, DDPO on the test split
     python 07_evaluate.py --split val --systems no_human=05_no_human      # another policy folder of the run
-    python 07_evaluate.py --run runs/vgg --only --systems ground_truth thinksound=DIR   # a folder of audio files
-    torchrun --nproc_per_node 8 -- 07_evaluate.py --run runs/vgg
+    python 07_evaluate.py --run-dir runs/vgg --only --systems ground_truth thinksound=DIR   # a folder of audio files
+    torchrun --nproc_per_node 8 07_evaluate.py --run-dir runs/vgg
 
 Reads:
     clips.jsonl, 02_audioscore.pt, policy folders of the run, folders of audio named by clip id (any common format)
 Writes:
     07_audio/<system>/<clip>.wav     one audio per clip, from the clip's own seed: systems share their noise
     07_conditions/*.pt               the encoders' features of the split
-    07_scores/*.pt                   what every scorer said, under clip and digest of the audio
+    scores/*.pt                      what every scorer said, by block of 32 clips
     07_results.jsonl                 system, metric, better (higher or lower), value, low, high (95 %), n (clips), and
                                      diff, diff_low, diff_high: value minus base's, paired, never sign-flipped, null
                                      for base
-    07_report.html                   one self-contained page; --split val writes 07_results_val.jsonl and no page
+    07_systems.json                  what was evaluated: split, guidance, and for each system its folder and the audio
+                                     of each clip; --split val writes 07_results_val.jsonl and 07_systems_val.json
 Takes: toy 42 s on 2 cores.
 """
 
-import base64
-import html
-import io
-import json
 import shutil
-import string
 import sys
-from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
-import av
 import numpy as np
-import soundfile
 import torch
-from matplotlib.figure import Figure  # no pyplot: nothing global, no window
 from scipy import stats
 from tqdm import tqdm
 
 import common
-from common import AudioScore, SkipClip, stop
+from common import AudioScore, SkipClip, number, stop
 
 DEFAULTS = {"ground_truth": None, "base": None, "flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")
 BLOCK_CLIPS = 32  # clips per cached file
-LISTEN = 6  # clips on the page
 
-# metric: (column, better, decimals, shown times)
+
+class Metric(NamedTuple):
+    column: str
+    better: str = "higher"
+    decimals: int = 3
+    times: int = 1  # shown times this
+
+    def text(self, value, sign=""):
+        return "-" if value is None else f"{value * self.times:{sign}.{self.decimals}f}"
+
+
 METRICS = {
-    "fd_passt": ("FD_PaSST", "lower", 2, 1), "fd": ("FD", "lower", 2, 1),
-    "kl_panns": ("KL_PANNs", "lower", 2, 1), "kl_passt": ("KL_PaSST", "lower", 2, 1), "kl": ("KL", "lower", 2, 1),
-    "is": ("IS", "higher", 2, 1), "ib": ("IB x100", "higher", 2, 100), "clap": ("CLAP x100", "higher", 2, 100),
-    "desync_s": ("DeSync s", "lower", 3, 1), "p_good": ("P(Good)", "higher", 3, 1),
-    "win_rate": ("wins against base", "higher", 3, 1),
-    "oracle_semantic": ("oracle: semantic", "higher", 3, 1), "oracle_sync_s": ("oracle: sync s", "lower", 4, 1),
-    "oracle_floor_db": ("oracle: floor dB", "lower", 2, 1), "oracle_aesthetic": ("oracle: aesthetic", "higher", 3, 1),
+    "fd_passt": Metric("FD_PaSST", "lower", 2), "fd": Metric("FD", "lower", 2),
+    "kl_panns": Metric("KL_PANNs", "lower", 2), "kl_passt": Metric("KL_PaSST", "lower", 2),
+    "kl": Metric("KL", "lower", 2), "is": Metric("IS", "higher", 2), "ib": Metric("IB x100", "higher", 2, 100),
+    "clap": Metric("CLAP x100", "higher", 2, 100), "desync_s": Metric("DeSync s", "lower"),
+    "p_good": Metric("P(Good)"), "win_rate": Metric("wins against base"),
+    "oracle_semantic": Metric("oracle: semantic"), "oracle_sync_s": Metric("oracle: sync s", "lower", 4),
+    "oracle_floor_db": Metric("oracle: floor dB", "lower", 2), "oracle_aesthetic": Metric("oracle: aesthetic"),
 }  # fmt: skip
-SET_METRICS = ("fd_passt", "fd", "is")
 PAPER_COLUMNS = ("fd_passt", "kl_panns", "kl_passt", "is", "ib", "desync_s")
 PAPER = {  # Table 1, VGGSound test
     "Seeing&Hearing": (219.01, 2.26, 2.30, 8.58, 33.99, 1.20), "V-AURA": (218.50, 2.42, 2.07, 10.08, 27.64, 0.65),
@@ -69,19 +70,18 @@ TOLERANCE = "tolerance: a repeated evaluation of one MMAudio model drifted by 0.
 
 
 def parse_args(argv=None):
-    parser = common.argument_parser(__doc__)
-    files = parser.add_argument_group("io")
-    files.add_argument("--run", default="runs/toy", help="run folder")
-    files.add_argument("--split", choices=("val", "test"), default="test", help="val is for your own choices")
+    parser = common.Parser(__doc__)
+    io = parser.io
+    io.add_argument("--split", choices=("val", "test"), default="test", help="val is for your own choices")
     described = "more systems: a policy folder of the run, or a folder of audio files named by clip id"
-    files.add_argument("--systems", nargs="+", default=[], metavar="NAME[=DIR]", help=described)
-    files.add_argument("--only", action="store_true", help="evaluate --systems alone, not the default four too")
-    files.add_argument("--allow-missing", action="store_true", help="evaluate a system that lacks audio for some clips")
-    files.add_argument("--weights", default="weights", help="folder of downloaded files")
-    paper = parser.add_argument_group("paper")
-    paper.add_argument("--guidance", type=float, default=4.5, help="guidance scale gamma [Sec. 3.1]")
-    engineering = parser.add_argument_group("engineering")
-    engineering.add_argument("--batch-clips", type=int, default=16, help="clips sampled together")
+    io.add_argument("--systems", nargs="+", default=[], metavar="NAME[=DIR]", help=described)
+    io.add_argument("--only", action="store_true", help="evaluate --systems alone, not the default four too")
+    io.add_argument("--allow-missing", action="store_true", help="evaluate a system that lacks audio for some clips")
+    io.add_argument("--weights", default="weights", help="folder of downloaded files")
+    paper = parser.paper
+    paper.add_argument("--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]")
+    engineering = parser.engineering
+    engineering.add_argument("--batch-clips", type=number(int, 1), default=16, help="clips sampled together")
     return common.parse(parser, argv, "07")
 
 
@@ -177,20 +177,27 @@ def choose_systems(run, args):
             print(f"{name}: left out, {run / folder} does not exist")
     if not systems:
         stop("--only: name at least one of the --systems")
-    return dict(sorted(systems.items(), key=lambda item: list(DEFAULTS).index(item[0]) if item[0] in DEFAULTS else 9))
+    order = [*DEFAULTS, *systems]
+    return {name: systems[name] for name in sorted(systems, key=order.index)}
 
 
 def is_policy(name, folder):
     return name == "base" or (folder is not None and (folder / "policy.json").exists())
 
 
-def read_features(model, run, clips, ranks):
+def block_of(clips):
+    """{clip id: name of its block}, for files that hold several clips."""
+    return {clip["id"]: f"{clip['split']}_{i // BLOCK_CLIPS:05d}" for i, clip in enumerate(clips)}
+
+
+def encode_clips(model, run, clips, ranks):
     """Features of these clips, memory-mapped from 07_conditions/, after encoding what is not there yet, its blocks
     divided over the ranks: {clip id: dict}."""
     rank, world, _ = ranks
-    blocks = [clips[i : i + BLOCK_CLIPS] for i in range(0, len(clips), BLOCK_CLIPS)]
-    files = [run / "07_conditions" / f"{clips[0]['split']}_{i:05d}.pt" for i in range(len(blocks))]
-    for block, file in tqdm(list(zip(blocks, files))[rank::world], desc="encode", unit="block", disable=rank > 0):
+    blocks, name_of = {}, block_of(clips)
+    for clip in clips:
+        blocks.setdefault(run / "07_conditions" / f"{name_of[clip['id']]}.pt", []).append(clip)
+    for file, block in tqdm(list(blocks.items())[rank::world], desc="encode", unit="block", disable=rank > 0):
         cached, new = common.load_pt(file, mmap=True) if file.exists() else {}, {}
         for clip in block:
             if clip["id"] not in cached:
@@ -201,7 +208,8 @@ def read_features(model, run, clips, ranks):
         if new:
             common.save_pt(file, cached | new)
     common.barrier()
-    return {name: value for file in files if file.exists() for name, value in common.load_pt(file, mmap=True).items()}
+    found = [common.load_pt(file, mmap=True) for file in blocks if file.exists()]
+    return {name: value for part in found for name, value in part.items()}
 
 
 def generate(run, name, folder, model, features, clips, args, ranks):
@@ -214,11 +222,12 @@ def generate(run, name, folder, model, features, clips, args, ranks):
         record = out / "settings.json"
         if out.exists() and (not record.exists() or common.read_json(record) != settings):
             shutil.rmtree(out)  # a cache of another policy
-        common.write_text(record, json.dumps(settings) + "\n")
+        common.write_json(record, settings)
     common.barrier()
     todo = [c for c in clips if c["id"] in features and not (out / f"{c['id']}.wav").exists()][rank::world]
     if folder is not None:
-        common.check_record(folder / "settings.json", "its training, into another --out")
+        if folder.parent == run:
+            common.require(run, f"{folder.name}/policy.pt")
         about = common.read_json(folder / "policy.json")
         if about["model"] != run_json["model"] or about["base_digest"] != run_json["checkpoint_digest"]:
             stop(f"{folder}: a policy of {about['model']} tuned from another base than this run's; use its own run")
@@ -227,7 +236,7 @@ def generate(run, name, folder, model, features, clips, args, ranks):
     for start in tqdm(range(0, len(todo), args.batch_clips), desc=name, unit="batch", disable=rank > 0 or not todo):
         batch = todo[start : start + args.batch_clips]
         stacked = {k: torch.stack([features[c["id"]][k] for c in batch]).to(device) for k in features[batch[0]["id"]]}
-        seeds = [common.audio_seed(run_json["seed"], c["id"], 0) for c in batch]
+        seeds = [common.seed_of(run_json["seed"], c["id"], 0) for c in batch]
         a_0 = common.sample(model, stacked, seeds, run_json["sampler"]["steps"], args.guidance)
         for clip, wave in zip(batch, model.decode(a_0)):
             common.write_audio(out / f"{clip['id']}.wav", wave, model.sample_rate_hz)
@@ -243,21 +252,13 @@ def audio_folder(run, name, args):
 def audio_files(run, name, folder, clips, args):
     """{clip id: audio path} of what a system has."""
     if name == "ground_truth":
-        return {c["id"]: c["path"] for c in clips if has_audio(c["path"])}
+        return {c["id"]: c["path"] for c in clips if common.has_audio(c["path"])}
     if not is_policy(name, folder):
         names = {c["id"]: [folder / (c["id"] + suffix) for suffix in AUDIO_SUFFIXES] for c in clips}
         found = {clip: next((path for path in paths if path.exists()), None) for clip, paths in names.items()}
         return {clip: path for clip, path in found.items() if path}
     out = audio_folder(run, name, args)
     return {c["id"]: out / f"{c['id']}.wav" for c in clips if (out / f"{c['id']}.wav").exists()}
-
-
-def has_audio(path):
-    try:
-        with common.open_media(path) as container:
-            return next(iter(container.decode(audio=0)), None) is not None
-    except (OSError, IndexError, av.error.FFmpegError):
-        return False
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -268,63 +269,67 @@ def has_audio(path):
 def score_systems(run, files, clips, args, ranks):
     """Everything the scorers say of every system: {system: {scorer: {key: (n, ...)}}}, rows in the order of
     files[system]; each audio once, each video tower once per clip."""
-    toy = "scorers" in common.read_run(run)
-    names = [*common.AUDIOSCORE_SCORERS, *(() if toy else ("panns_16k", "passt"))]
-    groups, mine = {}, {system: {} for system in files}
-    for i, clip in enumerate(clips):
-        group = f"{clip['split']}_{i // BLOCK_CLIPS:05d}"
-        for system, paths in files.items():
-            if clip["id"] in paths:
-                audio = (clip, paths[clip["id"]], f"{clip['id']}/{common.digest(paths[clip['id']])}")
-                groups.setdefault(group, {})[audio[2]] = audio  # equal audio of two systems is scored once
-                mine[system].setdefault(group, []).append(audio)
-    groups = {group: list(audios.values()) for group, audios in groups.items()}
-    common.score_groups(run, run / "07_scores", groups, names, args.weights, ranks)
-    return {system: common.merge_scores(run / "07_scores", mine[system], names) for system in files}
+    measured = {scorer for _, scorer, _ in common.scorers_of(run, args.weights).measures.values()}
+    names = [*common.AUDIOSCORE_SCORERS, *sorted(measured - set(common.AUDIOSCORE_SCORERS))]
+    group, by_id = block_of(clips), {clip["id"]: clip for clip in clips}
+    audios = {
+        system: [common.Audio(by_id[c], path, common.digest(path), group[c]) for c, path in paths.items()]
+        for system, paths in files.items()
+    }
+    common.fill_store(run, [a for c in zip_by_clip(audios, clips) for a in c], names, args.weights, ranks)
+    if ranks.rank > 0:
+        return {}
+    return {system: common.stored_scores(run, audios[system], names, args.weights) for system in files}
 
 
-def per_clip_values(run, found, clips, files):
+def zip_by_clip(audios, clips):
+    """All systems' audios of the first clip, then of the second: a video tower runs once per clip."""
+    of_clip = {clip["id"]: [] for clip in clips}
+    for part in audios.values():
+        for audio in part:
+            of_clip[audio.clip["id"]].append(audio)
+    return of_clip.values()
+
+
+def per_clip(run, found, clips, files, weights):
     """Metrics that are means over clips: {system: {metric: (n,) float64, nan where absent}}, rows = clips; and what
     the set metrics need: {system: {metric: (embedding or logits, row of each clip or -1)}}."""
-    toy = "scorers" in common.read_run(run)
-    kl_from = {"kl": "panns"} if toy else {"kl_panns": "panns_16k", "kl_passt": "passt"}
-    sets_from = {"fd": ("panns", "embedding"), "is": ("panns", "logits")}
-    if not toy:
-        sets_from = {"fd_passt": ("passt", "embedding"), "is": ("panns_16k", "logits")}
+    measures, people = common.scorers_of(run, weights).measures, common.people_of(run)
     judge = run / "02_audioscore.pt"
     audioscore = AudioScore.load(judge) if judge.exists() else None
     means, sets = {}, {}
     for system, part in found.items():
-        row = dict(zip(files[system], range(len(files[system]))))
+        row = {clip: i for i, clip in enumerate(files[system])}
         rows = np.array([row.get(clip["id"], -1) for clip in clips])
-
-        def spread(values, rows=rows):
-            return np.where(rows >= 0, np.asarray(values, np.float64)[rows], np.nan)
-
-        values = {"ib": part["imagebind"]["ib"], "clap": part["clap"]["clap"]}
-        values["desync_s"] = part["synchformer"]["desync_s"]
+        values = {metric: part[scorer][key] for metric, (how, scorer, key) in measures.items() if how == "mean"}
         if audioscore:
             values["p_good"] = audioscore(common.five_scores(part, audioscore))[:, 0]
-        if toy and (run / "00_oracle.pt").exists():
+        if people:
             by_id = {clip["id"]: clip for clip in clips}
-            audios = [(by_id[clip], path) for clip, path in files[system].items()]
-            values |= common.toy_world().oracle_scores(run, audios)
-        means[system] = {metric: spread(v) for metric, v in values.items() if metric in METRICS}
-        sets[system] = {metric: (part[s][key].numpy(), rows) for metric, (s, key) in sets_from.items()}
-    truth = found.get("ground_truth")
+            oracle = people.oracle_scores(run, [(by_id[clip], path) for clip, path in files[system].items()])
+            values |= {metric: value for metric, value in oracle.items() if metric in METRICS}
+        means[system] = {m: np.where(rows >= 0, np.asarray(v, np.float64)[rows], np.nan) for m, v in values.items()}
+        of_set = {metric: (scorer, key) for metric, (how, scorer, key) in measures.items() if how in ("fd", "is")}
+        sets[system] = {metric: (part[scorer][key].numpy(), rows) for metric, (scorer, key) in of_set.items()}
     for system, part in found.items():
-        if truth and system != "ground_truth":
-            have = [i for i, c in enumerate(clips) if c["id"] in files[system] and c["id"] in files["ground_truth"]]
-            a, b = (sets[s]["is"][1][have] for s in ("ground_truth", system))
-            for metric, scorer in kl_from.items():
-                values = np.full(len(clips), np.nan)
-                values[have] = kl_divergence(truth[scorer]["logits"][a], part[scorer]["logits"][b])
-                means[system][metric] = values
+        if "ground_truth" in found and system != "ground_truth":
+            truth, both = found["ground_truth"], {s: sets[s]["is"][1] for s in ("ground_truth", system)}
+            have = np.flatnonzero((both["ground_truth"] >= 0) & (both[system] >= 0))
+            a, b = both["ground_truth"][have], both[system][have]
+            for metric, (how, scorer, key) in measures.items():
+                if how == "kl":
+                    means[system][metric] = np.full(len(clips), np.nan)
+                    means[system][metric][have] = kl_divergence(truth[scorer][key][a], part[scorer][key][b])
         if "p_good" in means[system] and "base" in means:
             ours, base = means[system]["p_good"], means["base"]["p_good"]
             wins = (ours > base) + 0.5 * (ours == base)
             means[system]["win_rate"] = np.where(np.isfinite(ours) & np.isfinite(base), wins, np.nan)
     return means, sets
+
+
+def describe(metric):
+    """How a metric is shown; one that a scorer of the user's brings is as it comes."""
+    return METRICS.get(metric, Metric(metric))
 
 
 def results_of(means, sets, n):
@@ -336,7 +341,7 @@ def results_of(means, sets, n):
         def line(metric, value, low, high, count, diff, system=system):
             keys = ("value", "low", "high", "n", "diff", "diff_low", "diff_high")
             numbers = dict(zip(keys, (value, low, high, count, *diff)))
-            return {"system": system, "metric": metric, "better": METRICS[metric][1], **numbers}
+            return {"system": system, "metric": metric, "better": describe(metric).better, **numbers}
 
         for metric, values in means[system].items():
             value = float(np.nanmean(values)) if np.isfinite(values).any() else None
@@ -352,11 +357,11 @@ def results_of(means, sets, n):
 
             def statistic(index, metric=metric, system=system):
                 embedding, rows = sets[system][metric]
-                mine = embedding[rows[index][rows[index] >= 0]]
                 if metric == "is":
-                    return inception_score(mine)
-                reference, rows = truth[metric]
-                return frechet_distance(mine, reference[rows[index][rows[index] >= 0]])
+                    return inception_score(embedding[rows[index][rows[index] >= 0]])
+                reference, places = truth[metric]
+                index = index[(rows[index] >= 0) & (places[index] >= 0)]  # av-benchmark: the clips that both have
+                return frechet_distance(embedding[rows[index]], reference[places[index]])
 
             def difference(index, statistic=statistic, metric=metric, system=system):
                 both = (sets[system][metric][1][index] >= 0) & (sets["base"][metric][1][index] >= 0)  # paired
@@ -366,13 +371,8 @@ def results_of(means, sets, n):
             count = int((sets[system][metric][1] >= 0).sum())
             diff = jackknife(difference, n) if against else (None, None, None)
             lines.append(line(metric, *jackknife(statistic, n), count, diff))
-    order = list(METRICS)
+    order = list(dict.fromkeys([*METRICS, *(row["metric"] for row in lines)]))
     return sorted(lines, key=lambda row: (list(means).index(row["system"]), order.index(row["metric"])))
-
-
-def shown(metric, value, sign=""):
-    _, _, decimals, times = METRICS[metric]
-    return "-" if value is None else f"{value * times:{sign}.{decimals}f}"
 
 
 def verdict(row):
@@ -385,24 +385,25 @@ def verdict(row):
 def print_table(results, systems):
     """Values, then differences to base with 95 % intervals; better and worse mark intervals that exclude 0."""
     cell = {(row["metric"], row["system"]): row for row in results}
-    metrics = [m for m in METRICS if any((m, s) in cell for s in systems)]
+    metrics = {metric: describe(metric) for metric in dict.fromkeys([*METRICS, *(row["metric"] for row in results)])}
+    metrics = {name: metric for name, metric in metrics.items() if any((name, s) in cell for s in systems)}
     print("\n" + f"{'':<18}" + "".join(f"{s[:14]:>15}" for s in systems))
-    for metric in metrics:
-        arrow = "^" if METRICS[metric][1] == "higher" else "v"
-        values = [shown(metric, cell[metric, s]["value"]) if (metric, s) in cell else "" for s in systems]
-        print(f"{METRICS[metric][0] + ' ' + arrow:<18}" + "".join(f"{v:>15}" for v in values))
+    for name, metric in metrics.items():
+        arrow = "^" if metric.better == "higher" else "v"
+        values = [metric.text(cell[name, s]["value"]) if (name, s) in cell else "" for s in systems]
+        print(f"{metric.column + ' ' + arrow:<18}" + "".join(f"{v:>15}" for v in values))
     others = [s for s in systems if s not in ("base", "ground_truth")]
     if "base" in systems and others:
         print("\nminus base, 95 % interval" + " " * 4 + "".join(f"{s[:24]:>36}" for s in others))
-        for metric in metrics:
-            text = f"{METRICS[metric][0]:<29}"
-            for row in (cell.get((metric, s)) for s in others):
+        for name, metric in metrics.items():
+            text = f"{metric.column:<29}"
+            for row in (cell.get((name, s)) for s in others):
                 if row is None or row["diff"] is None:
                     text += " " * 36
                     continue
-                low, high = (shown(metric, row[k], "+") for k in ("diff_low", "diff_high"))
+                low, high = (metric.text(row[k], "+") for k in ("diff_low", "diff_high"))
                 mark = {"better": " better", "worse": " worse "}.get(verdict(row), "       ")
-                text += f"{shown(metric, row['diff'], '+') + ' [' + low + ', ' + high + ']' + mark:>36}"
+                text += f"{metric.text(row['diff'], '+') + ' [' + low + ', ' + high + ']' + mark:>36}"
             print(text)
 
 
@@ -419,23 +420,25 @@ def paper_twin(system, run_json):
 def table_1(run_json, results, systems):
     """The paper's rows, then ours, then each of ours minus the paper's own: [(label, six texts)], and a remark. In the
     toy world only MMAudio's rows, without ours: only the signs of the differences compare."""
-    if "scorers" in run_json:
+    if "scorers" in run_json:  # not the paper's
         rows = [(name, [f"{x:.2f}" for x in row]) for name, row in PAPER.items() if name.startswith("MMAudio")]
         return rows, "another world and other scorers: compare the signs of the differences, not the numbers"
     value = {(row["system"], row["metric"]): row["value"] for row in results}
     rows = [(name, [f"{x:.2f}" for x in row]) for name, row in PAPER.items()]
     for system in (s for s in systems if s != "ground_truth"):
         ours = [value.get((system, metric)) for metric in PAPER_COLUMNS]
-        rows.append((f"here: {system}", [shown(m, x) for m, x in zip(PAPER_COLUMNS, ours)]))
+        rows.append((f"here: {system}", [METRICS[m].text(x) for m, x in zip(PAPER_COLUMNS, ours)]))
         if twin := paper_twin(system, run_json):
-            drift = [None if x is None else x - y / METRICS[m][3] for m, x, y in zip(PAPER_COLUMNS, ours, PAPER[twin])]
-            rows.append((f"  minus the paper's {twin}", [shown(m, x, "+") for m, x in zip(PAPER_COLUMNS, drift)]))
+            paper = [y / METRICS[m].times for m, y in zip(PAPER_COLUMNS, PAPER[twin])]
+            drift = [None if x is None else x - y for x, y in zip(ours, paper)]
+            texts = [METRICS[m].text(x, "+") for m, x in zip(PAPER_COLUMNS, drift)]
+            rows.append((f"  minus the paper's {twin}", texts))
     return rows, TOLERANCE
 
 
 def print_table_1(run_json, results, systems):
     rows, remark = table_1(run_json, results, systems)
-    print("\nthe paper (Table 1, VGGSound test)" + "".join(f"{METRICS[m][0]:>11}" for m in PAPER_COLUMNS))
+    print("\nthe paper (Table 1, VGGSound test)" + "".join(f"{METRICS[m].column:>11}" for m in PAPER_COLUMNS))
     for name, texts in rows:
         print(f"{name[:34]:<34}" + "".join(f"{text:>11}" for text in texts))
     print(f"({remark})")
@@ -443,20 +446,19 @@ def print_table_1(run_json, results, systems):
 
 def main(args):
     # -- setup
-    ranks = rank, _, device = common.setup_ranks()
-    run = Path(args.run)
-    run_json = common.read_run(run)
-    clips = common.read_clips(run, args.split)
+    ranks = common.setup_ranks()
+    run = Path(args.run_dir)
+    run_json, clips = common.read_run(run), common.read_clips(run, args.split)
     if not clips:
         stop(f"{run}/clips.jsonl has no clip of the split {args.split}; give some that split in stage 01's --clips")
     systems = choose_systems(run, args)
     if (run / "02_settings.json").exists():
-        common.check_chain(run, "02")
+        common.require(run, "02_audioscore.pt")
 
     # -- audio
     if any(is_policy(name, folder) for name, folder in systems.items()):
-        model = common.load_base_model(run, device, args.weights)
-        features = read_features(model, run, clips, ranks)
+        model = common.load_base_model(run, ranks.device, args.weights)
+        features = encode_clips(model, run, clips, ranks)
         for name, folder in systems.items():  # base comes before any policy replaces its weights
             if is_policy(name, folder):
                 generate(run, name, folder, model, features, clips, args, ranks)
@@ -472,12 +474,19 @@ def main(args):
 
     # -- numbers
     found = score_systems(run, files, clips, args, ranks)
-    if rank > 0:
+    if ranks.rank > 0:
         return
-    means, sets = per_clip_values(run, found, clips, files)
-    results = results_of(means, sets, len(clips))
+    results = results_of(*per_clip(run, found, clips, files, args.weights), len(clips))
+
+    # -- save
     suffix = "" if args.split == "test" else f"_{args.split}"
     common.write_jsonl(run / f"07_results{suffix}.jsonl", results)
+    about = [
+        dict(name=name, folder=folder and str(folder), audio={clip: str(path) for clip, path in files[name].items()})
+        for name, folder in systems.items()
+    ]
+    about = dict(split=args.split, guidance=args.guidance, steps=run_json["sampler"]["steps"], systems=about)
+    common.write_json(run / f"07_systems{suffix}.json", about)
     coverage = ", ".join(f"{name} {len(paths)}/{len(clips)}" for name, paths in files.items())
     print(f"{args.split} split, guidance {args.guidance:g}; clips with audio: {coverage}")
     missing = run / "01_missing.jsonl"
@@ -487,259 +496,7 @@ def main(args):
     print_table_1(run_json, results, list(systems))
     print(f"\nwrote {run / f'07_results{suffix}.jsonl'}")
     if args.split == "test":
-        write_report(run, run_json, results, systems, files, clips, args)
-        print(f"open {run / '07_report.html'}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Figures
-# ------------------------------------------------------------------------------------------------------------
-
-
-def picture(draw, *about, box="tight"):
-    """What draw(figure, *about) draws, as an <img> with its data inside."""
-    figure, stream = Figure(), io.BytesIO()
-    draw(figure, *about)
-    figure.savefig(stream, format="png", dpi=110, bbox_inches=box)
-    return f'<img src="{data_uri("image/png", stream.getvalue())}" alt="">'
-
-
-def data_uri(kind, content):
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def draw_differences(figure, results, systems):
-    """One small plot per metric: difference to base with its 95 % interval, green better, red worse, grey undecided."""
-    cell = {(row["metric"], row["system"]): row for row in results if row["diff_low"] is not None}
-    metrics = [m for m in METRICS if any((m, s) in cell for s in systems)]
-    figure.set_size_inches(11, 1.0 + (0.28 * len(systems) + 0.75) * -(-len(metrics) // 4))
-    for i, metric in enumerate(metrics):
-        axis = figure.add_subplot(-(-len(metrics) // 4), 4, i + 1)
-        for y, system in enumerate(reversed(systems)):
-            if row := cell.get((metric, system)):
-                colour = {"better": "#2a7f3f", "worse": "#b3261e"}.get(verdict(row), "#777777")
-                times = METRICS[metric][3]
-                axis.plot([row["diff_low"] * times, row["diff_high"] * times], [y, y], color=colour, lw=2)
-                axis.plot(row["diff"] * times, y, "o", color=colour, ms=5)
-        axis.axvline(0, color="black", lw=0.8)
-        axis.set_yticks(range(len(systems)), reversed(systems) if i % 4 == 0 else [""] * len(systems), fontsize=8)
-        axis.set_ylim(-0.6, len(systems) - 0.4)
-        axis.tick_params(axis="x", labelsize=7)
-        axis.set_title(f"{METRICS[metric][0]} ({METRICS[metric][1]} is better)", fontsize=8)
-    figure.tight_layout()
-
-
-def plot_smooth(axis, values, style="-", label="", width=15):
-    """A running mean, at the middle of its window."""
-    width = max(1, min(width, len(values) // 4))
-    mean = np.convolve(np.asarray(values, float), np.ones(width) / width, mode="valid")
-    axis.plot(np.arange(len(mean)) + (width - 1) / 2, mean, style, label=label)
-
-
-def draw_training(figure, folders):
-    """Loss, implicit accuracy, error gaps of every Flow-DPO folder; reward of every DDPO folder."""
-    figure.set_size_inches(11, 2.6)
-    titles = ("loss", "implicit accuracy", "error gap (policy - reference)", "DDPO: reward P(Good)")
-    axes = dict(zip(("loss", "accuracy", "gap", "reward"), figure.subplots(1, 4)))
-    for axis, title in zip(axes.values(), titles):
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=7)
-    for name, folder in folders.items():
-        log = common.read_jsonl(folder / "log.jsonl")
-        if "reward" in log[0]:
-            plot_smooth(axes["reward"], [row["reward"] for row in log], label=name)
-            continue
-        plot_smooth(axes["loss"], [row["loss"] for row in log], label=name)
-        plot_smooth(axes["accuracy"], [row["accuracy"] for row in log], label=name)
-        for key, style, side in (("gap_w", "-", "winner"), ("gap_l", "--", "loser")):
-            plot_smooth(axes["gap"], [row[key] for row in log], style, f"{name}, {side}")
-        switch = sum(row["stage"] == log[0]["stage"] for row in log)
-        for key in ("loss", "accuracy", "gap"):
-            axes[key].axvline(switch, color="grey", lw=0.7, ls=":")
-    for axis in axes.values():
-        if axis.lines:
-            axis.legend(fontsize=6)
-    figure.tight_layout()
-
-
-def draw_audioscore(figure, run):
-    """Reliability of P(Good) on held-out clips, and the pairs' score_c with the threshold."""
-    figure.set_size_inches(8, 2.8)
-    left, right = figure.subplots(1, 2)
-    heldout = common.load_pt(run / "02_audioscore.pt")["heldout"]
-    p, good = heldout["p"][:, 0].numpy(), (heldout["rating"] == 0).numpy()
-    bins = np.digitize(p, np.linspace(0, 1, 11)[1:-1])
-    points = [(p[bins == i].mean(), good[bins == i].mean(), (bins == i).sum()) for i in range(10) if (bins == i).any()]
-    left.plot([0, 1], [0, 1], color="grey", lw=0.8)
-    left.scatter(*zip(*[(x, y) for x, y, _ in points]), s=[20 + 200 * n / len(p) for *_, n in points])
-    left.set(xlabel="predicted P(Good)", ylabel="share rated Good")
-    left.set_title("AudioScore on held-out clips", fontsize=9)
-    pairs = [row for i in (1, 2) for row in common.read_jsonl(run / f"04_stage{i}.jsonl") if row["source"] == "auto"]
-    threshold = common.read_json(run / "04_settings.json")["settings"]["threshold"]
-    right.hist([row["score_c"] for row in pairs], bins=30, color="#4a6fa5")
-    right.axvline(threshold, color="#b3261e")
-    right.set(xlabel="score_c (high = easy)", ylabel="pairs")
-    right.set_title(f"Complexity of the mined pairs, score_delta {threshold:g}", fontsize=9)
-    figure.tight_layout()
-
-
-def draw_spectrogram(figure, wave, rate, events):
-    figure.set_size_inches(3.2, 1.3)
-    axis = figure.add_axes((0, 0, 1, 1))
-    with np.errstate(divide="ignore"):  # silence has no level
-        axis.specgram(wave.numpy() + 1e-7, NFFT=512, Fs=rate, noverlap=384, vmin=-140, vmax=-30, cmap="magma")
-    for second in events:
-        axis.axvline(second, color="white", lw=0.8, ls="--")
-    axis.set_axis_off()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page: builder and template
-# ------------------------------------------------------------------------------------------------------------
-
-
-def playable_video(clip, seconds):
-    """The silent picture as H.264 that every browser plays (4:2:0, 240 to 360 pixels high), `seconds` long."""
-    fps, stream = 25, io.BytesIO()
-
-    def resized(frame):  # at once: 8 s of full-size frames are a gigabyte
-        height = min(max(frame.shape[0], 240), 360)
-        width = 2 * round(frame.shape[1] * height / frame.shape[0] / 2)
-        image = av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")
-        image = image.reformat(width, height - height % 2, "rgb24", interpolation="POINT")
-        return torch.from_numpy(image.to_ndarray())
-
-    (frames,) = common.read_frames(clip["path"], [(fps, resized)], seconds)
-    with av.open(stream, "w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=fps, options={"crf": "26", "preset": "veryfast"})
-        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
-        for frame in frames.numpy():
-            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(video.encode(None))
-    return data_uri("video/mp4", stream.getvalue())
-
-
-def listening_card(clip, systems, files, seconds, rate):
-    """Video, one button per system that plays its audio in sync, and spectrograms (toy: true events dashed)."""
-    events, cells = clip.get("oracle", {}).get("hits_s", []), ""
-    for system in systems:
-        if clip["id"] not in files[system]:
-            continue
-        wave, flac = common.read_audio(files[system][clip["id"]], rate, seconds), io.BytesIO()
-        soundfile.write(flac, wave.numpy(), rate, format="FLAC")
-        image = picture(draw_spectrogram, wave, rate, events, box=None)
-        audio = f'<audio preload="auto" src="{data_uri("audio/flac", flac.getvalue())}"></audio>'
-        cells += f'<div class="s"><button>{html.escape(system)}</button>{audio}{image}</div>'
-    about = html.escape(f"{clip['id']}: {clip.get('caption') or clip.get('label') or 'no caption'}")
-    video = f'<video muted playsinline preload="auto" src="{playable_video(clip, seconds)}"></video>'
-    row = f'<div class="row">{video}<div class="grid">{cells}</div></div>'
-    return f'<section class="card"><h3>{about}</h3>{row}</section>'
-
-
-def html_table(results, systems, run_json):
-    """Rows = metrics, columns = systems; a cell has the value, its interval, and the difference to base."""
-    cell = {(row["metric"], row["system"]): row for row in results}
-    head = "".join(f"<th>{html.escape(system)}</th>" for system in systems)
-    body = ""
-    for metric in (m for m in METRICS if any((m, s) in cell for s in systems)):
-        label, better, *_ = METRICS[metric]
-        body += f"<tr><th>{label} {'&uarr;' if better == 'higher' else '&darr;'}</th>"
-        for system in systems:
-            row = cell.get((metric, system))
-            if row is None or row["value"] is None:
-                body += "<td>-</td>"
-                continue
-            tested = system != "ground_truth" and row["diff"] is not None
-            span = f"[{shown(metric, row['low'])}, {shown(metric, row['high'])}]"
-            gap = f"<i>{shown(metric, row['diff'], '+')}</i>" if tested else ""
-            mark = verdict(row) if tested else ""
-            body += f'<td class="{mark}">{shown(metric, row["value"])}<small>{span}</small>{gap}</td>'
-        body += "</tr>"
-    rows, remark = table_1(run_json, results, systems)
-    cells = [(html.escape(name), "".join(f"<td>{text}</td>" for text in texts)) for name, texts in rows]
-    paper = "".join(f"<tr><th>{name}</th>{row}</tr>" for name, row in cells)
-    columns = "".join(f"<th>{METRICS[m][0]}</th>" for m in PAPER_COLUMNS)
-    return (
-        f"<table><tr><th></th>{head}</tr>{body}</table><h3>The paper, Table 1 (VGGSound test)</h3>"
-        f"<table><tr><th></th>{columns}</tr>{paper}</table><p>{html.escape(remark)}</p>"
-    )
-
-
-def write_report(run, run_json, results, systems, files, clips, args):
-    names, compared = list(systems), [name for name in systems if name not in ("base", "ground_truth")]
-    folders = {name: folder for name, folder in systems.items() if folder and (folder / "log.jsonl").exists()}
-    parts = {"table": html_table(results, names, run_json), "differences": ""}
-    parts["training"], parts["audioscore"] = "<p>No policy was trained.</p>", "<p>AudioScore was not fitted.</p>"
-    if compared:
-        parts["differences"] = picture(draw_differences, results, compared)
-    if folders:
-        parts["training"] = picture(draw_training, folders)
-    if (run / "04_settings.json").exists():
-        parts["audioscore"] = picture(draw_audioscore, run)
-    chosen = [clips[i] for i in np.linspace(0, len(clips) - 1, min(LISTEN, len(clips))).astype(int)]
-    seconds, rate = run_json["clip_s"], run_json["sample_rate_hz"]
-    parts["cards"] = ""
-    for clip in tqdm(chosen, desc="page", unit="clip"):
-        with suppress(SkipClip):  # a video that cannot be read has been said above
-            parts["cards"] += listening_card(clip, names, files, seconds, rate) + "\n"
-    sampler = f"{run_json['sampler']['steps']} Euler steps, guidance {args.guidance:g}"
-    parts["about"] = html.escape(f"{run_json['model']}, {len(clips)} test clips, {sampler}")
-    common.write_text(run / "07_report.html", string.Template(PAGE).substitute(parts))
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>V2A-DPO: results</title>
-<style>
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#222}
-img{max-width:100%} h2{margin-top:2.2rem} table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
-th,td{padding:.35rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
-th:first-child{text-align:left} td small,td i{display:block;color:#777;font-style:normal;font-size:11px}
-.better{background:#e6f4ea} .worse{background:#fce8e6} .note{color:#666}
-.card{border:1px solid #ddd;border-radius:8px;padding:.6rem 1rem;margin:1rem 0}
-.card h3{margin:.2rem 0 .6rem;font-size:15px} .row{display:flex;gap:1rem;flex-wrap:wrap}
-video{width:300px;background:#000;border-radius:4px;align-self:flex-start}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:.6rem;flex:1;min-width:260px}
-.s img{width:100%;display:block;border-radius:4px} button.on{background:#1a56b0;color:#fff}
-button{width:100%;padding:.35rem;border:1px solid #bbb;border-radius:4px;background:#f6f6f6;cursor:pointer;font:inherit}
-</style>
-<h1>V2A-DPO: results</h1>
-<p class="note">$about. Intervals are 95 %: percentile bootstrap over clips for means, delete-a-block
-jackknife for FD and IS. Green or red: the paired difference to base excludes 0.</p>
-<h2>Results</h2>$table
-<h2>Differences to base</h2>$differences
-<h2>Training</h2><p class="note">Dotted line: the switch from stage 1 to stage 2.</p>$training
-<h2>AudioScore and the curriculum</h2>$audioscore
-<h2>Listen</h2><p class="note">A button plays a system's audio in sync with the silent video. Dashed lines: true events
-(toy world).</p>
-$cards
-<script>
-let playing = null;
-function stopAll() {
-  document.querySelectorAll("audio,video").forEach(m => m.pause());
-  document.querySelectorAll("button.on").forEach(b => b.classList.remove("on"));
-}
-document.querySelectorAll(".card").forEach(card => {
-  const video = card.querySelector("video");
-  card.querySelectorAll("button").forEach(button => {
-    const audio = button.parentElement.querySelector("audio");
-    audio.addEventListener("ended", () => { if (playing === button) { stopAll(); playing = null; } });
-    button.addEventListener("click", () => {
-      const again = playing === button;
-      stopAll();
-      playing = again ? null : button;
-      if (again) return;
-      button.classList.add("on");
-      video.currentTime = 0;
-      audio.currentTime = 0;
-      Promise.all([video.play(), audio.play()]).catch(() => {});
-    });
-  });
-});
-</script>
-</html>
-"""
+        print(f"next: python 08_listen.py --run-dir {run}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,347 @@
+"""The real scorers: AudioScore's five, and the networks behind FD, KL and IS (docs/adapters.md).
+
+Numbers follow av-benchmark (github.com/hkchengrex/av-benchmark), the code behind the metrics of MMAudio, "the same
+metrics in [8]" (Sec. 3.1). Every network judges the first 8 s of the audio as stage 01 writes it, where what is not
+finite is silence: a silent or broken audio has an ordinary finite value everywhere, and never raises.
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+import sys
+import types
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchaudio
+from torchvision.transforms import InterpolationMode, v2
+
+from common import NoAudio, Scorer, fit_length, load_pt, read_audio, read_frames, read_json, stop, upstream, weight_file
+
+JUDGED_S = 8.0
+SCALAR, ARRAY = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]  # the files were written under numpy 1
+NUMPY_SCALARS = [(SCALAR, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("f8"))]  # learning rates in CLAP's
+NUMPY_ARRAYS = [(ARRAY, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, type(np.dtype("i8"))]  # in PANNs'
+
+# Paper silent: which classes are "the category of human speech" (Sec. 2.1). These are VGGSound's in which people talk,
+# spelled as among the 309 of MMAudio's sets/vgg-test.tsv; not singing, rapping, shouting, babbling, crowds and radios.
+HUMAN_SPEECH_CLASSES = (
+    "child speech, kid speaking",
+    "female speech, woman speaking",
+    "male speech, man speaking",
+    "people whispering",
+)
+
+
+def judged(waves, sample_rate_hz, centred=False):
+    """(B, S) waves -> (B, 8 s), cut or padded with silence; `centred` takes off the whole wave's mean first."""
+    waves = torch.nan_to_num(waves.float(), 0, 0, 0).clamp(-2, 2)  # resampling may overshoot 1; 1e30 would overflow
+    if centred:
+        waves = waves - waves.mean(dim=-1, keepdim=True)
+    return fit_length(waves, round(JUDGED_S * sample_rate_hz))
+
+
+def in_batches(network, rows, device, size=16):
+    """network(rows) on the device, a few rows at a time -> float32 on the CPU."""
+    return torch.cat([network(part.to(device)).float().cpu() for part in rows.split(size)])
+
+
+@contextlib.contextmanager
+def without_init(package):
+    """While it lasts, modules of a package are imported without its __init__: panns_inference's and laion_clap's reach
+    for the network, imagebind's needs packages that its networks do not."""
+    if package in sys.modules:
+        yield
+        return
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    sys.modules[package] = types.ModuleType(package)
+    sys.modules[package].__path__ = list(spec.submodule_search_locations)
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+def load_weights(net, state, path, device, **options):
+    """Strict; a file of another network ends in one line. Returns the network frozen, in eval mode, on the device."""
+    try:
+        net.load_state_dict(state, **options)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        stop(f"{path}: not the weights of {type(net).__name__} ({reason}); download it again")
+    return net.to(device).eval().requires_grad_(False)
+
+
+class ImageBindScorer(Scorer):
+    """score_1, `ib`: cosine of ImageBind's video and audio embeddings, in [-1, 1].
+
+    Video: 4 frames, 3 crops along the longer side, 3 pairs of neighbouring frames; the 9 unit embeddings are averaged.
+    Audio: windows of 2 s at 0, 3 and 6 s, averaged (av-benchmark spreads them over the whole file if it exceeds 8 s).
+    """
+
+    sample_rate_hz, files, reads, gives = 16000, ("imagebind_huge.pth",), "video", "ib"
+
+    def __init__(self, weights, device):
+        super().__init__()
+        path = weight_file(weights, self.files[0])
+        with upstream("ImageBind"), without_init("imagebind"):
+            from imagebind.models import imagebind_model
+        net = imagebind_model.imagebind_huge(pretrained=False)  # 4.8 GB: the file is mapped, never copied
+        net = load_weights(net, load_pt(path, mmap=True), path, "cpu", assign=True)
+        for parts in (net.modality_preprocessors, net.modality_trunks, net.modality_heads, net.modality_postprocessors):
+            for modality in set(parts) - {"vision", "audio"}:
+                del parts[modality]  # 0.5 of 1.2e9 parameters
+        self.device, self.net = device, net.to(device)
+        self.picture = v2.Compose([
+            v2.Resize(224, interpolation=InterpolationMode.BICUBIC),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ])
+
+    @staticmethod
+    def crops(frames):
+        """(4, 3, H, W), shorter side 224 -> (9, 3, 2, 224, 224): 3 pairs of frames, 3 crops of each."""
+        height, width = frames.shape[-2:]
+        tops, lefts = ([0, math.ceil((side - 224) / 2), side - 224] for side in (height, width))
+        squares = [frames[..., top : top + 224, left : left + 224] for top, left in zip(tops, lefts, strict=True)]
+        return torch.stack([square[i : i + 2] for i in range(3) for square in squares]).transpose(1, 2)
+
+    @torch.inference_mode()
+    def embed_clip(self, clip):
+        pairs = self.crops(read_frames(clip["path"], [(0.5, self.picture)], JUDGED_S)[0])
+        return self.net({"vision": pairs[None].to(self.device)})["vision"][0].cpu()
+
+    @staticmethod
+    def spectrogram(window):
+        """(32000,) -> (1, 128, 204): Kaldi's log mel filter bank, padded with 0, then normalised."""
+        fbank = torchaudio.compliance.kaldi.fbank(
+            (window - window.mean())[None], sample_frequency=16000, num_mel_bins=128, frame_length=25, frame_shift=10,
+            window_type="hanning", htk_compat=True, use_energy=False, dither=0.0,
+        )  # (198, 128)  # fmt: skip
+        return (fit_length(fbank.T[None], 204) + 4.268) / 9.138
+
+    def score_audio(self, waves, clips, sides):
+        windows = judged(waves, 16000).unfold(-1, 32000, 48000)  # (B, 3, 32000)
+        mels = torch.stack([torch.stack([self.spectrogram(window) for window in row]) for row in windows])
+        audio = in_batches(lambda x: self.net({"audio": x})["audio"], mels, self.device)
+        return {"ib": F.cosine_similarity(torch.stack(sides), audio, dim=-1)}
+
+
+class ClapScorer(Scorer):
+    """score_2, `clap`: cosine of LAION-CLAP's caption and audio embeddings, in [-1, 1]; nan without a caption.
+
+    laion_clap's own network, built and loaded by our lines: its package downloads three tokenizers when imported and
+    RoBERTa's weights, which its checkpoint replaces, when built; its load_ckpt unpickles.
+    """
+
+    sample_rate_hz, reads, gives = 48000, "caption", "clap"
+    files = ("music_speech_audioset_epoch_15_esc_89.98.pt", "roberta-base/vocab.json", "roberta-base/merges.txt")
+    roberta = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)  # -base
+
+    def __init__(self, weights, device):
+        super().__init__()
+        from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
+
+        path, vocab, merges = (weight_file(weights, name) for name in self.files)
+        tokens = len(read_json(vocab))  # too few would silently map every caption to the same ids
+        if tokens != self.roberta["vocab_size"]:
+            stop(f"{vocab}: {tokens} tokens instead of {self.roberta['vocab_size']}; download it again")
+        self.tokenizer = RobertaTokenizer(str(vocab), str(merges))
+        with without_init("laion_clap"):
+            from laion_clap.clap_module import factory, model
+        empty = RobertaModel(RobertaConfig(**self.roberta))
+        model.RobertaModel = types.SimpleNamespace(from_pretrained=lambda name: empty)
+        try:
+            net, _ = factory.create_model("HTSAT-base", "roberta", device="cpu", enable_fusion=False)
+        finally:
+            model.RobertaModel = RobertaModel
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            state = load_pt(path)
+        state = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+        state.pop("text_branch.embeddings.position_ids", None)  # a constant that newer transformers do not store
+        self.device, self.net = device, load_weights(net, state, path, device)
+
+    @torch.inference_mode()
+    def embed_clip(self, clip):
+        if not clip["caption"]:
+            return None
+        length = dict(padding="max_length", truncation=True, max_length=77)
+        tokens = self.tokenizer([clip["caption"]], return_tensors="pt", **length)
+        return self.net.get_text_embedding(dict(tokens))[0].cpu()
+
+    def score_audio(self, waves, clips, sides):
+        score, rows = torch.full((len(waves),), math.nan), [i for i, side in enumerate(sides) if side is not None]
+        if rows:
+            waves = fit_length(judged(waves[rows], 48000, centred=True), 480000)  # 10 s, as laion_clap pads
+            embed = self.net.get_audio_embedding
+            audio = in_batches(lambda x: embed([{"waveform": wave} for wave in x]), waves, self.device)
+            score[rows] = F.cosine_similarity(torch.stack([sides[i] for i in rows]), audio, dim=-1)
+        return {"clap": score}
+
+
+class SynchformerScorer(Scorer):
+    """score_3, `desync_s`: |audio-video offset| in seconds that Synchformer predicts, mean of the first and the last
+    4.8 s, in [0, 2], lower is better. An offset is the most probable of 21 classes, -2 to 2 s in steps of 0.2 s."""
+
+    sample_rate_hz, files, reads, gives = 16000, ("synchformer_state_dict.pth",), "video", "desync_s"
+
+    def __init__(self, weights, device):
+        super().__init__()
+        path = weight_file(weights, self.files[0])
+        with upstream("av-benchmark"):
+            from av_bench.synchformer.synchformer import Synchformer, make_class_grid
+        self.device, self.net = device, load_weights(Synchformer(), load_pt(path), path, device)
+        self.offset_s = make_class_grid(-2, 2, 21)
+        self.mel = torchaudio.transforms.MelSpectrogram(16000, n_fft=1024, win_length=400, hop_length=160, n_mels=128)
+        self.picture = v2.Compose([
+            v2.Resize(224, interpolation=InterpolationMode.BICUBIC),
+            v2.CenterCrop(224),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.5] * 3, [0.5] * 3),
+        ])
+
+    @torch.inference_mode()
+    def embed_clip(self, clip):
+        """(24, 8, 768): 24 segments of 16 frames (0.64 s), every 8 frames."""
+        (frames,) = read_frames(clip["path"], [(25, self.picture)], JUDGED_S)  # (200, 3, 224, 224)
+        segments = torch.stack([frames[i : i + 16] for i in range(0, 185, 8)])[:, None]
+        return in_batches(self.net.extract_vfeats, segments, self.device, size=8)[:, 0]
+
+    def score_audio(self, waves, clips, sides):
+        segments = judged(waves, 16000).unfold(-1, 10240, 5120)  # (B, 24, 10240)
+        mels = fit_length(torch.log(self.mel(segments) + 1e-6), 66)  # padded with 0 after the log, as upstream
+        mels = ((mels + 4.2677393) / (2 * 4.5689974))[:, :, None]  # (B, 24, 1, 128, 66)
+        audio, video = in_batches(self.net.extract_afeats, mels, self.device), torch.stack(sides)
+        offsets = []
+        for part in (slice(0, 14), slice(-14, None)):  # the network compares exactly 14 segments
+            both = torch.cat([video[:, part], audio[:, part]], dim=2)  # (B, 14, 8 + 6, 768)
+            logits = in_batches(lambda x: self.net.compare_v_a(x[:, :, :8], x[:, :, 8:]), both, self.device)
+            offsets.append(self.offset_s[logits.argmax(dim=-1)].abs())
+        return {"desync_s": torch.stack(offsets).mean(dim=0)}
+
+
+class PannsScorer(Scorer):
+    """The tagger of score_4, PANNs' Cnn14 at 32 kHz: `logits` (B, 527) over AudioSet's classes, before the sigmoid."""
+
+    sample_rate_hz, files = 32000, ("Cnn14_mAP=0.431.pth",)
+    stft = dict(window_size=1024, hop_size=320, fmin=50, fmax=14000)
+
+    def __init__(self, weights, device):
+        super().__init__()
+        path = weight_file(weights, self.files[0])
+        with without_init("panns_inference"):
+            from panns_inference.models import Cnn14
+        with torch.serialization.safe_globals(NUMPY_ARRAYS):
+            state = load_pt(path)
+        net = Cnn14(sample_rate=self.sample_rate_hz, mel_bins=64, classes_num=527, **self.stft)
+        self.device, self.net = device, load_weights(net, state.get("model"), path, device)
+
+    def score_audio(self, waves, clips, sides):
+        waves = judged(waves, self.sample_rate_hz, centred=True)
+        return {"logits": in_batches(lambda x: self.net.fc_audioset(self.net(x)["embedding"]), waves, self.device)}
+
+
+class Panns16kScorer(PannsScorer):
+    """The variant of av-benchmark's KL_PANNs and IS."""
+
+    sample_rate_hz, files = 16000, ("Cnn14_16k_mAP=0.438.pth",)
+    stft = dict(window_size=512, hop_size=160, fmin=50, fmax=8000)
+
+
+class PasstScorer(Scorer):
+    """`logits` (B, 527) and `embedding` (B, 768) of PaSST at 32 kHz, for FD_PaSST and KL_PaSST: 8 s, padded to 10 s."""
+
+    sample_rate_hz, files = 32000, ("passt-s-f128-p16-s10-ap.476-swa.pt",)
+
+    def __init__(self, weights, device):
+        super().__init__()
+        path = weight_file(weights, self.files[0])
+        from hear21passt.models.passt import get_model
+        from hear21passt.models.preprocess import AugmentMelSTFT
+
+        with self.quiet():
+            net = get_model(arch="passt_s_swa_p16_128_ap476", pretrained=False)
+            self.mel = AugmentMelSTFT(freqm=48, timem=192, fmin_aug_range=10, fmax_aug_range=2000).to(device).eval()
+        self.device, self.net = device, load_weights(net, load_pt(path), path, device)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def quiet():
+        """hear21passt prints its shapes, and warns about 998 frames of its 1000."""
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+
+    def score_audio(self, waves, clips, sides):
+        waves = fit_length(judged(waves, 32000, centred=True), 320000)
+        with self.quiet():
+            both = in_batches(lambda x: torch.cat(self.net(self.mel(x)[:, None]), dim=1), waves, self.device)
+        return {"logits": both[:, :527], "embedding": both[:, 527:]}
+
+
+class PesqScorer(Scorer):
+    """score_5, `pesq`: wide-band PESQ (P.862.2, 1.0 to 4.64) at 16 kHz against the clip's own audio, both cut to the
+    shorter, at most 8 s. nan where it does not apply: another class, no audio track, a reference without utterance.
+    A silent (below -80 dB of full scale) or non-finite generated audio is 1.0, the scale's floor."""
+
+    sample_rate_hz, reads, gives = 16000, "reference", "pesq"
+
+    def __init__(self, weights, device):
+        super().__init__()
+
+    def embed_clip(self, clip):
+        if clip["label"] not in HUMAN_SPEECH_CLASSES:
+            return None
+        try:
+            return read_audio(clip["path"], 16000)[: round(JUDGED_S * 16000)]
+        except NoAudio:  # a silent film
+            return None
+
+    def score_audio(self, waves, clips, sides):
+        scores = [math.nan if side is None else self.score(side, wave) for side, wave in zip(sides, waves, strict=True)]
+        return {"pesq": torch.tensor(scores)}
+
+    @staticmethod
+    def score(reference, wave):
+        from pesq import NoUtterancesError, PesqError, pesq
+
+        samples = min(len(reference), len(wave))
+        reference, wave = reference[:samples].numpy(), wave[:samples].float().cpu().numpy()
+        if samples < 4000 or np.abs(reference).max() < 1e-4:
+            return math.nan
+        if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
+            return 1.0
+        try:
+            return pesq(16000, reference, wave, "wb")
+        except NoUtterancesError:  # depends on the reference alone
+            return math.nan
+        except (PesqError, ValueError):  # ValueError: its result is nan, as for silence
+            return 1.0
+
+
+SCORERS = {
+    "imagebind": ImageBindScorer,
+    "clap": ClapScorer,
+    "synchformer": SynchformerScorer,
+    "panns": PannsScorer,
+    "panns_16k": Panns16kScorer,
+    "passt": PasstScorer,
+    "pesq": PesqScorer,
+}
+
+# What stage 07 makes of them: {metric: (how, scorer, key)}; `mean` over clips, or a formula over the set of audios.
+MEASURES = {
+    "fd_passt": ("fd", "passt", "embedding"),
+    "kl_panns": ("kl", "panns_16k", "logits"),
+    "kl_passt": ("kl", "passt", "logits"),
+    "is": ("is", "panns_16k", "logits"),
+    "ib": ("mean", "imagebind", "ib"),
+    "clap": ("mean", "clap", "clap"),
+    "desync_s": ("mean", "synchformer", "desync_s"),
+}
+AT_A_TIME = 1  # networks in memory
