@@ -217,6 +217,34 @@ def test_a_redone_audioscore_makes_the_later_stages_ask_for_theirs(run, refused)
     said(refused("05", run), "--out")
 
 
+EARLY = {  # an early file: what to rerun, as said by the last stage of the chain
+    "01_samples/00000.jsonl": "02_fit_audioscore.py",
+    "02_scores.jsonl": "03_mine_pairs.py",
+    "03_human_pairs.jsonl": "04_curriculum_split.py",
+    "04_stage1.jsonl": "another --out",
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_a_change_of_an_early_file_is_followed_up_to_a_policy(name, run, refused):
+    kept = (run / name).read_text()
+    (run / name).write_text(kept + "\n")
+    line = refused("07", run)
+    said(line, run / name.split("/")[0], "changed after it was read", EARLY[name])
+    assert stopped(common.require, run, "05_flow_dpo/policy.pt") in line
+    if not name.startswith("01"):
+        common.require(run, "06_ddpo/policy.pt")  # DDPO has read neither pairs nor choices
+        (run / name).unlink()
+        said(refused("07", run), run / name, "missing")
+    (run / name).write_text(kept)
+    common.require(run, "05_flow_dpo/policy.pt", "06_ddpo/policy.pt", "04_stage2.jsonl")
+
+
+def test_a_record_that_is_missing_names_the_stage_that_writes_it(run, refused):
+    (run / "02_settings.json").unlink()
+    said(refused("05", run), run / "02_settings.json", "run 02_fit_audioscore.py", "first")
+
+
 CHANGED = [
     ("00", ("--size", "tiny", "--seed", 1), "seed"),
     ("01", ("--guidance", 3), "sampler"),
@@ -451,6 +479,30 @@ def test_another_base_than_stage_01_sampled_from(run, refused):
     base["net"]["out.bias"] += 1
     common.save_pt(run / "00_base.pt", base)
     said(refused("05", run, "--out", "x"), run / "00_base.pt", "stage 01")
+
+
+def test_a_checkpoint_of_another_training_is_refused(run, refused):
+    (run / "x").mkdir()
+    shutil.copy(run / "06_ddpo" / "checkpoint.pt", run / "x")
+    said(refused("05", run, "--out", "x"), run / "x" / "checkpoint.pt", "another training", "remove it")
+    for step in (1_000_000, -1):
+        state = common.load_pt(run / "05_flow_dpo" / "checkpoint.pt")
+        common.save_pt(run / "05_flow_dpo" / "checkpoint.pt", {**state, "step": step})
+        said(refused("05", run), run / "05_flow_dpo" / "checkpoint.pt", "another training")
+
+
+def test_latents_copied_over_those_of_another_shard_are_refused(tmp_path):
+    about = dict(k=0, seed=0, row=0, finite=True, peak=0.5, clipped=0)
+    for shard, clip in (("00000", "x"), ("00001", "y")):
+        made = {"latents": torch.zeros(1, 2, 3), "features": {"a": torch.zeros(1, 4)}, "digests": [clip * 16]}
+        common.save_pt(tmp_path / "01_samples" / f"{shard}.pt", made)
+        row = dict(about, clip=clip, wav=f"01_audio/{clip}_0.wav", digest=clip * 16)
+        write(tmp_path / "01_samples" / f"{shard}.jsonl", [row])
+    assert common.Shards(tmp_path, common.read_samples(tmp_path), 1).latents([("x", 0), ("y", 0)]).shape == (2, 2, 3)
+    shutil.copy(tmp_path / "01_samples" / "00000.pt", tmp_path / "01_samples" / "00001.pt")
+    shards = common.Shards(tmp_path, common.read_samples(tmp_path), 1)
+    shards.features(["x"])
+    said(stopped(shards.features, ["y"]), tmp_path / "01_samples" / "00001.pt", "00001.jsonl", "01_generate.py")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, refused, monkeypatch):
