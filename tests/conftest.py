@@ -1,10 +1,12 @@
-"""What the tests share: one tiny run, made the way a user makes one, and stages as modules."""
+"""What the tests share: one tiny run, made the way a user makes one, stages as modules, and what must be refused."""
 
 import importlib
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from fractions import Fraction
@@ -15,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+import common
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
 
 STAGES = {path.name[:2]: path for path in sorted(ROOT.glob("0?_*.py"))}
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PET_STANDALONE": "1"}  # torchrun on a free port of its own
+TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 
 def stage(number):
@@ -28,26 +32,34 @@ def stage(number):
     return importlib.import_module(STAGES[number].stem)
 
 
+def arguments(run, *flags):
+    return ["--run-dir", str(run), *map(str, flags)]
+
+
 def call(number, run, *flags):
-    """A stage as its command line would run it, in this process."""
-    module = stage(number)
-    module.main(module.parse_args(["--run", str(run), *map(str, flags)]))
+    """A stage as its command line would run it, in this process; a user error is a common.Stop."""
+    stage(number).main(stage(number).parse_args(arguments(run, *flags)))
 
 
-def shell(*command, check=True, **options):
+def shell(*command):
     """A command in the repository's folder; its output is in the failure's message."""
-    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": ENVIRONMENT, "timeout": 600, **options}
-    done = subprocess.run([sys.executable, *map(str, command)], **options)
-    if check and done.returncode:
-        raise AssertionError(
-            f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-        )
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": ENVIRONMENT, "timeout": 600}
+    done = subprocess.run([*map(str, command)], **options)
+    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
 def torchrun(number, run, *flags):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--")
-    return shell(*launcher, STAGES[number], "--run", run, *flags)
+    """Two processes, by the command that the stages' docstrings show."""
+    return shell(TORCHRUN, "--nproc_per_node", 2, STAGES[number].name, *arguments(run, *flags))
+
+
+def start(number, run, *flags):
+    """A stage in a process of its own, its errors in a pipe."""
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    # A shell's background jobs ignore Ctrl-C, and so would their children: back to the default.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, STAGES[number].name, *arguments(run, *flags)], **pipes)
 
 
 def read(path):
@@ -96,7 +108,7 @@ def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "tiny"
     run.with_suffix(".log").write_text("")
     for number, file in STAGES.items():
-        done = shell(file, "--run", run, *(("--size", "tiny") if number == "00" else ()))
+        done = shell(sys.executable, file.name, *arguments(run, *(("--size", "tiny") if number == "00" else ())))
         with open(run.with_suffix(".log"), "a", encoding="utf-8") as log:
             log.write(f"== {file.name}\n{done.stdout}\n")
     return run
@@ -111,33 +123,68 @@ def run(finished, tmp_path):
 @pytest.fixture
 def fresh(finished, tmp_path):
     """A copy in which only stage 00 has run."""
-    shutil.copytree(finished, tmp_path / "fresh", ignore=shutil.ignore_patterns("0[1-7]_*"))
-    known = json.loads((tmp_path / "fresh" / "run.json").read_text())
-    keep = ("model", "size", "world_seed", "scorers", "video_root", "clip_s")
-    known = {**{key: known[key] for key in keep}, "checkpoint": "00_base.pt"}
-    (tmp_path / "fresh" / "run.json").write_text(json.dumps(known))
-    return tmp_path / "fresh"
-
-
-@pytest.fixture
-def refused(capsys):
-    """Runs a stage that must end as a user error: exit code 2 and one line, which is returned."""
-
-    def check(number, run, *flags):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            call(number, run, *flags)
-        error = capsys.readouterr().err
-        lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip()]
-        said = [line for line in lines if not re.search(r"\d%\|.*\]$|^\d+\w+ \[.*\]$", line)]  # less progress bars
-        assert stopped.value.code == 2, error
-        assert len(said) == 1 and said[0].startswith("error: "), error
-        return said[0]
-
-    return check
+    fresh = shutil.copytree(finished, tmp_path / "fresh", ignore=shutil.ignore_patterns("0[1-9]_*", "scores"))
+    known, samplers = json.loads((fresh / "run.json").read_text()), ("num_samples", "seed", "sampler", "max_clips")
+    of_01 = {"latent_shape", "sample_rate_hz", "clips_digest", *samplers}
+    (fresh / "run.json").write_text(json.dumps({key: known[key] for key in known.keys() - of_01}))
+    return fresh
 
 
 @pytest.fixture
 def toy(finished):
     """The flags that take the toy model to other clips."""
     return ("--model", "toy", "--checkpoint", finished / "00_base.pt", "--sampling-steps", 2, "--num-samples", 2)
+
+
+# What must be refused ----------------------------------------------------------------------------------------
+
+
+def stopped(call, *args):
+    """A callable that must end as a user error; returns its line."""
+    with pytest.raises(common.Stop) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def refused(capsys):
+    """A stage that must end as a user error, by its own entry: exit code 2 and one line, which is returned."""
+
+    def check(number, run, *flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            common.launch(stage(number).main, lambda: stage(number).parse_args(arguments(run, *flags)))
+        error = capsys.readouterr().err
+        lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip()]
+        said = [line for line in lines if not re.search(r"\d%\|.*\]$|^\d+\w+ \[.*\]$", line)]  # less progress bars
+        assert ended.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), error
+        return said[0]
+
+    return check
+
+
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+@pytest.fixture(scope="module")
+def no_network():
+    """From its first use to the end of the module, nothing may as much as look up a host."""
+    calls = []
+
+    def refuse(*args, **_):
+        calls.append((os.environ.get("PYTEST_CURRENT_TEST"), args))
+        raise OSError("no network in this test")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", refuse)
+        patch.setattr(socket.socket, "connect", refuse)
+        yield
+    assert not calls
