@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -223,17 +222,6 @@ def test_p_good_in_the_results_is_the_mean_of_audioscore_on_that_systems_audio(f
     expected = judge(common.five_scores(found, judge))[:, 0].mean().item()
     row = next(r for r in read(run / "07_results.jsonl") if (r["system"], r["metric"]) == ("flow_dpo", "p_good"))
     assert row["value"] == pytest.approx(expected, abs=1e-5) and row["n"] == len(clips)
-
-
-def test_the_report_is_one_file_with_audio_of_every_system(finished):
-    page = (finished / "07_report.html").read_text()
-    assert not re.search(r"https?:|//[a-z0-9.-]+\.[a-z]+/|@import|<link", re.sub(r'"data:[^"]*"', "", page))
-    sources = re.findall(r'(?:src|href)="([^"]{0,5})', page)
-    assert sources and set(sources) == {"data:"}
-    cards = page.count('<section class="card">')
-    assert cards == min(6, len(common.read_clips(finished, "test")))
-    assert [page.count(f"<button>{system}</button>") for system in SYSTEMS] == [cards] * 4
-    assert page.count("<audio ") == 4 * cards and page.count("<video ") == cards
 
 
 # Runs that are stopped, repeated, or divided -----------------------------------------------------------------
