@@ -1,5 +1,6 @@
 """What the tests share: one tiny run, made the way a user makes one, stages as modules, and what must be refused."""
 
+import csv
 import importlib
 import json
 import os
@@ -68,14 +69,20 @@ def read(path):
         return [json.loads(line) for line in stream]
 
 
+def cells(path):
+    """The rows of a .csv, as dicts."""
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
 def write(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def files_of(run, *numbers):
-    """{name: bytes} of what these stages wrote."""
-    found = (path for path in sorted(run.rglob("*")) if path.is_file())
-    return {str(p.relative_to(run)): p.read_bytes() for p in found if str(p.relative_to(run))[:2] in numbers}
+    """{name: bytes} of what these stages wrote: names that begin with these numbers."""
+    found = {str(path.relative_to(run)): path for path in sorted(run.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if name.startswith(numbers)}
 
 
 def make_video(path, size, fps, seconds, codec="libx264", pixels="yuv420p", sound=True):

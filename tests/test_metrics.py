@@ -14,15 +14,13 @@ needs_upstream = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def metrics():
-    return stage("07")
+metrics = stage("07")
 
 
 # Frechet distance --------------------------------------------------------------------------------------------
 
 
-def test_frechet_distance_of_gaussians_with_known_distance(metrics):
+def test_frechet_distance_of_gaussians_with_known_distance():
     # means 0 and (2, 1, 0), standard deviations (1, 2, 3) and (2, 2, 1): 4 + 1 + (1 - 2)^2 + 0 + (3 - 1)^2 = 10
     rng = np.random.default_rng(0)
     a = rng.standard_normal((40_000, 3)) * (1, 2, 3)
@@ -30,7 +28,7 @@ def test_frechet_distance_of_gaussians_with_known_distance(metrics):
     assert metrics.frechet_distance(a, b) == pytest.approx(10, abs=0.25)
 
 
-def test_frechet_distance_does_not_depend_on_the_axes(metrics):
+def test_frechet_distance_does_not_depend_on_the_axes():
     rng = np.random.default_rng(1)
     a, b = rng.standard_normal((500, 4)) * (1, 2, 3, 4), rng.standard_normal((500, 4)) + 1
     turn, _ = np.linalg.qr(rng.standard_normal((4, 4)))
@@ -38,12 +36,12 @@ def test_frechet_distance_does_not_depend_on_the_axes(metrics):
     assert metrics.frechet_distance(b, a) == pytest.approx(metrics.frechet_distance(a, b), rel=1e-9)
 
 
-def test_frechet_distance_by_hand_in_one_dimension(metrics):
+def test_frechet_distance_by_hand_in_one_dimension():
     # means 2 and 8, unbiased variances 2 and 8: 36 + 2 + 8 - 2 sqrt(16) = 38
     assert metrics.frechet_distance([[1.0], [3.0]], [[6.0], [10.0]]) == pytest.approx(38)
 
 
-def test_frechet_distance_of_a_set_to_itself_is_0_and_of_few_audios_finite(metrics):
+def test_frechet_distance_of_a_set_to_itself_is_0_and_of_few_audios_finite():
     few = np.random.default_rng(2).standard_normal((5, 64)).astype(np.float32)
     assert metrics.frechet_distance(few, few) == pytest.approx(0, abs=1e-3)  # of traces of 64
     value = metrics.frechet_distance(few, few + 1)
@@ -51,7 +49,7 @@ def test_frechet_distance_of_a_set_to_itself_is_0_and_of_few_audios_finite(metri
     assert metrics.frechet_distance(np.ones((3, 4)), np.ones((3, 4))) == pytest.approx(0, abs=1e-9)
 
 
-def test_frechet_distance_needs_two_audios(metrics):
+def test_frechet_distance_needs_two_audios():
     assert metrics.frechet_distance(np.zeros((1, 4)), np.zeros((9, 4))) is None
     assert metrics.frechet_distance(np.zeros((9, 4)), np.zeros((1, 4))) is None
 
@@ -59,36 +57,36 @@ def test_frechet_distance_needs_two_audios(metrics):
 # KL and inception score --------------------------------------------------------------------------------------
 
 
-def test_kl_divergence_is_of_the_generated_from_the_truth_by_hand(metrics):
+def test_kl_divergence_is_of_the_generated_from_the_truth_by_hand():
     truth, generated = torch.tensor([[3.0, 1.0]]).log(), torch.tensor([[1.0, 1.0]]).log()
     # 3/4 log(3/2) + 1/4 log(1/2) = 0.1308121; the other way 1/2 log(2/3) + 1/2 log 2 = 0.1438410
     assert metrics.kl_divergence(truth, generated).tolist() == pytest.approx([0.1308121], abs=1e-6)
     assert metrics.kl_divergence(generated, truth).tolist() == pytest.approx([0.1438410], abs=1e-6)
 
 
-def test_kl_divergence_of_extreme_logits_is_finite(metrics):
+def test_kl_divergence_of_extreme_logits_is_finite():
     truth, generated = torch.tensor([[1e4, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 1e4], [1e4, 0.0]])
     values = metrics.kl_divergence(truth, generated)
     assert np.isfinite(values).all() and values[0] == pytest.approx(1e4)
 
 
-def test_inception_score_is_1_for_audios_that_sound_alike(metrics):
+def test_inception_score_is_1_for_audios_that_sound_alike():
     assert metrics.inception_score(torch.randn(1, 7).repeat(40, 1)) == pytest.approx(1)
     assert metrics.inception_score(torch.zeros(40, 7)) == pytest.approx(1)
 
 
-def test_inception_score_of_sure_and_balanced_classes_is_their_number(metrics):
+def test_inception_score_of_sure_and_balanced_classes_is_their_number():
     # Each split holds every class equally often: the inverse of the metric's shuffle (seed 2020) is undone first.
     sure = torch.eye(4).repeat(10, 1) * 1000  # 10 splits of 4
     undo = np.argsort(np.random.RandomState(2020).permutation(40))
     assert metrics.inception_score(sure[undo]) == pytest.approx(4)
 
 
-def test_inception_score_lies_between_1_and_the_number_of_classes(metrics):
+def test_inception_score_lies_between_1_and_the_number_of_classes():
     assert 1 < metrics.inception_score(torch.randn(200, 7, generator=torch.Generator().manual_seed(0)) * 3) < 7
 
 
-def test_inception_score_needs_10_audios(metrics):
+def test_inception_score_needs_10_audios():
     assert metrics.inception_score(torch.randn(9, 4)) is None
     assert metrics.inception_score(torch.randn(10, 4)) == pytest.approx(1)  # splits of one audio
 
@@ -96,7 +94,7 @@ def test_inception_score_needs_10_audios(metrics):
 # Intervals ---------------------------------------------------------------------------------------------------
 
 
-def test_bootstrap_interval_covers_the_mean_about_95_times_in_100(metrics):
+def test_bootstrap_interval_covers_the_mean_about_95_times_in_100():
     rng, hits = np.random.default_rng(0), 0
     for i in range(200):
         low, high = metrics.bootstrap(rng.standard_normal(60) + 3, resamples=300, seed=i)
@@ -104,7 +102,7 @@ def test_bootstrap_interval_covers_the_mean_about_95_times_in_100(metrics):
     assert 178 <= hits <= 198
 
 
-def test_jackknife_interval_of_the_mean_covers_it_about_95_times_in_100(metrics):
+def test_jackknife_interval_of_the_mean_covers_it_about_95_times_in_100():
     rng, hits = np.random.default_rng(1), 0
     for i in range(200):
         values = rng.standard_normal(60) + 3
@@ -114,7 +112,7 @@ def test_jackknife_interval_of_the_mean_covers_it_about_95_times_in_100(metrics)
     assert 180 <= hits <= 198
 
 
-def test_jackknife_interval_of_fd_contains_its_value_and_its_width_shrinks(metrics):
+def test_jackknife_interval_of_fd_contains_its_value_and_its_width_shrinks():
     rng, widths = np.random.default_rng(3), []
     for n in (100, 1600):
         a, b = rng.standard_normal((n, 4)), rng.standard_normal((n, 4)) * 2 + 1  # 4 + 4 (1 - 2)^2 = 8
@@ -125,7 +123,7 @@ def test_jackknife_interval_of_fd_contains_its_value_and_its_width_shrinks(metri
     assert widths[1] < widths[0] / 2
 
 
-def test_bootstrap_ignores_clips_to_which_a_metric_does_not_apply(metrics):
+def test_bootstrap_ignores_clips_to_which_a_metric_does_not_apply():
     low, high = metrics.bootstrap(np.array([np.nan, 1.0, 2.0, 3.0]))
     assert 1 <= low < high <= 3
     assert metrics.bootstrap(np.array([np.nan, np.nan])) == metrics.bootstrap(np.array([3.0])) == (None, None)
@@ -136,7 +134,7 @@ def made_up(n, shift=0.0, seed=0):
     return rng.standard_normal((n, 3)) + shift
 
 
-def results_of(metrics, base, better, n):
+def results_of(base, better, n):
     """Result lines of two systems and the ground truth, by the stage's own code."""
     rows, truth = np.arange(n), made_up(n, seed=9)
     means = {"ground_truth": {}, "base": {"ib": base}, "flow_dpo": {"ib": better}}
@@ -148,10 +146,10 @@ def results_of(metrics, base, better, n):
     return {(row["system"], row["metric"]): row for row in metrics.results_of(means, sets, n)}
 
 
-def test_differences_to_base_are_paired_and_keep_their_sign(metrics):
+def test_differences_to_base_are_paired_and_keep_their_sign():
     rng = np.random.default_rng(5)
     base = rng.standard_normal(60) * 10  # clips differ much, systems by exactly 0.5 within a clip
-    lines = results_of(metrics, base, base + 0.5, 60)
+    lines = results_of(base, base + 0.5, 60)
     row = lines["flow_dpo", "ib"]
     assert (row["diff"], row["diff_low"], row["diff_high"]) == pytest.approx((0.5, 0.5, 0.5))
     assert row["high"] - row["low"] > 3
@@ -177,23 +175,23 @@ def test_metrics_are_shown_in_the_tables_order_and_a_users_own_comes_last(metric
 
 
 @pytest.mark.parametrize("n", [2, 5, 9, 10, 45])
-def test_every_interval_contains_its_value_or_is_absent(metrics, n):
+def test_every_interval_contains_its_value_or_is_absent(n):
     rng = np.random.default_rng(n)
-    for row in results_of(metrics, rng.standard_normal(n), rng.standard_normal(n), n).values():
+    for row in results_of(rng.standard_normal(n), rng.standard_normal(n), n).values():
         for value, low, high in (("value", "low", "high"), ("diff", "diff_low", "diff_high")):
             if row[low] is not None:
                 assert row[low] <= row[value] <= row[high]
         assert row["metric"] != "is" or (row["value"] is None) == (n < 10)
 
 
-def test_a_clip_without_audio_of_one_system_counts_for_neither_in_the_difference(metrics):
+def test_a_clip_without_audio_of_one_system_counts_for_neither_in_the_difference():
     base, ours = np.array([1.0, 2.0, np.nan, 4.0]), np.array([2.0, np.nan, 9.0, 6.0])
-    row = results_of(metrics, base, ours, 4)["flow_dpo", "ib"]
+    row = results_of(base, ours, 4)["flow_dpo", "ib"]
     assert row["diff"] == pytest.approx(1.5)  # (1 + 2) / 2
     assert row["n"] == 3
 
 
-def test_set_metrics_compare_two_systems_on_the_clips_that_both_have(metrics):
+def test_set_metrics_compare_two_systems_on_the_clips_that_both_have():
     base, rows = made_up(60, 2.0, 1), np.arange(60)
     few = np.where(rows % 3 == 0, rows // 3, -1)  # the same audio on every third clip, none on the others
     truth = made_up(60, seed=9)
@@ -207,7 +205,7 @@ def test_set_metrics_compare_two_systems_on_the_clips_that_both_have(metrics):
 # Table 1 ------------------------------------------------------------------------------------------------------
 
 
-def test_table_1_sets_each_system_beside_the_papers_own_row(metrics):
+def test_table_1_sets_each_system_beside_the_papers_own_row():
     names = metrics.PAPER_COLUMNS
     values = {"base": (61.6, 1.6, None, 17.0, 0.3422, 0.45), "V-AURA": (218.5, 2.5, 2.0, 10.0, 0.27, 0.60)}
     results = [{"system": s, "metric": m, "value": v} for s, row in values.items() for m, v in zip(names, row)]
@@ -243,29 +241,14 @@ def upstream():
 
 @pytest.mark.upstream
 @needs_upstream
-@pytest.mark.parametrize("n", [10, 50, 400], ids=lambda n: f"{n} audios of 128 dimensions")
-def test_frechet_distance_equals_av_benchmarks(metrics, upstream, n):
+@pytest.mark.parametrize("n, scale", [(10, 1.0), (73, 4.0), (400, 30.0)], ids=["few", "ordinary", "extreme logits"])
+def test_metrics_equal_av_benchmarks(upstream, n, scale):
     generator = torch.Generator().manual_seed(n)
     a = torch.randn(n, 128, generator=generator) * torch.linspace(0.2, 2, 128)
     b = torch.randn(n + 7, 128, generator=generator) + 0.3
-    theirs = upstream.compute_fd(a.numpy(), b.numpy())
-    assert metrics.frechet_distance(a, b) == pytest.approx(theirs, rel=1e-4)
-
-
-@pytest.mark.upstream
-@needs_upstream
-@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["ordinary logits", "extreme logits"])
-def test_kl_equals_av_benchmarks(metrics, upstream, scale):
-    generator = torch.Generator().manual_seed(3)
-    truth, ours = (torch.randn(40, 527, generator=generator) * scale for _ in range(2))
-    theirs = upstream.compute_kl([ours], truth)
-    assert metrics.kl_divergence(truth, ours).mean() == pytest.approx(theirs["kl_softmax"], rel=1e-4)
-
-
-@pytest.mark.upstream
-@needs_upstream
-@pytest.mark.parametrize("n", [10, 73, 400])
-def test_inception_score_equals_av_benchmarks(metrics, upstream, n):
-    logits = torch.randn(n, 527, generator=torch.Generator().manual_seed(n)) * 4
-    theirs = upstream.compute_isc(logits, None, rng_seed=2020, samples_shuffle=True, splits=10)
-    assert metrics.inception_score(logits) == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    assert metrics.frechet_distance(a, b) == pytest.approx(upstream.compute_fd(a.numpy(), b.numpy()), rel=1e-4)
+    truth, ours = (torch.randn(n, 527, generator=generator) * scale for _ in range(2))
+    theirs = upstream.compute_kl([ours], truth)["kl_softmax"]
+    assert metrics.kl_divergence(truth, ours).mean() == pytest.approx(theirs, rel=1e-4)
+    theirs = upstream.compute_isc(ours, None, rng_seed=2020, samples_shuffle=True, splits=10)
+    assert metrics.inception_score(ours) == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
