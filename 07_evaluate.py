@@ -14,9 +14,11 @@ Writes:
     scores/*.pt                      what every scorer said, by block of 32 clips
     07_results.jsonl                 system, metric, better (higher or lower), value, low, high (95 %), n (clips), and
                                      diff, diff_low, diff_high: value minus base's, paired, never sign-flipped, null
-                                     for base
-    07_systems.json                  what was evaluated: split, guidance, and for each system its folder and the audio
-                                     of each clip; --split val writes 07_results_val.jsonl and 07_systems_val.json
+                                     for base; verdict: better or worse where the difference's interval excludes 0
+    07_systems.json                  what was evaluated: split, guidance, steps; systems: for each its folder and the
+                                     audio of each clip; how it is shown: metrics (column, better, decimals, times) in
+                                     the table's order, paper (columns, rows, remark: Table 1's rows)
+With --split val the last two are 07_results_val.jsonl and 07_systems_val.json.
 Takes: toy 42 s on 2 cores.
 """
 
@@ -261,6 +263,12 @@ def audio_files(run, name, folder, clips, args):
     return {c["id"]: out / f"{c['id']}.wav" for c in clips if (out / f"{c['id']}.wav").exists()}
 
 
+def below(run, path):
+    """A path as the files of a run name it: relative to the run folder, absolute where it lies elsewhere."""
+    path, run = Path(path).resolve(), run.resolve()
+    return str(path.relative_to(run) if path.is_relative_to(run) else path)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Numbers
 # ------------------------------------------------------------------------------------------------------------
@@ -273,22 +281,15 @@ def score_systems(run, files, clips, args, ranks):
     names = [*common.AUDIOSCORE_SCORERS, *sorted(measured - set(common.AUDIOSCORE_SCORERS))]
     group, by_id = block_of(clips), {clip["id"]: clip for clip in clips}
     audios = {
-        system: [common.Audio(by_id[c], path, common.digest(path), group[c]) for c, path in paths.items()]
+        system: {c: common.Audio(by_id[c], path, common.digest(path), group[c]) for c, path in paths.items()}
         for system, paths in files.items()
     }
-    common.fill_store(run, [a for c in zip_by_clip(audios, clips) for a in c], names, args.weights, ranks)
+    # clip by clip: a video tower runs once for all systems
+    by_clip = [part[clip] for clip in by_id for part in audios.values() if clip in part]
+    common.fill_store(run, by_clip, names, args.weights, ranks)
     if ranks.rank > 0:
         return {}
-    return {system: common.stored_scores(run, audios[system], names, args.weights) for system in files}
-
-
-def zip_by_clip(audios, clips):
-    """All systems' audios of the first clip, then of the second: a video tower runs once per clip."""
-    of_clip = {clip["id"]: [] for clip in clips}
-    for part in audios.values():
-        for audio in part:
-            of_clip[audio.clip["id"]].append(audio)
-    return of_clip.values()
+    return {s: common.stored_scores(run, [*part.values()], names, args.weights) for s, part in audios.items()}
 
 
 def per_clip(run, found, clips, files, weights):
@@ -309,8 +310,8 @@ def per_clip(run, found, clips, files, weights):
             oracle = people.oracle_scores(run, [(by_id[clip], path) for clip, path in files[system].items()])
             values |= {metric: value for metric, value in oracle.items() if metric in METRICS}
         means[system] = {m: np.where(rows >= 0, np.asarray(v, np.float64)[rows], np.nan) for m, v in values.items()}
-        of_set = {metric: (scorer, key) for metric, (how, scorer, key) in measures.items() if how in ("fd", "is")}
-        sets[system] = {metric: (part[scorer][key].numpy(), rows) for metric, (scorer, key) in of_set.items()}
+        of_set = {metric: part[scorer][key] for metric, (how, scorer, key) in measures.items() if how in ("fd", "is")}
+        sets[system] = {metric: (value.numpy(), rows) for metric, value in of_set.items()}
     for system, part in found.items():
         if "ground_truth" in found and system != "ground_truth":
             truth, both = found["ground_truth"], {s: sets[s]["is"][1] for s in ("ground_truth", system)}
@@ -327,9 +328,11 @@ def per_clip(run, found, clips, files, weights):
     return means, sets
 
 
-def describe(metric):
-    """How a metric is shown; one that a scorer of the user's brings is as it comes."""
-    return METRICS.get(metric, Metric(metric))
+def describe(metrics):
+    """{name: Metric} in the table's order; one that a scorer of the user's brings is shown as it comes."""
+    metrics = dict.fromkeys(metrics)
+    order = [*(name for name in METRICS if name in metrics), *(name for name in metrics if name not in METRICS)]
+    return {name: METRICS.get(name, Metric(name)) for name in order}
 
 
 def results_of(means, sets, n):
@@ -339,9 +342,10 @@ def results_of(means, sets, n):
         against = system != "base" and "base" in means
 
         def line(metric, value, low, high, count, diff, system=system):
-            keys = ("value", "low", "high", "n", "diff", "diff_low", "diff_high")
-            numbers = dict(zip(keys, (value, low, high, count, *diff)))
-            return {"system": system, "metric": metric, "better": describe(metric).better, **numbers}
+            better = METRICS.get(metric, Metric(metric)).better
+            keys = ("value", "low", "high", "n", "diff", "diff_low", "diff_high", "verdict")
+            numbers = dict(zip(keys, (value, low, high, count, *diff, verdict(better, *diff))))
+            return {"system": system, "metric": metric, "better": better, **numbers}
 
         for metric, values in means[system].items():
             value = float(np.nanmean(values)) if np.isfinite(values).any() else None
@@ -371,27 +375,26 @@ def results_of(means, sets, n):
             count = int((sets[system][metric][1] >= 0).sum())
             diff = jackknife(difference, n) if against else (None, None, None)
             lines.append(line(metric, *jackknife(statistic, n), count, diff))
-    order = list(dict.fromkeys([*METRICS, *(row["metric"] for row in lines)]))
+    order = list(describe(row["metric"] for row in lines))
     return sorted(lines, key=lambda row: (list(means).index(row["system"]), order.index(row["metric"])))
 
 
-def verdict(row):
-    """`better`, `worse` or `` by whether the interval of the difference excludes 0."""
-    if row["diff_low"] is None or row["diff_low"] <= 0 <= row["diff_high"]:
-        return ""
-    return "better" if (row["diff"] > 0) == (row["better"] == "higher") else "worse"
+def verdict(better, diff, low, high):
+    """`better`, `worse`, or None where the interval of the difference is absent or holds 0."""
+    if low is None or low <= 0 <= high:
+        return None
+    return "better" if (diff > 0) == (better == "higher") else "worse"
 
 
 def print_table(results, systems):
     """Values, then differences to base with 95 % intervals; better and worse mark intervals that exclude 0."""
     cell = {(row["metric"], row["system"]): row for row in results}
-    metrics = {metric: describe(metric) for metric in dict.fromkeys([*METRICS, *(row["metric"] for row in results)])}
-    metrics = {name: metric for name, metric in metrics.items() if any((name, s) in cell for s in systems)}
+    metrics = describe(row["metric"] for row in results)
     print("\n" + f"{'':<18}" + "".join(f"{s[:14]:>15}" for s in systems))
     for name, metric in metrics.items():
-        arrow = "^" if metric.better == "higher" else "v"
         values = [metric.text(cell[name, s]["value"]) if (name, s) in cell else "" for s in systems]
-        print(f"{metric.column + ' ' + arrow:<18}" + "".join(f"{v:>15}" for v in values))
+        label = f"{metric.column} {'^' if metric.better == 'higher' else 'v'}"
+        print(f"{label:<18}" + "".join(f"{v:>15}" for v in values))
     others = [s for s in systems if s not in ("base", "ground_truth")]
     if "base" in systems and others:
         print("\nminus base, 95 % interval" + " " * 4 + "".join(f"{s[:24]:>36}" for s in others))
@@ -401,9 +404,8 @@ def print_table(results, systems):
                 if row is None or row["diff"] is None:
                     text += " " * 36
                     continue
-                low, high = (metric.text(row[k], "+") for k in ("diff_low", "diff_high"))
-                mark = {"better": " better", "worse": " worse "}.get(verdict(row), "       ")
-                text += f"{metric.text(row['diff'], '+') + ' [' + low + ', ' + high + ']' + mark:>36}"
+                diff, low, high = (metric.text(row[key], "+") for key in ("diff", "diff_low", "diff_high"))
+                text += f"{diff} [{low}, {high}] {row['verdict'] or '':<6}".rjust(36)
             print(text)
 
 
@@ -436,8 +438,7 @@ def table_1(run_json, results, systems):
     return rows, TOLERANCE
 
 
-def print_table_1(run_json, results, systems):
-    rows, remark = table_1(run_json, results, systems)
+def print_table_1(rows, remark):
     print("\nthe paper (Table 1, VGGSound test)" + "".join(f"{METRICS[m].column:>11}" for m in PAPER_COLUMNS))
     for name, texts in rows:
         print(f"{name[:34]:<34}" + "".join(f"{text:>11}" for text in texts))
@@ -481,11 +482,14 @@ def main(args):
     # -- save
     suffix = "" if args.split == "test" else f"_{args.split}"
     common.write_jsonl(run / f"07_results{suffix}.jsonl", results)
-    about = [
-        dict(name=name, folder=folder and str(folder), audio={clip: str(path) for clip, path in files[name].items()})
+    rows, remark = table_1(run_json, results, list(systems))
+    about = dict(split=args.split, guidance=args.guidance, steps=run_json["sampler"]["steps"])
+    about["systems"] = [
+        dict(name=name, folder=folder and below(run, folder), audio={c: below(run, p) for c, p in files[name].items()})
         for name, folder in systems.items()
     ]
-    about = dict(split=args.split, guidance=args.guidance, steps=run_json["sampler"]["steps"], systems=about)
+    about["metrics"] = {name: metric._asdict() for name, metric in describe(r["metric"] for r in results).items()}
+    about["paper"] = dict(columns=[METRICS[m].column for m in PAPER_COLUMNS], rows=rows, remark=remark)
     common.write_json(run / f"07_systems{suffix}.json", about)
     coverage = ", ".join(f"{name} {len(paths)}/{len(clips)}" for name, paths in files.items())
     print(f"{args.split} split, guidance {args.guidance:g}; clips with audio: {coverage}")
@@ -493,7 +497,7 @@ def main(args):
     if gone := missing.exists() and sum(row["split"] == args.split for row in common.read_jsonl(missing)):
         print(f"{gone} more listed {args.split} clips have no video (01_missing.jsonl), so no system is judged on them")
     print_table(results, list(systems))
-    print_table_1(run_json, results, list(systems))
+    print_table_1(rows, remark)
     print(f"\nwrote {run / f'07_results{suffix}.jsonl'}")
     if args.split == "test":
         print(f"next: python 08_listen.py --run-dir {run}")

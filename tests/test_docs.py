@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import stopped
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import common
@@ -88,7 +89,7 @@ def complaint(words):
         unknown = [word for word in given if word.startswith("--") and word not in flags_of(parser_of(script))]
         assert not unknown, f"{script} has no {' '.join(unknown)}"
         parser_of(script).parse_args(given)
-    except (SystemExit, AssertionError) as error:
+    except (SystemExit, AssertionError, common.Stop) as error:
         return str(error) or "refused"
 
 
@@ -171,11 +172,9 @@ def test_every_weight_file_has_its_row_and_every_row_its_reader():
     assert all(re.search(r"\b0[1-7]\b", row[-1]) for row in rows.values())
 
 
-def test_a_missing_weight_file_is_said_by_its_row(tmp_path, capsys):
+def test_a_missing_weight_file_is_said_by_its_row(tmp_path):
     for name, (source, size, use, _) in rows_of("docs/weights.md").items():
-        with pytest.raises(SystemExit):
-            common.weight_file(tmp_path, name)
-        said = capsys.readouterr().err
+        said = stopped(common.weight_file, tmp_path, name)
         assert name in said and source.strip("<>") in said and size in said and use in said
 
 

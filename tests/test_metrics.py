@@ -159,6 +159,19 @@ def test_differences_to_base_are_paired_and_keep_their_sign():
     assert fd["diff"] == pytest.approx(fd["value"] - lines["base", "fd"]["value"])
     assert fd["diff"] < 0 and fd["better"] == "lower" and fd["diff_high"] < 0  # nearer to the truth: negative, as it is
     assert ("ground_truth", "fd") not in lines
+    verdicts = [lines[key]["verdict"] for key in (("flow_dpo", "ib"), ("flow_dpo", "fd"), ("base", "ib"))]
+    assert verdicts == ["better", "better", None]
+
+
+def test_a_difference_is_better_or_worse_only_where_its_interval_excludes_0(metrics):
+    assert metrics.verdict("higher", 0.2, 0.1, 0.3) == metrics.verdict("lower", -0.2, -0.3, -0.1) == "better"
+    assert metrics.verdict("lower", 0.2, 0.1, 0.3) == metrics.verdict("higher", -0.2, -0.3, -0.1) == "worse"
+    assert metrics.verdict("higher", 0.2, -0.1, 0.5) is metrics.verdict("higher", 0.2, None, None) is None
+
+
+def test_metrics_are_shown_in_the_tables_order_and_a_users_own_comes_last(metrics):
+    assert list(metrics.describe(["mine", "ib", "fd", "ib"])) == ["fd", "ib", "mine"]
+    assert metrics.describe(["mine"])["mine"].text(0.25) == "0.250"
 
 
 @pytest.mark.parametrize("n", [2, 5, 9, 10, 45])

@@ -1,118 +1,191 @@
-"""07_report.html in a real browser, from the file system and without network."""
+"""08_report.html: what is in the file, and how it behaves in a real browser, from disk and without network."""
 
 import json
-import os
+import re
 import shutil
-import subprocess
 
 import pytest
-from conftest import read
+from conftest import call, read, stage, write
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
 
+import common
+
+SYSTEMS = ("ground_truth", "base", "flow_dpo", "ddpo")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-
+DRIVER = next(filter(None, map(shutil.which, ("chromedriver", "chromium.chromedriver"))), None)
 QUIET = """--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync
---disable-component-update --disable-dev-shm-usage --mute-audio --remote-debugging-pipe --window-size=1280,2400"""
-
-LOADED = """new Promise(done => {
-  const media = [...document.querySelectorAll("video, audio")], began = Date.now();
-  (function look() {
-    const waiting = media.filter(m => m.readyState < 4 && !m.error);
-    if (!waiting.length || Date.now() - began > 60000)
-      done(media.map(m => ({tag: m.tagName, ready: m.readyState, error: m.error && m.error.message, s: m.duration})));
-    else setTimeout(look, 100);
-  })();
-})"""
-
-CLICK = """new Promise(done => {
-  const button = document.querySelectorAll("button")[%d], audio = button.parentElement.querySelector("audio");
-  const video = button.closest(".card").querySelector("video"), began = Date.now();
-  button.click();
-  (function look() {
-    const others = [...document.querySelectorAll("audio")].filter(a => a !== audio && !a.paused).length;
-    const state = {name: button.innerText, on: button.className, audio: audio.currentTime, video: video.currentTime,
-                   playing: !audio.paused && !video.paused, others: others};
-    if ((state.playing && state.audio > 0.1 && state.video > 0.1) || Date.now() - began > 20000) done(state);
-    else setTimeout(look, 20);
-  })();
-})"""
+--disable-component-update --disable-dev-shm-usage --mute-audio --window-size=1280,2400"""
 
 
-class Page:
-    """A page over Chromium's debugging pipe: JSON messages that end in a zero byte."""
+# The file ----------------------------------------------------------------------------------------------------
 
-    def __init__(self, url, profile):
-        (to_read, self.to), (self.back, to_write) = os.pipe(), os.pipe()
-        command = f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}'
-        flags = [*QUIET.split(), f"--user-data-dir={profile}"]
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(to_read, to_write))
-        self.browser = subprocess.Popen(["bash", "-c", command, BROWSER, *flags, "about:blank"], **quiet)
-        os.close(to_read)
-        os.close(to_write)
-        self.count, self.rest, self.session, self.events = 0, b"", None, []
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.send(f"{domain}.enable")
-        self.send("Page.navigate", url=url)
 
-    def send(self, method, **params):
-        self.count += 1
-        message = {"id": self.count, "method": method, "params": params}
-        message |= {"sessionId": self.session} if self.session else {}
-        os.write(self.to, json.dumps(message).encode() + b"\0")
-        while True:
-            while b"\0" not in self.rest:
-                block = os.read(self.back, 1 << 20)
-                assert block, "the browser ended"
-                self.rest += block
-            line, self.rest = self.rest.split(b"\0", 1)
-            answer = json.loads(line)
-            if answer.get("id") == self.count:
-                assert "error" not in answer, answer
-                return answer["result"]
-            self.events.append(answer)
+def page_of(run):
+    call("08", run)
+    return (run / "08_report.html").read_text(encoding="utf-8")
 
-    def run(self, script):
-        """The value of a script's promise, as after a user's gesture."""
-        flags = dict(awaitPromise=True, returnByValue=True, userGesture=True)
-        result = self.send("Runtime.evaluate", expression=script, **flags)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
 
-    def complaints(self):
-        found = []
-        for event in self.events:
-            params = event.get("params", {})
-            if event["method"] == "Runtime.exceptionThrown":
-                found.append(params["exceptionDetails"]["text"])
-            elif event["method"] == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert", "warning"):
-                found.append(str(params["args"]))
-            elif event["method"] == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-                found.append(params["entry"]["text"])
-        return found
+def test_the_report_is_one_file_with_audio_of_every_system(finished):
+    page = (finished / "08_report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//[a-z0-9.-]+\.[a-z]+/|@import|<link", re.sub(r'"data:[^"]*"', "", page))
+    sources = re.findall(r'(?:src|href)="([^"]{0,5})', page)
+    assert sources and set(sources) == {"data:"}
+    cards = page.count('<section class="card">')
+    assert cards == min(6, len(common.read_clips(finished, "test")))
+    assert [len(re.findall(rf"<button[^>]*>{system}</button>", page)) for system in SYSTEMS] == [cards] * 4
+    assert page.count("<audio ") == 4 * cards and page.count("<video ") == cards
 
-    def requests(self):
-        urls = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
-        return [url for url in urls if not url.startswith("data:")]
 
-    def close(self):
-        self.browser.terminate()
-        self.browser.wait()
-        os.close(self.to)
-        os.close(self.back)
+def test_the_report_shows_the_numbers_of_07(finished):
+    page = (finished / "08_report.html").read_text(encoding="utf-8")
+    about = json.loads((finished / "07_systems.json").read_text())
+    for row in read(finished / "07_results.jsonl"):
+        how = about["metrics"][row["metric"]]
+        assert f"<th>{how['column']} {'↑' if row['better'] == 'higher' else '↓'}</th>" in page
+        if row["value"] is not None:
+            assert f">{row['value'] * how['times']:.{how['decimals']}f}" in page
+    assert all(f"<th>{name}</th>" in page for name, _ in about["paper"]["rows"])
+    verdicts = [row["verdict"] for row in read(finished / "07_results.jsonl") if row["system"] != "ground_truth"]
+    for verdict in ("better", "worse"):
+        assert page.count(f'<td class="{verdict}">') == verdicts.count(verdict)
+
+
+def test_the_report_says_how_every_policy_was_trained(finished):
+    page = " ".join((finished / "08_report.html").read_text(encoding="utf-8").split())
+    for name, folder in (("flow_dpo", "05_flow_dpo"), ("ddpo", "06_ddpo")):
+        made = json.loads((finished / folder / "settings.json").read_text())["settings"]
+        beta = f"beta {made['beta']}, " if "beta" in made else ""
+        line = f"model toy, method {name}, {beta}lr {made['lr']}, steps {made['steps']}, seed {made['seed']}"
+        assert line in page
+
+
+def test_markup_in_a_caption_or_a_name_is_text(run):
+    rows, hostile = read(run / "clips.jsonl"), """<script>alert("x")</script> & 'more'"""
+    write(run / "clips.jsonl", [dict(row, caption=hostile) for row in rows])
+    about = json.loads((run / "07_systems.json").read_text())
+    about["metrics"]["is"]["column"] = about["paper"]["rows"][0][0] = hostile
+    (run / "07_systems.json").write_text(json.dumps(about))
+    page = page_of(run)
+    assert "alert(" in page and "<script>alert" not in page and '"x"' not in page
+    assert page.count("&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; &#39;more&#39;") == 2 + min(
+        6, sum(row["split"] == "test" for row in rows)
+    )
+
+
+def test_true_events_come_from_the_simulated_world_alone(run):
+    truth = {row["id"]: row["hits_s"] for row in read(run / "00_truth.jsonl")}
+    before, clips = (run / "08_report.html").read_text(encoding="utf-8"), common.read_clips(run, "test")
+    shown = [clip["id"] for clip in clips if f"<h3>{clip['id']}:" in before]
+    assert before.count("<i style=") == len(SYSTEMS) * sum(len(truth[clip]) for clip in shown) > 0
+    (run / "00_truth.jsonl").unlink()
+    assert "<i style=" not in page_of(run)
+
+
+def test_a_policy_folder_without_log_and_a_run_without_audioscore_make_a_page(run):
+    for name in ("05_flow_dpo/log.jsonl", "06_ddpo/log.jsonl", "02_audioscore.pt", "04_settings.json"):
+        (run / name).unlink()
+    page = page_of(run)
+    assert "No policy was trained here" in page and "AudioScore was not fitted here" in page
+
+
+def test_a_copied_run_makes_its_page_from_its_own_files(finished, run):
+    audio = json.loads((run / "07_systems.json").read_text())["systems"][1]["audio"]
+    assert all(path == f"07_audio/base/{clip}.wav" for clip, path in audio.items())
+    assert page_of(run) == (finished / "08_report.html").read_text(encoding="utf-8")
+
+
+def test_what_is_missing_is_named_in_one_line(run):
+    clip = common.read_clips(run, "test")[0]
+    for path in (run / "07_audio" / "flow_dpo" / f"{clip['id']}.wav", clip["path"]):
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(common.Stop, match=rf"^{re.escape(str(path))}: gone, .*{clip['id']}.*07_evaluate\.py"):
+            call("08", run)
+        path.write_bytes(content)
+    (run / "07_results.jsonl").unlink()
+    with pytest.raises(common.Stop, match=r"07_results\.jsonl: no such file; run 07_evaluate\.py --run-dir .* first$"):
+        call("08", run)
+
+
+def test_numbers_of_other_systems_than_those_evaluated_are_refused(run):
+    rows = read(run / "07_results.jsonl")
+    write(run / "07_results.jsonl", [row for row in rows if row["system"] != "ddpo"])
+    with pytest.raises(common.Stop, match=r"07_systems\.json: not of 07_results\.jsonl; run 07_evaluate\.py"):
+        call("08", run)
+
+
+def test_a_clip_without_picture_is_left_out_and_said(run, capsys):
+    clip = common.read_clips(run, "test")[0]
+    clip["path"].write_bytes(clip["path"].read_bytes()[:700])
+    page = page_of(run)
+    assert f"<h3>{clip['id']}:" not in page and page.count('<section class="card">') == 5
+    assert f"{clip['id']}: unreadable video" in "".join(capsys.readouterr())
+
+
+def test_an_interrupted_page_leaves_the_old_one(run, monkeypatch):
+    before = (run / "08_report.html").read_bytes()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage("08"), "playable_sound", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call("08", run)
+    assert (run / "08_report.html").read_bytes() == before and not list(run.glob(".*.tmp*"))
+
+
+def test_smoothing_is_a_mean_over_the_values_that_there_are():
+    smooth = stage("08").smooth
+    assert smooth([1, 2, 4, 9], 3).tolist() == pytest.approx([1.5, 7 / 3, 5, 6.5])
+    assert smooth([1, 2, 4], 1).tolist() == [1, 2, 4] and smooth([3], 25).tolist() == [3]
+
+
+# In a browser ------------------------------------------------------------------------------------------------
+
+LOADED = """const done = arguments[0], media = [...document.querySelectorAll("video, audio")], began = Date.now();
+(function look() {
+  const waiting = media.filter(m => m.readyState < 4 && !m.error);
+  if (!waiting.length || Date.now() - began > 60000)
+    done(media.map(m => ({tag: m.tagName, ready: m.readyState, error: m.error && m.error.message, s: m.duration})));
+  else setTimeout(look, 100);
+})();"""
+
+PLAYING = """const [button, done] = arguments, audio = button.parentElement.querySelector("audio");
+const video = button.closest(".card").querySelector("video"), began = Date.now();
+(function look() {
+  const others = [...document.querySelectorAll("audio, video")].filter(m => m !== audio && m !== video && !m.paused);
+  const on = [...document.querySelectorAll("button[aria-pressed=true]")].map(b => b === button);
+  const state = {on: on, others: others.length, playing: !audio.paused && !video.paused,
+                 audio: audio.currentTime, video: video.currentTime};
+  if ((state.playing && state.audio > 0.1 && state.video > 0.1) || Date.now() - began > 20000) done(state);
+  else setTimeout(look, 20);
+})();"""
 
 
 @pytest.fixture(scope="module")
 def page(finished, tmp_path_factory):
-    page = Page((finished / "07_report.html").as_uri(), tmp_path_factory.mktemp("profile"))
-    page.run("new Promise(done => document.readyState == 'complete' ? done() : addEventListener('load', () => done()))")
-    yield page
-    page.close()
+    if BROWSER is None or DRIVER is None:
+        pytest.skip("no Chromium with its chromedriver is installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*QUIET.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(executable_path=DRIVER))
+    driver.set_script_timeout(90)
+    driver.get((finished / "08_report.html").as_uri())
+    yield driver
+    driver.quit()
+
+
+def buttons(page):
+    return page.find_elements(By.TAG_NAME, "button")
 
 
 def test_every_video_and_audio_of_the_report_loads(page, finished):
-    media = page.run(LOADED)
+    media = page.execute_async_script(LOADED)
     clips = min(6, sum(clip["split"] == "test" for clip in read(finished / "clips.jsonl")))
     assert [m["tag"] for m in media].count("VIDEO") == clips
     assert [m["tag"] for m in media].count("AUDIO") == 4 * clips
@@ -121,35 +194,50 @@ def test_every_video_and_audio_of_the_report_loads(page, finished):
 
 
 def test_every_picture_of_the_report_is_drawn(page):
-    sizes = page.run("[...document.images].map(i => i.complete ? i.naturalWidth : 0)")
+    sizes = page.execute_script("return [...document.images].map(i => i.complete ? i.naturalWidth : 0)")
     assert len(sizes) > 10 and min(sizes) > 50
 
 
+def test_spectrograms_and_the_lines_of_true_events_are_as_tall_as_the_video(page):
+    parts = "return [...document.querySelectorAll('.card')].map(card => ['video', 'img', 'i'].map(name => "
+    parts += "[...card.querySelectorAll(name)].map(e => [e.offsetHeight, name == 'video' ? 0 : e.offsetTop])))"
+    for video, pictures, lines in page.execute_script(parts):
+        assert len(pictures) == len(SYSTEMS) and lines
+        assert {tuple(place) for place in pictures + lines} == {tuple(video[0])}
+
+
 def test_each_button_plays_its_own_audio_with_the_video_and_nothing_else(page):
-    names = page.run("[...document.querySelectorAll('button')].map(b => b.innerText)")
-    assert set(names) == {"ground_truth", "base", "flow_dpo", "ddpo"}
-    for i, name in enumerate(names):
-        state = page.run(CLICK % i)
+    names = [button.text for button in buttons(page)]
+    assert set(names) == set(SYSTEMS)
+    for button in buttons(page):
+        button.click()
+        state = page.execute_async_script(PLAYING, button)
         assert state["playing"] and state["audio"] > 0.1 and state["video"] > 0.1, state
-        assert (state["name"], state["on"], state["others"]) == (name, "on", 0), state
+        assert state["on"] == [True] and state["others"] == 0, state
         assert abs(state["audio"] - state["video"]) < 0.25, state
 
 
 def test_a_second_click_stops(page):
-    page.run(CLICK % 0)
-    page.run("document.querySelector('button').click()")
-    playing = "[...document.querySelectorAll('audio, video')].filter(m => !m.paused).length"
-    assert page.run(playing) == 0 and page.run("document.querySelectorAll('button.on').length") == 0
+    button = buttons(page)[0]
+    button.click()
+    assert page.execute_async_script(PLAYING, button)["playing"]
+    button.click()
+    playing = "return [...document.querySelectorAll('audio, video')].filter(m => !m.paused).length"
+    assert page.execute_script(playing) == 0
+    assert page.find_elements(By.CSS_SELECTOR, "button[aria-pressed=true]") == []
 
 
 def test_the_page_fits_and_shows_every_section(page):
-    assert page.run("document.documentElement.scrollWidth <= innerWidth")
+    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     wanted = ["Results", "Differences to base", "Training", "AudioScore and the curriculum", "Listen"]
-    assert page.run("[...document.querySelectorAll('h2')].map(h => h.innerText)") == wanted
+    assert [heading.text for heading in page.find_elements(By.TAG_NAME, "h2")] == wanted
 
 
-def test_the_page_asks_for_nothing_and_complains_of_nothing(page):
-    page.run("new Promise(done => setTimeout(done, 200))")
-    assert [url for url in page.requests() if not url.startswith("file:")] == []
-    assert len(page.requests()) == 1
-    assert page.complaints() == []
+def test_the_page_asks_for_nothing_and_complains_of_nothing(page, finished):
+    page.execute_async_script("setTimeout(arguments[0], 200)")
+    events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    ours = (finished / "08_report.html").as_uri()  # Chromium's own start page asks for its parts before
+    urls = [about["request"]["url"] for about in sent if about["documentURL"] == ours]
+    assert [url for url in urls if not url.startswith("data:")] == [ours]
+    assert [entry for entry in page.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")] == []
