@@ -489,7 +489,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(name, run, refused):
 
 
 def test_a_bare_malicious_pickle_is_refused(tmp_path):
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "mark")))
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "mark"), protocol=2))
     assert str(tmp_path / "evil.pt") in stopped(common.load_pt, tmp_path / "evil.pt")
     assert not (tmp_path / "mark").exists()
 

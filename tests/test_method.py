@@ -46,18 +46,14 @@ def test_eq5s_brackets_as_printed_pull_towards_the_loser_too():
 
 
 def test_a_lower_loser_error_raises_the_loss_and_a_lower_winner_error_lowers_it():
-    def loss(err_w, err_l):
-        return common.flow_dpo_loss(*scalars(err_w, err_l, 1.0, 1.0), beta=20)[0].item()
-
-    assert loss(1.0, 0.9) > LOG_2 > loss(1.0, 1.1)
-    assert loss(0.9, 1.0) < LOG_2 < loss(1.1, 1.0)
-
-
-def test_gradient_lowers_the_winners_error_and_raises_the_losers():
-    err_w, err_l, ref_w, ref_l = scalars(0.4, 0.4, 0.4, 0.4)
-    common.flow_dpo_loss(err_w, err_l, ref_w, ref_l, beta=8)[0].sum().backward()
-    assert err_w.grad.item() == pytest.approx(2.0)  # beta / 2 * sigmoid(0) = 8 / 4
-    assert err_l.grad.item() == pytest.approx(-2.0)
+    errors = scalars(0.4, 0.4, 0.4, 0.4)
+    common.flow_dpo_loss(*errors, beta=8)[0].sum().backward()
+    # beta / 2 * sigmoid(0) = 8 / 4
+    assert [error.grad.item() for error in errors] == pytest.approx([2.0, -2.0, -2.0, 2.0])
+    moved, same = torch.tensor([0.9, 1.0, 1.1]), torch.ones(3)
+    for err_w, err_l, signs in ((moved, same, [-1, 0, 1]), (same, moved, [1, 0, -1])):
+        loss, _ = common.flow_dpo_loss(err_w, err_l, same, same, beta=20)
+        assert (loss - loss[1]).sign().tolist() == signs and loss[1].item() == pytest.approx(LOG_2)
 
 
 def test_flow_error_is_the_mean_over_the_latent_in_float32():
@@ -101,18 +97,13 @@ def audioscore():
     return judge.requires_grad_(False)
 
 
-def test_a_score_that_does_not_apply_counts_as_the_mean():
+def test_audioscore_gives_three_probabilities_and_takes_a_score_that_does_not_apply_for_the_mean():
     judge = audioscore()
-    absent = torch.tensor([[0.3, float("nan"), 0.1, 0.9, float("nan")]])
-    mean = torch.tensor([[0.3, 0.2, 0.1, 0.9, 2.0]])
-    assert torch.equal(judge(absent), judge(mean))
-    assert not torch.equal(judge(absent), judge(torch.tensor([[0.3, 0.2, 0.1, 0.9, 1.0]])))
-
-
-def test_audioscore_gives_three_probabilities():
-    p = audioscore()(torch.randn(50, 5, generator=torch.Generator().manual_seed(1)) * 10)
-    assert p.shape == (50, 3) and (p >= 0).all()
-    assert p.sum(dim=1).tolist() == pytest.approx([1] * 50)
+    p = judge(torch.randn(50, 5, generator=torch.Generator().manual_seed(1)) * 10)
+    assert p.shape == (50, 3) and (p >= 0).all() and p.sum(dim=1).tolist() == pytest.approx([1] * 50)
+    absent, mean, other = [0.3, math.nan, 0.1, 0.9, math.nan], [0.3, 0.2, 0.1, 0.9, 2.0], [0.3, 0.2, 0.1, 0.9, 1.0]
+    p = judge(torch.tensor([absent, mean, other]))
+    assert torch.equal(p[0], p[1]) and not torch.equal(p[0], p[2])
 
 
 def test_inception_score_of_one_audio_by_hand():
@@ -125,24 +116,17 @@ def test_inception_score_of_one_audio_by_hand():
 P = [(0.1, 0.2, 0.7), (0.6, 0.3, 0.1), (0.2, 0.2, 0.6), (0.5, 0.1, 0.4), (0.3, 0.3, 0.4)]
 
 
-def test_winner_is_argmax_good_and_loser_is_argmax_bad():
-    assert stage("03").select_pair(P, range(5), range(5)) == (1, 0)
-
-
-def test_a_tie_or_a_winner_that_is_the_loser_makes_no_pair():
-    select = stage("03").select_pair
-    assert select([*P[:4], (0.6, 0.2, 0.2)], range(5), range(5)) == "tie"
-    assert select([*P[:4], (0.2, 0.1, 0.7)], range(5), range(5)) == "tie"
-    assert select([(0.4, 0.0, 0.6), (0.3, 0.5, 0.2), (0.3, 0.4, 0.3)], range(3), range(3)) == "winner is loser"
-    assert select([(0.2, 0.3, 0.5)] * 5, range(5), range(5)) == "tie"  # AudioScore blind: no audio beats itself
-
-
-def test_a_silent_audio_may_lose_but_not_win():
-    select = stage("03").select_pair
-    assert select(P, [0, 2, 3, 4], range(5)) == (3, 0)  # 1, the best, is silent: the next best wins
-    assert select(P, [1, 2, 3, 4], range(5)) == (1, 0)  # 0 is silent and loses
-    assert select(P, [], range(5)) == "fewer than two usable audios"
-    assert select(P, [1], [1]) == "fewer than two usable audios"
+@pytest.mark.parametrize("p, may_win, may_lose, expected", [
+    (P, range(5), range(5), (1, 0)),  # argmax P(Good), argmax P(Bad)
+    ([*P[:4], (0.6, 0.2, 0.2)], range(5), range(5), "tie"), ([*P[:4], (0.2, 0.1, 0.7)], range(5), range(5), "tie"),
+    ([(0.2, 0.3, 0.5)] * 5, range(5), range(5), "tie"),  # AudioScore blind: no audio beats itself
+    ([(0.4, 0.0, 0.6), (0.3, 0.5, 0.2), (0.3, 0.4, 0.3)], range(3), range(3), "winner is loser"),
+    (P, [0, 2, 3, 4], range(5), (3, 0)),  # 1, the best, is silent: the next best wins
+    (P, [1, 2, 3, 4], range(5), (1, 0)),  # 0 is silent and loses
+    (P, [], range(5), "fewer than two usable audios"), (P, [1], [1], "fewer than two usable audios"),
+])  # fmt: skip
+def test_a_pair_by_eq2(p, may_win, may_lose, expected):
+    assert stage("03").select_pair(p, may_win, may_lose) == expected
 
 
 def test_what_stage_01_records_of_an_audio_says_whether_it_is_silent_or_clipped(tmp_path):
