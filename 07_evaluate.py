@@ -216,6 +216,8 @@ def generate(run, name, folder, model, features, clips, args, ranks):
     """One audio per clip of a policy, 07_audio/<name>/<clip>.wav; what exists from the same policy is kept."""
     rank, world, device = ranks
     run_json, out = common.read_run(run), audio_folder(run, name, args)
+    if folder is not None and folder.parent == run:
+        common.require(run, f"{folder.name}/policy.pt")
     policy = run_json["checkpoint_digest"] if folder is None else common.digest(folder / "policy.pt")
     settings = dict(policy=policy, guidance=args.guidance, steps=run_json["sampler"]["steps"], seed=run_json["seed"])
     if rank == 0:
@@ -226,8 +228,6 @@ def generate(run, name, folder, model, features, clips, args, ranks):
     common.barrier()
     todo = [c for c in clips if c["id"] in features and not (out / f"{c['id']}.wav").exists()][rank::world]
     if folder is not None:
-        if folder.parent == run:
-            common.require(run, f"{folder.name}/policy.pt")
         about = common.read_json(folder / "policy.json")
         if about["model"] != run_json["model"] or about["base_digest"] != run_json["checkpoint_digest"]:
             stop(f"{folder}: a policy of {about['model']} tuned from another base than this run's; use its own run")

@@ -436,6 +436,8 @@ def inside(root, name, where):
 def digest(path):
     """SHA-256 of a file, or of a folder's .jsonl files in order of their names; the first 16 hex digits."""
     path, total = Path(path), hashlib.sha256()
+    if not path.exists():
+        stop(f"{path}: no such file")
     for file in sorted(path.glob("[!.]*.jsonl")) if path.is_dir() else [path]:
         with open(file, "rb") as stream:
             while block := stream.read(1 << 22):
@@ -464,10 +466,12 @@ def require(run, *names):
         if record in followed:
             return
         followed.add(record)
-        for source, was in read_json(record).get("inputs", {}).items():
+        inputs = read_json(record).get("inputs", {})
+        for source in inputs:
             if not (Path(run) / source).exists():
                 stop(f"{Path(run) / source}: missing, but {path} was made from it; run the stage that writes it again")
             follow(source)  # the earliest change is the one to mend
+        for source, was in inputs.items():
             if digest(Path(run) / source) != was:
                 again = f"{script} --run-dir {run} --redo" if record.parent == Path(run) else "it into another --out"
                 stop(f"{Path(run) / source}: changed after it was read for {path}; rerun {again}")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -56,6 +57,14 @@ def shell(*command):
 def torchrun(number, run, *flags):
     """Two processes, by the command that the stages' docstrings show."""
     return shell(TORCHRUN, "--nproc_per_node", 2, STAGES[number].name, *arguments(run, *flags))
+
+
+def start(number, run, *flags):
+    """A stage in a process of its own, its errors in a pipe."""
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    # A shell's background jobs ignore Ctrl-C, and so would their children: back to the default.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, STAGES[number].name, *arguments(run, *flags)], **pipes)
 
 
 def read(path):

@@ -4,17 +4,14 @@ import json
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 
 import av
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, STAGES, call, files_of, make_video, read, stage, write
+import torch.distributed.run
+from conftest import ROOT, STAGES, Malicious, call, files_of, make_video, read, stage, start, stopped, write
 
 import common
-
-AFTER_01 = ("01", "02", "03", "04", "05", "06", "07")
 
 
 def said(line, *parts):
@@ -35,40 +32,31 @@ def set_line(path, number, **changes):
 # Missing and broken files ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", AFTER_01)
+@pytest.mark.parametrize("number", sorted(STAGES)[1:])
 def test_a_missing_run(number, tmp_path, refused):
     said(refused(number, tmp_path / "nowhere"), tmp_path / "nowhere", "--model" if number == "01" else "01")
     assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_user_error_in_a_process_of_its_own_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, STAGES["05"], "--run", tmp_path / "nowhere"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("error: --run")
+    started = start("05", tmp_path / "nowhere")
+    error = started.communicate()[1]
+    assert (started.returncode, error.count("\n")) == (2, 1) and error.startswith("error: --run-dir")
 
 
-NEEDED = [
-    ("01", "00_base.pt"),
-    ("01", "clips.jsonl"),
-    ("02", "01_samples/00000.jsonl"),
-    ("02", "00_scorers.pt"),
-    ("03", "02_audioscore.pt"),
-    ("03", "02_ratings.jsonl"),
-    ("04", "03_pairs.jsonl"),
-    ("04", "03_human_pairs.jsonl"),
-    ("05", "04_stage1.jsonl"),
-    ("05", "04_stage2.jsonl"),
-    ("05", "01_samples/00000.pt"),
-    ("05", "00_base.pt"),
-    ("06", "02_audioscore.pt"),
-    ("07", "clips.jsonl"),
-    ("07", "05_flow_dpo/policy.pt"),
-    ("07", "05_flow_dpo/policy.json"),
-]
+NEEDED = {
+    "01": ("00_base.pt", "clips.jsonl"),
+    "02": ("01_samples/00000.jsonl", "00_scorers.pt"),
+    "03": ("02_audioscore.pt", "02_ratings.jsonl", "01_samples/00000.jsonl"),
+    "04": ("03_pairs.jsonl", "03_human_pairs.jsonl"),
+    "05": ("04_stage1.jsonl", "04_stage2.jsonl", "01_samples/00000.pt", "00_base.pt"),
+    "06": ("02_audioscore.pt",),
+    "07": ("clips.jsonl", "05_flow_dpo/policy.pt", "05_flow_dpo/policy.json"),
+}
 
 
 @pytest.mark.parametrize("broken", ["missing", "truncated"])
-@pytest.mark.parametrize("number, name", NEEDED, ids=lambda x: str(x).replace("/", "-"))
+@pytest.mark.parametrize("number, name", [(number, name) for number, names in NEEDED.items() for name in names])
 def test_a_missing_or_truncated_input(number, name, broken, run, refused):
     for path in run.glob(f"{number}_*"):  # the stage runs anew
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -92,8 +80,8 @@ def test_a_missing_field_is_named(run, refused):
 
 
 def test_a_truncated_cache_of_scores_is_named(run, refused):
-    truncate(run / "02_scores" / "00000.clap.pt")
-    said(refused("02", run), run / "02_scores" / "00000.clap.pt")
+    truncate(run / "scores" / "00000.clap.pt")
+    said(refused("02", run), run / "scores" / "00000.clap.pt")
 
 
 def test_a_line_separator_inside_a_caption_ends_no_line(tmp_path):
@@ -102,13 +90,11 @@ def test_a_line_separator_inside_a_caption_ends_no_line(tmp_path):
     assert common.read_jsonl(tmp_path / "x.jsonl", ("caption",)) == rows
 
 
-def test_a_blank_line_is_named_and_trailing_ones_do_not_matter(tmp_path, capsys):
+def test_a_blank_line_is_named_and_trailing_ones_do_not_matter(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}\r\n{"a": 2}\r\n\n')
     assert common.read_jsonl(tmp_path / "x.jsonl", ("a",)) == [{"a": 1}, {"a": 2}]
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n{"b": 2}\n')
-    with pytest.raises(SystemExit):
-        common.read_jsonl(tmp_path / "x.jsonl", ("a",))
-    assert "x.jsonl, line 2: not valid JSON" in capsys.readouterr().err
+    assert "x.jsonl, line 2: not valid JSON" in stopped(common.read_jsonl, tmp_path / "x.jsonl", ("a",))
 
 
 # Ratings and choices -----------------------------------------------------------------------------------------
@@ -118,7 +104,7 @@ def test_a_blank_line_is_named_and_trailing_ones_do_not_matter(tmp_path, capsys)
 def unrated(run):
     """A run in which stages 02 and later have not run, and somebody's ratings."""
     rows = read(run / "02_ratings.jsonl")
-    for path in [path for number in AFTER_01[1:] for path in run.glob(f"{number}_*")]:
+    for path in (*run.glob("0[2-9]_*"), run / "scores"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     write(run / "answers.jsonl", rows)
     return run
@@ -142,7 +128,7 @@ def test_a_bad_rating(case, unrated, refused):
     changes, expected = BAD_RATINGS[case]
     set_line(unrated / "answers.jsonl", 2, **changes)
     said(refused("02", unrated, "--ratings", unrated / "answers.jsonl"), unrated / "answers.jsonl", *expected)
-    assert not (unrated / "02_ratings.jsonl").exists() and not (unrated / "02_scores").exists()
+    assert not (unrated / "02_ratings.jsonl").exists() and not (unrated / "scores").exists()
 
 
 def test_a_rating_given_twice_by_one_rater_names_both_lines(unrated, refused):
@@ -231,6 +217,34 @@ def test_a_redone_audioscore_makes_the_later_stages_ask_for_theirs(run, refused)
     said(refused("05", run), "--out")
 
 
+EARLY = {  # an early file: what to rerun, as said by the last stage of the chain
+    "01_samples/00000.jsonl": "02_fit_audioscore.py",
+    "02_scores.jsonl": "03_mine_pairs.py",
+    "03_human_pairs.jsonl": "04_curriculum_split.py",
+    "04_stage1.jsonl": "another --out",
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_a_change_of_an_early_file_is_followed_up_to_a_policy(name, run, refused):
+    kept = (run / name).read_text()
+    (run / name).write_text(kept + "\n")
+    line = refused("07", run)
+    said(line, run / name.split("/")[0], "changed after it was read", EARLY[name])
+    assert stopped(common.require, run, "05_flow_dpo/policy.pt") in line
+    if not name.startswith("01"):
+        common.require(run, "06_ddpo/policy.pt")  # DDPO has read neither pairs nor choices
+        (run / name).unlink()
+        said(refused("07", run), run / name, "missing")
+    (run / name).write_text(kept)
+    common.require(run, "05_flow_dpo/policy.pt", "06_ddpo/policy.pt", "04_stage2.jsonl")
+
+
+def test_a_record_that_is_missing_names_the_stage_that_writes_it(run, refused):
+    (run / "02_settings.json").unlink()
+    said(refused("05", run), run / "02_settings.json", "run 02_fit_audioscore.py", "first")
+
+
 CHANGED = [
     ("00", ("--size", "tiny", "--seed", 1), "seed"),
     ("01", ("--guidance", 3), "sampler"),
@@ -245,14 +259,12 @@ CHANGED = [
 ]
 
 
-@pytest.mark.parametrize(
-    "number, flags, field", CHANGED, ids=lambda x: "".join(map(str, x)) if isinstance(x, tuple) else x
-)
+@pytest.mark.parametrize("number, flags, field", CHANGED)
 def test_changed_settings_on_an_existing_folder(number, flags, field, run, refused):
     kept = files_of(run, *STAGES, "ru", "cl")
     line = refused(number, run, *flags)
     said(line, f"{field}=", "now")
-    assert re.search(r"use (--redo|another --(run|out))", line), line
+    assert re.search(r"use (--redo|another --(run-dir|out))", line), line
     now = files_of(run, *STAGES, "ru", "cl")
     assert {name for name in kept if now.get(name) != kept[name]} <= {"02_to_rate.csv", "03_to_choose.csv"}
 
@@ -284,9 +296,7 @@ FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "number, flags, named", FLAGS, ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else x
-)
+@pytest.mark.parametrize("number, flags, named", FLAGS)
 def test_contradictory_or_impossible_flags(number, flags, named, run, refused):
     kept = files_of(run, *STAGES, "ru", "cl")
     said(refused(number, run, *flags), named)
@@ -309,7 +319,7 @@ def test_a_policy_whose_training_has_not_finished(run, refused):
 
 
 def test_more_processes_than_the_batch_can_be_divided_over(run, refused, monkeypatch):
-    monkeypatch.setattr(common, "setup_ranks", lambda: (0, 3, "cpu"))
+    monkeypatch.setattr(common, "setup_ranks", lambda: common.Ranks(0, 3))
     said(refused("05", run, "--out", "x"), "--global-batch 4", "3 processes")
     said(refused("06", run, "--out", "x"), "--prompts 2", "3 processes")
 
@@ -381,10 +391,7 @@ def test_a_list_without_a_single_usable_video(tmp_path, toy, refused):
 
 
 BAD_LISTS = {
-    "one id in two splits": (
-        [dict(id="x", split="train"), dict(id="x", split="test")],
-        ("clip 2", "x", "train and test"),
-    ),
+    "one id in two splits": ([dict(id="x"), dict(id="x", split="test")], ("clip 2", "x", "train and test")),
     "one id twice": ([dict(id="x"), dict(id="x")], ("clip 2", "x", "twice")),
     "an unknown split": ([dict(id="x", split="dev")], ("clip 1", "'split'", "dev")),
     "an id that is a path": ([dict(id="../x")], ("clip 1", "'id'", "../x")),
@@ -474,6 +481,30 @@ def test_another_base_than_stage_01_sampled_from(run, refused):
     said(refused("05", run, "--out", "x"), run / "00_base.pt", "stage 01")
 
 
+def test_a_checkpoint_of_another_training_is_refused(run, refused):
+    (run / "x").mkdir()
+    shutil.copy(run / "06_ddpo" / "checkpoint.pt", run / "x")
+    said(refused("05", run, "--out", "x"), run / "x" / "checkpoint.pt", "another training", "remove it")
+    for step in (1_000_000, -1):
+        state = common.load_pt(run / "05_flow_dpo" / "checkpoint.pt")
+        common.save_pt(run / "05_flow_dpo" / "checkpoint.pt", {**state, "step": step})
+        said(refused("05", run), run / "05_flow_dpo" / "checkpoint.pt", "another training")
+
+
+def test_latents_copied_over_those_of_another_shard_are_refused(tmp_path):
+    about = dict(k=0, seed=0, row=0, finite=True, peak=0.5, clipped=0)
+    for shard, clip in (("00000", "x"), ("00001", "y")):
+        made = {"latents": torch.zeros(1, 2, 3), "features": {"a": torch.zeros(1, 4)}, "digests": [clip * 16]}
+        common.save_pt(tmp_path / "01_samples" / f"{shard}.pt", made)
+        row = dict(about, clip=clip, wav=f"01_audio/{clip}_0.wav", digest=clip * 16)
+        write(tmp_path / "01_samples" / f"{shard}.jsonl", [row])
+    assert common.Shards(tmp_path, common.read_samples(tmp_path), 1).latents([("x", 0), ("y", 0)]).shape == (2, 2, 3)
+    shutil.copy(tmp_path / "01_samples" / "00000.pt", tmp_path / "01_samples" / "00001.pt")
+    shards = common.Shards(tmp_path, common.read_samples(tmp_path), 1)
+    shards.features(["x"])
+    said(stopped(shards.features, ["y"]), tmp_path / "01_samples" / "00001.pt", "00001.jsonl", "01_generate.py")
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, refused, monkeypatch):
     original, step = stage("05").train_step, []
 
@@ -516,20 +547,12 @@ def test_a_learning_rate_that_explodes_stops_with_finite_weights_kept(run, refus
 # Pickles -----------------------------------------------------------------------------------------------------
 
 
-class Malicious:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return open, (str(self.mark), "w")
-
-
-def test_torch_load_occurs_once_with_weights_only():
-    calls = [(p.name, line) for p in ROOT.glob("*.py") for line in p.read_text().splitlines() if "torch.load(" in line]
-    assert [name for name, _ in calls] == ["common.py"]
-    assert "weights_only=True" in calls[0][1]
+def test_torch_load_occurs_once_with_weights_only_and_nothing_else_unpickles():
+    sources = {p.name: p.read_text().splitlines() for p in (*ROOT.glob("*.py"), *ROOT.glob("adapters/*.py"))}
+    (call,) = [(name, line) for name, lines in sources.items() for line in lines if "torch.load(" in line]
+    assert call[0] == "common.py" and "weights_only=True" in call[1]
     unsafe = re.compile(r"weights_only=False|pickle\.load|import pickle|np\.load\((?!.*allow_pickle=False)")
-    assert [p.name for p in ROOT.glob("*.py") if any(map(unsafe.search, p.read_text().splitlines()))] == []
+    assert [name for name, lines in sources.items() if any(map(unsafe.search, lines))] == []
 
 
 @pytest.mark.parametrize("name", ["00_base.pt", "02_audioscore.pt", "05_flow_dpo/checkpoint.pt", "01_samples/00000.pt"])
@@ -543,11 +566,9 @@ def test_a_malicious_pickle_is_refused_and_not_run(name, run, refused):
     assert not (run / "mark").exists()
 
 
-def test_a_bare_malicious_pickle_is_refused(tmp_path, capsys):
+def test_a_bare_malicious_pickle_is_refused(tmp_path):
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "mark")))
-    with pytest.raises(SystemExit) as stopped:
-        common.load_pt(tmp_path / "evil.pt")
-    assert stopped.value.code == 2 and str(tmp_path / "evil.pt") in capsys.readouterr().err
+    assert str(tmp_path / "evil.pt") in stopped(common.load_pt, tmp_path / "evil.pt")
     assert not (tmp_path / "mark").exists()
 
 
@@ -559,33 +580,42 @@ SHOWN = {
     "02": ("--num-rated-clips", "(default: 2000)", "Sec. 2.1"),
     "03": ("--num-human-pairs", "(default: 2000)", "(default: 0.0)", "Sec. 2.2"),
     "04": ("score_delta", "(default: 0.7)", "Tab. 2"),
-    "05": (
-        "(default: 600.0)",
-        "(default: 5e-06)",
-        "(default: 1000)",
-        "(default: 12000)",
-        "(default: 8)",
-        "--hard-first",
-    ),
+    "05": ("(default: 600.0)", "(default: 5e-06)", "(default: 1000)", "(default: 12000)", "(default: 8)", "--no-human"),
     "06": ("(default: 12000)", "(default: 5e-06)", "(default: 0.7)", "--group-size"),
     "07": ("--systems", "--split", "(default: 4.5)", "--allow-missing"),
 }
 
 
+@pytest.fixture
+def help_of(capsys, monkeypatch):
+    def show(number):
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            stage(number).parse_args(["--help"])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    return show
+
+
 @pytest.mark.parametrize("number", STAGES)
-def test_help_shows_every_flag_and_the_papers_numbers(number, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as stopped:
-        stage(number).parse_args(["--help"])
-    text = capsys.readouterr().out
-    assert stopped.value.code == 0 and "--run" in text and "default: None" not in text
-    said(text, *SHOWN[number])
+def test_help_shows_every_flag_and_the_papers_numbers(number, help_of):
+    text = help_of(number)
+    assert "--run-dir" in text and "default: None" not in text
+    said(text, *SHOWN.get(number, ()))
     options = re.split(r"\n(?=  -)", text.split("options:")[1])[1:]
     assert [option.strip() for option in options if not re.search(r"\S {2,}\S|\n {10,}\S", option.strip())] == []
 
 
-def test_no_abbreviated_or_unknown_flag_passes_silently(capsys):
+@pytest.mark.parametrize("number", STAGES)
+def test_no_flag_is_or_abbreviates_one_of_torchruns(number, help_of):
+    theirs = torch.distributed.run.get_args_parser()
+    ours = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", help_of(number))) - {"--help"}
+    assert "--run-dir" in ours and {flag: found for flag in ours if (found := theirs._get_option_tuples(flag))} == {}
+    longer = [(flag, x) for flag in ours for x in theirs._option_string_actions if len(x) > 2 and flag.startswith(x)]
+    assert longer == []
+
+
+def test_no_abbreviated_or_unknown_flag_passes_silently():
     for flags in (["--bta", "7"], ["--bet", "7"], ["--global", "4"], ["--beta", "high"]):
-        with pytest.raises(SystemExit) as stopped:
-            stage("05").parse_args(flags)
-        assert stopped.value.code == 2 and flags[0] in capsys.readouterr().err
+        assert flags[0] in stopped(stage("05").parse_args, flags)

@@ -6,11 +6,9 @@ import math
 import random
 from collections import Counter
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from conftest import call, read, stage
+from conftest import arguments, call, read, stage, write
 
 import common
 
@@ -136,9 +134,7 @@ def test_a_tie_or_a_winner_that_is_the_loser_makes_no_pair():
     assert select([*P[:4], (0.6, 0.2, 0.2)], range(5), range(5)) == "tie"
     assert select([*P[:4], (0.2, 0.1, 0.7)], range(5), range(5)) == "tie"
     assert select([(0.4, 0.0, 0.6), (0.3, 0.5, 0.2), (0.3, 0.4, 0.3)], range(3), range(3)) == "winner is loser"
-    assert (
-        select([(0.2, 0.3, 0.5)] * 5, range(5), range(5)) == "tie"
-    )  # AudioScore blind: no pair of an audio with itself
+    assert select([(0.2, 0.3, 0.5)] * 5, range(5), range(5)) == "tie"  # AudioScore blind: no audio beats itself
 
 
 def test_a_silent_audio_may_lose_but_not_win():
@@ -149,39 +145,48 @@ def test_a_silent_audio_may_lose_but_not_win():
     assert select(P, [1], [1]) == "fewer than two usable audios"
 
 
-def test_fault_names_silent_and_clipped_audio(tmp_path):
-    tone = 0.5 * np.sin(np.arange(16000) / 10)
-    for name, wave in {
-        "tone": tone,
-        "silent": tone * 1e-4,
-        "clipped": (tone * 20).clip(-1, 1),
-        "empty": tone[:0],
-    }.items():
-        soundfile.write(tmp_path / f"{name}.wav", wave, 16000)
-    faults = {name: stage("03").fault(tmp_path / f"{name}.wav") for name in ("tone", "silent", "clipped", "empty")}
-    assert faults == {"tone": None, "silent": "silent", "clipped": "clipped", "empty": "silent"}
+def test_what_stage_01_records_of_an_audio_says_whether_it_is_silent_or_clipped(tmp_path):
+    quiet, loud = torch.full((1000,), 0.0009), torch.full((1000,), 0.5)
+    barely = torch.cat([torch.full((9,), 1.7), loud[9:]])  # 9 of 1000 samples at full scale, then 10
+    waves = {"loud": loud, "silent": quiet, "barely": barely, "clipped": torch.cat([barely[:9], barely[:1], loud[10:]])}
+    waves["broken"] = torch.cat([loud[1:], torch.tensor([math.nan])])
+    rows = {name: common.write_audio(tmp_path / f"{name}.wav", wave, 16_000) for name, wave in waves.items()}
+    assert {name: (row["finite"], row["peak"], row["clipped"]) for name, row in rows.items()} == {
+        "loud": (True, 0.5, 0), "silent": (True, 0.0009, 0), "barely": (True, 1, 0.009), "clipped": (True, 1, 0.01),
+        "broken": (False, 0.5, 0),
+    }  # fmt: skip
+    faults = {name: stage("03").fault(row) for name, row in rows.items()}
+    assert faults == {"loud": None, "silent": "silent", "barely": None, "clipped": "clipped", "broken": None}
+    assert all(row["digest"] == common.digest(tmp_path / f"{name}.wav") for name, row in rows.items())
+
+
+def test_mining_by_hand():
+    whole, p_of = dict(finite=True, peak=0.5, clipped=0), {(clip, k): p for clip in "abcdef" for k, p in enumerate(P)}
+    samples = {clip: [dict(whole, k=k) for k in range(5)] for clip in "abcdef"}
+    samples["b"][1]["peak"] = samples["c"][0]["clipped"] = 1e-4  # b's best is silent, c's worst has one loud sample
+    samples["d"][1]["finite"] = samples["d"][0]["finite"] = False  # neither may be in a pair
+    samples["e"] = [dict(row, finite=row["k"] == 2) for row in samples["e"]]
+    p_of["f", 3] = p_of["f", 1]
+    pairs, dropped = stage("03").mine(samples, p_of, {"a"}, 0.0)
+    assert {(p["clip"], p["winner"], p["loser"]) for p in pairs} == {("b", 3, 0), ("c", 1, 0), ("d", 3, 2)}
+    assert dropped == {"rated by people": 1, "fewer than two usable audios": 1, "tie": 1}
+    assert pairs[0]["p_winner"] == list(P[3]) and pairs[0]["p_loser"] == list(P[0])
+    # score_c, Eq. 3: b ((0.5 - 0.1) + (0.7 - 0.4)) / 2 = 0.35, c 0.55, d ((0.5 - 0.2) + (0.6 - 0.4)) / 2 = 0.25
+    pairs, dropped = stage("03").mine(samples, p_of, {"a"}, 0.3)
+    assert [p["clip"] for p in pairs] == ["b", "c"] and dropped["score_c below 0.3"] == 1
 
 
 def test_people_are_asked_about_audios_of_one_clip_with_one_rating():
     samples = {clip: [{"k": k, "finite": (clip, k) != ("y", 1)} for k in range(4)] for clip in "xyz"}
-    ratings = [
-        {"clip": c, "k": k, "rating": r}
-        for c, rs in {"x": "GGBB", "y": "GGG", "z": "GMB"}.items()
-        for k, r in enumerate(rs)
-    ]
+    given = {"x": "GGBB", "y": "GGG", "z": "GMB"}
+    ratings = [{"clip": clip, "k": k, "rating": r} for clip, row in given.items() for k, r in enumerate(row)]
     asked = stage("03").comparisons(samples, ratings, 10, seed=0)
     assert asked == [("x", 0, 1), ("x", 2, 3), ("y", 0, 2)]  # y's audio 1 is not finite
 
 
 def test_human_pairs_follow_the_majority_and_a_tie_makes_none():
-    answers = [
-        ("x", 0, 1, "a"),
-        ("x", 1, 0, "a"),
-        ("x", 0, 1, "b"),
-        ("y", 2, 3, "a"),
-        ("y", 2, 3, "b"),
-        ("z", 4, 2, "tie"),
-    ]
+    answers = [("x", 0, 1, "a"), ("x", 1, 0, "a"), ("x", 0, 1, "b")]
+    answers += [("y", 2, 3, "a"), ("y", 2, 3, "b"), ("z", 4, 2, "tie")]
     answers = [dict(zip(("clip", "a", "b", "choice"), answer)) for answer in answers]
     pairs = stage("03").human_pairs(answers, {(c, k): (0.2, 0.3, 0.5) for c in "xyz" for k in range(5)})
     assert [(p["clip"], p["winner"], p["loser"]) for p in pairs] == [("x", 1, 0)]
@@ -214,9 +219,8 @@ class GaussianFlow(common.FlowModel):
     def predict(self, a_t, t, conditions):
         t = t[:, None, None]
         mean, variance = (1 - t) * MU, (1 - t) ** 2 * SIGMA**2 + t**2
-        return (
-            self.scale * (-MU + (t - (1 - t) * SIGMA**2) / variance * (a_t - mean)) + conditions["shift"][:, None, None]
-        )
+        u = -MU + (t - (1 - t) * SIGMA**2) / variance * (a_t - mean)
+        return self.scale * u + conditions["shift"][:, None, None]
 
 
 def marginal(t):
@@ -231,10 +235,10 @@ def test_the_ode_samples_the_analytic_flows_data():
 
 
 def test_an_audios_noise_depends_on_seed_clip_and_k_alone():
-    seeds = [common.audio_seed(0, clip, k) for clip in ("x", "y") for k in range(3)]
+    seeds = [common.seed_of(0, clip, k) for clip in ("x", "y") for k in range(3)]
     assert len(set(seeds)) == 6
-    assert seeds == [common.audio_seed(0, clip, k) for clip in ("x", "y") for k in range(3)]
-    assert common.audio_seed(1, "x", 0) != common.audio_seed(0, "x", 0)
+    assert seeds == [common.seed_of(0, clip, k) for clip in ("x", "y") for k in range(3)]
+    assert common.seed_of(1, "x", 0) != common.seed_of(0, "x", 0)
     model, features = GaussianFlow(), {"shift": torch.tensor([0.0, 0.5])}
     both = common.sample(model, features, [11, 12, 13, 14], steps=5, guidance=2.0)
     alone = common.sample(model, {"shift": features["shift"][1:]}, [14], steps=5, guidance=2.0)
@@ -287,9 +291,8 @@ def test_without_noise_the_sde_step_is_eulers():
 
 def test_sde_step_by_hand():
     # t 0.5, dt 0.1, eta 0.7: s^2 = 0.49; s^2 / (2 t) = 0.49; a_t - [u + 0.49 (a_t + 0.5 u)] dt with a_t = 1, u = 2
-    mean, std = stage("06").sde_step(
-        torch.ones(1, 1, 1), torch.full((1, 1, 1), 2.0), torch.tensor([0.5]), torch.tensor([0.4]), 0.7
-    )
+    a_t, u = torch.ones(1, 1, 1), torch.full((1, 1, 1), 2.0)
+    mean, std = stage("06").sde_step(a_t, u, torch.tensor([0.5]), torch.tensor([0.4]), 0.7)
     assert mean.item() == pytest.approx(1 - (2 + 0.49 * 2) * 0.1)
     assert std.item() == pytest.approx(0.7 * math.sqrt(0.1))
 
@@ -300,9 +303,7 @@ def test_log_prob_is_the_gaussians_averaged_over_the_latent():
 
 
 def test_advantages_are_per_prompt():
-    rewards = torch.tensor(
-        [0.0, 10.0, 1.0, 12.0, 2.0, 14.0]
-    )  # rows r * 2 + b: prompt 0 has 0, 1, 2, prompt 1 has 10, 12, 14
+    rewards = torch.tensor([0.0, 10.0, 1.0, 12.0, 2.0, 14.0])  # rows r * 2 + b: 0, 1, 2 and 10, 12, 14
     advantages, std = stage("06").group_advantages(rewards, 2)
     assert std.tolist() == pytest.approx([1.0, 2.0])
     assert advantages.tolist() == pytest.approx([-1, -1, 0, 0, 1, 1], abs=1e-3)
@@ -316,8 +317,10 @@ def test_ppo_loss_by_hand():
     assert stage("06").ppo_loss(ratio, advantage, 0.1).tolist() == pytest.approx(expected)
 
 
-def test_ddpo_ratio_is_1_on_its_first_update(finished):
-    first, second = read(finished / "06_ddpo" / "log.jsonl")[:2]
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ddpo_ratio_is_1_on_its_first_update(precision, run):
+    call("06", run, "--out", "first", "--steps", 2, "--precision", precision)
+    first, second = read(run / "first" / "log.jsonl")
     assert first["ratio"] == pytest.approx(1.0, abs=1e-5)
     assert first["clipped"] == 0 and first["approx_kl"] < 1e-9
     assert second["approx_kl"] > first["approx_kl"]  # the second update meets a policy that has moved
@@ -352,11 +355,8 @@ def test_every_pair_is_seen_equally_often_and_in_its_stage():
     assert counts[1] == {"h0": 8, "h1": 8, "p0": 8}  # 24 draws of 3
     again = [stage("05").batch_at(step, stages, stage_steps, args) for step in range(16)]
     assert again == seen
-    other = [
-        stage("05").batch_at(step, stages, stage_steps, argparse.Namespace(seed=1, global_batch=4))
-        for step in range(16)
-    ]
-    assert other != seen
+    args.seed = 1
+    assert [stage("05").batch_at(step, stages, stage_steps, args) for step in range(16)] != seen
 
 
 def test_t_and_noise_are_a_function_of_seed_and_step():
@@ -381,38 +381,27 @@ def test_winner_and_loser_share_time_and_noise():
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.7, 1.0])
 def test_human_pairs_are_in_stage_2_with_score_c_0_at_any_threshold(threshold):
-    auto = [
-        {"clip": f"a{i}", "winner": 0, "loser": 1, "p_winner": [g, 0, 1 - g], "p_loser": [1 - g, 0, g]}
-        for i, g in enumerate((0.55, 0.8, 0.9))
-    ]
-    people = [
-        {"clip": "p", "winner": 2, "loser": 3, "p_winner": [1, 0, 0], "p_loser": [0, 0, 1]}
-    ]  # the judge agrees fully
+    pair = dict(winner=0, loser=1)
+    auto = [dict(pair, clip="a", p_winner=[g, 0, 1 - g], p_loser=[1 - g, 0, g]) for g in (0.55, 0.8, 0.9)]
+    people = [dict(clip="p", winner=2, loser=3, p_winner=[1, 0, 0], p_loser=[0, 0, 1])]  # the judge agrees fully
     scored = stage("04").complexity(auto, people)
     assert [pair["score_c"] for pair in scored] == pytest.approx([0.1, 0.6, 0.8, 0.0])
     stage1, stage2 = stage("04").split(scored, threshold)
     assert stage2[-1] == {"clip": "p", "winner": 2, "loser": 3, "score_c": 0.0, "source": "human"}
-    assert len(stage1) == {0.0: 3, 0.5: 2, 0.7: 1, 1.0: 0}[threshold] and all(
-        pair["source"] == "auto" for pair in stage1
-    )
+    assert [pair["source"] for pair in stage1] == ["auto"] * {0.0: 3, 0.5: 2, 0.7: 1, 1.0: 0}[threshold]
 
 
 @pytest.fixture
 def stage_files(tmp_path):
     for name, rows in zip(("04_stage1.jsonl", "04_stage2.jsonl"), pairs(3, 2, 2)):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(tmp_path / name, rows)
     return tmp_path
-
-
-def clips_of(stages):
-    return [[pair["clip"] for pair in part] for part in stages]
 
 
 def test_ablations_of_the_curriculum(stage_files):
     def stages(*flags):
-        return clips_of(
-            stage("05").read_stages(stage_files, stage("05").parse_args(["--run", str(stage_files), *flags]))
-        )
+        found = stage("05").read_stages(stage_files, stage("05").parse_args(arguments(stage_files, *flags)))
+        return [[pair["clip"] for pair in part] for part in found]
 
     assert stages() == [["e0", "e1", "e2"], ["h0", "h1", "p0", "p1"]]
     assert stages("--hard-first") == [["h0", "h1", "p0", "p1"], ["e0", "e1", "e2"]]
@@ -423,14 +412,12 @@ def test_ablations_of_the_curriculum(stage_files):
 
 
 def test_learning_rate_warms_up_once_and_then_stays():
-    args = stage("05").parse_args(["--lr", "8", "--warmup", "4", "--run", "none"])
+    args = stage("05").parse_args(["--lr", "8", "--warmup", "4", "--run-dir", "none"])
     assert [stage("05").lr_at(step, args) for step in (0, 1, 3, 4, 11_999)] == [2, 4, 8, 8, 8]
 
 
 def test_the_papers_numbers_are_the_defaults():
-    flags = {
-        number: stage(number).parse_args(["--run", "none"]) for number in ("01", "02", "03", "04", "05", "06", "07")
-    }
+    flags = {f"0{i}": stage(f"0{i}").parse_args(["--run-dir", "none"]) for i in range(1, 8)}
     assert (flags["01"].num_samples, flags["01"].guidance, flags["07"].guidance) == (5, 4.5, 4.5)
     assert (flags["01"].max_clips, flags["02"].num_rated_clips, flags["03"].num_human_pairs) == (50_000, 2000, 2000)
     assert flags["04"].threshold == 0.7
@@ -440,12 +427,16 @@ def test_the_papers_numbers_are_the_defaults():
     assert (flags["06"].steps, flags["06"].lr) == (dpo.steps, dpo.lr)
 
 
-def test_an_explicit_flag_wins_over_the_toy_table_and_the_table_over_the_paper(finished, capsys):
-    toy = common.TOY["tiny"]["05"]
-    assert stage("05").parse_args(["--run", str(finished)]).beta == toy["beta"] != 600
-    assert f"beta 600.0 -> {toy['beta']}" in capsys.readouterr().out
-    assert stage("05").parse_args(["--run", str(finished), "--beta", "600"]).beta == 600
-    assert "beta" not in capsys.readouterr().out
+def test_an_explicit_flag_wins_over_the_runs_defaults_and_they_over_the_paper(finished, tmp_path, capsys):
+    def beta(run, *flags):
+        return stage("05").parse_args(arguments(run, *flags)).beta
+
+    assert json.loads((finished / "run.json").read_text())["defaults"] == stage("00").DEFAULTS["tiny"]
+    assert beta(finished) == stage("00").DEFAULTS["tiny"]["05"]["beta"] == 20
+    assert "beta 600.0 -> 20.0" in capsys.readouterr().out
+    assert beta(finished, "--beta", 600) == 600 and "beta" not in capsys.readouterr().out
+    (tmp_path / "run.json").write_text('{"defaults": {"05": {"beta": 7.5}}}')  # any run may bring its own
+    assert beta(tmp_path) == 7.5 and "lr" not in capsys.readouterr().out
 
 
 # AudioScore's fit (Sec. 2.1) ---------------------------------------------------------------------------------
@@ -456,10 +447,8 @@ def made_up_scores(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     column = {name: torch.randn(count, generator=generator) for name in ("ib", "clap", "desync_s", "pesq")}
     column["pesq"][::2] = float("nan")
-    found = {
-        s: {key: column[key]}
-        for s, key in (("imagebind", "ib"), ("clap", "clap"), ("synchformer", "desync_s"), ("pesq", "pesq"))
-    }
+    scorers = (("imagebind", "ib"), ("clap", "clap"), ("synchformer", "desync_s"), ("pesq", "pesq"))
+    found = {scorer: {key: column[key]} for scorer, key in scorers}
     found["panns"] = {"logits": torch.randn(count, 4, generator=generator)}
     merit = column["ib"] - column["desync_s"]
     rating = (merit < 0.7).long() + (merit < -0.7).long()
@@ -489,7 +478,7 @@ def test_a_score_that_never_varied_among_the_rated_audios_does_not_decide_alone_
     assert judge.std[2] == 1 and p.max() < 0.9999 and len(p.unique(dim=0)) == 40
 
 
-def test_a_fold_never_splits_a_clip_nor_a_youtube_video():
+def test_a_fold_never_splits_a_clip_nor_a_youtube_video(monkeypatch):
     found, target, _ = made_up_scores(60)
     clips = [f"abcdefghij{i // 10}_{i % 10:06d}" for i in range(60)]  # 6 videos of 10 clips
     seen, fit = [], stage("02").fit
@@ -498,11 +487,8 @@ def test_a_fold_never_splits_a_clip_nor_a_youtube_video():
         seen.append({round(x, 6) for x in part["imagebind"]["ib"].tolist()})
         return fit(part, share, seed, steps=1)
 
-    stage("02").fit = spy
-    try:
-        stage("02").cross_validate(found, target, clips, seed=0)
-    finally:
-        stage("02").fit = fit
+    monkeypatch.setattr(stage("02"), "fit", spy)
+    stage("02").cross_validate(found, target, clips, seed=0)
     assert len(seen) == 5
     for fitted in seen:
         used = Counter(clip[:11] for clip, x in zip(clips, found["imagebind"]["ib"].tolist()) if round(x, 6) in fitted)

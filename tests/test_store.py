@@ -1,0 +1,191 @@
+"""The store of scores: what a score depends on, that nothing is scored twice or lost, and that ranks divide it."""
+
+import os
+import shutil
+
+import pytest
+from conftest import call, files_of, read, stage, torchrun
+
+import common
+
+FIVE = set(common.AUDIOSCORE_SCORERS)
+LOOK = {"imagebind", "synchformer", "pesq"}  # what looks at the video, or listens to its sound
+
+
+# Keys --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """The keys of one audio by scorer, after changes to it. Nobody could decode the files of this run."""
+    (tmp_path / "run.json").write_text('{"scorers": "toy", "scorers_root": "."}')
+    for name in ("00_scorers.pt", "x.mp4"):
+        (tmp_path / name).write_bytes(b"12345")
+
+    def of(digest="0123", wav="a.wav", group="00000", **changes):
+        clip = {"id": "x", "caption": "a dog", "label": "dog barking", "path": tmp_path / "x.mp4", **changes}
+        audio = common.Audio(clip, tmp_path / wav, digest, group)
+        return {name: common.score_keys(tmp_path, [audio], name, "weights")[0] for name in FIVE}
+
+    return of
+
+
+@pytest.mark.parametrize("changes, anew", [
+    (dict(digest="4567"), FIVE), (dict(caption="a cat"), {"clap"}), (dict(caption=None), {"clap"}),
+    (dict(label="meowing"), {"pesq"}), (dict(id="y"), set()), (dict(group="test_00000"), set()),
+    (dict(wav="b.wav"), set()), (dict(split="val"), set()),
+])  # fmt: skip
+def test_a_key_changes_with_what_its_score_depends_on_and_with_nothing_else(changes, anew, keys):
+    before, after = keys(), keys(**changes)
+    assert len(set(before.values())) == 5
+    assert {name for name in FIVE if before[name] != after[name]} == anew
+
+
+@pytest.mark.parametrize("name, content, later_s, anew", [
+    ("00_scorers.pt", b"54321", 1, FIVE), ("00_scorers.pt", b"12345", 1, set()),  # the same weights, downloaded again
+    ("x.mp4", b"123456", 0, LOOK), ("x.mp4", b"12345", 1, LOOK), ("x.mp4", b"54321", 0, set()),  # nobody has looked
+])  # fmt: skip
+def test_weights_are_known_by_content_and_videos_by_size_and_time(name, content, later_s, anew, keys, tmp_path):
+    before, time_ns = keys(), (tmp_path / name).stat().st_mtime_ns + later_s * 10**9
+    (tmp_path / name).write_bytes(content)
+    os.utime(tmp_path / name, ns=(time_ns, time_ns))
+    after = keys()
+    assert {scorer for scorer in FIVE if before[scorer] != after[scorer]} == anew
+
+
+# Nothing twice -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """(scorer, digest) of every audio that a network hears."""
+    heard, original = [], common.score_files
+
+    def listen(scorer, audios, *rest):
+        heard.extend((type(scorer).__name__, audio.digest) for audio in audios)
+        return original(scorer, audios, *rest)
+
+    monkeypatch.setattr(common, "score_files", listen)
+    return heard
+
+
+def scores(run):
+    return {name: (run / name).read_bytes() for name in ("02_scores.jsonl", "03_scores/00000.jsonl", "03_pairs.jsonl")}
+
+
+def test_stage_03_scores_only_what_stage_02_did_not(run, finished, heard):
+    shutil.rmtree(run / "scores")
+    call("02", run)
+    assert len(heard) == 5 * 8 * 5  # clips, audios, scorers
+    call("03", run)
+    assert len(heard) == len(set(heard)) == 20 * 5 * 5
+    assert scores(run) == scores(finished)
+
+
+def test_the_same_audio_of_two_systems_is_scored_once(run, heard, tmp_path):
+    shutil.copytree(run / "07_audio" / "base", tmp_path / "twin")
+    shutil.rmtree(run / "scores")
+    call("07", run, "--only", "--systems", "base", f"twin={tmp_path / 'twin'}")
+    assert len(heard) == len(set(heard)) == 8 * 6
+    value = {(row["system"], row["metric"]): row["value"] for row in read(run / "07_results.jsonl")}
+    assert value["twin", "ib"] == value["base", "ib"] and value["twin", "is"] == value["base", "is"]
+
+
+def test_what_is_scored_needs_neither_audio_nor_video_nor_weights_again(run, finished):
+    call("03", run)  # the weights have another place than in the run that this is a copy of
+    shutil.rmtree(run / "01_audio")
+    for file in (run / "00_scorers.pt", *(run / "00_videos").iterdir()):
+        about = file.stat()
+        file.write_bytes(bytes(about.st_size))
+        os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+    for number in ("02", "03"):
+        call(number, run, "--redo")
+    assert scores(run) == scores(finished)
+    call("07", run, "--only", "--systems", "base")
+    ours, theirs = ({row["metric"]: row["value"] for row in read(place / "07_results.jsonl") if row["system"] == "base"}
+                    for place in (run, finished))  # fmt: skip
+    assert ours == {metric: theirs[metric] for metric in ours} and {"ib", "clap", "is", "p_good"} <= ours.keys()
+
+
+def test_other_weights_score_anew_and_the_old_ones_are_not_forgotten(run, finished, heard):
+    whole = (run / "00_scorers.pt").read_bytes()
+    state = common.load_pt(run / "00_scorers.pt")
+    state["panns"]["head.bias"][0] += 3
+    common.save_pt(run / "00_scorers.pt", state)
+    call("03", run)
+    assert len(heard) == len(set(heard)) == 20 * 5 * 5
+    ours, theirs = (read(place / "03_scores" / "00000.jsonl") for place in (run, finished))
+    assert [row["ib"] for row in ours] == [row["ib"] for row in theirs]
+    assert all(a["is_nats"] != b["is_nats"] for a, b in zip(ours, theirs))
+    (run / "00_scorers.pt").write_bytes(whole)
+    call("03", run)
+    assert len(heard) == 20 * 5 * 5 and scores(run) == scores(finished)
+
+
+# Failures ----------------------------------------------------------------------------------------------------
+
+
+def test_a_video_that_cannot_be_read_leaves_no_score_behind(run, finished, capsys):
+    samples, clip = common.read_samples(run), common.read_clips(run, "train")[0]
+    audios = [common.Audio(clip, run / row["wav"], row["digest"], row["shard"]) for row in samples[clip["id"]]]
+    names, whole, about = ("imagebind", "panns"), clip["path"].read_bytes(), clip["path"].stat()
+    expected = common.stored_scores(finished, audios, names, "weights")
+
+    def stored(content):
+        clip["path"].write_bytes(content)
+        os.utime(clip["path"], ns=(about.st_atime_ns, about.st_mtime_ns))
+        stage("00").moments_of.cache_clear()
+        common.fill_store(run, audios, names, "weights")
+        return common.stored_scores(run, audios, names, "weights")
+
+    shutil.rmtree(run / "scores")
+    broken = stored(bytes(len(whole)))
+    assert f"{clip['id']}: unreadable video" in capsys.readouterr().err
+    assert broken["imagebind"]["ib"].isnan().all() and broken["panns"]["logits"].equal(expected["panns"]["logits"])
+    assert not (run / "scores" / "00000.imagebind.pt").exists()
+    assert stored(whole)["imagebind"]["ib"].equal(expected["imagebind"]["ib"])
+
+
+def test_a_video_moved_away_while_scoring_stops_the_stage_and_back_again_nothing_is_lost(
+    run, finished, refused, monkeypatch
+):
+    shutil.rmtree(run / "scores")
+    moved = common.read_clips(run, "train")[1]["path"]
+    original = stage("00").ImageBind.embed_clip
+
+    def embed_clip(scorer, clip):
+        if clip["path"] == moved:
+            moved.rename(run / "moved.mp4")
+            raise common.SkipClip("no such file")  # as whoever opens it says
+        return original(scorer, clip)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage("00").ImageBind, "embed_clip", embed_clip)
+        line = refused("03", run)
+    assert f"{moved}: gone" in line and "same command again" in line
+    (run / "moved.mp4").rename(moved)
+    call("03", run)
+    call("02", run)
+    assert scores(run) == scores(finished)
+
+
+# Ranks -------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_divide_the_groups_and_give_the_bytes_of_one(fresh, monkeypatch):
+    monkeypatch.setattr(stage("01"), "SHARD_CLIPS", 4)
+    call("01", fresh, "--sampling-steps", 2, "--max-clips", 12, "--num-samples", 3)
+    two = shutil.copytree(fresh, fresh.with_name("two"))
+    for number, flags in (("02", ("--num-rated-clips", 4)), ("03", ())):
+        call(number, fresh, *flags)
+        torchrun(number, two, *flags)
+    ours, theirs = (files_of(place, "02", "03", "sc") for place in (two, fresh))
+    assert len([name for name in theirs if name.startswith("scores/0")]) == 3 * 5
+    assert {name: content.replace(bytes(two), bytes(fresh)) for name, content in ours.items()} == theirs
+    shutil.rmtree(two / "scores")
+    (two / "03_pairs.jsonl").unlink()
+    monkeypatch.setattr(common, "setup_ranks", lambda: common.Ranks(1, 2))
+    call("03", two)  # the second of two processes scores its groups, and leaves the rest to the first
+    made = {path.name for path in (two / "scores").glob("*.pt")}
+    assert made == {f"00001.{name}.pt" for name in FIVE}
+    assert not (two / "03_pairs.jsonl").exists()
