@@ -1,4 +1,4 @@
-"""Frieren (https://arxiv.org/abs/2406.00320) as a FlowModel, from upstream's own classes (docs/frieren.md)."""
+"""Frieren (Wang et al., NeurIPS 2024, https://arxiv.org/abs/2406.00320) as a FlowModel (docs/frieren.md)."""
 
 import functools
 import os
@@ -48,7 +48,7 @@ def fill(part, state, path, *prefixes):
 
 
 class Frieren(FlowModel):
-    """Frieren without reflow, 159M, from CAVP features (https://arxiv.org/abs/2406.00320; code checked at 0c39692).
+    """Upstream's own classes (checked at 0c39692): Frieren without reflow, 159M, from CAVP features.
 
     Its time is k = 1000 (1 - t), 0 at noise, 999 at most. 32 frames, 8.000 s, drive 8.192 s of audio. Trained: DiT and
     condition embedder, whole. Unconditional is the embedder's output for zeros, so it moves with training; Flow-DPO at

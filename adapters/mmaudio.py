@@ -1,4 +1,4 @@
-"""MMAudio (Cheng et al., CVPR 2025) as a FlowModel, from upstream's own classes (docs/mmaudio.md)."""
+"""MMAudio (Cheng et al., CVPR 2025, https://arxiv.org/abs/2412.15322) as a FlowModel (docs/mmaudio.md)."""
 
 import functools
 from contextlib import chdir
@@ -16,7 +16,7 @@ VOCODER = "nvidia/bigvgan_v2_44khz_128band_512x"  # a folder below --weights
 
 
 class MMAudio(FlowModel):
-    """MMAudio (Cheng et al., CVPR 2025) from upstream's own classes, whose time runs from noise (0) to data (1).
+    """Upstream's own classes, whose time runs from noise (0) to data (1).
 
     Weights and t stay float32 and autocast goes around the calls: cast to bfloat16, large_44k_v2's time embedding
     (frequencies up to 1e4) is another function.
@@ -64,7 +64,7 @@ class MMAudio(FlowModel):
         return {key: value.detach().cpu() for key, value in self.net.state_dict().items()}
 
     def load_policy(self, path):
-        """Replaces the velocity network's weights by a bare state dict (upstream's file or ours), strictly."""
+        """A bare state dict, upstream's file or ours."""
         try:
             self.net.load_weights(load_pt(path, mmap=True))
         except (RuntimeError, TypeError) as error:
@@ -112,7 +112,7 @@ class MMAudio(FlowModel):
         before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # the files are here: ask the hub for nothing
         utils.reset_sessions()
         try:
-            return self.features_utils(enable_conditions=True, synchformer_ckpt=synchformer.absolute())
+            return self.features_utils(enable_conditions=True, synchformer_ckpt=synchformer)
         finally:
             constants.HF_HUB_OFFLINE = before
             utils.reset_sessions()
@@ -121,7 +121,7 @@ class MMAudio(FlowModel):
         names = [f"v1-{self.mode[:2]}.pth", "best_netG.pt"]
         if self.mode == "44k":
             names[1:] = [f"{VOCODER}/bigvgan_generator.pt", f"{VOCODER}/config.json"]
-        vae, vocoder = [weight_file(self.weights, name).absolute() for name in names][:2]
+        vae, vocoder = [weight_file(self.weights, name) for name in names][:2]
         parts = dict(tod_vae_ckpt=vae, bigvgan_vocoder_ckpt=vocoder, need_vae_encoder=False)
         return self.features_utils(enable_conditions=False, **parts)
 

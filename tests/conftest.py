@@ -28,6 +28,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PET_STANDALONE": "1"}  # t
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("upstream") and not os.environ.get("UPSTREAM_DIR"):
+        pytest.skip("runs fetched code: UPSTREAM_DIR, the folder that holds its clones, is unset")
+
+
 def stage(number):
     """A stage file as a module (their names start with digits, so `import` cannot name them)."""
     return importlib.import_module(STAGES[number].stem)

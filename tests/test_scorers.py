@@ -1,34 +1,40 @@
-"""The real scorers of common.py: values equal to upstream's own functions on the same clips and files, the files' real
-form, and what happens when one is missing, foreign or malicious. Random weights throughout."""
+"""The real scorers: values equal to upstream's own functions on the same clips and files, the files' real form, and
+what happens when one is missing, foreign or malicious. Random weights throughout."""
 
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import types
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
-import av
 import numpy as np
 import pytest
 import soundfile
 import torch
 import torchaudio
-from upstream_files import bursts, film, write_clap, write_imagebind, write_panns
+from conftest import ROOT, Malicious, stopped
+from upstream_files import (
+    TORIO,
+    bursts,
+    film,
+    shrink_cnn14,
+    stand_ins,
+    weights_row,
+    write_clap,
+    write_imagebind,
+    write_panns,
+)
 
 import common
+from adapters import scorers
 
-ROOT = Path(__file__).resolve().parent.parent
-UPSTREAM = os.environ.get("UPSTREAM_DIR")
+pytestmark = pytest.mark.usefixtures("no_network")
 SPEECH = "male speech, man speaking"
-
-
-def needs_clones(test):
-    return pytest.mark.upstream(pytest.mark.skipif(not UPSTREAM, reason="needs UPSTREAM_DIR")(test))
+FILES = {name: scorer.files[0] for name, scorer in scorers.SCORERS.items() if scorer.files}
 
 
 # Clips, audio and files ---------------------------------------------------------------------------------------
@@ -42,7 +48,7 @@ def waves(rate_hz):
     return torch.stack([voice, noise, torch.zeros(length), torch.full((length,), torch.nan)])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     """Two clips with different caption, label and picture."""
     folder = tmp_path_factory.mktemp("clips")
@@ -51,29 +57,8 @@ def clips(tmp_path_factory):
     return [dict(id=p.stem, path=p, caption=c, label=x) for p, c, x in zip(films, captions, labels, strict=True)]
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    """Any attempt to connect or to resolve a name is a failure of the test."""
-
-    def refuse(*_, **__):
-        raise AssertionError("a scorer reached for the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-def stops(capsys, call):
-    """Runs what must end as a user error and returns its only line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as error:
-        call()
-    line = capsys.readouterr().err
-    assert error.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
-    return line
-
-
-def finite(scored):
-    return all(torch.isfinite(value).all() for value in scored.values())
+def load(name, folder):
+    return scorers.SCORERS[name](folder, "cpu")
 
 
 def forward(scorer, waves, clips):
@@ -83,34 +68,6 @@ def forward(scorer, waves, clips):
 
 
 # av-benchmark's own code, with what it cannot import here replaced -----------------------------------------------
-
-
-class Decoder:
-    """torio's StreamingMediaDecoder as av-benchmark uses it: the same ffmpeg filters, through PyAV."""
-
-    def __init__(self, path):
-        self.path, self.chunks = path, []
-
-    def add_basic_video_stream(self, frames_per_chunk, frame_rate, format):
-        frames = []
-        with av.open(str(self.path)) as container:
-            stream, graph = container.streams.video[0], av.filter.Graph()
-            steps = graph.add("fps", str(frame_rate)), graph.add("format", format), graph.add("buffersink")
-            graph.link_nodes(graph.add_buffer(template=stream), *steps).configure()
-            for frame in [*container.decode(stream), None]:
-                graph.push(frame)
-                try:
-                    while True:
-                        frames.append(torch.from_numpy(graph.vpull().to_ndarray()).permute(2, 0, 1))
-                except (BlockingIOError, EOFError):
-                    pass
-        self.chunks.append(torch.stack(frames[:frames_per_chunk]))
-
-    def fill_buffer(self):
-        pass
-
-    def pop_chunks(self):
-        return self.chunks
 
 
 class Sampler:
@@ -126,7 +83,7 @@ class Sampler:
         return start, start + self.length, 0, 0, self.index == self.count
 
 
-def load(path):
+def read_wav(path):
     wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
     return torch.from_numpy(wave.T), rate
 
@@ -134,33 +91,24 @@ def load(path):
 @pytest.fixture
 def av_bench(monkeypatch):
     """av-benchmark's modules; audio files are read by soundfile, as torchaudio.load needs torchcodec now."""
-
-    def module(name, **content):
-        made = types.ModuleType(name)
-        made.__dict__.update(content)
-        monkeypatch.setitem(sys.modules, name, made)
-
-    monkeypatch.syspath_prepend(str(Path(UPSTREAM) / "av-benchmark"))
-    module("torio")
-    module("torio.io", StreamingMediaDecoder=Decoder)
-    module("pytorchvideo")
-    module("pytorchvideo.data")
-    module("pytorchvideo.data.clip_sampling", ConstantClipsPerVideoSampler=Sampler)
-    module("colorlog", ColoredFormatter=lambda *_: None)
-    module("av_bench.extraction_models", ExtractionModels=None)
-    monkeypatch.setattr(torchaudio, "load", load)
-    with common.upstream("ImageBind"), common.without_init("imagebind"):
+    clone = Path(os.environ["UPSTREAM_DIR"]) / "av-benchmark"
+    made = {"pytorchvideo": {}, "pytorchvideo.data": {}, "pytorchvideo.data.clip_sampling": {}}
+    made["pytorchvideo.data.clip_sampling"] = {"ConstantClipsPerVideoSampler": Sampler}
+    monkeypatch.setattr(torchaudio, "load", read_wav)
+    monkeypatch.setattr("logging.root.level", 30)
+    monkeypatch.syspath_prepend(str(clone))
+    with common.upstream("ImageBind"), scorers.without_init("imagebind"), stand_ins(TORIO | made):
         import imagebind.models.imagebind_model  # noqa: F401
+
+        monkeypatch.setitem(sys.modules, "av_bench.extraction_models", SimpleNamespace(ExtractionModels=None))
         from av_bench import evaluate, extract
         from av_bench.data import audio_dataset, video_dataset
 
-        script = Path(UPSTREAM) / "av-benchmark/extract_video.py"
-        spec = importlib.util.spec_from_file_location("extract_video", script)
-        extract_video = importlib.util.module_from_spec(spec)
-        monkeypatch.setattr("logging.root.level", 30)
-        spec.loader.exec_module(extract_video)
-    return types.SimpleNamespace(
-        evaluate=evaluate, extract=extract, audio=audio_dataset, video=video_dataset, extract_video=extract_video
+        spec = importlib.util.spec_from_file_location("extract_video", clone / "extract_video.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+    return SimpleNamespace(
+        evaluate=evaluate, extract=extract, audio=audio_dataset, video=video_dataset, extract_video=script
     )
 
 
@@ -173,26 +121,6 @@ def written(folder, waves, rate_hz):
     return paths
 
 
-# Frames ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rate", [Fraction(43, 2), Fraction(30000, 1001), Fraction(30), Fraction(12)])
-@pytest.mark.parametrize("fps", [0.5, 25])
-def test_frames_are_those_of_ffmpegs_fps_filter(tmp_path, rate, fps):
-    path, decoder = film(tmp_path / "a.mp4", rate=rate, sound=None), Decoder(tmp_path / "a.mp4")
-    decoder.add_basic_video_stream(round(8 * fps), fps, "rgb24")
-    assert torch.equal(common.nearest_frames(path, fps, torch.clone), decoder.chunks[0])
-
-
-def test_frames_of_a_short_missing_or_soundonly_file_skip_the_clip(tmp_path):
-    just_short = film(tmp_path / "a.mp4", seconds=7.8, rate=Fraction(20), sound=None)
-    assert len(common.nearest_frames(just_short, 25, lambda x: x[:, :1, :1])) == 200
-    soundfile.write(tmp_path / "c.wav", np.zeros(160000), 16000)
-    for path in (film(tmp_path / "b.mp4", seconds=7.0, sound=None), tmp_path / "c.wav", tmp_path / "none.mp4"):
-        with pytest.raises(common.SkipClip):
-            common.nearest_frames(path, 25, torch.clone)
-
-
 # ImageBind ------------------------------------------------------------------------------------------------------
 
 
@@ -201,9 +129,9 @@ def tiny_imagebind(monkeypatch, tmp_path):
     return write_imagebind(tmp_path, monkeypatch)
 
 
-@needs_clones
-def test_ib_equals_av_benchmark(tiny_imagebind, av_bench, clips, tmp_path, no_network):
-    scorer = common.SCORERS["imagebind"](tmp_path, "cpu")
+@pytest.mark.upstream
+def test_ib_equals_av_benchmark(tiny_imagebind, av_bench, clips, tmp_path):
+    scorer = load("imagebind", tmp_path)
     ours = forward(scorer, waves(16000), clips)["ib"]
     videos = av_bench.video.VideoDataset([clip["path"] for clip in clips])
     pictures = torch.stack([videos.sample(i)["ib_video"] for i in range(len(clips))])
@@ -218,10 +146,11 @@ def test_ib_equals_av_benchmark(tiny_imagebind, av_bench, clips, tmp_path, no_ne
     assert {name.split(".")[1] for name, _ in scorer.net.named_parameters()} == {"vision", "audio"}
 
 
-@needs_clones
+@pytest.mark.upstream
 def test_imagebind_runs_the_video_tower_once_per_clip(tiny_imagebind, clips, tmp_path, monkeypatch):
-    scorer, calls = common.SCORERS["imagebind"](tmp_path, "cpu"), []
-    monkeypatch.setattr(scorer, "clip_side", lambda clip, real=scorer.clip_side: calls.append(clip["id"]) or real(clip))
+    scorer, calls = load("imagebind", tmp_path), []
+    embed = scorer.embed_clip
+    monkeypatch.setattr(scorer, "embed_clip", lambda clip: calls.append(clip["id"]) or embed(clip))
     for _ in range(2):
         scorer(waves(16000)[:2], [clips[0], clips[0]])
     assert calls == ["a0"]
@@ -229,21 +158,17 @@ def test_imagebind_runs_the_video_tower_once_per_clip(tiny_imagebind, clips, tmp
 
 # CLAP -----------------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="session")
-def clap_files(tmp_path_factory):
+
+@pytest.fixture(scope="module")
+def clap(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clap")
-    return folder, write_clap(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        write_clap(folder, patch)
+        yield folder
 
 
-@pytest.fixture
-def clap(clap_files, monkeypatch, no_network):
-    folder, roberta = clap_files
-    monkeypatch.setattr(common.ClapScorer, "roberta", roberta)
-    return folder
-
-
-def test_clap_file_of_the_official_form_is_not_plain_tensors(clap, capsys):
-    assert "cannot be read" in stops(capsys, lambda: common.load_pt(clap / FILES["clap"]))
+def test_clap_file_of_the_official_form_is_not_plain_tensors(clap):
+    assert "cannot be read" in stopped(common.load_pt, clap / FILES["clap"])
 
 
 UPSTREAM_CLAP = """
@@ -258,10 +183,10 @@ torch.save((audio, text), sys.argv[3])
 """
 
 
-@needs_clones  # no clone is read, but importing laion_clap in full takes its time
+@pytest.mark.upstream  # no clone is read, but importing laion_clap in full takes its time
 def test_clap_equals_laion_clap(clap, clips, tmp_path):
     """Against CLAP_Module and its load_ckpt, in a process whose hub cache holds three small models."""
-    scorer = common.SCORERS["clap"](clap, "cpu")
+    scorer = load("clap", clap)
     spoken = [dict(clips[0]), dict(clips[1], caption="dogs in the rain")]
     sounds = waves(48000)
     ours = forward(scorer, sounds, spoken)["clap"]
@@ -279,26 +204,26 @@ def test_clap_equals_laion_clap(clap, clips, tmp_path):
     text_tower.save_pretrained(tmp_path / "hub/models--roberta-base/snapshots" / ("0" * 40))
     heard = torch.nan_to_num(sounds)
     torch.save((heard - heard.mean(dim=-1, keepdim=True))[:, : 8 * 48000], tmp_path / "waves.pt")  # AudioDataset
-    arguments = [clap / "music_speech_audioset_epoch_15_esc_89.98.pt", tmp_path / "waves.pt", tmp_path / "out.pt"]
+    arguments = [clap / FILES["clap"], tmp_path / "waves.pt", tmp_path / "out.pt"]
     env = dict(os.environ, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     command = [sys.executable, "-c", UPSTREAM_CLAP, *map(str, arguments)]
     subprocess.run(command, env=env, check=True, capture_output=True)
     audio, text = torch.load(tmp_path / "out.pt")
     torch.testing.assert_close(ours, torch.cosine_similarity(text[:, None], audio[None], dim=-1), atol=2e-6, rtol=0)
-    assert ours[0, 0] != ours[1, 0] and finite({"clap": ours})
+    assert ours[0, 0] != ours[1, 0] and ours.isfinite().all()
 
 
 def test_clap_is_nan_without_a_caption(clap, clips):
-    scorer = common.SCORERS["clap"](clap, "cpu")
+    scorer = load("clap", clap)
     score = scorer(waves(48000)[:3], [clips[0], clips[1], dict(clips[0], id="b", caption="")])["clap"]
     assert torch.isnan(score).tolist() == [False, True, True]
 
 
-def test_short_or_broken_tokenizer_file_is_one_line(clap, capsys, tmp_path):
+def test_short_or_broken_tokenizer_file_is_one_line(clap, tmp_path):
     for text, word in (('{"<s>": 0, "a": 1}', "2 tokens instead of"), ('{"<s>": 0', "not valid JSON")):
         shutil.copytree(clap, tmp_path / "w", dirs_exist_ok=True)
         (tmp_path / "w/roberta-base/vocab.json").write_text(text)
-        assert word in stops(capsys, lambda: common.SCORERS["clap"](tmp_path / "w", "cpu"))
+        assert word in stopped(load, "clap", tmp_path / "w")
 
 
 # Synchformer ----------------------------------------------------------------------------------------------------
@@ -316,8 +241,8 @@ class Pool(torch.nn.Module):
         return self.out(cells.flatten(2)).unflatten(0, x.shape[:2])
 
 
-@needs_clones
-def test_desync_equals_av_benchmark(av_bench, clips, tmp_path, monkeypatch, no_network):
+@pytest.mark.upstream
+def test_desync_equals_av_benchmark(av_bench, clips, tmp_path, monkeypatch):
     """Upstream's network, its towers cut down, its extraction and its evaluate() from files."""
     from av_bench.synchformer import synchformer
 
@@ -347,9 +272,9 @@ def test_desync_equals_av_benchmark(av_bench, clips, tmp_path, monkeypatch, no_n
     monkeypatch.setattr(av_bench.evaluate, "_syncformer_ckpt_path", tmp_path / "synchformer_state_dict.pth")
     torch.save(net.state_dict(), tmp_path / "synchformer_state_dict.pth")
 
-    scorer = common.SCORERS["synchformer"](tmp_path, "cpu")
+    scorer = load("synchformer", tmp_path)
     ours = forward(scorer, waves(16000), clips)["desync_s"]
-    torch.testing.assert_close(torch.stack(list(scorer.memo.values())), video, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.stack(list(scorer.sides.values())), video, atol=1e-4, rtol=1e-4)
 
     def theirs(rows):
         named = {f"x{v}{a}": (video[v], audio[a]) for v, a in rows}
@@ -369,15 +294,15 @@ def test_desync_equals_av_benchmark(av_bench, clips, tmp_path, monkeypatch, no_n
     assert theirs(pairs[:2]) == pytest.approx(ours[0, :2].mean().item(), abs=1e-6)
 
 
-@needs_clones
-def test_full_size_synchformer_file_loads_strictly(tmp_path, capsys):
+@pytest.mark.upstream
+def test_full_size_synchformer_file_loads_strictly(tmp_path):
     with common.upstream("av-benchmark"):
         from av_bench.synchformer.synchformer import Synchformer
     state = Synchformer().state_dict()
     torch.save(state, tmp_path / "synchformer_state_dict.pth")
     assert len(state) == 513
-    scorer = common.SCORERS["synchformer"](tmp_path, "cpu")
-    scorer.memo["a"] = torch.randn(24, 8, 768)
+    scorer = load("synchformer", tmp_path)
+    scorer.sides["a"] = torch.randn(24, 8, 768)
     assert 0 <= scorer(waves(16000)[:1], [dict(id="a")])["desync_s"].item() <= 2
     with torch.inference_mode():
         assert scorer.net.extract_vfeats(torch.zeros(1, 1, 16, 3, 224, 224)).shape == (1, 1, 8, 768)
@@ -386,49 +311,45 @@ def test_full_size_synchformer_file_loads_strictly(tmp_path, capsys):
 # PANNs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def panns_files(tmp_path):
+def test_panns_logits_are_those_of_its_tags_and_nothing_is_downloaded(tmp_path, monkeypatch):
+    shrink_cnn14(monkeypatch)
     write_panns(tmp_path)
-    return tmp_path
-
-
-def test_panns_logits_belong_to_the_embedding_and_nothing_is_downloaded(panns_files, monkeypatch, no_network):
-    monkeypatch.setenv("HOME", str(panns_files / "home"))
-    scorer = common.SCORERS["panns_16k"](panns_files, "cpu")
-    scored = scorer(waves(16000), [dict(id="a")] * 4)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    scorer, sounds = load("panns_16k", tmp_path), waves(16000)
+    (key, logits), *others = scorer(sounds, [dict(id="a")] * 4).items()
     with torch.inference_mode():
-        assert torch.equal(scored["logits"], scorer.net.fc_audioset(scored["embedding"]))
-    assert finite(scored) and scored["logits"].shape == (4, 527) and scored["embedding"].shape == (4, 2048)
-    assert torch.equal(scored["logits"][2], scored["logits"][3])  # what is not finite is silence
-    assert not (panns_files / "home").exists() and "panns_inference.config" not in sys.modules
+        tags = scorer.net(scorers.judged(sounds, 16000, centred=True))["clipwise_output"]
+    assert key == "logits" and logits.shape == (4, 527) and logits.isfinite().all() and not others
+    torch.testing.assert_close(logits.sigmoid(), tags)
+    assert torch.equal(logits[2], logits[3])  # what is not finite is silence
+    assert not (tmp_path / "home").exists() and "panns_inference.config" not in sys.modules
 
 
-@needs_clones
+@pytest.mark.upstream
 @pytest.mark.parametrize("name", ["panns", "panns_16k"])
-def test_panns_equals_av_benchmark(panns_files, av_bench, name, monkeypatch):
+def test_panns_equals_av_benchmark(tmp_path, av_bench, name, monkeypatch):
     from av_bench.panns import Cnn14
 
-    scorer = common.SCORERS[name](panns_files, "cpu")
+    write_panns(tmp_path)
+    scorer, path = load(name, tmp_path), tmp_path / "whole.wav"
     rate = scorer.sample_rate_hz
-    monkeypatch.setenv("HOME", str(panns_files))  # av-benchmark's class loads its own file from ~
-    (panns_files / ".cache/audioldm_eval").mkdir(parents=True)
-    (panns_files / ".cache/audioldm_eval/ckpt").symlink_to(panns_files)
+    monkeypatch.setenv("HOME", str(tmp_path))  # av-benchmark's class loads its own file from ~
+    (tmp_path / ".cache/audioldm_eval").mkdir(parents=True)
+    (tmp_path / ".cache/audioldm_eval/ckpt").symlink_to(tmp_path)
     theirs = Cnn14(["2048", "logits"], sample_rate=rate, mel_bins=64, classes_num=527, **scorer.stft).eval()
     sounds = waves(rate)[:2]
-    path = panns_files / "whole.wav"
-    ours = scorer(sounds, [dict(id="a")] * 2)
+    ours = scorer(sounds, [dict(id="a")] * 2)["logits"]
     for i, sound in enumerate(sounds):
         soundfile.write(path, sound.numpy(), rate, subtype="FLOAT")
         with torch.inference_mode():
             expected = theirs(av_bench.audio.AudioDataset([path], sr=rate)[0][0])
-        torch.testing.assert_close(ours["logits"][i], expected["logits"][0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(ours["embedding"][i], expected["2048"][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours[i], expected["logits"][0], atol=1e-5, rtol=1e-5)
 
 
 # PaSST ----------------------------------------------------------------------------------------------------------
 
 
-def test_passt_equals_hear21passt_and_is_quiet(tmp_path, monkeypatch, capfd, no_network, recwarn):
+def test_passt_equals_hear21passt_and_is_quiet(tmp_path, monkeypatch, capfd, recwarn):
     """A file of full size, two of the 12 blocks run. Upstream finds it in $TORCH_HOME; as in av-benchmark it hears 8 s,
     centred, then padded to 10 s."""
     import hear21passt.base
@@ -443,7 +364,7 @@ def test_passt_equals_hear21passt_and_is_quiet(tmp_path, monkeypatch, capfd, no_
     sounds = waves(32000)[[1, 3]]
     capfd.readouterr()
     recwarn.clear()
-    scorer = common.SCORERS["passt"](tmp_path, "cpu")
+    scorer = load("passt", tmp_path)
     scorer.net.blocks = scorer.net.blocks[:2]
     ours = scorer(sounds, [dict(id="a")] * 2)
     assert capfd.readouterr().out == "" and not recwarn.list
@@ -453,7 +374,7 @@ def test_passt_equals_hear21passt_and_is_quiet(tmp_path, monkeypatch, capfd, no_
     with torch.inference_mode():
         both = theirs(torch.nn.functional.pad(wave, (0, 64000)))
     torch.testing.assert_close(torch.cat([ours["logits"], ours["embedding"]], dim=1)[:1], both, atol=1e-5, rtol=1e-5)
-    assert finite(ours)
+    assert all(value.isfinite().all() for value in ours.values())
 
 
 # PESQ -----------------------------------------------------------------------------------------------------------
@@ -461,7 +382,7 @@ def test_passt_equals_hear21passt_and_is_quiet(tmp_path, monkeypatch, capfd, no_
 
 def test_pesq_rules(tmp_path):
     talk, quiet, mute = (film(tmp_path / f"{s}.mp4", sound=s) for s in ("bursts", "silence", None))
-    scorer = common.SCORERS["pesq"](tmp_path, "cpu")
+    scorer = load("pesq", tmp_path)
     own = common.read_audio(talk, 16000)[: int(8.1 * 16000)]
     noise = torch.randn(len(own), generator=torch.Generator().manual_seed(0))
     clip = dict(id="talk", path=talk, caption=None, label=SPEECH)
@@ -478,70 +399,55 @@ def test_pesq_rules(tmp_path):
     assert scorer(own[None, : 16000 * 5], [clip])["pesq"].item() == pytest.approx(4.6439, abs=1e-3)  # common length
 
 
-@needs_clones
+@pytest.mark.upstream
 def test_speech_classes_are_labels_of_vggsound():
-    lines = (Path(UPSTREAM) / "MMAudio/sets/vgg-test.tsv").read_text().splitlines()[1:]
+    lines = (Path(os.environ["UPSTREAM_DIR"]) / "MMAudio/sets/vgg-test.tsv").read_text().splitlines()[1:]
     labels = {line.split("\t")[1] for line in lines}
-    assert len(labels) == 309 and set(common.HUMAN_SPEECH_CLASSES) <= labels
-    assert {label for label in labels if "speech" in label} <= set(common.HUMAN_SPEECH_CLASSES)
+    assert len(labels) == 309 and set(scorers.HUMAN_SPEECH_CLASSES) <= labels
+    assert {label for label in labels if "speech" in label} <= set(scorers.HUMAN_SPEECH_CLASSES)
 
 
 # Files that are missing, foreign or malicious -------------------------------------------------------------------
 
-FILES = {
-    "imagebind": "imagebind_huge.pth",
-    "clap": "music_speech_audioset_epoch_15_esc_89.98.pt",
-    "synchformer": "synchformer_state_dict.pth",
-    "panns": "Cnn14_mAP=0.431.pth",
-    "panns_16k": "Cnn14_16k_mAP=0.438.pth",
-    "passt": "passt-s-f128-p16-s10-ap.476-swa.pt",
-}
-
 
 @pytest.mark.parametrize("name", FILES)
-def test_missing_weight_file_is_one_line_with_its_table_row(name, tmp_path, capsys, no_network):
-    line = stops(capsys, lambda: common.SCORERS[name](tmp_path, "cpu"))
-    assert all(word in line for word in (str(tmp_path / FILES[name]), *common.WEIGHTS[FILES[name]]))
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch evil",)
+def test_missing_weight_file_is_one_line_with_its_table_row(name, tmp_path):
+    line = stopped(load, name, tmp_path)
+    assert all(word in line for word in (str(tmp_path / FILES[name]), *weights_row(FILES[name])))
 
 
 @pytest.mark.parametrize("name", ["clap", "panns", "passt"])
-def test_malicious_file_is_refused_in_one_line_and_not_run(name, clap, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_malicious_file_is_refused_in_one_line_and_not_run(name, clap, tmp_path):
     shutil.copytree(clap / "roberta-base", tmp_path / "roberta-base")
-    scalar = np.float64(0.1)
-    torch.save({"state_dict": {}, "model": {}, "lr": scalar, "evil": Evil()}, tmp_path / FILES[name])
-    line = stops(capsys, lambda: common.SCORERS[name](tmp_path, "cpu"))
-    assert FILES[name] in line and "cannot be read" in line and not (tmp_path / "evil").exists()
+    content, mark = {"state_dict": {}, "model": {}, "lr": np.float64(0.1)}, tmp_path / "mark"
+    torch.save(content | {"evil": Malicious(mark)}, tmp_path / FILES[name])
+    line = stopped(load, name, tmp_path)
+    assert FILES[name] in line and "cannot be read" in line and not mark.exists()
 
 
 @pytest.mark.parametrize("name", ["clap", "panns", "passt"])
-def test_file_of_another_network_is_one_line(name, clap, tmp_path, capsys):
+def test_file_of_another_network_is_one_line(name, clap, tmp_path):
     shutil.copytree(clap / "roberta-base", tmp_path / "roberta-base")
     torch.save({"model": {"fc1.weight": torch.zeros(2)}}, tmp_path / FILES[name])
-    assert "not the weights of" in stops(capsys, lambda: common.SCORERS[name](tmp_path, "cpu"))
+    assert "not the weights of" in stopped(load, name, tmp_path)
 
 
-def test_missing_upstream_package_is_one_line(tmp_path, monkeypatch, capsys):
+def test_missing_upstream_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.delenv("UPSTREAM_DIR", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (tmp_path / "imagebind_huge.pth").touch()
-    line = stops(capsys, lambda: common.SCORERS["imagebind"](tmp_path, "cpu"))
+    line = stopped(load, "imagebind", tmp_path)
     assert "ImageBind" in line and "UPSTREAM_DIR" in line
 
 
-def test_missing_tokenizer_file_is_one_line_in_seconds_when_the_hub_is_unreachable(clap_files, tmp_path):
+def test_missing_tokenizer_file_is_one_line_in_seconds_when_the_hub_is_unreachable(clap, tmp_path):
     """A fresh process without HF_HUB_OFFLINE, an empty cache, and a proxy that no one answers."""
-    file = "music_speech_audioset_epoch_15_esc_89.98.pt"
-    (tmp_path / file).symlink_to(clap_files[0] / file)
+    (tmp_path / FILES["clap"]).symlink_to(clap / FILES["clap"])
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     env |= {"HF_HOME": str(tmp_path / "hf"), "HTTPS_PROXY": "http://192.0.2.1:9", "HTTP_PROXY": "http://192.0.2.1:9"}
-    code = f"import common; common.SCORERS['clap']({str(tmp_path)!r}, 'cpu')"
+    code = "import sys, common; from adapters.scorers import ClapScorer\n"
+    code += "common.launch(lambda folder: ClapScorer(folder, 'cpu'), lambda: sys.argv[1])"
     began = time.monotonic()
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=env, capture_output=True, text=True)
     assert ended.returncode == 2 and time.monotonic() - began < 60
     assert ended.stderr.count("\n") == 1 and "roberta-base/vocab.json: missing" in ended.stderr, ended.stderr

@@ -1,7 +1,8 @@
-"""Weight files of exactly the real form (names, keys, wrapping), made by upstream's own classes at tiny size.
+"""Upstream's own code, with what it cannot import here stood in for, and weight files of exactly the real form (names,
+keys, wrapping), made by upstream's own classes at tiny size.
 
-Every `write_...` puts files into a --weights folder; those that take a `patch` (a MonkeyPatch) also make upstream build
-networks of that size for as long as it lasts.
+Every `write_...` puts files into a --weights folder; those that take a `patch` (a MonkeyPatch) also make networks of
+that size be built, by upstream and by us, for as long as it lasts.
 """
 
 import contextlib
@@ -22,9 +23,68 @@ import pytest
 import torch
 import torch.nn as nn
 import yaml
+from conftest import ROOT
 
 import common
-from common import Frieren
+from adapters import mmaudio, scorers
+from adapters.frieren import Frieren
+
+
+def weights_row(name):
+    """The cells of a file's row in docs/weights.md, all of which a missing file's error repeats."""
+    lines = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in lines if f"`{name}`" in line and line.startswith("|"))
+    return [cell.strip(" `") for cell in row.split("|")[1:5]]
+
+
+@contextlib.contextmanager
+def stand_ins(made, *others):
+    """made: {module name: content}. Meanwhile these, and what is imported beside them, are all that there is below
+    their top names and the `others`; afterwards it is gone, and what was there before is back."""
+    tops = {name.partition(".")[0] for name in (*made, *others)}
+
+    def below():
+        return [name for name in sys.modules if name.partition(".")[0] in tops]
+
+    before = {name: sys.modules.pop(name) for name in below()}
+    for name, content in made.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(content)
+    try:
+        yield
+    finally:
+        for name in below():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+class Decoder:
+    """torio's StreamingMediaDecoder as MMAudio and av-benchmark use it: the same ffmpeg filters, through PyAV."""
+
+    def __init__(self, path):
+        self.path, self.chunks = path, []
+
+    def add_basic_video_stream(self, frames_per_chunk, frame_rate, format):
+        frames = []
+        with av.open(str(self.path)) as container:
+            stream, graph = container.streams.video[0], av.filter.Graph()
+            steps = graph.add("fps", str(frame_rate)), graph.add("format", format), graph.add("buffersink")
+            graph.link_nodes(graph.add_buffer(template=stream), *steps).configure()
+            for frame in [*container.decode(stream), None]:
+                graph.push(frame)
+                with contextlib.suppress(BlockingIOError, EOFError):
+                    while True:
+                        frames.append(torch.from_numpy(graph.vpull().to_ndarray()).permute(2, 0, 1))
+        self.chunks.append(torch.stack(frames[:frames_per_chunk]))
+
+    def fill_buffer(self):
+        pass
+
+    def pop_chunks(self):
+        return self.chunks
+
+
+TORIO = {"torio": {}, "torio.io": {"StreamingMediaDecoder": Decoder}}
 
 # Clips ------------------------------------------------------------------------------------------------------
 
@@ -102,6 +162,7 @@ MMAUDIO = {
     "vae": "mmaudio.ext.autoencoder.vae",
     "autoencoder": "mmaudio.ext.autoencoder.autoencoder",
     "bigvgan": "mmaudio.ext.bigvgan.models",
+    "video_dataset": "mmaudio.data.eval.video_dataset",
     "bigvgan_v2": "mmaudio.ext.bigvgan_v2.bigvgan",
 }
 BIGVGAN = dict(
@@ -117,10 +178,10 @@ CLIP = dict(
 )  # fmt: skip
 
 
-def tiny_network(classes, variant):
+def tiny_network(variant):
     """Upstream's MMAudio with the variant's true latent and feature shapes, 64 channels and three blocks."""
     channels, length = (20, 250) if variant.endswith("16k") else (40, 345)
-    return classes.MMAudio(
+    return mmaudio_modules().networks.MMAudio(
         latent_dim=channels, latent_seq_len=length, clip_seq_len=64, sync_seq_len=192, clip_dim=1024, sync_dim=768,
         text_dim=1024, hidden_dim=64, depth=3, fused_depth=1, num_heads=2, v2=variant.endswith("v2"),
     )  # fmt: skip
@@ -138,9 +199,33 @@ def random_state(network, seed):
     return state
 
 
+@functools.cache
 def mmaudio_modules():
-    with common.upstream("MMAudio"):
+    sys.modules.setdefault("mmaudio.utils.dist_utils", SimpleNamespace(local_rank=0))  # it would import tensorboard
+    with common.upstream("MMAudio"), stand_ins(TORIO):
         return SimpleNamespace(**{name: importlib.import_module(path) for name, path in MMAUDIO.items()})
+
+
+def mmaudio_frames(path):
+    """A video through the reader of MMAudio's evaluation: the frames for CLIP and for Synchformer."""
+    reader = mmaudio_modules().video_dataset.VideoDataset(path.parent)
+    reader.videos, reader.captions = [path.stem], {path.stem: ""}
+    read = reader.sample(0)
+    return read["clip_video"], read["sync_video"]
+
+
+def mmaudio_generate(net, model, clip, steps, seed):
+    """MMAudio's generate() from a video file to the wave (S,); encoders and codec are the upstream ones that our model
+    holds."""
+    code, encoders, codec = mmaudio_modules(), model.encoders(), model.codec()
+    utils = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, decode=codec.decode, vocode=codec.vocode)
+    for name in ("encode_video_with_clip", "encode_video_with_sync", "encode_text"):
+        setattr(utils, name, getattr(encoders, name))
+    settings = dict(feature_utils=utils, net=net, fm=code.flow_matching.FlowMatching(0, "euler", steps))
+    settings |= dict(rng=torch.Generator().manual_seed(seed), cfg_strength=4.5)
+    frames = (part[None] for part in mmaudio_frames(clip["path"]))
+    with torch.inference_mode():
+        return code.eval_utils.generate(*frames, [clip["caption"]], **settings)[0, 0].clone()
 
 
 def shrink_motionformer(module, patch):
@@ -163,18 +248,18 @@ def write_mmaudio(folder, patch):
 
     upstream = mmaudio_modules()
     torch.manual_seed(0)
-    variants = {name: functools.partial(tiny_network, SimpleNamespace(MMAudio=upstream.networks.MMAudio), name)
-                for name in common.MMAUDIO_VARIANTS}  # fmt: skip
-    patch.setattr(upstream.networks, "get_my_mmaudio", lambda name: variants[name]())
+    patch.setattr(upstream.networks, "get_my_mmaudio", tiny_network)
     for seed, name in enumerate(("small_16k", "small_44k", "large_44k_v2")):
-        torch.save(random_state(variants[name](), seed), folder / f"mmaudio_{name}.pth")
+        torch.save(random_state(tiny_network(name), seed), folder / f"mmaudio_{name}.pth")
 
     sizes = {"16k": (80, 20), "44k": (128, 40)}
-    build_vae = {mode: functools.partial(upstream.vae.VAE, data_dim=mels, embed_dim=channels, hidden_dim=16)
-                 for mode, (mels, channels) in sizes.items()}  # fmt: skip
-    patch.setattr(upstream.autoencoder, "get_my_vae", lambda mode: build_vae[mode]())
-    torch.save(build_vae["16k"]().state_dict(), folder / "v1-16.pth")
-    torch.save(build_vae["44k"]().state_dict(), folder / "v1-44.pth")
+
+    def vae(mode):
+        return upstream.vae.VAE(data_dim=sizes[mode][0], embed_dim=sizes[mode][1], hidden_dim=16)
+
+    patch.setattr(upstream.autoencoder, "get_my_vae", vae)
+    for mode in sizes:
+        torch.save(vae(mode).state_dict(), folder / f"v1-{mode[:2]}.pth")
 
     OmegaConf.save(BIGVGAN_16K, folder / "tiny.yml")
     with_tiny = functools.partial(upstream.autoencoder.BigVGAN, config_path=folder / "tiny.yml")
@@ -182,7 +267,7 @@ def write_mmaudio(folder, patch):
     generator = upstream.bigvgan.BigVGANVocoder(OmegaConf.create(BIGVGAN_16K))
     wake_vocoder(generator, volume=1e-4)
     torch.save({"generator": generator.state_dict()}, folder / "best_netG.pt")
-    vocoder = folder / common.MMAUDIO_VOCODER
+    vocoder = folder / mmaudio.VOCODER
     vocoder.mkdir(parents=True)
     (vocoder / "config.json").write_text(json.dumps(BIGVGAN_44K))
     generator = upstream.bigvgan_v2.BigVGAN(upstream.bigvgan_v2.AttrDict(BIGVGAN_44K))
@@ -192,7 +277,7 @@ def write_mmaudio(folder, patch):
     torch.save(upstream.synchformer.Synchformer().state_dict(), folder / "synchformer_state_dict.pth")
 
     cache = folder / "hub"
-    snapshot = cache / f"models--{common.MMAUDIO_CLIP.replace('/', '--')}" / "snapshots" / ("0" * 40)
+    snapshot = cache / f"models--{mmaudio.CLIP.replace('/', '--')}" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
@@ -206,7 +291,7 @@ def write_mmaudio(folder, patch):
 
 def write_imagebind(folder, patch):
     """Upstream's class at small width and its checkpoint's real name and keys."""
-    with common.upstream("ImageBind"), common.without_init("imagebind"):
+    with common.upstream("ImageBind"), scorers.without_init("imagebind"):
         from imagebind.models import imagebind_model as upstream
     small = dict(out_embed_dim=16)
     for m, width in dict(vision=32, audio=32, text=16, depth=16, thermal=16, imu=16).items():
@@ -220,9 +305,8 @@ def write_imagebind(folder, patch):
     return net
 
 
-def write_clap(folder):
-    """The official checkpoint's form (prefix, position_ids, optimizer with numpy learning rates), tokenizer files.
-    Returns the configuration of its text tower."""
+def write_clap(folder, patch):
+    """The official checkpoint's form (prefix, position_ids, optimizer with numpy learning rates), tokenizer files."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import RobertaConfig, RobertaModel
 
@@ -231,13 +315,13 @@ def write_clap(folder):
     tokenizer.train_from_iterator(words, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     (folder / "roberta-base").mkdir()
     tokenizer.save_model(str(folder / "roberta-base"))
-    roberta = dict(common.ClapScorer.roberta, num_hidden_layers=1, intermediate_size=64)
+    roberta = dict(scorers.ClapScorer.roberta, num_hidden_layers=1, intermediate_size=64)
     roberta["vocab_size"] = tokenizer.get_vocab_size()
-    with common.without_init("laion_clap"):
+    with scorers.without_init("laion_clap"):
         from laion_clap.clap_module import factory, model
     torch.manual_seed(0)
     text_tower = RobertaModel(RobertaConfig(**roberta))
-    before, model.RobertaModel = model.RobertaModel, types.SimpleNamespace(from_pretrained=lambda _: text_tower)
+    before, model.RobertaModel = model.RobertaModel, SimpleNamespace(from_pretrained=lambda _: text_tower)
     net = lively(factory.create_model("HTSAT-base", "roberta", device="cpu")[0])
     model.RobertaModel = before
     state = {f"module.{key}": value for key, value in net.state_dict().items()}
@@ -245,13 +329,13 @@ def write_clap(folder):
     optimizer = {"state": {}, "param_groups": [{"lr": np.float64(1e-4), "betas": (0.9, 0.99), "params": [0, 1]}]}
     official = {"epoch": 15, "name": "clap", "state_dict": state, "optimizer": optimizer}
     torch.save(official, folder / "music_speech_audioset_epoch_15_esc_89.98.pt")
-    return roberta
+    patch.setattr(scorers.ClapScorer, "roberta", roberta)
 
 
 def shrink_cnn14(patch):
     """PANNs' Cnn14 with a sixteenth of its channels between the first and the last, and its last convolution
     depthwise."""
-    with common.without_init("panns_inference"):
+    with scorers.without_init("panns_inference"):
         from panns_inference import models
 
     class Narrow(models.ConvBlock):
@@ -269,9 +353,9 @@ def shrink_cnn14(patch):
 
 def write_panns(folder):
     """Both files in PANNs' form: from before torch's zip format, with the sampler's numpy indices beside the model."""
-    with common.without_init("panns_inference"):
+    with scorers.without_init("panns_inference"):
         from panns_inference.models import Cnn14
-    for scorer in (common.PannsScorer, common.Panns16kScorer):
+    for scorer in (scorers.PannsScorer, scorers.Panns16kScorer):
         net = lively(Cnn14(sample_rate=scorer.sample_rate_hz, mel_bins=64, classes_num=527, **scorer.stft))
         file = {"iteration": 600000, "model": net.state_dict(), "sampler": {"indexes": np.arange(9), "pointer": 4}}
         torch.save(file, folder / scorer.files[0], _use_new_zipfile_serialization=False)
@@ -309,7 +393,7 @@ def write_synchformer(folder, patch):
     # Random weights give every clip and sound the same offset: centre the logits on what some of them give.
     logits, clip = [], dict(id="a", path=film(folder / "a.mp4"))
     hook = synchformer.Synchformer.compare_v_a
-    scorer = common.SCORERS["synchformer"](folder, "cpu")
+    scorer = scorers.SCORERS["synchformer"](folder, "cpu")
     scorer.net.compare_v_a = lambda *x: logits.append(hook(scorer.net, *x)) or logits[-1]
     noise = 0.2 * torch.randn(2, 128_000, generator=torch.Generator().manual_seed(0))
     voices = torch.stack([torch.from_numpy(bursts(8, 16000, pitch)).float() for pitch in (100, 400)])
@@ -320,7 +404,7 @@ def write_synchformer(folder, patch):
 
 def shrink_htsat(patch):
     """CLAP's audio tower with one block per stage instead of 2, 2, 12, 2."""
-    with common.without_init("laion_clap"):
+    with scorers.without_init("laion_clap"):
         from laion_clap.clap_module import htsat, model
     tiny = dict(spec_size=256, patch_size=4, patch_stride=(4, 4), embed_dim=128, depths=[1] * 4, window_size=8)
 
@@ -336,11 +420,6 @@ def shrink_htsat(patch):
 
 TINY_DIT = dict(in_channels=20, context_dim=768, hidden_size=64, num_heads=2, depth=2, max_len=300)
 TINY_VAE = dict(Frieren.vae_config, ch=32)
-TINY_VOCODER = dict(
-    num_mels=80, resblock="1", upsample_rates=[4, 4, 2, 2, 2, 2], upsample_kernel_sizes=[8, 8, 4, 4, 4, 4],
-    upsample_initial_channel=64, resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3, 5]], activation="snakebeta",
-    snake_logscale=True,
-)  # fmt: skip
 
 
 def frieren_root():
@@ -380,38 +459,34 @@ class BareLightning(nn.Module):
 @contextlib.contextmanager
 def frieren_modules(torchdyn=False):
     """Upstream's packages importable under their own names, with stand-ins; all gone afterwards."""
-    lightning = types.ModuleType("pytorch_lightning")
-    lightning.LightningModule = BareLightning
-    distributed = types.ModuleType("pytorch_lightning.utilities.distributed")
-    distributed.rank_zero_only = lambda function: function
-    omegaconf = types.ModuleType("omegaconf")
-    omegaconf.OmegaConf = types.SimpleNamespace(
-        load=lambda path: types.SimpleNamespace(**yaml.safe_load(Path(path).read_text()))
-    )
-    stand_ins = {
-        "pytorch_lightning": lightning,
-        "pytorch_lightning.utilities": types.ModuleType("pytorch_lightning.utilities"),
-        "pytorch_lightning.utilities.distributed": distributed,
-        "omegaconf": omegaconf,
+
+    def load(path):
+        return SimpleNamespace(**yaml.safe_load(Path(path).read_text()))
+
+    made = {
+        "pytorch_lightning": {"LightningModule": BareLightning},
+        "pytorch_lightning.utilities": {},
+        "pytorch_lightning.utilities.distributed": {"rank_zero_only": lambda function: function},
+        "omegaconf": {"OmegaConf": SimpleNamespace(load=load)},
     }
     if torchdyn:
-        importlib.import_module("torchdyn.core")
+        importlib.import_module("torchdyn.core")  # the real one, which needs the real Lightning
     else:
-        core = types.ModuleType("torchdyn.core")
-        core.NeuralODE = EulerOnly
-        stand_ins |= {"torchdyn": types.ModuleType("torchdyn"), "torchdyn.core": core}
-    tops = {"cfm", "vocoder", "pytorch_lightning", "omegaconf"} | (set() if torchdyn else {"torchdyn"})
-    before = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] in tops}
-    path = [*sys.path]
-    sys.modules.update(stand_ins)
-    sys.path.insert(0, str(frieren_root() / "Frieren"))
-    try:
+        made |= {"torchdyn": {}, "torchdyn.core": {"NeuralODE": EulerOnly}}
+    with stand_ins(made, "cfm", "vocoder"), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(frieren_root() / "Frieren"))
         yield
-    finally:
-        sys.path[:] = path
-        for name in [name for name in sys.modules if name.split(".")[0] in tops]:
-            del sys.modules[name]
-        sys.modules.update(before)
+
+
+def frieren_script(folder, patch):
+    """script/generate_mel_cfm_cfg_scale.py as it is, and its configuration as a file in `folder`; within
+    `frieren_modules`."""
+    (folder / "infer.yaml").write_text(yaml.safe_dump(inference_config()))
+    patch.chdir(frieren_root() / "script")
+    spec = importlib.util.spec_from_file_location("generate", "generate_mel_cfm_cfg_scale.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script, script.OmegaConf.load(folder / "infer.yaml")
 
 
 def inference_config():
@@ -441,35 +516,28 @@ ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
 
 def save_lightning(path, state, dirpath="/x/logs/2024_v2a_cfm_train_load_novidpos_concat_2card/checkpoints", **more):
     """A file with the pickled names that Lightning 1.4 leaves in a checkpoint of Frieren's training."""
-    module = types.ModuleType(ModelCheckpoint.__module__)
-    module.ModelCheckpoint = ModelCheckpoint
-    names = ["pytorch_lightning", "pytorch_lightning.callbacks", ModelCheckpoint.__module__]
     callback = {"monitor": "val/loss", "best_model_score": torch.tensor(0.5), "dirpath": dirpath, "best_model_path": ""}
     optimizer = {"param_groups": [{"lr": np.float64(5e-5), "steps": np.int64(3)}], "state": {}}
-    before = {name: sys.modules.get(name) for name in names}
-    sys.modules.update({names[0]: types.ModuleType(names[0]), names[1]: types.ModuleType(names[1]), names[2]: module})
-    try:
-        file = {"epoch": 7, "global_step": 1234, "state_dict": state, "pytorch-lightning_version": "1.4.2"}
-        file |= {"callbacks": {ModelCheckpoint: callback}, "optimizer_states": [optimizer], "lr_schedulers": []}
+    file = {"epoch": 7, "global_step": 1234, "state_dict": state, "pytorch-lightning_version": "1.4.2"}
+    file |= {"callbacks": {ModelCheckpoint: callback}, "optimizer_states": [optimizer], "lr_schedulers": []}
+    package, module = "pytorch_lightning.callbacks", {"ModelCheckpoint": ModelCheckpoint}
+    with stand_ins({"pytorch_lightning": {}, package: {}, ModelCheckpoint.__module__: module}):
         torch.save(file | more, path)
-    finally:
-        for name, was in before.items():
-            sys.modules.pop(name)
-            if was is not None:
-                sys.modules[name] = was
 
 
-def write_frieren(folder):
+def write_frieren(folder, patch):
     """The Lightning-style checkpoint and the vocoder. Returns upstream's model."""
+    patch.setattr(Frieren, "dit_config", TINY_DIT)
+    patch.setattr(Frieren, "vae_config", TINY_VAE)
     theirs = frieren_model()
     checkpoint = folder / "v2a/noreflow/last.ckpt"
     checkpoint.parent.mkdir(parents=True)
     save_lightning(checkpoint, theirs.state_dict())
     vocoder = folder / "bigvnat"
     vocoder.mkdir()
-    (vocoder / "args.yml").write_text(yaml.safe_dump(TINY_VOCODER))
+    (vocoder / "args.yml").write_text(yaml.safe_dump(BIGVGAN_16K))
     with frieren_modules():
-        net = importlib.import_module("vocoder.bigvgan.models").BigVGAN(types.SimpleNamespace(**TINY_VOCODER))
+        net = importlib.import_module("vocoder.bigvgan.models").BigVGAN(SimpleNamespace(**BIGVGAN_16K))
     wake_vocoder(net, volume=1e-4)
     torch.save({"generator": net.state_dict()}, vocoder / "best_netG.pt")
     return theirs
