@@ -361,13 +361,14 @@ class Codec(nn.Module):
 
 
 def frame_transform(frame):
-    """(H, W, 3) uint8 of any size -> (64, 64, 3) uint8: the central square, averaged down."""
-    if frame.shape[:2] == (PIXELS, PIXELS):
-        return frame
-    side = min(frame.shape[:2])
-    top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
-    square = frame[top : top + side, left : left + side].permute(2, 0, 1).float()
-    return F.adaptive_avg_pool2d(square, PIXELS).round().to(torch.uint8).permute(1, 2, 0)
+    """(3, H, W) uint8 of any size -> (64, 64, 3) uint8: the central square, averaged down."""
+    _, height, width = frame.shape
+    if (height, width) != (PIXELS, PIXELS):
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = frame[:, top : top + side, left : left + side].float()
+        frame = F.adaptive_avg_pool2d(square, PIXELS).round().to(torch.uint8)
+    return frame.permute(1, 2, 0)
 
 
 def moments(frames):

@@ -135,10 +135,10 @@ def playable_video(path, seconds):
     fps, stream = 25, io.BytesIO()
 
     def resized(frame):  # at once: 8 s of full-size frames are a gigabyte
-        height = min(max(frame.shape[0], 240), 360)
-        width = 2 * round(frame.shape[1] * height / frame.shape[0] / 2)
-        image = av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")
-        how = "AREA" if height < frame.shape[0] else "POINT"  # the toy world's few pixels stay squares
+        height = min(max(frame.shape[1], 240), 360)
+        width = 2 * round(frame.shape[2] * height / frame.shape[1] / 2)
+        image = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).numpy(), format="rgb24")
+        how = "AREA" if height < frame.shape[1] else "POINT"  # the toy world's few pixels stay squares
         return torch.from_numpy(image.reformat(width, height - height % 2, "rgb24", interpolation=how).to_ndarray())
 
     (frames,) = common.read_frames(path, [(fps, resized)], seconds)

@@ -77,11 +77,12 @@ class MMAudio(FlowModel):
         """clip (64, 1024): CLIP at 8 fps; sync (192, 768): Synchformer at 25 fps; text (77, 1024): CLIP's text."""
         from torchvision.transforms import InterpolationMode, v2
 
-        scale, centre = v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)
-        squash = v2.Compose([v2.Resize((384, 384), InterpolationMode.BICUBIC), scale])
-        crop = v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224), scale, centre])
-        encoders, frames = self.encoders(), read_frames(clip["path"], [(8, squash), (25, crop)], self.clip_s)
-        squashed, cropped = (part[None].to(self.device) for part in frames)
+        squash = v2.Resize((384, 384), InterpolationMode.BICUBIC)
+        crop = v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224)])
+        squashed, cropped = read_frames(clip["path"], [(8, squash), (25, crop)], self.clip_s)  # float only afterwards
+        scale, centre = v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3, inplace=True)
+        squashed, cropped = scale(squashed)[None].to(self.device), centre(scale(cropped))[None].to(self.device)
+        encoders = self.encoders()
         features = {
             "clip": encoders.encode_video_with_clip(squashed)[0],
             "sync": encoders.encode_video_with_sync(cropped, batch_size=8)[0],  # 8 of 24 segments at a time

@@ -198,17 +198,14 @@ class SynchformerScorer(Scorer):
         self.device, self.net = device, load_weights(Synchformer(), load_pt(path), path, device)
         self.offset_s = make_class_grid(-2, 2, 21)
         self.mel = torchaudio.transforms.MelSpectrogram(16000, n_fft=1024, win_length=400, hop_length=160, n_mels=128)
-        self.picture = v2.Compose([
-            v2.Resize(224, interpolation=InterpolationMode.BICUBIC),
-            v2.CenterCrop(224),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.5] * 3, [0.5] * 3),
-        ])
+        self.picture = v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224)])
+        float32, centre = v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3, inplace=True)
+        self.values = v2.Compose([float32, centre])
 
     @torch.inference_mode()
     def embed_clip(self, clip):
         """(24, 8, 768): 24 segments of 16 frames (0.64 s), every 8 frames."""
-        (frames,) = read_frames(clip["path"], [(25, self.picture)], JUDGED_S)  # (200, 3, 224, 224)
+        frames = self.values(read_frames(clip["path"], [(25, self.picture)], JUDGED_S)[0])  # (200, 3, 224, 224)
         segments = torch.stack([frames[i : i + 16] for i in range(0, 185, 8)])[:, None]
         return in_batches(self.net.extract_vfeats, segments, self.device, size=8)[:, 0]
 
@@ -298,7 +295,7 @@ class PesqScorer(Scorer):
         if clip["label"] not in HUMAN_SPEECH_CLASSES:
             return None
         try:
-            return read_audio(clip["path"], 16000)[: round(JUDGED_S * 16000)]
+            return read_audio(clip["path"], 16000, JUDGED_S, pad=False)
         except NoAudio:  # a silent film
             return None
 
