@@ -1,4 +1,4 @@
-"""Builds the embedded default: a small audio-visual world with a flow model, scorers and raters, all trained here.
+"""Builds the toy world: a small audio-visual world with a flow model, scorers and raters, all trained here.
 
 Stands in for what the paper takes from elsewhere: VGGSound (Sec. 2.1), a pre-trained V2A model (Sec. 3.1), the frozen
 scorers of AudioScore and the human raters. It plays the part of an upstream repository that happens to ship with this
@@ -96,8 +96,8 @@ DEFAULTS = {
         "02": dict(num_rated_clips=150),
         "03": dict(num_human_pairs=150),
         "04": dict(threshold=0.35),
-        "05": dict(lr=7e-5, warmup=20, steps=250, global_batch=32, beta=60.0),
-        "06": dict(lr=3e-4, steps=250, prompts=4, group_size=16, sampling_steps=10, updates=8, eta=1.0),
+        "05": dict(lr=7e-5, warmup=20, steps=250, global_batch=32, beta=60.0, save_every=50),
+        "06": dict(lr=3e-4, steps=250, prompts=4, group_size=16, sampling_steps=10, updates=8, eta=1.0, save_every=5),
         "07": dict(guidance=1.5),
     },
     "tiny": {
@@ -110,6 +110,7 @@ DEFAULTS = {
         "07": dict(guidance=1.5),
     },
 }
+OTHER = "made by another version of 00_toy_world.py; make the run folder anew"
 CORPORA = ("train", "val", "test", "pretrain", "scorer", "oracle")  # the index is part of every clip's seed
 
 
@@ -308,13 +309,11 @@ def log_mel(waves):
 class Codec(nn.Module):
     """Waveform <-> latent (B, 25, 40) with unit standard deviation."""
 
-    def __init__(self, state=None):
+    def __init__(self):
         super().__init__()
         self.register_buffer("mean", torch.zeros(PATCH * MELS))
         self.register_buffer("down", torch.zeros(PATCH * MELS, CHANNELS))
         self.register_buffer("up", torch.zeros(CHANNELS, PATCH * MELS))
-        if state:
-            self.load_state_dict(state)
 
     @classmethod
     def fit(cls, mel):
@@ -518,17 +517,17 @@ class Toy(common.FlowModel):
         self.checkpoint, state = Path(checkpoint), common.load_pt(checkpoint)
         if not isinstance(state, dict) or state.get("kind") != "toy base":
             common.stop(f"{checkpoint}: is not a toy base model; give the 00_base.pt that 00_toy_world.py writes")
-        if state["vocabulary"] != VOCABULARY:
-            common.stop(f"{checkpoint}: made by another version of 00_toy_world.py; make the run folder anew")
+        if state.get("vocabulary") != VOCABULARY:
+            common.stop(f"{checkpoint}: {OTHER}")
         for name in ("00_scorers.pt", "run.json"):
             if not self.checkpoint.with_name(name).is_file():
                 common.stop(f"--checkpoint {checkpoint}: {name} of stage 00 must lie beside it")
-        encoder, self.net = VideoEncoder(), ToyNet()
-        self.net.load_state_dict(state["net"])
+        self.net, encoder, codec = ToyNet(), VideoEncoder(), Codec()
+        for name, module in (("net", self.net), ("encoder", encoder), ("codec", codec)):
+            common.load_weights(module, state.get(name), checkpoint, OTHER, finite=name != "net")
         self.net.null_tokens.requires_grad_(False)
         self.net.null_vector.requires_grad_(False)
-        encoder.load_state_dict(state["encoder"])
-        self.frozen = [encoder.requires_grad_(False), Codec(state["codec"])]  # in a list: no submodules
+        self.frozen = [encoder.requires_grad_(False), codec]  # in a list: no submodules
 
     @torch.no_grad()
     def encode(self, clip):
@@ -556,10 +555,8 @@ class Toy(common.FlowModel):
 
     def load_policy(self, path):
         """path: policy.pt, a bare state dict of ToyNet."""
-        try:
-            self.net.load_state_dict(common.load_pt(path))
-        except (AttributeError, RuntimeError, TypeError):
-            common.stop(f"{path}: is not a policy of the toy model; give the policy.pt of a run whose --model is toy")
+        otherwise = "is not a policy of the toy model; give the policy.pt of a run whose --model is toy"
+        common.load_weights(self.net, common.load_pt(path), path, otherwise, finite=False)
 
 
 ADAPTER = Toy
@@ -739,10 +736,10 @@ class ToyScorer(common.Scorer):
         super().__init__()
         path = common.weight_file(weights, self.files[0])
         state = common.load_pt(path)
-        if not isinstance(state, dict) or state.get("kind") != "toy scorers" or state["vocabulary"] != VOCABULARY:
-            common.stop(f"{path}: is not of this toy world; make the run folder anew with 00_toy_world.py")
+        if not isinstance(state, dict) or (state.get("kind"), state.get("vocabulary")) != ("toy scorers", VOCABULARY):
+            common.stop(f"{path}: {OTHER}")
         self.net = self.build()
-        self.net.load_state_dict(state[self.part])
+        common.load_weights(self.net, state.get(self.part), path, OTHER)
         self.net.requires_grad_(False)
 
 
@@ -903,16 +900,26 @@ def measure(wave, hits_s):
     return sync, max(CLEAN_FLOOR_DB, 10 * np.log10(floor / peak)), 10 * np.log10(max(wet, 1e-6))
 
 
-def truth_of(run):
-    return {row["id"]: row for row in common.read_jsonl(Path(run) / "00_truth.jsonl", ("id", "class", "hits_s"))}
+TRUTH = {"id": common.NAME, "class": common.between(0, len(CLASSES) - 1, int)}
+TRUTH |= {"hits_s": common.list_of(common.between(0, CLIP_S))}
+
+
+def truth_of(run, audios=()):
+    """The lines of 00_truth.jsonl by clip; those of all audios must be there."""
+    file = Path(run) / "00_truth.jsonl"
+    truth = {row["id"]: row for row in common.read_jsonl(file, TRUTH, f"; {OTHER}")}
+    for clip, _ in audios:
+        if clip["id"] not in truth:
+            common.stop(f"{file}: has no line of {clip['id']}; {OTHER}")
+    return truth
 
 
 @torch.inference_mode()
 def examine(run, audios):
     """audios: list of (clip line, wav path) -> arrays semantic (P of the true class), sync_s, floor_db, wet_db."""
-    oracle = AudioTower(len(CLASSES))
-    oracle.load_state_dict(common.load_pt(Path(run) / "00_oracle.pt")["classifier"])
-    out, truths = {key: [] for key in ("semantic", "sync_s", "floor_db", "wet_db")}, truth_of(run)
+    oracle, file = AudioTower(len(CLASSES)), Path(run) / "00_oracle.pt"
+    common.load_weights(oracle, common.load_pt(file, {"classifier": common.DICT})["classifier"], file, OTHER)
+    out, truths = {key: [] for key in ("semantic", "sync_s", "floor_db", "wet_db")}, truth_of(run, audios)
     for clip, path in audios:
         wave = common.read_audio(path, RATE_HZ)
         truth, chances = truths[clip["id"]], oracle(log_mel(wave[None])).softmax(-1)[0]
@@ -1012,6 +1019,7 @@ def build(run, each, size, seed):
 def main(args):
     run, size = Path(args.run_dir), SIZES[args.size]
     settings = {"seed": args.seed, "size": args.size, **size}
+    common.hold(run, "00", common.Ranks())
     common.claim(run, "00_settings.json", settings, advice="use another --run-dir")
     if size["processes"]:
         spawn = multiprocessing.get_context("spawn")

@@ -7,8 +7,9 @@ Run:
     torchrun --nproc_per_node 8 01_generate.py ...           # shards are divided over the GPUs
 
 Clips come from one of: the toy world's clips.jsonl; a .jsonl (id, video, and if known caption, label, split);
-VGGSound's csv (youtube id, start second, label, split; no header); MMAudio's tsv (header id, label; its split is in
-its name); a plain folder of videos (--videos alone: all train, no captions).
+VGGSound's csv (youtube id, start second, label, split; no header); MMAudio's tsv (header id, label; its split is the
+last word of its name, as in vgg-test.tsv: train, val or test, else train); a plain folder of videos (--videos alone:
+all train, no captions; hidden files are left out).
 
 Reads:
     clips        as above; videos below --videos, named by `video` or `<id>.mp4` (.mkv, .webm, .mov, .avi)
@@ -25,10 +26,10 @@ Writes:
 Takes: toy 56 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in all.
 """
 
-import csv
-import hashlib
-import json
+import difflib
+import os
 import random
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +41,8 @@ import common
 from common import SkipClip, number, stop
 
 SHARD_CLIPS = 32
+SPLITS = ("train", "val", "test")
+LISTED = common.CLIP | {"video": common.maybe(common.PATH)}  # what a user's list says of a clip
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 
 
@@ -61,6 +64,7 @@ def parse_args(argv=None):
     paper.add_argument("--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]")
     paper.add_argument("--sampling-steps", type=number(int, 1), default=25, help="Euler steps; upstream's")
     engineering = parser.engineering
+    engineering.add_argument("--compile", action="store_true", help="torch.compile the network that samples")
     engineering.add_argument("--batch-clips", type=number(int, 1), default=4, help="clips sampled together")
     engineering.add_argument("--seed", type=number(int, 0), default=0, help="of the clips' draw and all noise")
     return common.parse(parser, argv, "01")
@@ -71,54 +75,61 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def clips_of_table(path, delimiter):
+def clips_of_table(path):
     """VGGSound's csv or MMAudio's tsv -> clips; ids in upstream's form, `<youtube id>_<start second, 6 digits>`."""
-    clips = []
-    if not path.is_file():
-        stop(f"{path}: no such file")
-    with open(path, newline="", encoding="utf-8", errors="replace") as stream:
-        for line, row in enumerate(csv.reader(stream, delimiter=delimiter), 1):
-            if delimiter == "\t":  # MMAudio: id, label
-                if row == ["id", "label"]:
-                    continue
-                if len(row) != 2:
-                    stop(f"{path}, line {line}: {len(row)} fields, expected id<TAB>label")
-                name, label = row
-                split = next((s for s in ("test", "val") if s in path.stem), "train")
-            else:  # VGGSound: youtube id, start, label, split
-                if len(row) != 4 or not row[1].strip().isdigit():
-                    stop(f"{path}, line {line}: expected youtube id, start second, label, split")
-                name, label, split = f"{row[0]}_{int(row[1]):06d}", row[2], row[3].strip()
-            clips.append({"id": name, "caption": label, "label": label, "split": split})
+    clips, word = [], re.split(r"[-_. ]", path.stem)[-1].lower()
+    split = word if word in SPLITS else "train"
+
+    def add(line, name, label, split):
+        clip = dict(id=name, caption=label or None, label=label or None, split=split)
+        clips.append({"caption": None, "label": None} | common.check(clip, LISTED, f"{path}, line {line}"))
+
+    if path.suffix.lower() == ".tsv":
+        rows = common.read_csv(path, ("id", "label"), delimiter="\t", header=False)
+        for line, row in rows[1 if rows and rows[0][1] == {"id": "id", "label": "label"} else 0 :]:
+            add(line, row["id"], row["label"], split)
+        print(f"{path}: all in the split {split}, by the last word of its name")
+        return clips
+    for line, row in common.read_csv(path, ("youtube id", "start second", "label", "split"), header=False):
+        start = row["start second"]
+        if not (start.isdecimal() and len(start) <= 6):
+            stop(f"{path}, line {line}, field 'start second': {start[:40]!r} is not a whole number of up to six digits")
+        common.check(row, {"youtube id": common.NAME}, f"{path}, line {line}")
+        add(line, f"{row['youtube id']}_{int(start):06d}", row["label"], row["split"])
     return clips
 
 
 def listed_clips(args):
     """The clips that --clips or --videos name, each with id, caption, label, split and, from a .jsonl, video."""
     if args.clips is None:
-        files = sorted(p for p in Path(args.videos).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-        if not files:
+        names = [file.relative_to(args.videos) for file in sorted(Path(args.videos).rglob("*"))]
+        names = [n for n in names if n.suffix.lower() in VIDEO_SUFFIXES and not any(p[0] == "." for p in n.parts)]
+        if not names:
             stop(f"--videos {args.videos}: no video ({', '.join(VIDEO_SUFFIXES)}) in this folder")
-        names = [file.relative_to(args.videos) for file in files]
         return [{"id": "_".join(n.with_suffix("").parts), "video": str(n), "split": "train"} for n in names]
     path = Path(args.clips)
-    if path.suffix == ".jsonl":
-        return common.read_jsonl(path, ("id",))
-    if path.suffix not in (".csv", ".tsv"):
+    if path.suffix.lower() == ".jsonl":
+        clips = common.read_jsonl(path, LISTED | {"split": common.maybe(common.CLIP["split"])})
+        unknown = Counter(key for clip in clips for key in clip.keys() - common.CLIP.keys())
+        for key, count in unknown.items():
+            like = difflib.get_close_matches(key, common.CLIP, 1)
+            print(f"{path}: field {key!r} of {count} lines is not read" + (f"; {like[0]!r} was meant?" if like else ""))
+        return [{key: v.strip() if isinstance(v, str) else v for key, v in clip.items()} for clip in clips]
+    if path.suffix.lower() not in (".csv", ".tsv"):
         stop(f"--clips {path}: expected a .jsonl, VGGSound's .csv or MMAudio's .tsv")
-    return clips_of_table(path, "\t" if path.suffix == ".tsv" else ",")
+    return clips_of_table(path)
+
+
+def plain(label):
+    return re.sub(r"\W+", " ", label).strip().lower()
 
 
 def check_clips(clips, where):
     """Ids are unique file names, one split each; YouTube ids that recur across splits are listed, since one video's
-    clips sound alike."""
+    clips sound alike. Labels that nearly equal another are said: PESQ, and the class of an audio, go by them."""
     split_of, splits_of_video = {}, {}
     for i, clip in enumerate(clips, 1):
         name, split = clip["id"], clip.setdefault("split", "train")
-        if not isinstance(name, str) or not name or any(c in name for c in "/\\\0") or name.startswith("."):
-            stop(f"{where}, clip {i}, field 'id': {name!r} cannot be a file name")
-        if split not in ("train", "val", "test"):
-            stop(f"{where}, clip {i} ({name}), field 'split': {split!r} is not train, val or test")
         if name in split_of:
             twice = f"in both {split_of[name]} and {split}" if split_of[name] != split else "twice"
             stop(f"{where}, clip {i}, field 'id': {name} occurs {twice}; keep one")
@@ -129,21 +140,31 @@ def check_clips(clips, where):
     if shared:
         more = " ..." * (len(shared) > 10)
         print(f"{len(shared)} YouTube ids occur in more than one split: {', '.join(shared[:10])}{more}")
+    known = {plain(label): label for label in common.HUMAN_SPEECH_CLASSES}
+    for label, count in Counter(clip["label"] for clip in clips if clip.get("label")).most_common():
+        near = known.setdefault(plain(label), label)
+        if near == label and label not in common.HUMAN_SPEECH_CLASSES:
+            near = next(iter(difflib.get_close_matches(label, common.HUMAN_SPEECH_CLASSES, 1, 0.9)), label)
+        if near != label:
+            print(f"label {label!r} ({count} clips) is nearly, but not, {near!r}")
+    has = {key: sum(bool(clip.get(key)) for clip in clips) for key in ("caption", "label")}
+    print(f"clips: {len(clips)}, with caption {has['caption']}, with label {has['label']}")
 
 
 def gather_clips(args):
     """From the user's list: every clip of it, the lines of clips.jsonl (videos that exist) and of 01_missing.jsonl."""
-    where, root = args.clips or args.videos, Path(args.videos).resolve()
+    where, root = " and ".join(filter(None, (args.clips or args.videos, args.test_list))), Path(args.videos).resolve()
     clips = listed_clips(args)
     if args.test_list:
-        test = clips_of_table(Path(args.test_list), "\t")
+        test, known = clips_of_table(Path(args.test_list)), {clip["id"]: clip for clip in clips}
         wanted = {clip["id"] for clip in test}
-        clips = [c for c in clips if c.get("split") != "test" and c["id"] not in wanted]
-        clips += [dict(c, split="test") for c in test]
+        clips = [clip for clip in clips if clip.get("split") != "test" and clip["id"] not in wanted]
+        clips += [{**clip, **known.get(clip["id"], {}), "split": "test"} for clip in test]
     check_clips(clips, where)
     found, missing = [], []
     for clip in clips:
-        names = [clip["video"]] if clip.get("video") else [clip["id"] + suffix for suffix in VIDEO_SUFFIXES]
+        suffixes = [case for suffix in VIDEO_SUFFIXES for case in (suffix, suffix.upper())]
+        names = [clip["video"]] if clip.get("video") else [clip["id"] + suffix for suffix in suffixes]
         name = next((n for n in names if common.inside(root, n, f"{where}, clip {clip['id']}").is_file()), None)
         if name is None:
             missing.append({"id": clip["id"], "split": clip["split"], "reason": f"no {names[0]} below {root.name}/"})
@@ -156,43 +177,42 @@ def gather_clips(args):
     print("videos found: " + ", ".join(f"{split} {have[split]} of {listed[split]}" for split in sorted(listed)))
     if not found:
         stop(f"none of the {len(clips)} clips of {where} has a video below {args.videos}: {missing[0]['reason']} ...")
-    return clips, found, missing
+    return found, missing
 
 
 def prepare_run(run, known, own_clips, model, args):
     """run.json, clips.jsonl and 01_missing.jsonl, or the proof that those of this run are of the same settings."""
-    listed, found, missing = (common.read_jsonl(run / "clips.jsonl"), [], []) if own_clips else gather_clips(args)
+    if own_clips and not (run / "clips.jsonl").exists():
+        stop(f"{run / 'clips.jsonl'}: missing; run 00_toy_world.py again, which wrote it")
+    found, missing = ([], []) if own_clips else gather_clips(args)
     given = args.checkpoint and Path(args.checkpoint).resolve()
     settings = dict(model=args.model, checkpoint=str(given) if given else known.get("checkpoint", "upstream"))
     settings.update(checkpoint_digest=model.checkpoint_digest, latent_shape=list(model.latent_shape))
     settings.update(sample_rate_hz=model.sample_rate_hz, num_samples=args.num_samples, seed=args.seed)
     settings.update(sampler=dict(steps=args.sampling_steps, guidance=args.guidance), clip_s=model.clip_s)
-    lines = json.dumps(listed).encode()
-    settings.update(max_clips=args.max_clips, clips_digest=hashlib.sha256(lines).hexdigest()[:16])
+    settings.update(max_clips=args.max_clips)
     about = {"video_root": str(Path(args.videos).resolve())} if args.videos else {}
     about |= {"cavp_root": str(Path(args.cavp).resolve())} if args.cavp else {}
     if given and (beside := given.with_name("run.json")).is_file():  # a world's model keeps its scorers
-        world = common.read_json(beside)
+        world = common.read_json(beside, {key: common.WORLD[key] for key in ("defaults", "scorers")})
         about |= {key: world[key] for key in ("defaults", "scorers") if key in world}
         about |= {"scorers_root": str(given.parent)} if "scorers" in world else {}
-    advice = "use another --run-dir, or remove this one"
+
+    advice, listed = "use another --run-dir, or remove this one", run / "clips.jsonl"
     prepared = known.get("max_clips") == 0  # a run that --max-clips 0 prepared may get its train clips later
     if prepared:
-        common.claim(run, "01_settings.json", settings | {"max_clips": 0}, advice=advice)
-    common.claim(run, "01_settings.json", settings, redo=prepared, advice=advice)
-    if (run / "clips.jsonl").exists() and not own_clips and not prepared:
-        keep_clips(run, found)
-    elif not own_clips:
+        may_change = {key: known.get(key) for key in ("max_clips", "clips_digest")}
+        common.claim(run, "01_settings.json", settings | may_change, advice=advice)
+    if prepared or not listed.exists():
         common.write_jsonl(run / "01_missing.jsonl", missing)
-        common.write_jsonl(run / "clips.jsonl", found)
+        common.write_jsonl(listed, found)
+    elif not own_clips:  # the run keeps its list: its audios are made from it
+        own, now = ({clip["id"] for clip in clips} for clips in (common.read_jsonl(listed, common.CLIP), found))
+        if own != now:
+            print(f"{listed} stays as it is: {len(now - own)} videos appeared since, {len(own - now)} vanished")
+    settings.update(clips_digest=common.digest(listed))
+    common.claim(run, "01_settings.json", settings, redo=prepared, advice=advice)
     common.write_json(run / "run.json", {**known, **settings, **about})
-
-
-def keep_clips(run, found):
-    """On a rerun the run keeps its own list: its audios are made from it. Says what happened to the videos since."""
-    own, now = ({clip["id"] for clip in clips} for clips in (common.read_jsonl(run / "clips.jsonl", ("id",)), found))
-    if own != now:
-        print(f"{run}/clips.jsonl stays as it is: {len(now - own)} videos appeared since, {len(own - now)} vanished")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -206,6 +226,17 @@ def encode(model, clip):
         return model.encode(clip)
     except SkipClip as reason:
         return str(reason)
+
+
+def is_whole(folder, shard, clips, heard):
+    """Whether a shard is done: each of its clips used or skipped, its latents and its wavs (heard: those of the run)
+    there."""
+    lines, skipped = folder / f"{shard}.jsonl", folder / f"{shard}.skipped.jsonl"
+    rows = common.read_jsonl(lines, common.SAMPLE) if lines.exists() else []
+    unused = common.read_jsonl(skipped, common.SKIPPED) if skipped.exists() else []
+    done = {row["clip"] for row in rows + unused}
+    there = {Path(row["wav"]).name for row in rows} <= heard and (not rows or (folder / f"{shard}.pt").exists())
+    return lines.exists() and there and done == {clip["id"] for clip in clips}
 
 
 def generate_shard(model, clips, encoded, folder, shard, args):
@@ -236,30 +267,38 @@ def generate_shard(model, clips, encoded, folder, shard, args):
         common.save_pt(folder / f"{shard}.pt", made)
     if skipped:
         common.write_jsonl(folder / f"{shard}.skipped.jsonl", skipped)
+    else:
+        (folder / f"{shard}.skipped.jsonl").unlink(missing_ok=True)  # of an earlier, damaged shard
     common.write_jsonl(folder / f"{shard}.jsonl", rows)
 
 
 def main(args):
     # -- setup
-    rank, world, device = common.setup_ranks()
+    ranks = common.setup_ranks()
+    rank, world, device = ranks
     run, folder = Path(args.run_dir), Path(args.run_dir) / "01_samples"
-    known = common.read_run(run) if (run / "run.json").exists() else {}
+    known = common.read_run(run, common.WORLD) if (run / "run.json").exists() else {}
     args.model = args.model or known.get("model")
+    if args.model is None and (run / "00_settings.json").exists():
+        stop(f"{run}: stage 00 has not finished; run 00_toy_world.py --run-dir {run} again")
     if args.model is None:
         stop(f"--run-dir {run} is new: give --model (or run 00_toy_world.py first for the toy world)")
     own_clips = (run / "00_settings.json").exists()  # stage 00 wrote clips.jsonl itself
     if own_clips and (args.clips or args.videos):
         stop(f"--run-dir {run} has clips of its own, from stage 00; give --clips or --videos another --run-dir")
     if not own_clips and not args.videos:
-        stop("--videos: name the folder that holds the videos")
+        stop("--videos: name the folder that holds the videos; a rerun wants the flags of the first run")
     if args.videos and not Path(args.videos).is_dir():
         stop(f"--videos {args.videos}: no such folder")
     if (args.cavp is None) == (args.model == "frieren"):
         stop("--cavp: give the folder of CAVP features with --model frieren, and only then")
     checkpoint = args.checkpoint or (run / known["checkpoint"] if own_clips else None)
     model = common.load_model(args.model, checkpoint, device, args.weights)
+    if args.compile:
+        model.compile_sampling()
 
     # -- data
+    common.hold(run, "01", ranks)
     if rank == 0:
         prepare_run(run, known, own_clips, model, args)
     common.barrier()
@@ -267,7 +306,10 @@ def main(args):
     if len(train) > args.max_clips:
         train = [train[i] for i in sorted(random.Random(args.seed).sample(range(len(train)), args.max_clips))]
     blocks = [train[i : i + SHARD_CLIPS] for i in range(0, len(train), SHARD_CLIPS)]
-    todo = [i for i in range(len(blocks)) if not (folder / f"{i:05d}.jsonl").exists()][rank::world]
+    heard = set(os.listdir(run / "01_audio")) if (run / "01_audio").exists() else set()
+    todo = [i for i, block in enumerate(blocks) if not is_whole(folder, f"{i:05d}", block, heard)]
+    common.barrier()  # every rank has seen the same
+    todo = todo[rank::world]
 
     # -- loop: the next clip is decoded and encoded while this shard is sampled
     if todo:
@@ -290,15 +332,19 @@ def main(args):
     if rank == 0 and not train:
         print(f"prepared {run}, no train clips\nnext: python 07_evaluate.py --run-dir {run} --only --systems NAME=DIR")
     elif rank == 0:
-        skipped = [row for file in sorted(folder.glob("*.skipped.jsonl")) for row in common.read_jsonl(file)]
+        files = sorted(folder.glob("*.skipped.jsonl"))
+        skipped = [row for file in files for row in common.read_jsonl(file, common.SKIPPED)]
         print(f"train clips: {len(train)} in, {len(train) - len(skipped)} used, {len(skipped)} skipped")
         for reason, count in Counter(row["reason"] for row in skipped).most_common(20):
             print(f"  {count} x {reason}, e.g. {next(r['clip'] for r in skipped if r['reason'] == reason)}")
         if len(skipped) == len(train):
             stop(f"no train clip of {run} could be used; the reasons are above and in {folder}/*.skipped.jsonl")
         samples = [row for rows in common.read_samples(run).values() for row in rows]
-        bad = sum(not row["finite"] for row in samples)
-        print(f"audios: {len(samples)}, {bad} with values that are not finite (never used in a pair)")
+        broken = sum(not row["finite"] for row in samples)
+        silent = sum(row["peak"] < common.SILENT_PEAK for row in samples)
+        print(f"audios: {len(samples)}, {broken} not finite (never used in a pair), {silent} silent")
+        if max(broken, silent) > 0.01 * len(samples):
+            print("warning: more than 1 % of the audios are broken: look at the checkpoint, --guidance and precision")
         print(f"next: python 02_fit_audioscore.py --run-dir {run}")
 
 

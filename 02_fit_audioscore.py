@@ -59,29 +59,24 @@ def draw_rated_clips(samples, count, seed):
 def rating_sheet(rated, samples, clips):
     """Header and rows of 02_to_rate.csv."""
     audios = [(clip, row) for clip in rated for row in samples[clip]]
-    rows = [(c, row["k"], row["wav"], clips[c]["path"], clips[c].get("caption"), "", "") for c, row in audios]
+    rows = [(c, r["k"], r["wav"], clips[c]["path"], common.as_cell(clips[c]["caption"]), "", "") for c, r in audios]
     return ("clip", "k", "wav", "video", "caption", "rating", "rater"), rows
 
 
 def read_ratings(path, samples):
     """Every answer, checked: [{clip, k, rating, rater}]."""
-    path, answers, seen = Path(path), [], {}
-    for line, row in common.read_table(path, ("clip", "k", "rating")):
-        where = f"{path}, line {line}"
-        if row["rating"] in (None, ""):
-            continue  # not rated yet
-        if row["rating"] not in RATINGS:
-            stop(f"{where}, field 'rating': {row['rating']!r} is not one of {', '.join(RATINGS)}")
+    seen = {}
+
+    def answer(row, where):
+        rating = common.meant(row["rating"], RATINGS, where, "rating")
         k = common.sample_index(row["clip"], row["k"], samples, where)
-        answer = {"clip": row["clip"], "k": k, "rating": row["rating"], "rater": row.get("rater") or "anonymous"}
-        key = (answer["clip"], k, answer["rater"])
+        key = (row["clip"], k, common.rater_of(row, where))
         if key in seen:
-            stop(f"{where}: {key[0]}, k {k} is rated twice by {key[2]} (first in line {seen[key]}); keep one")
-        seen[key] = line
-        answers.append(answer)
-    if not answers:
-        stop(f"{path}: no rating in this file")
-    return answers
+            stop(f"{where}: {key[0]}, k {k} is rated twice by {key[2]} (first in {seen[key]}); keep one")
+        seen[key] = where
+        return {"clip": row["clip"], "k": k, "rating": rating, "rater": key[2]}
+
+    return common.read_answers(path, ("clip", "k", "rating"), answer)
 
 
 def rated_audios(answers):
@@ -172,6 +167,8 @@ def main(args):
     # -- setup
     ranks = common.setup_ranks()
     run = Path(args.run_dir)
+    common.read_run(run)
+    common.hold(run, "02", ranks)
     samples = common.read_samples(run)
     clips = {clip["id"]: clip for clip in common.read_clips(run, "train")}
     rated = draw_rated_clips(samples, args.num_rated_clips, args.seed)
@@ -188,17 +185,19 @@ def main(args):
     common.barrier()
     if not args.ratings and not source.exists():
         count = sum(len(samples[clip]) for clip in rated)
+        if len(rated) == len(samples):
+            print("warning: that is every clip, and rated clips are not mined: lower --num-rated-clips to keep some")
         print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(rated)} clips")
         print(f"Listen to each wav beside its video and fill the column 'rating' ({', '.join(RATINGS)}).")
         print(f"next: python 02_fit_audioscore.py --run-dir {run} --ratings FILE")
         return
     answers = read_ratings(source, samples)
+    if len({video_of(answer["clip"]) for answer in answers}) < 2:
+        stop(f"{source}: ratings of one video; at least 2 are needed, AudioScore is fitted on some, checked on others")
     if ranks.rank == 0:
         settings = dict(num_rated_clips=args.num_rated_clips, seed=args.seed, audioscore=list(SCORES))
         if source != answers_file:
-            if answers_file.exists() and not args.redo and common.read_jsonl(answers_file) != answers:
-                stop(f"{answers_file}: holds other ratings than {source}; use --redo to replace them")
-            common.write_jsonl(answers_file, answers)
+            common.keep_answers(answers_file, answers, source, args.redo)
         inputs, outputs = ("01_samples", "02_ratings.jsonl"), ("02_audioscore.pt", "02_scores.jsonl")
         common.claim(run, "02_settings.json", settings, inputs, args.redo, outputs=outputs)
 
@@ -216,8 +215,6 @@ def main(args):
     # -- fit, report, save
     print(f"ratings: {len(answers)} of {len(keys)} audios of {len(names)} clips, ", end="")
     print(", ".join(f"{name} {count}" for name, count in Counter(a["rating"] for a in answers).most_common()))
-    if len(set(map(video_of, names))) < 2:
-        stop(f"{answers_file}: ratings of one video; at least 2 are needed to fit and check AudioScore")
     p = cross_validate(found, target, [clip for clip, _ in keys], args.seed)
     report(p, majority(target))
     audioscore = fit(found, target, args.seed)
@@ -227,6 +224,7 @@ def main(args):
     common.write_jsonl(run / "02_scores.jsonl", lines)
     heldout = {"p": p, "rating": majority(target)}
     common.save_pt(run / "02_audioscore.pt", {"audioscore": audioscore.state_dict(), "heldout": heldout})
+    common.seal(run, "02_settings.json", ("02_audioscore.pt", "02_scores.jsonl"))
     print(f"wrote {run / '02_audioscore.pt'}")
     print(f"next: python 03_mine_pairs.py --run-dir {run}")
 

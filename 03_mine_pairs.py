@@ -27,9 +27,8 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import AudioScore, number, stop
+from common import RATINGS, AudioScore, number, stop
 
-SILENT_PEAK = 1e-3  # -60 dBFS
 CLIPPED_SHARE = 0.01  # of samples at full scale
 
 
@@ -54,7 +53,7 @@ def parse_args(argv=None):
 
 def fault(row):
     """Why an audio may not win: `silent`, `clipped` or None. row: its line of stage 01."""
-    if row["peak"] < SILENT_PEAK:
+    if row["peak"] < common.SILENT_PEAK:
         return "silent"
     return "clipped" if row["clipped"] >= CLIPPED_SHARE else None
 
@@ -135,25 +134,20 @@ def choice_sheet(pairs, samples, clips):
 
 def read_choices(path, samples):
     """Every answer, checked: [{clip, a, b, choice, rater}]."""
-    path, answers, seen = Path(path), [], {}
-    for line, row in common.read_table(path, ("clip", "a", "b", "choice")):
-        where = f"{path}, line {line}"
-        if row["choice"] in (None, ""):
-            continue  # not answered yet
-        if row["choice"] not in ("a", "b", "tie"):
-            stop(f"{where}, field 'choice': {row['choice']!r} is not a, b or tie")
+    seen = {}
+
+    def answer(row, where):
+        choice = common.meant(row["choice"], ("a", "b", "tie"), where, "choice")
         a, b = (common.sample_index(row["clip"], row[x], samples, where, x) for x in "ab")
         if a == b:
             stop(f"{where}: a and b are the same audio (k {a})")
-        key = (row["clip"], *sorted((a, b)), row.get("rater") or "anonymous")
+        key = (row["clip"], *sorted((a, b)), common.rater_of(row, where))
         if key in seen:
-            first = f"first in line {seen[key]}"
-            stop(f"{where}: {key[0]}, {a} against {b} is answered twice by {key[3]} ({first}); keep one")
-        seen[key] = line
-        answers.append({"clip": row["clip"], "a": a, "b": b, "choice": row["choice"], "rater": key[3]})
-    if not answers:
-        stop(f"{path}: no choice in this file")
-    return answers
+            stop(f"{where}: {key[0]}, {a} against {b} is answered twice by {key[3]} (first in {seen[key]}); keep one")
+        seen[key] = where
+        return {"clip": row["clip"], "a": a, "b": b, "choice": choice, "rater": key[3]}
+
+    return common.read_answers(path, ("clip", "a", "b", "choice"), answer)
 
 
 def human_pairs(answers, p_of):
@@ -191,11 +185,13 @@ def main(args):
     ranks = common.setup_ranks()
     run = Path(args.run_dir)
     common.read_run(run)
+    common.hold(run, "03", ranks)
     common.require(run, "02_audioscore.pt", "02_scores.jsonl")
     samples = common.read_samples(run)
     clips = {clip["id"]: clip for clip in common.read_clips(run, "train")}
     hint = "; rerun 02_fit_audioscore.py --redo"
-    ratings = common.read_jsonl(run / "02_scores.jsonl", ("clip", "k", "rating"), hint)
+    fields = dict(clip=common.NAME, k=common.INDEX, rating=common.one_of(*RATINGS))
+    ratings = common.read_jsonl(run / "02_scores.jsonl", fields, hint)
     audioscore = AudioScore.load(run / "02_audioscore.pt")
 
     # -- data: who chooses
@@ -212,9 +208,7 @@ def main(args):
     answers = read_choices(source, samples) if args.choices or source.exists() else []
     if ranks.rank == 0:
         if answers and source != answers_file:
-            if answers_file.exists() and not args.redo and common.read_jsonl(answers_file) != answers:
-                stop(f"{answers_file}: holds other choices than {source}; use --redo to replace them")
-            common.write_jsonl(answers_file, answers)
+            common.keep_answers(answers_file, answers, source, args.redo)
         settings = dict(num_human_pairs=args.num_human_pairs, min_score_c=args.min_score_c, seed=args.seed)
         inputs = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"] + ["03_human_choices.jsonl"] * bool(answers)
         outputs = ("03_pairs.jsonl", "03_human_pairs.jsonl")
@@ -228,12 +222,13 @@ def main(args):
     people = human_pairs(answers, p_of)
     common.write_jsonl(run / "03_pairs.jsonl", pairs)
     common.write_jsonl(run / "03_human_pairs.jsonl", people)
+    common.seal(run, "03_settings.json", ("03_pairs.jsonl", "03_human_pairs.jsonl"))
 
     # -- report
     print(f"clips: {len(samples)} in, {len(pairs)} pairs kept, dropped: ", end="")
     print(", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "none")
     if not pairs:
-        stop(f"{run}: no pair could be mined; see the counts above")
+        stop(f"{run}: no pair could be mined, see above; give 01 more clips, or 02 a lower --num-rated-clips")
     values = torch.tensor([common.score_c(pair["p_winner"], pair["p_loser"]) for pair in pairs])
     low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     print(f"score_c: median {median:.3f}, 90 % between {low:.3f} and {high:.3f}")

@@ -60,17 +60,17 @@ def main(args):
     run = Path(args.run_dir)
     common.read_run(run)
     inputs, outputs = ("03_pairs.jsonl", "03_human_pairs.jsonl"), ("04_stage1.jsonl", "04_stage2.jsonl")
+    common.hold(run, "04", common.Ranks())
     common.require(run, *inputs)
-    fields = ("clip", "winner", "loser", "p_winner", "p_loser")
-    hint = "; rerun 03_mine_pairs.py --redo"
-    pairs = common.read_jsonl(run / "03_pairs.jsonl", fields, hint)
-    people = common.read_jsonl(run / "03_human_pairs.jsonl", fields, hint)
+    fields, hint = dict(p_winner=common.THREE, p_loser=common.THREE), "; rerun 03_mine_pairs.py --redo"
+    pairs, people = (common.read_pairs(run / name, hint, **fields) for name in inputs)
     common.claim(run, "04_settings.json", {"threshold": args.threshold}, inputs, args.redo, outputs=outputs)
 
     scored = complexity(pairs, people)
     stage1, stage2 = split(scored, args.threshold)
     common.write_jsonl(run / "04_stage1.jsonl", stage1)
     common.write_jsonl(run / "04_stage2.jsonl", stage2)
+    common.seal(run, "04_settings.json", outputs)
     hard = len(stage2) - len(people)
     print(f"pairs: {len(scored)} in; stage 1: {len(stage1)} easy; stage 2: {hard} hard + {len(people)} human")
     if pairs:

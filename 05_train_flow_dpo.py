@@ -22,7 +22,6 @@ Writes, in <run>/<--out>:
 Takes: toy 30 s on 2 cores.
 """
 
-import json
 import math
 import time
 from pathlib import Path
@@ -59,10 +58,9 @@ def parse_args(argv=None):
     engineering = parser.engineering
     engineering.add_argument("--micro-batch", type=number(int, 1), default=8, help="pairs per forward on one GPU")
     engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
-    described = "bf16 halves the frozen reference's memory; refused if it changes the loss at step 0"
-    engineering.add_argument("--reference-precision", choices=("fp32", "bf16"), default="fp32", help=described)
+    described = "of the frozen reference's weights; auto: bf16, half the memory, where --precision is bf16"
+    engineering.add_argument("--reference-precision", choices=("auto", "fp32", "bf16"), default="auto", help=described)
     engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
-    engineering.add_argument("--compile", action="store_true", help="torch.compile the network")
     engineering.add_argument("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
     engineering.add_argument("--seed", type=number(int, 0), default=0, help="of batches, times and noise")
     return common.parse(parser, argv, "05")
@@ -78,16 +76,20 @@ def lr_at(step, args):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_stages(run, args):
+def read_stages(run, shards, args):
     """The pairs of stage 1 and stage 2, in training order."""
-    fields, hint = ("clip", "winner", "loser", "score_c", "source"), "; rerun 04_curriculum_split.py --redo"
-    easy, hard = (common.read_jsonl(run / f"04_stage{i}.jsonl", fields, hint) for i in (1, 2))
+    fields = dict(score_c=common.between(-1, 1), source=common.one_of("auto", "human"))
+    hint = "; rerun 04_curriculum_split.py --redo"
+    easy, hard = (common.read_pairs(run / f"04_stage{i}.jsonl", hint, **fields) for i in (1, 2))
     if args.threshold is not None:
         pairs = easy + hard
         easy = [pair for pair in pairs if pair["score_c"] > args.threshold]
         hard = [pair for pair in pairs if pair["score_c"] <= args.threshold]
     if args.no_human:
         hard = [pair for pair in hard if pair["source"] != "human"]
+    for pair in easy + hard:
+        if not {(pair["clip"], pair["winner"]), (pair["clip"], pair["loser"])} <= shards.place.keys():
+            stop(f"{run}: {pair['clip']} has no audios {pair['winner']} and {pair['loser']} in 01_samples{hint}")
     if not easy + hard:
         stop(f"{run}: no pairs to train on; see the counts of stages 03 and 04")
     return [hard, easy] if args.hard_first else [easy, hard]
@@ -178,15 +180,17 @@ def log_row(step, stage, sums):
 
 def main(args):
     # -- setup
-    rank, world, device = common.setup_ranks()
+    ranks = common.setup_ranks()
+    rank, world, device = ranks
     run = Path(args.run_dir)
     run_json = common.read_run(run)
     folder = common.output_folder(run, args.out)
     if args.global_batch % world:
         stop(f"--global-batch {args.global_batch} cannot be divided over {world} processes")
     inputs = ("01_samples", "04_stage1.jsonl", "04_stage2.jsonl")
+    common.hold(run, args.out, ranks)
     common.require(run, *inputs)
-    runtime = ("run_dir", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing", "compile")
+    runtime = ("run_dir", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing")
     settings = {key: value for key, value in vars(args).items() if key not in runtime}
     if rank == 0:
         advice = "use another --out, or remove this folder"
@@ -194,24 +198,23 @@ def main(args):
     common.barrier()
 
     # -- data
-    stages = read_stages(run, args)
+    shards = common.Shards(run, common.read_samples(run))
+    stages = read_stages(run, shards, args)
     stage_steps = divide_steps(stages, args.steps)
-    shards = common.Shards(run, common.read_samples(run), run_json["num_samples"])
 
     # -- model
     model = common.load_base_model(run, device, args.weights)
-    reference = model.reference()
+    bf16 = common.in_bf16(device, args.precision)
+    if args.reference_precision == "bf16" and not bf16:
+        stop("--reference-precision bf16: the policy is in float32; give --precision bf16 too, or neither")
+    reference = model.reference(bf16 and args.reference_precision != "fp32")
     if args.gradient_checkpointing:
         model.checkpoint_blocks()
-    if args.reference_precision == "bf16":
-        reference.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(
         model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
     )
-    done = common.resume_training(folder, model, optimizer, args.steps, rank)
-    if args.compile:
-        for network in (model, reference):
-            network.project, network.predict = torch.compile(network.project), torch.compile(network.predict)
+    shown = ("stage", "loss", "accuracy", "gap_w", "gap_l")
+    done = common.resume_training(folder, model, optimizer, args.steps, rank, shown)
     policy = common.data_parallel(model, device)
     if rank == 0:
         names = ["hard + human", "easy"] if args.hard_first else ["easy", "hard + human"]
@@ -237,7 +240,7 @@ def main(args):
             stop(f"step {step}: the loss is not finite; {folder}/checkpoint.pt holds the last good step; lower --lr")
         if step == 0 and args.sft_weight == 0 and abs(row["loss"] - math.log(2)) > 1e-3:
             wrong = f"step 0: the loss is {row['loss']:.4f}, not log 2, so the reference differs"
-            stop(f"{wrong}; use --reference-precision fp32, no --compile or --precision fp32")
+            stop(f"{wrong}; use --reference-precision fp32 or --precision fp32")
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args)
         optimizer.step()
@@ -246,8 +249,7 @@ def main(args):
             row.update(grad_norm=grad_norm.item(), lr=lr_at(step, args), seconds=time.time() - began)
             row["forwards"], row["forwards_grad"] = (n * args.global_batch * (step + 1) for n in (4, 2))
             row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else None
-            with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps(row) + "\n")
+            common.append_jsonl(folder / "log.jsonl", row)
             bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.2f}", refresh=False)
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 common.save_training(folder, step + 1, model, optimizer)
@@ -255,15 +257,16 @@ def main(args):
     # -- save
     if rank == 0:
         common.save_policy(folder, model, run_json, method="flow_dpo", steps=args.steps)
+        common.seal(run, f"{args.out}/settings.json", [f"{args.out}/policy.pt"])
         rows = common.read_jsonl(folder / "log.jsonl")
         for i in (1, 2):
             last = [row for row in rows if row["stage"] == i][-50:]
             if last:
-                keys = ("loss", "accuracy", "gap_w", "gap_l")
-                mean = {key: sum(row[key] for row in last) / len(last) for key in keys}
+                mean = {key: sum(row[key] for row in last) / len(last) for key in shown[1:]}
                 print(f"stage {i}, last {len(last)} steps: " + ", ".join(f"{k} {v:.4f}" for k, v in mean.items()))
         print(f"wrote {folder / 'policy.pt'}")
-        print(f"next: python 06_ddpo_baseline.py --run-dir {args.run_dir}   (or 07_evaluate.py)")
+        print(f"next: python 06_ddpo_baseline.py --run-dir {args.run_dir}")
+        print(f"      python 07_evaluate.py --run-dir {args.run_dir}{common.as_system(args.out)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ them, and makes --updates optimizer steps on the stored transitions; one step = 
 Reads:
     01_samples/           features of the train clips
     02_audioscore.pt      the reward model, on top of the five scorers
+    02_scores.jsonl       the rated clips, which are no prompts: AudioScore was fitted on them
+    clips.jsonl           and the prompts' videos, for the scorers
 Writes, in <run>/<--out>:
     policy.pt, policy.json, checkpoint.pt, settings.json     as stage 05; a rerun resumes at the last whole round
     log.jsonl             per step: round, reward (mean P(Good) of the round's samples), reward_std (within
@@ -17,7 +19,6 @@ Writes, in <run>/<--out>:
 Takes: toy 80 s on 2 cores.
 """
 
-import json
 import math
 import random
 import time
@@ -237,13 +238,15 @@ def train_step(policy, batches, update, times, guidance, world, args, device):
 
 def main(args):
     # -- setup
-    rank, world, device = common.setup_ranks()
+    ranks = common.setup_ranks()
+    rank, world, device = ranks
     run = Path(args.run_dir)
     run_json = common.read_run(run)
     folder = common.output_folder(run, args.out)
     if args.prompts % world:
         stop(f"--prompts {args.prompts} cannot be divided over {world} processes")
-    inputs = ("01_samples", "02_audioscore.pt")
+    inputs = ("01_samples", "02_audioscore.pt", "02_scores.jsonl")
+    common.hold(run, args.out, ranks)
     common.require(run, *inputs)
     runtime = ("run_dir", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing")
     settings = {key: value for key, value in vars(args).items() if key not in runtime}
@@ -254,8 +257,11 @@ def main(args):
 
     # -- data
     samples = common.read_samples(run)
-    shards = common.Shards(run, samples, run_json["num_samples"])
-    clips = [clip for clip in common.read_clips(run, "train") if clip["id"] in samples]
+    shards = common.Shards(run, samples)
+    rated = {row["clip"] for row in common.read_jsonl(run / "02_scores.jsonl", {"clip": common.NAME})}
+    clips = [clip for clip in common.read_clips(run, "train") if clip["id"] in samples and clip["id"] not in rated]
+    if not clips:
+        stop(f"{run}: every clip was rated, and AudioScore was fitted on those; rate fewer (02 --num-rated-clips)")
     guidance = run_json["sampler"]["guidance"]  # guidance is inside the policy
 
     # -- model
@@ -266,7 +272,7 @@ def main(args):
     optimizer = torch.optim.AdamW(
         model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
     )
-    done = common.resume_training(folder, model, optimizer, args.steps, rank)
+    done = common.resume_training(folder, model, optimizer, args.steps, rank, ("reward",))
     policy = common.data_parallel(model, device)
     times = torch.tensor(grid(model, args.sampling_steps), device=device)
     audios, rows = args.prompts * args.group_size, 2 if guidance != 1 else 1  # rows of one guided evaluation
@@ -301,8 +307,7 @@ def main(args):
             row["forwards_grad"] = rows * audios * (step + 1)
             row["forwards"] = row["forwards_grad"] + rows * audios * (number + 1) * args.sampling_steps
             row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else None
-            with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps(row) + "\n")
+            common.append_jsonl(folder / "log.jsonl", row)
             bar.set_postfix(reward=f"{row['reward']:.3f}", clipped=f"{row['clipped']:.2f}", refresh=False)
             whole = update == args.updates - 1 and (number + 1) % args.save_every == 0
             if whole or step + 1 == args.steps:
@@ -311,12 +316,13 @@ def main(args):
     # -- save
     if rank == 0:
         common.save_policy(folder, model, run_json, method="ddpo", steps=args.steps)
+        common.seal(run, f"{args.out}/settings.json", [f"{args.out}/policy.pt"])
         log = common.read_jsonl(folder / "log.jsonl")
         fifth = max(1, len(log) // 5)
         first, last = (sum(row["reward"] for row in part) / fifth for part in (log[:fifth], log[-fifth:]))
         print(f"reward while training: first fifth {first:.3f}, last fifth {last:.3f}")
         print(f"wrote {folder / 'policy.pt'}")
-        print(f"next: python 07_evaluate.py --run-dir {args.run_dir}")
+        print(f"next: python 07_evaluate.py --run-dir {args.run_dir}{common.as_system(args.out)}")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ Run:
     torchrun --nproc_per_node 8 07_evaluate.py --run-dir runs/vgg
 
 Reads:
-    clips.jsonl, 02_audioscore.pt, policy folders of the run, folders of audio named by clip id (any common format)
+    clips.jsonl, 01_missing.jsonl, 02_audioscore.pt, policy folders of the run, and folders of audio named by clip id
+    (any common format); a rerun evaluates again what the last run of this split did
 Writes:
     07_audio/<system>/<clip>.wav     one audio per clip, from the clip's own seed: systems share their noise
     07_conditions/*.pt               the encoders' features of the split
-    scores/*.pt                      what every scorer said, by block of 32 clips
+    scores/*.pt, heard.json          what every scorer said, by block of 32 clips; the peak of every audio
     07_results.jsonl                 system, metric, better (higher or lower), value, low, high (95 %), n (clips), and
                                      diff, diff_low, diff_high: value minus base's, paired, never sign-flipped, null
                                      for base; verdict: better or worse where the difference's interval excludes 0
@@ -22,7 +23,6 @@ With --split val the last two are 07_results_val.jsonl and 07_systems_val.json.
 Takes: toy 42 s on 2 cores.
 """
 
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +39,7 @@ from common import AudioScore, SkipClip, number, stop
 DEFAULTS = {"ground_truth": None, "base": None, "flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")
 BLOCK_CLIPS = 32  # clips per cached file
+TIE = 1e-6  # of P(Good): what rounding in batches of other sizes may make of one and the same audio
 
 
 class Metric(NamedTuple):
@@ -78,12 +79,13 @@ def parse_args(argv=None):
     io.add_argument("--split", choices=("val", "test"), default="test", help="val is for your own choices")
     described = "more systems: a policy folder of the run, or a folder of audio files named by clip id"
     io.add_argument("--systems", nargs="+", default=[], metavar="NAME[=DIR]", help=described)
-    io.add_argument("--only", action="store_true", help="evaluate --systems alone, not the default four too")
+    io.add_argument("--only", action="store_true", help="--systems alone, without the default four and the last run's")
     io.add_argument("--allow-missing", action="store_true", help="evaluate a system that lacks audio for some clips")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     paper = parser.paper
     paper.add_argument("--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]")
     engineering = parser.engineering
+    engineering.add_argument("--compile", action="store_true", help="torch.compile the network that samples")
     engineering.add_argument("--batch-clips", type=number(int, 1), default=16, help="clips sampled together")
     return common.parse(parser, argv, "07")
 
@@ -112,13 +114,17 @@ def kl_divergence(truth, generated):
     return (log_p.exp() * (log_p - log_q)).sum(dim=1).numpy()
 
 
-def inception_score(logits, splits=10, seed=2020):
+def shuffled(n, seed=2020):
+    return np.random.RandomState(seed).permutation(n)  # noqa: NPY002, av-benchmark's generator
+
+
+def inception_score(logits, splits=10, order=None):
     """exp of the mean KL(p(y|a) || p(y)), per split of a seeded shuffle, mean over splits. None below 10 audios."""
-    if len(logits) < splits:
+    order = shuffled(len(logits)) if order is None else order
+    if len(order) < splits:
         return None
-    order = np.random.RandomState(seed).permutation(len(logits))  # noqa: NPY002, av-benchmark's generator
     log_p = torch.as_tensor(logits)[order].double().log_softmax(dim=1)
-    edges = [i * len(order) // splits for i in range(splits + 1)]
+    edges = [i * len(log_p) // splits for i in range(splits + 1)]
     scores = []
     for part in (log_p[low:high] for low, high in zip(edges[:-1], edges[1:])):
         marginal = part.logsumexp(dim=0) - np.log(len(part))
@@ -158,18 +164,24 @@ def jackknife(statistic, n, blocks=20, seed=0):
 def choose_systems(run, args):
     """{name: folder, or None for ground truth and base}, in the order of the table."""
     systems = {} if args.only else {k: v and run / v for k, v in DEFAULTS.items() if v is None or (run / v).is_dir()}
+    systems |= {} if args.only else evaluated_before(run, args)
+    asked = [item.partition("=")[0] for item in args.systems]
     for item in args.systems:
         name, _, folder = item.partition("=")
-        if not name.replace("_", "").replace("-", "").isalnum():
-            stop(f"--systems {item}: a name has letters, digits, _ and -")
+        if not name.replace("_", "").replace("-", "").isalnum() or not common.file_name(name):
+            stop(f"--systems {item}: a name has letters, digits, _ and -, and at most 200 bytes")
+        if asked.count(name) > 1:
+            stop(f"--systems {item}: the name {name} is given twice; choose another for one of them")
         if folder and name in ("ground_truth", "base"):
             stop(f"--systems {item}: {name} comes from the run itself; choose another name")
         if folder:
             systems[name] = run / folder if (run / folder).is_dir() else Path(folder)
         elif name in DEFAULTS:
             systems[name] = DEFAULTS[name] and run / DEFAULTS[name]
+        elif (run / name / "policy.json").exists():
+            systems[name] = run / name
         else:
-            stop(f"--systems {item}: give NAME=DIR; known without DIR are {', '.join(DEFAULTS)}")
+            stop(f"--systems {item}: give NAME=DIR, or the name of a policy folder of {run}")
         if systems[name] is not None and not systems[name].is_dir():
             stop(f"--systems {item}: {systems[name]} is no folder")
     for folder in filter(None, systems.values()):
@@ -179,9 +191,19 @@ def choose_systems(run, args):
         if not args.only and name not in systems:
             print(f"{name}: left out, {run / folder} does not exist")
     if not systems:
-        stop("--only: name at least one of the --systems")
+        stop("--only: give --systems too, at least one")
     order = [*DEFAULTS, *systems]
     return {name: systems[name] for name in sorted(systems, key=order.index)}
+
+
+def evaluated_before(run, args):
+    """Systems besides the default four that the last evaluation of this split had, and whose folders are there."""
+    file = run / f"07_systems{'' if args.split == 'test' else f'_{args.split}'}.json"
+    fields = dict(name=common.NAME, folder=common.maybe(common.PATH))
+    rows = common.read_json(file, {"systems": common.LIST})["systems"] if file.exists() else []
+    rows = [common.check(row, fields, file) for row in rows]
+    found = {row["name"]: run / row["folder"] for row in rows if row.get("folder") and row["name"] not in DEFAULTS}
+    return {name: folder for name, folder in found.items() if folder.is_dir()}
 
 
 def is_policy(name, folder):
@@ -195,24 +217,37 @@ def block_of(clips):
 
 def encode_clips(model, run, clips, ranks):
     """Features of these clips, memory-mapped from 07_conditions/, after encoding what is not there yet, its blocks
-    divided over the ranks: {clip id: dict}."""
+    divided over the ranks: {clip id: dict}. They are kept under all that they depend on."""
     rank, world, _ = ranks
     blocks, name_of = {}, block_of(clips)
+    key_of = {c["id"]: common.digest_of(model.checkpoint_digest, c["caption"], common.stamp(c["path"])) for c in clips}
     for clip in clips:
         blocks.setdefault(run / "07_conditions" / f"{name_of[clip['id']]}.pt", []).append(clip)
     for file, block in tqdm(list(blocks.items())[rank::world], desc="encode", unit="block", disable=rank > 0):
-        cached, new = common.load_pt(file, mmap=True) if file.exists() else {}, {}
+        cached, new = read_conditions(file) if file.exists() else {}, {}
         for clip in block:
-            if clip["id"] not in cached:
+            if key_of[clip["id"]] not in cached:
                 try:
-                    new[clip["id"]] = model.encode(clip)
+                    new[key_of[clip["id"]]] = model.encode(clip)
                 except SkipClip as reason:
+                    common.stamp(clip["path"])  # gone: no reason of its own
                     tqdm.write(f"{clip['id']}: {reason}; no policy can sound it", file=sys.stderr)
         if new:
             common.save_pt(file, cached | new)
     common.barrier()
-    found = [common.load_pt(file, mmap=True) for file in blocks if file.exists()]
-    return {name: value for part in found for name, value in part.items()}
+    found = {}
+    for file in filter(Path.exists, blocks):
+        found |= read_conditions(file)
+    return {clip: found[key] for clip, key in key_of.items() if key in found}
+
+
+def read_conditions(file):
+    """{key: features}, memory-mapped, all of the same names and shapes."""
+    cached = common.load_pt(file, mmap=True)
+    fields = common.dict_of(common.dict_of(common.FLOATS))
+    if not fields.holds(cached) or len({str({k: v.shape for k, v in some.items()}) for some in cached.values()}) != 1:
+        common.stop(f"{file}: not the features of clips; remove it and run the same command again")
+    return cached
 
 
 def generate(run, name, folder, model, features, clips, args, ranks):
@@ -223,26 +258,32 @@ def generate(run, name, folder, model, features, clips, args, ranks):
         common.require(run, f"{folder.name}/policy.pt")
     policy = run_json["checkpoint_digest"] if folder is None else common.digest(folder / "policy.pt")
     settings = dict(policy=policy, guidance=args.guidance, steps=run_json["sampler"]["steps"], seed=run_json["seed"])
-    if rank == 0:
-        record = out / "settings.json"
-        if out.exists() and (not record.exists() or common.read_json(record) != settings):
-            shutil.rmtree(out)  # a cache of another policy
-        common.write_json(record, settings)
-    common.barrier()
-    todo = [c for c in clips if c["id"] in features and not (out / f"{c['id']}.wav").exists()][rank::world]
     if folder is not None:
-        about = common.read_json(folder / "policy.json")
+        about = common.read_json(folder / "policy.json", dict(model=common.TEXT, base_digest=common.TEXT))
         if about["model"] != run_json["model"] or about["base_digest"] != run_json["checkpoint_digest"]:
             stop(f"{folder}: a policy of {about['model']} tuned from another base than this run's; use its own run")
+    record, wavs = out / "settings.json", {c["id"]: out / f"{c['id']}.wav" for c in clips}
+    old = [wav for wav in wavs.values() if wav.exists()]
+    if old and not record.exists():
+        stop(f"{out}: holds audio that stage 07 did not make; move it away, or evaluate it as --systems NAME=DIR")
+    stale = old if old and common.read_json(record) != settings else []  # of another policy
+    todo = [c for c in clips if c["id"] in features and (stale or not wavs[c["id"]].exists())]
     if folder is not None and todo:
         model.load_policy(folder / "policy.pt")
+    common.barrier()  # every rank has seen the same
+    if rank == 0:
+        for wav in stale:
+            wav.unlink()
+        common.write_json(record, settings)
+    common.barrier()
+    todo = todo[rank::world]
     for start in tqdm(range(0, len(todo), args.batch_clips), desc=name, unit="batch", disable=rank > 0 or not todo):
         batch = todo[start : start + args.batch_clips]
         stacked = {k: torch.stack([features[c["id"]][k] for c in batch]).to(device) for k in features[batch[0]["id"]]}
         seeds = [common.seed_of(run_json["seed"], c["id"], 0) for c in batch]
         a_0 = common.sample(model, stacked, seeds, run_json["sampler"]["steps"], args.guidance)
         for clip, wave in zip(batch, model.decode(a_0)):
-            common.write_audio(out / f"{clip['id']}.wav", wave, model.sample_rate_hz)
+            common.write_audio(wavs[clip["id"]], wave, model.sample_rate_hz)
     common.barrier()
 
 
@@ -255,28 +296,40 @@ def audio_folder(run, name, args):
 def audio_files(run, name, folder, clips, args):
     """{clip id: audio path} of what a system has."""
     if name == "ground_truth":
-        seconds = common.read_run(run)["clip_s"]
-        with ThreadPoolExecutor() as readers:
-            sounds = readers.map(lambda clip: has_audio(clip["path"], seconds), clips)
-        return {clip["id"]: clip["path"] for clip, sounding in zip(clips, sounds) if sounding}
+        return {clip["id"]: clip["path"] for clip in clips}
     if not is_policy(name, folder):
-        names = {c["id"]: [folder / (c["id"] + suffix) for suffix in AUDIO_SUFFIXES] for c in clips}
+        suffixes = [case for suffix in AUDIO_SUFFIXES for case in (suffix, suffix.upper())]
+        names = {c["id"]: [folder / (c["id"] + suffix) for suffix in suffixes] for c in clips}
         found = {clip: next((path for path in paths if path.exists()), None) for clip, paths in names.items()}
         return {clip: path for clip, path in found.items() if path}
     out = audio_folder(run, name, args)
     return {c["id"]: out / f"{c['id']}.wav" for c in clips if (out / f"{c['id']}.wav").exists()}
 
 
-def has_audio(path, seconds):
-    """Whether a clip sounds: all that will be scored is decoded, so that one damaged packet stops no evaluation."""
-    try:
-        common.decode_audio(path, seconds)
-    except common.NoAudio:
-        return False  # a silent film
-    except SkipClip as reason:
-        tqdm.write(f"{path}: {reason}; the clip has no usable audio track", file=sys.stderr)
-        return False
-    return True
+def listen(run, paths, seconds, ranks):
+    """{path: peak of its first `seconds`}, None without a track that can be decoded to there, so that a damaged packet
+    stops no evaluation. Remembered in scores/heard.json by size and time."""
+    memory, stamps = run / "scores" / "heard.json", {str(path): common.stamp(path) for path in paths}
+    known = common.read_json(memory) if memory.exists() else {}
+    known = {name: known[name] for name, stamp in stamps.items() if name in known and known[name]["stamp"] == stamp}
+
+    def peak(name):
+        try:
+            return {"stamp": stamps[name], "peak": common.decode_audio(name, seconds)[0].abs().max().item()}
+        except common.NoAudio:
+            return {"stamp": stamps[name], "peak": None}  # a silent film
+        except SkipClip as reason:
+            tqdm.write(f"{name}: {reason}; no usable audio track", file=sys.stderr)  # and never remembered
+
+    if ranks.rank == 0:
+        new = [name for name in stamps if name not in known]
+        with ThreadPoolExecutor() as readers:
+            heard = tqdm(readers.map(peak, new), desc="listen", total=len(new), unit="audio", disable=not new)
+            known |= {name: about for name, about in zip(new, heard) if about}
+        common.write_json(memory, known)
+    common.barrier()
+    known = common.read_json(memory)
+    return {path: known.get(str(path), {}).get("peak") for path in paths}
 
 
 def below(run, path):
@@ -339,7 +392,7 @@ def per_clip(run, found, clips, files, weights):
                     means[system][metric][have] = kl_divergence(truth[scorer][key][a], part[scorer][key][b])
         if "p_good" in means[system] and "base" in means:
             ours, base = means[system]["p_good"], means["base"]["p_good"]
-            wins = (ours > base) + 0.5 * (ours == base)
+            wins = (ours > base + TIE) + 0.5 * (np.abs(ours - base) <= TIE)
             means[system]["win_rate"] = np.where(np.isfinite(ours) & np.isfinite(base), wins, np.nan)
     return means, sets
 
@@ -377,8 +430,9 @@ def results_of(means, sets, n):
 
             def statistic(index, metric=metric, system=system):
                 embedding, rows = sets[system][metric]
-                if metric == "is":
-                    return inception_score(embedding[rows[index][rows[index] >= 0]])
+                if metric == "is":  # shuffled once, then clips are left out: else every replicate has other splits
+                    have = np.flatnonzero(rows >= 0)[shuffled((rows >= 0).sum())]
+                    return inception_score(embedding, order=rows[have[np.isin(have, index)]])
                 reference, places = truth[metric]
                 index = index[(rows[index] >= 0) & (places[index] >= 0)]  # av-benchmark: the clips that both have
                 return frechet_distance(embedding[rows[index]], reference[places[index]])
@@ -468,19 +522,26 @@ def main(args):
     run_json, clips = common.read_run(run), common.read_clips(run, args.split)
     if not clips:
         stop(f"{run}/clips.jsonl has no clip of the split {args.split}; give some that split in stage 01's --clips")
+    common.hold(run, "07", ranks)
     systems = choose_systems(run, args)
     if (run / "02_settings.json").exists():
         common.require(run, "02_audioscore.pt")
+    unseen, fields = run / "01_missing.jsonl", dict(id=common.NAME, split=common.TEXT, reason=common.TEXT)
+    unseen = common.read_jsonl(unseen, fields) if unseen.exists() else []
 
     # -- audio
     if any(is_policy(name, folder) for name, folder in systems.items()):
         model = common.load_base_model(run, ranks.device, args.weights)
+        if args.compile:
+            model.compile_sampling()
         features = encode_clips(model, run, clips, ranks)
         for name, folder in systems.items():  # base comes before any policy replaces its weights
             if is_policy(name, folder):
                 generate(run, name, folder, model, features, clips, args, ranks)
         del model
     files = {name: audio_files(run, name, folder, clips, args) for name, folder in systems.items()}
+    heard = listen(run, [path for paths in files.values() for path in paths.values()], run_json["clip_s"], ranks)
+    files = {name: {c: p for c, p in paths.items() if heard[p] is not None} for name, paths in files.items()}
     for name, paths in files.items():
         if len(paths) < len(clips):
             missing = next(c["id"] for c in clips if c["id"] not in paths)
@@ -507,12 +568,16 @@ def main(args):
     about["metrics"] = {name: metric._asdict() for name, metric in describe(r["metric"] for r in results).items()}
     about["paper"] = dict(columns=[METRICS[m].column for m in PAPER_COLUMNS], rows=rows, remark=remark)
     common.write_json(run / f"07_systems{suffix}.json", about)
-    coverage = ", ".join(f"{name} {len(paths)}/{len(clips)}" for name, paths in files.items())
-    print(f"{args.split} split, guidance {args.guidance:g}; clips with audio: {coverage}")
-    missing = run / "01_missing.jsonl"
-    if gone := missing.exists() and sum(row["split"] == args.split for row in common.read_jsonl(missing)):
+    silent = {name: sum(heard[p] < common.SILENT_PEAK for p in paths.values()) for name, paths in files.items()}
+    said = {name: f" ({count} silent)" if count else "" for name, count in silent.items()}
+    coverage = [f"{name} {len(paths)}/{len(clips)}{said[name]}" for name, paths in files.items()]
+    print(f"{args.split} split, guidance {args.guidance:g}; clips with audio: {', '.join(coverage)}")
+    if gone := sum(row["split"] == args.split for row in unseen):
         print(f"{gone} more listed {args.split} clips have no video (01_missing.jsonl), so no system is judged on them")
     print_table(results, list(systems))
+    for name, count in silent.items():
+        if name != "ground_truth" and count > 0.01 * len(files[name]):
+            print(f"warning: {count} of {len(files[name])} audios of {name} are silent or broken, and scored as that")
     print_table_1(rows, remark)
     print(f"\nwrote {run / f'07_results{suffix}.jsonl'}")
     if args.split == "test":

@@ -193,6 +193,12 @@ def cards_of(run, run_json, clips, systems):
 # ------------------------------------------------------------------------------------------------------------
 
 
+RESULT = dict(system=common.TEXT, metric=common.TEXT, better=common.TEXT, verdict=common.maybe(common.TEXT))
+RESULT |= {key: common.maybe(common.NUMBER) for key in ("value", "low", "high", "n", "diff", "diff_low", "diff_high")}
+SYSTEMS = dict(split=common.TEXT, guidance=common.NUMBER, steps=common.NUMBER)
+SYSTEMS |= dict(systems=common.LIST, metrics=common.DICT, paper=common.DICT)
+
+
 def record(file):
     return common.read_json(file) if file.exists() else {}
 
@@ -200,8 +206,8 @@ def record(file):
 def report(run):
     # -- numbers
     run_json, hint = common.read_run(run), f"; run 07_evaluate.py --run-dir {run} first"
-    results = common.read_jsonl(run / "07_results.jsonl", ("system", "metric", "value", "diff", "verdict"), hint)
-    about = common.read_json(run / "07_systems.json", hint)
+    results = [dict.fromkeys(RESULT) | row for row in common.read_jsonl(run / "07_results.jsonl", RESULT, hint)]
+    about = common.read_json(run / "07_systems.json", SYSTEMS, hint)
     systems, clips = about["systems"], common.read_clips(run, about["split"])
     names = [system["name"] for system in systems]
     if {*names} != {row["system"] for row in results} or any(row["metric"] not in about["metrics"] for row in results):
@@ -291,7 +297,7 @@ for FD and IS. In a cell: value, interval, paired difference to base; green or r
 <h2>Differences to base</h2>{{ figure("differences", "There is no system to compare with base.") }}
 <h2>Training</h2>
 {% for name, made in policies.items() %}<p class="note"><b>{{ name }}</b>:
-{% for key in ("model", "method", "beta", "lr", "steps", "seed", "commit") if made[key] is defined %}
+{% for key in ("model", "method", "beta", "lr", "steps", "seed") if made[key] is defined %}
 {{ key }} {{ made[key] }}{{ "" if loop.last else "," }}
 {% endfor %}</p>{% endfor %}
 {{ figure("training", "No policy was trained here.") }}{% if figures.training %}

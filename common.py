@@ -1,8 +1,8 @@
 """What several stages of the V2A-DPO reproduction share.
 
 Read in this order: notation, Flow-DPO (Eq. 5, Eq. 3), AudioScore (Sec. 2.1), sampler, the interface of a backbone. A
-reader of the paper can stop there. Then: failure, files, provenance, what stages read, flags, torch.distributed, video
-and audio, scorers and the store of what they said; last the loaders of `adapters/`.
+reader of the paper can stop there. Then: a stage's entry, what stages read, flags, torch.distributed, scorers and the
+store of what they said; last the loaders of `adapters/`. Files (checks, records, locks) and media are in `plumbing/`.
 
 Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 
@@ -23,37 +23,34 @@ Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 
 import argparse
 import copy
-import csv
+import fcntl
 import functools
 import hashlib
 import importlib
-import json
 import math
 import os
 import random
 import re
 import sys
+import threading
+import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-import av
-import numpy as np
-import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-import torchaudio
-from av.stream import Disposition
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent
+from plumbing.files import *  # noqa: F403, what stages need of it they find here
+from plumbing.media import *  # noqa: F403
+
 RATINGS = ("Good", "Medium", "Bad")  # the order of every probability vector (Eq. 1)
 SCORES = ("ib", "clap", "desync_s", "is_nats", "pesq")  # score_1 ... score_5 (Sec. 2.1)
 
@@ -138,9 +135,10 @@ class AudioScore(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        state = load_pt(path)["audioscore"]
+        hint = "; rerun 02_fit_audioscore.py --redo"
+        state = load_pt(path, {"audioscore": with_fields(**{"p_y": FLOATS, "mlp.0.bias": FLOATS})})["audioscore"]
         self = cls(tags=len(state["p_y"]), hidden=len(state["mlp.0.bias"]))
-        self.load_state_dict(state)
+        load_weights(self, state, path, f"is not an AudioScore{hint}")
         return self.to(device).eval().requires_grad_(False)
 
 
@@ -262,14 +260,24 @@ class FlowModel(nn.Module):
     def trainable_parameters(self):
         return [p for p in self.parameters() if p.requires_grad]
 
-    def reference(self):
-        """A frozen copy: u_ref."""
-        return copy.deepcopy(self).eval().requires_grad_(False)
+    def reference(self, bf16=False):
+        """A frozen copy: u_ref. bf16 halves its memory: of the weights of linear and convolution layers, which autocast
+        rounds at every use, only the rounded values are kept; norms and time embeddings stay float32."""
+        copied = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in copied.modules() if bf16 else ():
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                module.to(torch.bfloat16)
+        return copied
 
     def checkpoint_blocks(self):
         """Trades time for memory: every block's activations are recomputed in the backward pass."""
         for block in self.blocks():
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+    def compile_sampling(self):
+        """Makes `sample` faster after a first, slow call. Training stays eager: in bf16 a compiled policy rounds
+        otherwise than its reference, which Eq. 5's beta would magnify."""
+        self.project, self.predict = torch.compile(self.project), torch.compile(self.predict)
 
     def save_policy(self, path):
         save_pt(path, self.policy_state())
@@ -281,31 +289,20 @@ def tile(rows, repeats):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Failure
+# A stage's entry
 # ------------------------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    """A user error: one line that says what is wrong and what to do."""
-
-
-class SkipClip(Exception):
-    """A video or audio that cannot be used; the text is the reason that stage 01 counts and lists."""
-
-
-class NoAudio(SkipClip):
-    """A silent film, which has no audio stream; any other SkipClip of `read_audio` is sound that cannot be read."""
-
-
-def stop(message):
-    raise Stop(message)
-
-
 def launch(main, parse_args):
-    """A stage's entry. A user error ends in its line and exit code 2, Ctrl-C in a line; what is written is kept."""
+    """A stage's entry. A user error, or one of the system, ends in one line and exit code 2, Ctrl-C in a line; what is
+    written is kept."""
     try:
         main(parse_args())
-    except Stop as error:
+    except (Stop, OSError) as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)  # what rank 0 has met too, it has said by now, and torchrun ends this process
+        if isinstance(error, OSError):
+            error = f"{error.filename or 'system'}: {error.strerror or error}; mend that, then run the command again"
         tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, also beside a progress bar
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -316,216 +313,40 @@ def launch(main, parse_args):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------------------
-
-
-def load_pt(path, mmap=False):
-    """The only torch.load of this repository. path: a .pt of plain tensors, numbers, strings, lists, dicts."""
-    path = Path(path)
-    if not path.is_file():
-        stop(f"{path}: no such file")
-    try:
-        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a truncated or foreign file
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        refused = re.findall(r"GLOBAL (\S+)", str(error))  # a pickle may run code: only plain types are let in
-        reason = f"it holds {refused[0]}" if refused else reason[:160]
-        stop(f"{path}: cannot be read as a .pt file of plain tensors ({reason}); make it anew or copy it again")
-
-
-@contextmanager
-def replacing(path):
-    """Yields a temporary name beside `path` and renames it on success: a file is either whole or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_pt(path, value):
-    with replacing(path) as temporary, open(temporary, "wb") as stream:
-        torch.save(value, stream)  # to a path it would write the temporary name, and equal content would differ
-
-
-def write_text(path, text):
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_jsonl(path, rows):
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_json(path, hint=""):
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        stop(f"{path}: no such file{hint}")
-    except ValueError as error:
-        stop(f"{path}: not valid JSON ({error}){hint}")
-
-
-def read_jsonl(path, fields=(), hint=""):
-    """A list of dicts, one per line; every line must have `fields`. Stops with file, line and field."""
-    path, rows = Path(path), []
-    if not path.is_file():
-        stop(f"{path}: no such file{hint}")
-    text = path.read_text(encoding="utf-8", errors="replace").rstrip()
-    for number, line in enumerate(text.split("\n") if text else (), 1):  # splitlines would cut at U+2028 in a caption
-        try:
-            row = json.loads(line)
-        except ValueError:
-            stop(f"{path}, line {number}: not valid JSON{hint}")
-        for field in fields:
-            if not isinstance(row, dict) or field not in row:
-                stop(f"{path}, line {number}: field '{field}' is missing{hint}")
-        rows.append(row)
-    return rows
-
-
-def read_table(path, fields):
-    """A person's answers, .csv or .jsonl: yields (line number, row); every row must have `fields`."""
-    path = Path(path)
-    if not path.is_file():
-        stop(f"{path}: no such file")
-    if path.suffix == ".jsonl":
-        yield from enumerate(read_jsonl(path, fields), 1)
-        return
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as stream:
-        reader = csv.DictReader(stream)
-        missing = [field for field in fields if field not in (reader.fieldnames or [])]
-        if missing:
-            stop(f"{path}, line 1: column '{missing[0]}' is missing")
-        for row in reader:
-            yield reader.line_num, row
-
-
-def write_sheet(path, header, rows, answer):
-    """A csv for people to fill in, an empty cell of the column `answer` in each row. Somebody's answers are never
-    written over: a sheet that holds any is left as it is, and said so."""
-    path = Path(path)
-    if path.exists() and any(row[answer] for _, row in read_table(path, (answer,))):
-        print(f"{path}: holds answers and is left as it is")
-        return
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([header, *rows])
-
-
-def inside(root, name, where):
-    """root / name, refused when it leaves root (.., absolute paths, links that point outside)."""
-    root = Path(root).resolve()
-    path = (root / str(name)).resolve()
-    if not path.is_relative_to(root):
-        stop(f"{where}: '{name}' points outside {root}; use a path below it")
-    return path
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Provenance: the two digits of a file's name say which stage wrote it, that stage's record what it was made from
-# ------------------------------------------------------------------------------------------------------------
-
-
-def digest(path):
-    """SHA-256 of a file, or of a folder's .jsonl files in order of their names; the first 16 hex digits."""
-    path, total = Path(path), hashlib.sha256()
-    if not path.exists():
-        stop(f"{path}: no such file")
-    for file in sorted(path.glob("[!.]*.jsonl")) if path.is_dir() else [path]:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 22):
-                total.update(block)
-    return total.hexdigest()[:16]
-
-
-def record_of(run, name):
-    """`<run>/NN_settings.json` of what stage NN wrote; a policy folder has its own settings.json."""
-    top = Path(name).parts[0]
-    own = Path(run) / top / "settings.json"
-    return own if own.exists() else Path(run) / f"{top[:2]}_settings.json"
-
-
-def require(run, *names):
-    """Stops unless these outputs of earlier stages exist, and nothing that they were made from has changed since, back
-    to stage 01: their records are followed."""
-    followed = set()
-
-    def follow(name):
-        path, record = Path(run) / name, record_of(run, name)
-        script = next((file.name for file in ROOT.glob(f"{name[:2]}_*.py")), None)
-        for file in (path, record):
-            if not file.exists():
-                stop(f"{file}: no such file; run {script or 'the stage that writes it'} --run-dir {run} first")
-        if record in followed:
-            return
-        followed.add(record)
-        inputs = read_json(record).get("inputs", {})
-        for source in inputs:
-            if not (Path(run) / source).exists():
-                stop(f"{Path(run) / source}: missing, but {path} was made from it; run the stage that writes it again")
-            follow(source)  # the earliest change is the one to mend
-        for source, was in inputs.items():
-            if digest(Path(run) / source) != was:
-                again = f"{script} --run-dir {run} --redo" if record.parent == Path(run) else "it into another --out"
-                stop(f"{Path(run) / source}: changed after it was read for {path}; rerun {again}")
-
-    for name in names:
-        follow(name)
-
-
-def claim(run, record, settings, inputs=(), redo=False, advice="use --redo to replace it", outputs=()):
-    """One record of settings per output. record, inputs, outputs: names below run; inputs are what it is made from.
-
-    The first call writes the record; a later one with other settings, or with inputs that changed meanwhile, prints the
-    difference and stops, so that nothing is ever half made with other settings. `redo` replaces the record, and first
-    removes the `outputs` of the old one: interrupted, it leaves none that the new record would vouch for.
-    """
-    file = Path(run) / record
-    new = {"settings": settings, "inputs": {name: digest(Path(run) / name) for name in inputs}}
-    new = json.loads(json.dumps(new))
-    if file.exists() and not redo:
-        old = read_json(file)
-        for part in ("settings", "inputs"):
-            before, now = old.get(part, {}), new[part]
-            for key in sorted(before.keys() | now.keys()):
-                if before.get(key) != now.get(key):
-                    changed = f"made with {key}={before.get(key)}, now {now.get(key)}"
-                    changed = changed if part == "settings" else f"{key} has changed since it was read"
-                    stop(f"{file}: {changed}; {advice}")
-    for output in outputs if redo else ():
-        (Path(run) / output).unlink(missing_ok=True)
-    write_json(file, new)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # What stages read
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_run(run):
-    """run.json of a run folder; stops when the folder is missing."""
+SCORER_SET = Kind("a set of scorers", lambda x: isinstance(x, str) and x in SCORERS)
+WORLD = dict(model=TEXT, checkpoint=PATH, video_root=PATH, clip_s=between(0.1, 3600), checkpoint_digest=maybe(TEXT))
+WORLD |= dict(defaults=maybe(dict_of(dict_of(NUMBER))), scorers=maybe(SCORER_SET))
+WORLD |= dict(scorers_root=maybe(PATH), cavp_root=maybe(PATH))
+RUN = dict(sampler=with_fields(steps=COUNT, guidance=NUMBER), num_samples=COUNT, seed=INDEX, max_clips=INDEX)
+RUN |= WORLD | dict(checkpoint_digest=TEXT, latent_shape=list_of(COUNT), sample_rate_hz=COUNT)
+CLIP = dict(id=NAME, video=PATH, caption=maybe(TEXT), label=maybe(TEXT), split=one_of("train", "val", "test"))
+SAMPLE = dict(clip=NAME, k=INDEX, seed=INDEX, wav=TEXT, row=INDEX, digest=TEXT, finite=FLAG, peak=SHARE, clipped=SHARE)
+SKIPPED = dict(clip=NAME, reason=TEXT)
+
+
+def read_run(run, fields=RUN):
+    """run.json of a run folder, completed by stage 01 unless `fields` is WORLD; stops when the folder is missing."""
     run = Path(run)
     if not run.is_dir():
         stop(f"--run-dir {run}: no such folder; stage 01 (or 00 for the toy world) creates it")
-    return read_json(run / "run.json", hint="; run 01_generate.py (or 00_toy_world.py) first")
+    return read_json(run / "run.json", fields, "; run 01_generate.py (or 00_toy_world.py) first")
 
 
 def read_clips(run, split=None):
     """Lines of clips.jsonl, in order, each with `path` (absolute, checked to lie below the video root) and, for
     Frieren, `cavp` (its features, without suffix)."""
     run = Path(run)
-    file, run_json, clips = run / "clips.jsonl", read_run(run), []
+    file, run_json, clips, ids = run / "clips.jsonl", read_run(run), [], set()
     root = run / run_json["video_root"]
-    for number, clip in enumerate(read_jsonl(file, ("id", "video", "split"), "; rerun 01_generate.py"), 1):
+    for number, clip in enumerate(read_jsonl(file, CLIP, "; rerun 01_generate.py"), 1):
+        clip = {"caption": None, "label": None, **clip}
+        if clip["id"] in ids:
+            stop(f"{file}, line {number}, field 'id': {clip['id']} occurs twice; rerun 01_generate.py")
+        ids.add(clip["id"])
         if split is None or clip["split"] == split:
             clip["path"] = inside(root, clip["video"], f"{file}, line {number}, field 'video'")
             if "cavp_root" in run_json:
@@ -535,22 +356,47 @@ def read_clips(run, split=None):
 
 
 def read_samples(run):
-    """Every audio of stage 01: {clip id: [line, ...]} in order of k; each line gains `shard` (a path stem)."""
-    samples, fields = {}, ("clip", "k", "seed", "wav", "row", "digest", "finite", "peak", "clipped")
-    for file in sorted((Path(run) / "01_samples").glob("[0-9]*.jsonl")):
-        if not file.name.endswith(".skipped.jsonl"):
-            for row in read_jsonl(file, fields, "; remove the shard and rerun 01_generate.py"):
-                samples.setdefault(row["clip"], []).append(dict(row, shard=file.stem))
+    """Every audio of stage 01: {clip id: [line, ...]} in order of k; each line gains `shard` (a path stem). Every train
+    clip that stage 01 drew must be there, with all its audios, or be skipped."""
+    run, samples, skipped = Path(run), {}, 0
+    about, train = read_run(run), {c["id"] for c in read_jsonl(run / "clips.jsonl", CLIP) if c["split"] == "train"}
+    for file in sorted((run / "01_samples").glob("[0-9]*.jsonl")):
+        hint = "; remove that shard and rerun 01_generate.py"
+        if file.name.endswith(".skipped.jsonl"):
+            skipped += len(read_jsonl(file, SKIPPED, hint))
+            continue
+        for i, row in enumerate(read_jsonl(file, SAMPLE, hint)):
+            mine, k = samples.setdefault(row["clip"], []), i % about["num_samples"]
+            in_order = (row["row"], row["k"]) == (i, k) and [earlier["row"] for earlier in mine] == [*range(i - k, i)]
+            if not in_order or row["clip"] not in train or row["wav"] != f"01_audio/{row['clip']}_{k}.wav":
+                stop(f"{file}, line {i + 1}: not audio {k} of a train clip, with its row, k and wav, in order{hint}")
+            mine.append(dict(row, shard=file.stem))
     if not samples:
-        stop(f"{Path(run) / '01_samples'}: no generated audio; run 01_generate.py --run-dir {run} first")
+        stop(f"{run / '01_samples'}: no generated audio; run 01_generate.py --run-dir {run} first")
+    whole = all(len(rows) == about["num_samples"] for rows in samples.values())
+    if not whole or len(samples) + skipped != min(len(train), about["max_clips"]):
+        stop(f"{run / '01_samples'}: some of the {len(train)} train clips are not there; rerun 01_generate.py")
     return samples
+
+
+def read_pairs(path, hint, **fields):
+    """Pairs of different audios, each once: clip, winner, loser (k), and these fields."""
+    pairs, seen = read_jsonl(path, dict(clip=NAME, winner=INDEX, loser=INDEX, **fields), hint), set()
+    for line, pair in enumerate(pairs, 1):
+        key = (pair["clip"], *sorted((pair["winner"], pair["loser"])))
+        if pair["winner"] == pair["loser"] or key in seen:
+            stop(f"{path}, line {line}: {key} is no pair, or stands here twice{hint}")
+        seen.add(key)
+    return pairs
 
 
 class Shards:
     """Stage 01's latents and features, memory-mapped: memory does not grow with the data set."""
 
-    def __init__(self, run, samples, num_samples):
-        self.folder, self.num_samples, self.open = Path(run) / "01_samples", num_samples, {}
+    def __init__(self, run, samples):
+        about = read_run(run)
+        self.folder, self.num_samples, self.open = Path(run) / "01_samples", about["num_samples"], {}
+        self.latent_shape = tuple(about["latent_shape"])
         self.place = {(clip, row["k"]): (row["shard"], row["row"]) for clip, rows in samples.items() for row in rows}
         self.made = defaultdict(list)  # by shard, the digests of its audios
         for row in (row for rows in samples.values() for row in rows):
@@ -558,9 +404,12 @@ class Shards:
 
     def shard(self, name):
         if name not in self.open:
-            file = load_pt(self.folder / f"{name}.pt", mmap=True)
-            if file.get("digests") != self.made[name]:
-                stop(f"{self.folder / name}.pt: not of the audios in {name}.jsonl; remove both, rerun 01_generate.py")
+            path, made = self.folder / f"{name}.pt", self.made[name]
+            file = load_pt(path, dict(latents=FLOATS, features=dict_of(FLOATS), digests=LIST), mmap=True)
+            fits = file["digests"] == made and file["latents"].shape == (len(made), *self.latent_shape)
+            clips = len(made) // self.num_samples
+            if not fits or not file["features"] or any(len(value) != clips for value in file["features"].values()):
+                stop(f"{path}: not of the audios in {name}.jsonl; remove both, rerun 01_generate.py")
             self.open[name] = file
         return self.open[name]
 
@@ -588,7 +437,7 @@ def to_simulate(run, answers, asked, fields, redo):
         return False
     if not answers.exists():
         return True
-    rows = read_jsonl(answers, fields)
+    rows = read_jsonl(answers, dict.fromkeys(fields, ANY))
     simulated = all(row.get("rater") == "simulated" for row in rows)
     return redo and simulated and {tuple(row[field] for field in fields) for row in rows} != asked
 
@@ -596,11 +445,11 @@ def to_simulate(run, answers, asked, fields, redo):
 def sample_index(clip, k, samples, where, field="k"):
     """k as an integer, after checking that stage 01 made the k-th audio of this clip."""
     if not isinstance(clip, str) or clip not in samples:
-        stop(f"{where}, field 'clip': {clip!r} is no clip with generated audio")
-    known = [row["k"] for row in samples[clip]]
-    if not str(k).isdecimal() or int(k) not in known:
-        stop(f"{where}, field '{field}': {k!r} is no audio of {clip} (there are {', '.join(map(str, known))})")
-    return int(k)
+        stop(f"{where}, field 'clip': {repr(clip)[:80]} is no clip with generated audio")
+    known = {str(row["k"]): row["k"] for row in samples[clip]}
+    if isinstance(k, bool) or str(k).strip() not in known:
+        stop(f"{where}, field '{field}': {repr(k)[:80]} is no audio of {clip} (there are {', '.join(known)})")
+    return known[str(k).strip()]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -627,8 +476,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
-def number(kind, least=-math.inf, most=math.inf):
-    """A flag's type: a finite int or float from least to most."""
+def number(kind, least, most=None):
+    """A flag's type: a finite int or float from least to most (if None, a number that no flag can mean)."""
+    most = {int: 2**31 - 1, float: 1e9}[kind] if most is None else most
 
     def convert(text):
         try:
@@ -636,21 +486,28 @@ def number(kind, least=-math.inf, most=math.inf):
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and least <= value <= most):
-            bounds = f", at least {least:g}" * (least > -math.inf) + f", at most {most:g}" * (most < math.inf)
             kinds = {int: "a whole number", float: "a number"}
-            raise argparse.ArgumentTypeError(f"{text!r} must be {kinds[kind]}{bounds}")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} must be {kinds[kind]} from {least} to {most}")
         return value
 
     return convert
 
 
 def parse(parser, argv, stage):
-    """parser.parse_args; `defaults` of the run's run.json (or of the run that --checkpoint lies in) replace the paper's
-    numbers, which is said, and an explicit flag wins over both."""
+    """parser.parse_args. A run's `defaults` (of run.json, or of the one beside --checkpoint) replace the paper's
+    numbers, which is said; an explicit flag wins over both."""
     args = parser.parse_args(argv)
-    beside = Path(getattr(args, "checkpoint", None) or args.run_dir).with_name("run.json")
-    found = [read_json(file) for file in (Path(args.run_dir) / "run.json", beside) if file.is_file()]
-    own = next((about["defaults"] for about in found if "defaults" in about), {}).get(stage, {})
+    checkpoint = getattr(args, "checkpoint", None)
+    folders = [Path(args.run_dir)] + ([Path(checkpoint).parent] if checkpoint else [])
+    files = [folder / "run.json" for folder in folders if (folder / "run.json").is_file()]
+    found = [(file, read_json(file, {"defaults": WORLD["defaults"]}).get("defaults", {})) for file in files]
+    file, own = next(((file, defaults[stage]) for file, defaults in found if stage in defaults), (None, {}))
+    flags = {action.dest: action for action in parser._actions if action.type}
+    for key, value in own.items():
+        try:
+            own[key] = flags[key].type(str(value))
+        except (KeyError, argparse.ArgumentTypeError):
+            stop(f"{file}, field 'defaults': {key} {value!r} is no flag of stage {stage} with such a value")
     paper = {key: parser.get_default(key) for key in own}
     parser.set_defaults(**own)
     args = parser.parse_args(argv)
@@ -687,9 +544,26 @@ def setup_ranks():
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
-        patience = timedelta(hours=12)  # ranks wait for the slowest clip, scorer or encoder
-        dist.init_process_group("nccl" if options else "gloo", timeout=patience, **options)
+        dist.init_process_group("nccl" if options else "gloo", timeout=timedelta(seconds=60), **options)  # to meet
+        dist.distributed_c10d._set_pg_timeout(timedelta(hours=12))  # to wait for the slowest clip, scorer or encoder
     return Ranks(rank, world, device)
+
+
+HELD, STORE = [], threading.Lock()  # locks that live as long as the process; one thread at a time writes to the store
+
+
+def hold(run, name, ranks):
+    """Takes this run's lock of a stage, or of a training's output folder, for as long as the process lives; a second
+    process is refused. What killed ones left half written is removed. Only processes that see each other's POSIX locks
+    are kept apart: on a network file system without them, nothing is."""
+    if ranks.rank == 0:
+        Path(run).mkdir(parents=True, exist_ok=True)
+        HELD.append(take(Path(run) / f".{name}.lock", f"{run}: {name} is being made by", fcntl.LOCK_NB))
+        own = (".run*", ".clips*") if name in ("00", "01") else ()
+        for pattern in (f".{name}*", f"{name}/**/.*", f"{name}_*/**/.*" if len(name) == 2 else ".", *own):
+            for file in Path(run).glob(f"{pattern}.tmp*"):
+                file.unlink(missing_ok=True)
+    barrier()
 
 
 def barrier():
@@ -712,10 +586,13 @@ def data_parallel(model, device):
     return nn.parallel.DistributedDataParallel(model, device_ids=devices, **options)
 
 
-def autocast(device, precision):
+def in_bf16(device, precision):
     """bf16 on CUDA, plain float32 elsewhere, unless --precision says otherwise."""
-    bf16 = precision == "bf16" or (precision == "auto" and device != "cpu")
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16)
+    return precision == "bf16" or (precision == "auto" and device != "cpu")
+
+
+def autocast(device, precision):
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=in_bf16(device, precision))
 
 
 @functools.lru_cache(maxsize=4)
@@ -726,24 +603,43 @@ def shuffled(seed, count):
     return order
 
 
+def made_with(folder):
+    """Digest of what a training was started with; its policy's digest joins the same record at the end."""
+    about = read_json(Path(folder) / "settings.json", RECORD)
+    return digest_of(about["settings"], about["inputs"])
+
+
 def save_training(folder, step, model, optimizer):
     """checkpoint.pt: everything that the next step depends on besides the settings, which it is bound to."""
-    state = dict(step=step, settings=digest(Path(folder) / "settings.json"))
+    with open(Path(folder) / "log.jsonl", "rb") as stream:
+        os.fsync(stream.fileno())  # the log never lacks what the checkpoint has
+    state = dict(step=step, settings=made_with(folder))
     save_pt(Path(folder) / "checkpoint.pt", dict(state, model=model.state_dict(), optimizer=optimizer.state_dict()))
 
 
-def resume_training(folder, model, optimizer, steps, rank=0):
-    """Loads checkpoint.pt if there is one, cuts log.jsonl back to it, and returns the number of steps done."""
+def resume_training(folder, model, optimizer, steps, rank, shown):
+    """Loads checkpoint.pt if there is one, cuts log.jsonl back to it, and returns the number of steps done. shown:
+    fields of the log that are read at the end."""
     file, log, step = Path(folder) / "checkpoint.pt", Path(folder) / "log.jsonl", 0
     if file.exists():
-        state = load_pt(file, mmap=True)
-        if state.get("settings") != digest(Path(folder) / "settings.json") or not 0 <= state["step"] <= steps:
-            stop(f"{file}: of another training than {folder}/settings.json; remove it, or use another --out")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        advice = "remove it, or use another --out"
+        moments = dict_of(with_fields(step=TENSOR, exp_avg=TENSOR, exp_avg_sq=TENSOR), lambda x: type(x) is int)
+        fields = dict(step=INDEX, settings=TEXT, model=dict_of(TENSOR), optimizer=with_fields(state=moments))
+        state = load_pt(file, fields, mmap=True)
+        if state["settings"] != made_with(folder) or state["step"] > steps:
+            stop(f"{file}: of another training than {folder}/settings.json; {advice}")
+        load_weights(model, state["model"], file, f"is not of this model; {advice}")
+        own, wrong = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}, f"is not of this model; {advice}"
+        load_weights(optimizer, own, file, wrong, finite=False)
+        step, weights = state["step"], model.trainable_parameters()
+        if any(optimizer.state[x]["exp_avg"].shape != x.shape for x in weights if step and x in optimizer.state):
+            stop(f"{file}: {wrong}")
     if rank == 0:
-        write_jsonl(log, [row for row in read_jsonl(log) if row["step"] < step] if log.exists() else [])
+        rows = read_jsonl(log, {"step": INDEX, **dict.fromkeys(shown, NUMBER)}, cut=True) if log.exists() else []
+        rows = [row for row in rows if row["step"] < step]
+        if [row["step"] for row in rows] != [*range(step)]:
+            stop(f"{log}: lacks some of the {step} steps of checkpoint.pt; put it back, or remove the folder")
+        write_jsonl(log, rows)
     barrier()
     return step
 
@@ -751,11 +647,16 @@ def resume_training(folder, model, optimizer, steps, rank=0):
 def output_folder(run, name):
     """run / name for --out: a folder name inside the run, nothing else."""
     taken = re.match(r"0[0-47-9]|scores$", name)
-    if not name or Path(name).name != name or name in (".", "..") or taken:
+    if not file_name(name) or taken:
         stop(f"--out {name}: give a plain folder name, not one of another stage")
     if (Path(run) / name).exists() and not (Path(run) / name).is_dir():
         stop(f"--out {name}: is a file of this run; give a plain folder name")
     return Path(run) / name
+
+
+def as_system(out):
+    """What stage 07 must be told besides the run, for a policy folder that it does not evaluate by itself."""
+    return "" if out in ("05_flow_dpo", "06_ddpo") else f" --systems {out}"
 
 
 def save_policy(folder, model, run_json, **about):
@@ -766,198 +667,16 @@ def save_policy(folder, model, run_json, **about):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Video and audio
-# ------------------------------------------------------------------------------------------------------------
-
-
-FINEST_FPS = 25  # the finest consumer's grid, Synchformer's: on it a video is too short for all of them, or for none
-
-
-def open_media(path):
-    """A video or audio file through PyAV; a title in another encoding than UTF-8 is no reason to refuse it."""
-    return av.open(str(path), metadata_errors="ignore")
-
-
-@contextmanager
-def skipping(kind):
-    """What can go wrong in a file becomes the reason to skip it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise SkipClip("no such file") from None
-    except (av.error.FFmpegError, soundfile.SoundFileError, OSError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise SkipClip(f"unreadable {kind} ({reason})") from None
-
-
-def film(container):
-    """The first video stream that is no cover picture, ready to decode."""
-    stream = next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
-    if stream is None or stream.codec_context is None:
-        raise SkipClip("no video stream" if stream is None else "unreadable video (no decoder for it)")
-    stream.thread_type, stream.codec_context.thread_count = "AUTO", 2  # a thread holds several frames, 12 MB each at 4K
-    return stream
-
-
-def slot(time_s, fps):
-    """ffmpeg's fps filter: the nearest multiple of 1 / fps, halves away from zero. time_s: Fraction."""
-    nearest = math.floor(abs(time_s) * Fraction(fps) + Fraction(1, 2))
-    return nearest if time_s >= 0 else -nearest
-
-
-def read_frames(path, wanted, duration_s):
-    """A video's first duration_s at several rates, decoded once. wanted: [(fps, transform), ...]; transform: (3, H, W)
-    uint8 -> tensor. Returns a list of (duration_s * fps, ...) tensors. Raises SkipClip.
-
-    The rule is the fps filter's, as in torio, with which MMAudio's data sets and av-benchmark read: picture i is the
-    last frame whose slot is at most i, counted from the first frame's; the last frame is held for its own duration; a
-    display matrix turns nothing. A changed size is scaled to the first. What no slot shows is not converted, and no
-    frame is kept: a transform that shrinks bounds the memory."""
-    grids = [*(fps for fps, _ in wanted), FINEST_FPS]
-    counts = [round(duration_s * fps) for fps in grids]
-    out, done, last, reformat = [None] * len(wanted), [0] * len(wanted), None, av.video.reformatter.VideoReformatter()
-
-    def slots(time_s):
-        return [slot(time_s, fps) - slot(start_s, fps) for fps in grids]
-
-    def show_last(until):
-        picture = None
-        for k, (_, transform) in enumerate(wanted):
-            end = min(until[k], counts[k])
-            if done[k] < end:
-                if picture is None:
-                    picture = torch.from_numpy(reformat.reformat(last, *size, "rgb24").to_ndarray()).permute(2, 0, 1)
-                shown = transform(picture)
-                out[k] = shown.new_empty(counts[k], *shown.shape) if out[k] is None else out[k]
-                out[k][done[k] : end], done[k] = shown, end
-
-    with skipping("video"), open_media(path) as container:
-        stream = film(container)
-        for frame in container.decode(stream):
-            if frame.pts is None:
-                raise SkipClip("frames without time stamps")
-            time_s = frame.pts * frame.time_base
-            if last is None:
-                start_s, size = time_s, (frame.width, frame.height)
-            elif time_s < last.pts * last.time_base:  # B-frames in AVI: ffmpeg itself shows them late or drops them
-                raise SkipClip("time stamps out of order")
-            show_last(until := slots(time_s))
-            last = frame
-            if until[-1] >= counts[-1] and done == counts[:-1]:
-                return out
-        if last is None:
-            raise SkipClip("no frames")
-        end_s = time_s + (last.duration * last.time_base or 1 / (stream.average_rate or Fraction(25)))
-        if slots(end_s)[-1] < counts[-1]:
-            raise SkipClip(f"too short: {float(end_s - start_s):.2f} s of video, {duration_s:.2f} s needed")
-        show_last(counts)
-    return out
-
-
-def read_audio(path, sample_rate_hz, duration_s=None, pad=True):
-    """The first audio stream of any container as mono (S,) float32 at sample_rate_hz, the mean of its channels; with
-    duration_s, cut and (`pad`) zero-padded to it. Beside a video, sample 0 belongs to the first frame: by its time
-    stamps, sound is led by silence or cut. Raises SkipClip, NoAudio where there is no stream."""
-    wave = resample(*decode_audio(path, duration_s), sample_rate_hz)
-    samples = len(wave) if duration_s is None else round(duration_s * sample_rate_hz)
-    return fit_length(wave, samples) if pad else wave[:samples]
-
-
-@skipping("audio")
-def decode_audio(path, duration_s=None):
-    """(S,) float32 mono and its rate; of a longer file duration_s, and 0.1 s more for the filter of `resample`."""
-    need_s, wave = math.inf if duration_s is None else duration_s + 0.1, None
-    with open(path, "rb") as file:
-        is_wav = re.match(rb"RIFF....WAVE", file.read(12), re.DOTALL)
-    if is_wav:  # ten times faster than through ffmpeg, which is left what soundfile does not know
-        with suppress(soundfile.SoundFileError), soundfile.SoundFile(path) as file:
-            samples = -1 if duration_s is None else math.ceil(need_s * file.samplerate)
-            wave, rate = file.read(samples, "float32", always_2d=True).mean(axis=1), file.samplerate
-    if wave is None:
-        wave, rate = decode_stream(path, need_s)
-    if not len(wave):
-        raise SkipClip("empty audio stream")
-    return torch.from_numpy(wave), rate
-
-
-def decode_stream(path, need_s):
-    """(S,) float32 array and its rate: the first audio stream from the first picture on, need_s of it or all."""
-    with open_media(path) as container:
-        if not container.streams.audio:
-            raise NoAudio("no audio stream")
-        stream = container.streams.audio[0]
-        codec = stream.codec_context
-        if codec is None:
-            raise SkipClip("unreadable audio (no decoder for it)")
-        layout, rate = codec.layout, codec.sample_rate
-        if "(" in layout.name:  # PyAV 18 would free a custom order of channels twice; the mean needs no order
-            codec.layout = f"{layout.nb_channels} channels"
-        first_s = first_picture_s(path) if container.streams.video else None
-        pieces, total, kind = [np.zeros(0, np.float32)], None, None
-        for frame in container.decode(stream):
-            if total is None:  # samples since the first picture: silence where it is above 0, to be cut where below
-                total = 0 if None in (first_s, frame.time) else round((frame.time - first_s) * rate)
-                pieces.append(np.zeros(int(max(0, min(total, need_s * rate))), np.float32))
-            known, kind = kind, (frame.format.name, frame.layout.name, frame.sample_rate)
-            if kind != known:  # also in mid-stream. Packed, as PyAV miscounts the planes of 8 channels and more
-                packed = av.AudioResampler(format="flt", layout=frame.layout, rate=rate)
-            for part in packed.resample(frame):
-                piece = part.to_ndarray().reshape(-1, part.layout.nb_channels).mean(axis=1)
-                pieces.append(piece[max(0, -total) :])
-                total += len(piece)
-            if total >= need_s * rate:
-                break
-        return np.concatenate(pieces), rate
-
-
-def first_picture_s(path):
-    """When a file's first frame is shown; None where no video can be read."""
-    with suppress(SkipClip, av.error.FFmpegError), open_media(path) as container:
-        return next((frame.time for frame in container.decode(film(container))), None)
-    return None
-
-
-def resample(wave, rate, new_rate):
-    """torchaudio's windowed sinc. Its table of filters grows with the product of both rates over their common divisor
-    (44,099 to 16,000 Hz: 2.8 GB, and four times that to make it); where it is large, the same filter runs in scipy."""
-    divisor = math.gcd(rate, new_rate)
-    old, new = rate // divisor, new_rate // divisor
-    if old * new < 2**20:
-        return torchaudio.functional.resample(wave, rate, new_rate)
-    from scipy.signal import upfirdn
-
-    cutoff = 0.99 * min(old, new)  # torchaudio's rolloff; six zero crossings on either side, under a squared cosine
-    reach = math.ceil(6 * new / cutoff)  # new samples
-    i = np.arange(-reach * old, reach * old + 1)  # time in units of 1 / (old * new)
-    phase = i * pow(old, -1, new) % new  # time is the sum of two fractions in float32, whose rounding is at -70 dB
-    t = np.float32((phase * old - i) // new / old) - np.float32(phase / new)
-    t *= np.float32(cutoff)
-    taps = np.where(np.abs(t) < 6, np.sinc(t) * np.cos(np.pi * t / 12) ** 2, 0) * (cutoff / old)
-    out = upfirdn(np.float32(taps), wave.numpy(), new, old)
-    return torch.from_numpy(out[reach : reach + math.ceil(len(wave) * new / old)])
-
-
-def fit_length(wave, samples):
-    """Cut or zero-padded along the last dimension."""
-    return F.pad(wave[..., :samples], (0, max(0, samples - wave.shape[-1])))
-
-
-def write_audio(path, wave, sample_rate_hz):
-    """wave: (S,) float32, clipped to [-1, 1] (what is not finite becomes 0) -> 16-bit wav. Returns what need not be
-    found out by opening it again: digest, finite, peak (of full scale), clipped (share of samples at full scale)."""
-    heard = torch.nan_to_num(wave.float(), nan=0.0, posinf=0.0, neginf=0.0).clamp(-1, 1)
-    level = heard.abs()
-    with replacing(path) as temporary:
-        soundfile.write(temporary, heard.numpy(), sample_rate_hz, subtype="PCM_16")
-    about = dict(digest=digest(path), finite=bool(wave.isfinite().all()), peak=round(level.max().item(), 6))
-    return dict(about, clipped=round((level >= 0.999).float().mean().item(), 6))
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Scorers, and the one store of what they said
 # ------------------------------------------------------------------------------------------------------------
 
-AUDIOSCORE_SCORERS = ("imagebind", "clap", "synchformer", "panns", "pesq")  # behind score_1 ... score_5
+SILENT_PEAK = 1e-3  # of full scale, -60 dB
+
+# Paper silent: which classes are "the category of human speech" (Sec. 2.1). These are VGGSound's in which people talk,
+# spelled as among the 309 of MMAudio's sets/vgg-test.tsv; not singing, rapping, shouting, babbling, crowds and radios.
+HUMAN_SPEECH_CLASSES = ("child speech, kid speaking", "female speech, woman speaking")
+HUMAN_SPEECH_CLASSES += ("male speech, man speaking", "people whispering")
+AUDIOSCORE_SCORERS = dict(imagebind="ib", clap="clap", synchformer="desync_s", panns="logits", pesq="pesq")  # 1 ... 5
 
 
 class Scorer:
@@ -966,7 +685,7 @@ class Scorer:
     sample_rate_hz: int
     files: tuple = ()  # below --weights
     reads = None  # what of a clip its score depends on: None, "caption", "video" or "reference" (its sound and label)
-    gives: str  # the name of its score, where it reads the clip
+    gives: str  # the one score of a scorer that reads the clip
 
     def __init__(self):
         self.sides = {}  # clip id -> what embed_clip returned, or the SkipClip that it raised
@@ -1025,17 +744,30 @@ def stamp(path):
 
 def weights_digest(run, root, files):
     """Digest of a scorer's files, remembered by path, size and time in <run>/scores/weights.json."""
-    memory = Path(run) / "scores" / "weights.json"
-    known, digests = read_json(memory) if memory.exists() else {}, []
-    for path in (Path(root) / name for name in files):
-        name = str(path.resolve())
-        if not path.exists() and name not in known:
-            weight_file(root, path.relative_to(root))
-        if path.exists() and known.get(name, {}).get("stamp") != stamp(path):
-            known[name] = {"stamp": stamp(path), "digest": digest(path)}
-            write_json(memory, known)
-        digests.append(known[name]["digest"])
+    memory, digests = Path(run) / "scores" / "weights.json", []
+    with store_of(run):
+        known = dict_of(with_fields(stamp=TEXT, digest=TEXT))
+        known = check({"weights": read_json(memory)}, {"weights": known}, memory)["weights"] if memory.exists() else {}
+        for path in (Path(root) / name for name in files):
+            name = str(path.resolve())
+            if not path.exists() and name not in known:
+                weight_file(root, path.relative_to(root))
+            if path.exists() and known.get(name, {}).get("stamp") != stamp(path):
+                known[name] = {"stamp": stamp(path), "digest": digest(path)}
+                write_json(memory, known)
+            digests.append(known[name]["digest"])
     return "".join(digests)
+
+
+@contextmanager
+def store_of(run):
+    """While this process alone writes to the store."""
+    folder = Path(run) / "scores"
+    folder.mkdir(parents=True, exist_ok=True)
+    with STORE, take(folder / ".lock", "the store is used by"):
+        for file in folder.glob(".*.tmp*"):
+            file.unlink(missing_ok=True)
+        yield
 
 
 def score_keys(run, audios, name, weights):
@@ -1051,8 +783,7 @@ def score_keys(run, audios, name, weights):
             sides[clip["id"]] = [*parts, stamp(clip["path"])] if cls.reads in ("video", "reference") else parts
         return sides[clip["id"]]
 
-    parts = (json.dumps([name, audio.digest, files, side(audio.clip)]) for audio in audios)
-    return [hashlib.sha256(part.encode()).hexdigest()[:16] for part in parts]
+    return [digest_of(name, audio.digest, files, side(audio.clip)) for audio in audios]
 
 
 def store_file(run, group, name):
@@ -1070,7 +801,7 @@ def fill_store(run, audios, names, weights, ranks=Ranks()):  # noqa: B008, a con
             wanted.get(audio.group, {}).setdefault(key, audio)  # equal audio of two systems is scored once
         for group, new in wanted.items():
             file = store_file(run, group, name)
-            for key in load_pt(file, mmap=True)["keys"] if file.exists() else ():
+            for key in read_store(file)[0] if file.exists() else ():
                 new.pop(key, None)
             if new:
                 work[name].append((file, new))
@@ -1084,11 +815,12 @@ def fill_store(run, audios, names, weights, ranks=Ranks()):  # noqa: B008, a con
             good = [i for i, audio in enumerate(new.values()) if not scorer.failed(audio.clip)]
             keys = [key for i, key in enumerate(new) if i in set(good)]
             scores = {key: value[good] for key, value in scores.items()}
-            if file.exists():
-                old = load_pt(file)
-                keys, scores = old.pop("keys") + keys, {k: torch.cat([old[k], v]) for k, v in scores.items()}
-            if keys:
-                save_pt(file, {"keys": keys, **scores})
+            with store_of(run):  # two stages may fill one file
+                if file.exists():
+                    known, old = read_store(file, {key: value.shape[1:] for key, value in scores.items()})
+                    keys, scores = known + keys, {key: torch.cat([old[key], v]) for key, v in scores.items()}
+                if keys:
+                    save_pt(file, {"keys": keys, **scores})
             scorer.sides.clear()
             bar.update()
         del scorer
@@ -1122,28 +854,46 @@ def score_files(scorer, audios, clip_s, batch=20):
 def stored_scores(run, audios, names, weights):
     """What the store knows of these audios, in their order: {scorer: {key: (n, ...) float32}}, nan where a scorer could
     not judge."""
-    found = {}
+    found, scorers = {}, scorers_of(run, weights)
     for name in names:
+        used = {key for _, scorer, key in scorers.measures.values() if scorer == name}
+        shapes = dict.fromkeys(filter(None, [*used, AUDIOSCORE_SCORERS.get(name)]))
         rows, values = defaultdict(list), {}
         for i, (audio, key) in enumerate(zip(audios, score_keys(run, audios, name, weights))):
             rows[audio.group].append((i, key))
         for group, wanted in rows.items():
             file = store_file(run, group, name)
-            stored = load_pt(file) if file.exists() else {"keys": []}
-            place = {key: row for row, key in enumerate(stored.pop("keys"))}
+            keys, stored = read_store(file, shapes) if file.exists() else ([], {})
+            place = {key: row for row, key in enumerate(keys)}
             known = [(i, place[key]) for i, key in wanted if key in place]
             for key, value in stored.items():
-                values.setdefault(key, torch.full((len(audios), *value.shape[1:]), math.nan))
-                values[key][[i for i, _ in known]] = value[[row for _, row in known]]
-        gives = scorers_of(run, weights).classes[name]
-        found[name] = values or {gives.gives: torch.full((len(audios),), math.nan)}
+                shapes[key], some = value.shape[1:], value[[row for _, row in known]]
+                if some.isinf().any():
+                    stop(f"{file}: holds an infinite score; remove it and run the stage again")
+                values.setdefault(key, torch.full((len(audios), *shapes[key]), math.nan))
+                values[key][[i for i, _ in known]] = some
+        found[name] = values or {scorers.classes[name].gives: torch.full((len(audios),), math.nan)}
     return found
+
+
+def read_store(file, shapes=None):
+    """The keys of a file of the store, and its (n, ...) tensors, memory-mapped. shapes: the shape of a row, or None, of
+    those that must be there."""
+    shapes = shapes or {}
+    stored = load_pt(file, {"keys": list_of(TEXT), **dict.fromkeys(shapes, FLOATS)}, mmap=True)
+    keys = stored.pop("keys")
+    for key, value in stored.items():
+        if not FLOATS.holds(value) or len(value) != len(keys) or shapes.get(key) not in (None, value.shape[1:]):
+            stop(f"{file}: '{key}' does not fit the other scores; remove it and run the stage again")
+    return keys, stored
 
 
 def five_scores(found, audioscore):
     """The vector of Sec. 2.1 for each audio, (n, 5) float32 in the order of SCORES, nan where one does not apply."""
-    columns = [found["imagebind"]["ib"], found["clap"]["clap"], found["synchformer"]["desync_s"]]
-    return torch.stack([*columns, audioscore.inception(found["panns"]["logits"]), found["pesq"]["pesq"]], dim=1)
+    columns = {name: found[name][key] for name, key in AUDIOSCORE_SCORERS.items()}
+    if columns["panns"].shape[1:] != audioscore.p_y.shape:
+        stop("02_audioscore.pt: fitted with another tagger than scores/*.panns.pt; rerun 02_fit_audioscore.py --redo")
+    return torch.stack([*(columns | {"panns": audioscore.inception(columns["panns"])}).values()], dim=1)
 
 
 def score_line(clip, k, scores, **more):
@@ -1174,8 +924,6 @@ def load_model(name, checkpoint=None, device="cpu", weights="weights"):
 def load_base_model(run, device="cpu", weights="weights"):
     """The model that stage 01 sampled from, its weights checked against run.json."""
     run_json = read_run(run)
-    if "checkpoint_digest" not in run_json:
-        stop(f"{run}/run.json: stage 01 has not completed it; run 01_generate.py --run-dir {run} first")
     checkpoint = run_json["checkpoint"]
     model = load_model(run_json["model"], None if checkpoint == "upstream" else Path(run) / checkpoint, device, weights)
     if model.checkpoint_digest != run_json["checkpoint_digest"]:
@@ -1195,7 +943,7 @@ def scorers_of(run, weights):
     about = read_run(run)
     modules = [importlib.import_module(name) for name in SCORERS[about.get("scorers", "real")]]
     root = Path(run) / about["scorers_root"] if "scorers_root" in about else Path(weights)
-    classes, measures = ({}, {})
+    classes, measures = {}, {}
     for module in modules:
         classes, measures = classes | module.SCORERS, measures | module.MEASURES
     return ScorerSet(classes, measures, min(module.AT_A_TIME for module in modules), root)
@@ -1228,7 +976,7 @@ def upstream(repository, folder=""):
     try:
         yield
     except ModuleNotFoundError as error:
-        advice = "install it as docs/ says, or set UPSTREAM_DIR to the folder that holds its clone"
+        advice = "install it (docs/mmaudio.md, docs/frieren.md), or set UPSTREAM_DIR to the folder of its clone"
         stop(f"{repository}: cannot import {error.name}; {advice}")
     finally:
         if path:

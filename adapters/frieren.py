@@ -78,12 +78,10 @@ class Frieren(FlowModel):
     def load_policy(self, path):
         """Replaces the velocity network's weights by those of a file that save_policy, or upstream by Lightning 1.4,
         wrote. Returns the file's content and its VAE, both mapped: not read before they are used."""
-        scalar = np.float64(0).__reduce__()[0]  # learning rates are numpy scalars, callbacks are keyed by their class
-        allowed = [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
-        allowed += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-        allowed += [(type("Callback", (), {}), "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
-        with torch.serialization.safe_globals(allowed):
-            file = load_pt(path, mmap=True)
+        # learning rates are numpy scalars, callbacks are keyed by their class
+        names = ["numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"]
+        names += ["pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"]
+        file = load_pt(path, mmap=True, ignore=names)
         if not isinstance(file, dict) or not isinstance(file.get("state_dict"), dict):
             stop(f"{path}: no checkpoint of Frieren, which is a dict with a 'state_dict'")
         recorded = [callback.get("dirpath") or "" for callback in file.get("callbacks", {}).values()]

@@ -19,21 +19,22 @@ import torch.nn.functional as F
 import torchaudio
 from torchvision.transforms import InterpolationMode, v2
 
-from common import NoAudio, Scorer, fit_length, load_pt, read_audio, read_frames, read_json, stop, upstream, weight_file
+from common import (
+    HUMAN_SPEECH_CLASSES,
+    NoAudio,
+    Scorer,
+    fit_length,
+    load_pt,
+    read_audio,
+    read_frames,
+    read_json,
+    stop,
+    upstream,
+    weight_file,
+)
 
 JUDGED_S = 8.0
-SCALAR, ARRAY = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]  # the files were written under numpy 1
-NUMPY_SCALARS = [(SCALAR, "numpy.core.multiarray.scalar"), np.dtype, type(np.dtype("f8"))]  # learning rates in CLAP's
-NUMPY_ARRAYS = [(ARRAY, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, type(np.dtype("i8"))]  # in PANNs'
-
-# Paper silent: which classes are "the category of human speech" (Sec. 2.1). These are VGGSound's in which people talk,
-# spelled as among the 309 of MMAudio's sets/vgg-test.tsv; not singing, rapping, shouting, babbling, crowds and radios.
-HUMAN_SPEECH_CLASSES = (
-    "child speech, kid speaking",
-    "female speech, woman speaking",
-    "male speech, man speaking",
-    "people whispering",
-)
+IGNORE = [f"numpy.{name}" for name in ("dtype", "ndarray", "core.multiarray.scalar", "core.multiarray._reconstruct")]
 
 
 def judged(waves, sample_rate_hz, centred=False):
@@ -160,9 +161,9 @@ class ClapScorer(Scorer):
             net, _ = factory.create_model("HTSAT-base", "roberta", device="cpu", enable_fusion=False)
         finally:
             model.RobertaModel = RobertaModel
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
-            state = load_pt(path)
-        state = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+        state = load_pt(path, ignore=IGNORE)  # learning rates
+        state = state.get("state_dict", state) if isinstance(state, dict) else {}
+        state = {key.removeprefix("module."): value for key, value in state.items()}
         state.pop("text_branch.embeddings.position_ids", None)  # a constant that newer transformers do not store
         self.device, self.net = device, load_weights(net, state, path, device)
 
@@ -233,10 +234,10 @@ class PannsScorer(Scorer):
         path = weight_file(weights, self.files[0])
         with without_init("panns_inference"):
             from panns_inference.models import Cnn14
-        with torch.serialization.safe_globals(NUMPY_ARRAYS):
-            state = load_pt(path)
+        state = load_pt(path, ignore=IGNORE)  # the state of its sampler
+        state = state.get("model") if isinstance(state, dict) else None
         net = Cnn14(sample_rate=self.sample_rate_hz, mel_bins=64, classes_num=527, **self.stft)
-        self.device, self.net = device, load_weights(net, state.get("model"), path, device)
+        self.device, self.net = device, load_weights(net, state, path, device)
 
     def score_audio(self, waves, clips, sides):
         waves = judged(waves, self.sample_rate_hz, centred=True)

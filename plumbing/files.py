@@ -1,0 +1,476 @@
+"""Files: what they must hold, how they are read and written, what they were made from, and who may write.
+
+Everything that a person or another run brings is checked here, where it is read, and what is wrong ends in one line.
+"""
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import socket
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Failure
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """A user error: one line that says what is wrong and what to do."""
+
+
+class SkipClip(Exception):
+    """A video or audio that cannot be used; the text is the reason that stage 01 counts and lists."""
+
+
+class NoAudio(SkipClip):
+    """A silent film, which has no audio stream; any other SkipClip of `read_audio` is sound that cannot be read."""
+
+
+def stop(message):
+    raise Stop(message)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a file holds: read, checked, written
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """What a field of a file must be: in words, and as a test."""
+
+    words: str
+    holds: object
+    optional: bool = False  # null, or not there at all
+
+
+def printable(x):
+    return isinstance(x, str) and "\0" not in x and x == x.encode(errors="ignore").decode()  # no lone surrogates
+
+
+def file_name(x):
+    return printable(x) and x[:1] not in ("", ".") and not set("/\\\n\r") & set(x) and len(x.encode()) <= 200
+
+
+def short_path(x):
+    return printable(x) and 0 < len(x) < 4000 and max(len(part.encode()) for part in x.split("/")) <= 255
+
+
+def between(least, most, *kinds):
+    words = f"a {'whole ' * (kinds == (int,))}number from {least:g} to {most:g}"
+    return Kind(words, lambda x: type(x) in (kinds or (int, float)) and least <= x <= most)  # neither nan nor true
+
+
+def one_of(*values):
+    return Kind(f"one of {', '.join(values)}", lambda x: isinstance(x, str) and x in values)
+
+
+def list_of(kind):
+    holds = lambda x: isinstance(x, list) and len(x) > 0 and all(map(kind.holds, x))  # noqa: E731
+    return Kind(f"a list, each {kind.words}", holds)
+
+
+def dict_of(kind, name=printable):
+    holds = lambda x: isinstance(x, dict) and all(map(name, x)) and all(map(kind.holds, x.values()))  # noqa: E731
+    return Kind(f"a dict, each value {kind.words}", holds)
+
+
+def with_fields(**fields):
+    holds = lambda x: isinstance(x, dict) and all(kind.holds(x.get(name)) for name, kind in fields.items())  # noqa: E731
+    return Kind(f"a dict of {', '.join(f'{name} ({kind.words})' for name, kind in fields.items())}", holds)
+
+
+def maybe(kind):
+    return kind._replace(optional=True)
+
+
+TEXT, NAME = Kind("text", printable), Kind("a name that a file can have, of at most 200 bytes", file_name)
+PATH, SHARE = Kind("a path, no part of it longer than 255 bytes", short_path), between(0, 1)
+NUMBER = between(-1e300, 1e300)._replace(words="a finite number")
+INDEX, COUNT = between(0, 2**63 - 1, int), between(1, 10**9, int)
+THREE = Kind("three probabilities", lambda x: list_of(SHARE).holds(x) and len(x) == 3 and abs(sum(x) - 1) < 1e-3)
+FLAG, DICT, LIST = (Kind(f"a {kind.__name__}", lambda x, kind=kind: isinstance(x, kind)) for kind in (bool, dict, list))
+FLOATS = Kind("a tensor of floats", lambda x: torch.is_tensor(x) and x.is_floating_point() and x.dim() > 0)
+TENSOR, ANY = Kind("a tensor", torch.is_tensor), Kind("something", lambda x: True)
+
+
+def check(row, fields, where, hint=""):
+    """Stops unless every field is there and of its kind; an optional one that is null is taken for absent. fields:
+    {name: Kind}."""
+    if not isinstance(row, dict):
+        stop(f"{where}: {repr(row)[:60]} is not a set of fields{hint}")
+    for name, kind in fields.items():
+        value = row.get(name)
+        if value is None and not kind.optional:
+            stop(f"{where}: field '{name}' is missing{hint}")
+        if value is None:
+            row.pop(name, None)
+        elif not kind.holds(value):
+            stop(f"{where}, field '{name}': {repr(value)[:60]} is not {kind.words}{hint}")
+    return row
+
+
+class Ignored:
+    """What a third-party file holds beside its tensors and nobody needs (numpy scalars, callbacks): never built."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def load_pt(path, fields=None, mmap=False, ignore=()):
+    """The only torch.load of this repository. path: a .pt of plain tensors, numbers, strings, lists, dicts; fields:
+    {name: Kind} that it must hold; ignore: names of types that may occur in it, and are left out."""
+    path = Path(path)
+    if not path.is_file():
+        stop(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([(Ignored, name) for name in ignore]):
+            value = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a truncated or foreign file
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        refused = re.findall(r"GLOBAL (\S+)", str(error))  # a pickle may run code: only plain types are let in
+        reason = f"it holds {refused[0]}" if refused else reason[:160]
+        stop(f"{path}: cannot be read as a .pt file of plain tensors ({reason}); make it anew or copy it again")
+    return check(value, fields, path, "; make it anew or copy it again") if fields else value
+
+
+def load_weights(module, state, path, otherwise, finite=True):
+    """Fills a module strictly; `<path>: <otherwise>` where the state is another's, or not finite if it must be."""
+    try:
+        module.load_state_dict(state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # as torch words it, for users
+        stop(f"{path}: {otherwise}")
+    if finite and not all(value.isfinite().all() for value in module.state_dict().values()):
+        stop(f"{path}: holds numbers that are not finite, so it {otherwise}")
+
+
+@contextmanager
+def writing(path):
+    """Around what writes `path`: a full disk or a missing right ends in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch and libsndfile have no type of their own for a full disk
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+        stop(f"{path}: cannot be written ({reason[:120]}); make room or give the right, then run the command again")
+
+
+@contextmanager
+def replacing(path):
+    """Yields a temporary name beside `path` and renames it on success: a file is either whole or absent, even after a
+    power failure."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            for place in (temporary, path.parent):
+                handle = os.open(place, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+                if place == temporary:
+                    os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def save_pt(path, value):
+    with replacing(path) as temporary, open(temporary, "wb") as stream:
+        torch.save(value, stream)  # to a path it would write the temporary name, and equal content would differ
+
+
+def write_text(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path, rows):
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_jsonl(path, row):
+    with writing(path), open(path, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def read_text(path, hint=""):
+    """A file as text; what is not UTF-8 is named, with the program that likely wrote it."""
+    path = Path(path)
+    if not path.is_file():
+        stop(f"{path}: no such file{hint}")
+    content = path.read_bytes()
+    if content[:2] == b"PK":
+        stop(f"{path}: is a workbook (.xlsx) or another zip file; export it as .csv, UTF-8")
+    try:
+        return content.replace(b"\0", b"\xff").decode("utf-8-sig")  # without a mark, UTF-16 shows by its NULs
+    except UnicodeDecodeError as error:
+        utf_16 = b"\0" in content or content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        kind = "UTF-16, or holds NUL characters" if utf_16 else "not UTF-8"
+        line = content[: error.start].count(b"\n") + 1
+        stop(f"{path}, line {line}: is {kind}; save it as UTF-8")
+
+
+def parse_json(text, where, hint=""):
+    """One JSON value; a name that occurs twice in an object would silently win."""
+
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs) or not all(map(printable, found)):
+            stop(f"{where}: a field occurs twice, or its name is no text{hint}")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        stop(f"{where}: not valid JSON ({error}){hint}")
+
+
+def read_json(path, fields=None, hint=""):
+    """A dict with `fields`, {name: Kind}."""
+    return check(parse_json(read_text(path, hint), path, hint), fields or {}, path, hint)
+
+
+def read_jsonl(path, fields=None, hint="", cut=False):
+    """A list of dicts, one per line, each with `fields`, {name: Kind}. Stops with file, line and field. cut: drops a
+    last line that a kill or a full disk has cut."""
+    lines = read_text(path, hint).rstrip("\r\n").split("\n")  # splitlines would cut at U+2028 in a caption
+    rows = [(f"{path}, line {number}", line) for number, line in enumerate(lines if lines != [""] else [], 1)]
+    if cut and rows and not rows[-1][1].endswith("}"):
+        rows.pop()
+    return [check(parse_json(line, where, hint), fields or {}, where, hint) for where, line in rows]
+
+
+def read_csv(path, columns, delimiter=",", header=True):
+    """[(line number, row), ...] of a table that has these columns by its first line, or, without such a line, just
+    these. Strict: a stray quote is named, not allowed to swallow lines. Values are stripped."""
+    rows, before = [], 0
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if reader.line_num > before + 1 and any("\n" in value for value in row[:-1]):
+                stop(f"{path}, line {before + 1}: a quote opens here and does not close on this line")
+            before = reader.line_num
+            if any(value.strip() for value in row):
+                rows.append((before, [value.strip() for value in row]))
+    except csv.Error as error:
+        stop(f"{path}, line {before + 1}: {error}; look for a stray quote there, or save the table anew")
+
+    def wrong(line, row, what):
+        other = [mark for mark in ";\t|," if mark != delimiter and mark in row[0]] if len(row) == 1 else ()
+        mended = f"its columns are separated by {other[0]!r}, save it with {delimiter!r}" if other else "mend that line"
+        stop(f"{path}, line {line}: {what}; {mended}")
+
+    names = (rows or [(1, [""])])[0][1] if header else columns
+    for name in columns:
+        if name not in names:
+            wrong(1, names, f"column '{name}' is missing")
+    for name in filter(None, names):
+        if names.count(name) > 1:
+            wrong(1, names, f"column '{name}' occurs twice")
+    for line, row in rows:
+        if len(row) != len(names):
+            wrong(line, row, f"{len(row)} fields, expected {len(names)} ({', '.join(columns)}); a stray quote?")
+    return [(line, dict(zip(names, row))) for line, row in rows[int(header) :]]
+
+
+def read_answers(path, fields, answer):
+    """What people answered, a list, from a .csv or .jsonl with these fields (the last is the answer; rows without one
+    are left out). answer: (row, where) -> the checked answer. What is wrong is listed, ten rows at a time."""
+    if Path(path).suffix == ".jsonl":
+        rows = [(line, dict.fromkeys(fields[:-1]) | row) for line, row in enumerate(read_jsonl(path), 1)]
+    else:
+        rows = read_csv(path, fields)
+    found, wrong = [], []
+    for line, row in rows:
+        try:
+            if fields[-1] not in row:
+                stop(f"line {line}: field '{fields[-1]}' is missing")
+            if row[fields[-1]] not in (None, ""):
+                found.append(answer(row, f"line {line}"))
+        except Stop as error:
+            wrong.append(str(error))
+    if wrong:
+        stop(f"{path}: {len(wrong)} of {len(rows)} rows are wrong: {'; '.join(wrong[:10])}{' ...' * (len(wrong) > 10)}")
+    if not found:
+        stop(f"{path}: no {fields[-1]} in this file")
+    return found
+
+
+def meant(value, words, where, field):
+    """The word of `words` that a person meant, whatever the capitals."""
+    for word in words:
+        if isinstance(value, str) and value.strip().lower() == word.lower():
+            return word
+    stop(f"{where}, field '{field}': {value!r} is not one of {', '.join(words)}")
+
+
+def rater_of(row, where):
+    rater = row.get("rater")
+    return check({"rater": "anonymous" if rater in (None, "") else rater}, {"rater": TEXT}, where)["rater"]
+
+
+def keep_answers(file, answers, source, redo):
+    """The answers as the run's own; other ones that it has are replaced by --redo alone, and both counts are said."""
+    old = read_jsonl(file) if file.exists() else answers
+    if old != answers:
+        if not redo:
+            stop(f"{file}: holds {len(old)} other answers than the {len(answers)} of {source}; --redo replaces them")
+        print(f"{file}: {len(old)} answers are replaced by the {len(answers)} of {source}")
+    write_jsonl(file, answers)
+
+
+def write_sheet(path, header, rows, answer):
+    """A csv for people to fill in, an empty cell of the column `answer` in each row. Somebody's answers are never
+    written over: a sheet that holds any is left as it is, and said so."""
+    path = Path(path)
+    if path.exists() and any(row[answer] for _, row in read_csv(path, (answer,))):
+        print(f"{path}: holds answers and is left as it is")
+        return
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([header, *rows])
+
+
+def as_cell(text):
+    """A caption as a cell that no spreadsheet takes for a formula, on one line."""
+    text = " ".join((text or "").split())
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+
+
+def inside(root, name, where):
+    """root / name, refused when it leaves root (.., absolute paths, links that point outside)."""
+    root = Path(root).resolve()
+    path = (root / check({"path": name}, {"path": PATH}, where)["path"]).resolve()
+    if not path.is_relative_to(root):
+        stop(f"{where}: '{name}' points outside {root}; use a path below it")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Provenance: the two digits of a file's name say which stage wrote it, that stage's record what it was made from
+# ------------------------------------------------------------------------------------------------------------
+
+
+def digest_of(*parts):
+    """SHA-256 of some values, the first 16 hex digits: the key of what depends on all of them."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def digest(path):
+    """SHA-256 of a file, or of a folder's .jsonl files in order of their names; the first 16 hex digits."""
+    path, total = Path(path), hashlib.sha256()
+    if not path.exists():
+        stop(f"{path}: no such file")
+    for file in sorted(path.glob("[!.]*.jsonl")) if path.is_dir() else [path]:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                total.update(block)
+    return total.hexdigest()[:16]
+
+
+def record_of(run, name):
+    """`<run>/NN_settings.json` of what stage NN wrote; a policy folder has its own settings.json."""
+    top = Path(name).parts[0]
+    own = Path(run) / top / "settings.json"
+    return own if own.exists() else Path(run) / f"{top[:2]}_settings.json"
+
+
+RECORD = dict(settings=DICT, inputs=dict_of(TEXT, short_path), outputs=maybe(dict_of(TEXT, short_path)))
+
+
+def require(run, *names):
+    """Stops unless these outputs of earlier stages exist, and nothing that they were made from has changed since, back
+    to stage 01: their records are followed."""
+    followed = set()
+
+    def script(name):
+        return next((file.name for file in ROOT.glob(f"{name[:2]}_*.py")), "the stage that writes it")
+
+    def again(record):
+        own = record.parent == Path(run)
+        return f"rerun {script(record.name)} --run-dir {run} --redo" if own else "train it anew, into another --out"
+
+    def follow(name):
+        path, record = Path(run) / name, record_of(run, name)
+        for file in (path, record):
+            if not file.exists():
+                stop(f"{file}: no such file; run {script(name)} --run-dir {run} first")
+        about = read_json(record, RECORD)
+        if name in about.get("outputs", {}) and digest(path) != about["outputs"][name]:
+            stop(f"{path}: not the file that was written here, edited, or of another run; {again(record)}")
+        if record in followed:
+            return
+        followed.add(record)
+        for source in about["inputs"]:
+            inside(run, source, record)
+            if not (Path(run) / source).exists():
+                stop(f"{Path(run) / source}: missing, but {path} was made from it; run the stage that writes it again")
+            follow(source)  # the earliest change is the one to mend
+        for source, was in about["inputs"].items():
+            if digest(Path(run) / source) != was:
+                stop(f"{Path(run) / source}: changed after it was read for {path}; {again(record)}")
+
+    for name in names:
+        follow(name)
+
+
+def claim(run, record, settings, inputs=(), redo=False, advice="use --redo to replace it", outputs=()):
+    """One record of settings per output. record, inputs, outputs: names below run; inputs are what it is made from.
+
+    The first call writes the record; a later one with other settings, or with inputs that changed meanwhile, prints the
+    difference and stops, so that nothing is ever half made with other settings. `redo` replaces the record, and first
+    removes the `outputs` of the old one: interrupted, it leaves none that the new record would vouch for.
+    """
+    file = Path(run) / record
+    new = {"settings": settings, "inputs": {name: digest(Path(run) / name) for name in inputs}}
+    new = json.loads(json.dumps(new))
+    if file.exists() and not redo:
+        old = read_json(file, RECORD)
+        for part in ("settings", "inputs"):
+            before, now = old[part], new[part]
+            for key in sorted(before.keys() | now.keys()):
+                if before.get(key) != now.get(key):
+                    changed = f"made with {key}={before.get(key)}, now {now.get(key)}"
+                    changed = changed if part == "settings" else f"{key} has changed since it was read"
+                    stop(f"{file}: {changed}; {advice}")
+        return
+    for output in outputs if redo else ():
+        (Path(run) / output).unlink(missing_ok=True)
+    write_json(file, new)
+
+
+def seal(run, record, outputs):
+    """Adds the digests of what a stage has written to its record: another run's file in its place is noticed."""
+    about = read_json(Path(run) / record, RECORD)
+    write_json(Path(run) / record, about | {"outputs": {name: digest(Path(run) / name) for name in outputs}})
+
+
+def take(path, wanted, patience=0):
+    """Locks a file (not inherited by child processes); its text says who has it. patience: fcntl.LOCK_NB for none."""
+    stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115, held until the process ends or the caller closes it
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | patience)
+    except OSError:
+        stream.seek(0)
+        stop(f"{wanted} {stream.read() or 'another process'}; wait for it, or stop it")
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+    stream.flush()
+    return stream
