@@ -90,28 +90,55 @@ def files_of(run, *numbers):
     return {name: path.read_bytes() for name, path in found.items() if name.startswith(numbers)}
 
 
-def make_video(path, size, fps, seconds, codec="libx264", pixels="yuv420p", sound=True):
-    """A moving gradient, and a beep in stereo at 44.1 kHz."""
+def make_video(
+    path, size=(64, 64), fps=25, seconds=2.2, codec="libx264", pixels="yuv420p", sound=True, voice="aac",
+    rate_hz=44_100, times=None, hold_s=None, late_s=0.0, options=None,
+):  # fmt: skip
+    """Frames that say their number (`number_of`) over noise with a moving bar. sound: True for a beep in stereo, or
+    (S,) samples at rate_hz; False for a silent film. times: when each frame is shown, in s, instead of i / fps; hold_s:
+    for how long the last one is; late_s: when the sound starts; options: the video encoder's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    width, height = size
+    (width, height), noise = size, np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
-        video = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+        video = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options or {})
         video.width, video.height, video.pix_fmt = width, height, pixels
-        voice = container.add_stream("aac", rate=44_100, layout="stereo") if sound else None
-        for i in range(round(seconds * fps)):
-            picture = np.full((height, width, 3), (7 * i) % 255, np.uint8)
-            picture[: height // 2, : 1 + i % width] = 255
-            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)))
-        container.mux(video.encode(None))
-        if voice:
-            wave = np.sin(np.arange(round(44_100 * seconds)) / 15).astype(np.float32)[None].repeat(2, 0) * 0.3
+        wave = np.sin(np.arange(round(rate_hz * seconds)) / 15)[None].repeat(2, 0) * 0.3 if sound is True else sound
+        if sound is not False:
+            wave = np.atleast_2d(wave).astype(np.float32)
+            layout = "mono" if len(wave) == 1 else "stereo"
+            audio = container.add_stream(voice, rate=rate_hz, layout=layout)
+        if times is not None:
+            video.codec_context.time_base = Fraction(1, 12_800)
+        packets = []
+        for i in range(round(seconds * fps) if times is None else len(times)):
+            picture = noise.copy()
+            picture[:, (3 * i) % width :][:, :8] = (i * 7 % 255, 255 - i % 255, 128)
+            for bit in range(10):
+                picture[: height // 4, width * bit // 10 : width * (bit + 1) // 10] = 255 * (i >> bit & 1)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
+            if times is not None:
+                frame.pts, frame.time_base = round(12_800 * times[i]), Fraction(1, 12_800)
+            packets += video.encode(frame)
+        packets += video.encode(None)
+        if hold_s is not None:
+            packets[-1].duration = round(hold_s / packets[-1].time_base)
+        container.mux(packets)
+        if sound is not False:
             for start in range(0, wave.shape[1], 1024):
-                block = np.ascontiguousarray(wave[:, start : start + 1024])
-                frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="stereo")
-                frame.sample_rate, frame.pts, frame.time_base = 44_100, start, Fraction(1, 44_100)
-                container.mux(voice.encode(frame))
-            container.mux(voice.encode(None))
+                frame = av.AudioFrame.from_ndarray(
+                    np.ascontiguousarray(wave[:, start : start + 1024]), format="fltp", layout=layout
+                )
+                frame.sample_rate, frame.time_base = rate_hz, Fraction(1, rate_hz)
+                frame.pts = start + round(rate_hz * late_s)
+                container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
     return path
+
+
+def number_of(frame):
+    """Which of make_video's frames this is. frame: (3, H, W) uint8 tensor."""
+    _, height, width = frame.shape
+    return sum(int(frame[1, height // 8, width * (2 * bit + 1) // 20] > 127) << bit for bit in range(10))
 
 
 @pytest.fixture(scope="session")

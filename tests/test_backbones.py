@@ -14,6 +14,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,7 +70,7 @@ class MMAudioSide:
         write_mmaudio(weights, patch)
         self.weights, self.flow = weights, mmaudio_modules().flow_matching.FlowMatching(0, "euler", 25)
         self.net = self.load(weights / self.file)
-        self.trained = {f"net.{name}" for name in self.net.state_dict()}  # all that training may change
+        self.names = {f"net.{name}" for name in self.net.state_dict()}  # the velocity network's own
 
     def load(self, path, variant="small_16k"):
         net = mmaudio_modules().networks.get_my_mmaudio(variant).eval()
@@ -122,7 +123,7 @@ class FrierenSide:
 
     def __init__(self, weights, patch):
         self.weights, self.net = weights, write_frieren(weights, patch)
-        self.trained = {name for name in self.net.state_dict() if name.startswith(self.parts)}
+        self.names = {name for name in self.net.state_dict() if name.startswith(self.parts)}
         write_cavp(weights / "cavp", [f"-clip{index:06d}_00001{index}" for index in range(3)])
         self.cavp = sorted((weights / "cavp").iterdir())
 
@@ -368,7 +369,7 @@ def test_reference_keeps_its_own_network_and_shares_the_frozen_parts(side, model
     model.decode(a_t)
     assert reference.codec is model.codec and model.codec.cache_info().currsize == 1
     assert getattr(reference, "encoders", None) is getattr(model, "encoders", None)
-    assert set(model.state_dict()) == side.trained  # encoders and codec are no part of it
+    assert set(model.state_dict()) == side.names  # encoders and codec are no part of it
     assert not reference.trainable_parameters() and model.trainable_parameters()
 
 
@@ -378,7 +379,7 @@ def test_projection_and_prediction_compile_into_one_graph_each(side, model):
     for name in ("project", "predict"):
         setattr(model, name, torch.compile(getattr(model, name), backend="eager", fullgraph=True))
     torch.testing.assert_close(model(a_t, t, features), plain, rtol=1e-4, atol=1e-4)
-    assert set(model.state_dict()) == side.trained  # no compiler's prefix
+    assert set(model.state_dict()) == side.names  # no compiler's prefix
     torch._dynamo.reset()
 
 
@@ -404,7 +405,7 @@ def test_upstream_strictly_loads_a_saved_policy_and_predicts_the_same(side, tmp_
     assert theirs.state_dict().keys() == side.net.state_dict().keys()
     prefix = "net." if side.name.startswith("mmaudio") else ""
     for name, value in theirs.state_dict().items():
-        moved = prefix + name in side.trained - side.frozen
+        moved = prefix + name in side.names - side.frozen
         assert torch.equal(value, tuned.state_dict()[prefix + name] if moved else side.net.state_dict()[name]), name
     a_t, t, features = noise(1, *side.shape), torch.tensor([0.4]), side.features(1)
     with torch.no_grad():
@@ -527,6 +528,46 @@ def test_frieren_full_size_network_makes_8_192_seconds_from_32_frames(tmp_path, 
 
 
 # Features ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frames_of(mmaudio, monkeypatch):
+    """path -> the two batches of frames that MMAudio's encode hands to upstream's CLIP and Synchformer."""
+    model, seen = ours(mmaudio), {}
+    encoders = SimpleNamespace(
+        encode_video_with_clip=lambda x, **_: seen.update(clip=x) or x,
+        encode_video_with_sync=lambda x, **_: seen.update(sync=x) or x,
+    )
+    monkeypatch.setattr(model, "encoders", lambda: encoders)
+    return lambda path: model.encode({"id": "a", "path": path}) and (seen["clip"][0], seen["sync"][0])
+
+
+@pytest.mark.parametrize(
+    "rate, size", [("24000/1001", (160, 90)), ("43/2", (90, 160)), (25, (96, 64)), (60, (96, 96)), (10, (64, 48))]
+)
+def test_mmaudio_frames_equal_those_of_upstreams_evaluation(frames_of, tmp_path, rate, size):
+    path = film(tmp_path / "a.mp4", 9.0, Fraction(rate), None, size)
+    clip_frames, sync_frames = frames_of(path)
+    assert clip_frames.shape == (64, 3, 384, 384) and sync_frames.shape == (200, 3, 224, 224)
+    assert all(map(torch.equal, (clip_frames, sync_frames), mmaudio_frames(path)))
+    assert sync_frames[::20].diff(dim=0).abs().amax(dim=(1, 2, 3)).min() > 0.1  # frames do differ from one another
+
+
+def test_mmaudios_demo_shows_the_first_frame_at_or_after_a_time_instead(frames_of, tmp_path):
+    """At 25 fps half a slot of 8 fps is 1.56 frames: the demo's CLIP sees other frames than upstream's training did."""
+    path = film(tmp_path / "a.mp4", 9.0, Fraction(25), None)
+    theirs = mmaudio_modules().eval_utils.load_video(path, 8.0).clip_frames
+    assert sum(not torch.equal(*pair) for pair in zip(frames_of(path)[0], theirs)) == 40
+
+
+def test_mmaudio_a_video_of_exactly_8_seconds_is_whole_and_a_shorter_one_is_skipped(frames_of, tmp_path):
+    path = film(tmp_path / "a.mp4", 8.0, Fraction(25), None)
+    assert [len(frames) for frames in frames_of(path)] == [64, 200]
+    assert all(map(torch.equal, frames_of(path), mmaudio_frames(path)))
+    demo = mmaudio_modules().eval_utils.load_video(path, 8.0, load_all_frames=False)
+    assert (len(demo.clip_frames), len(demo.sync_frames)) == (63, 199)  # upstream's demo loses the end of such a file
+    with pytest.raises(SkipClip, match=r"too short: 3\.00 s of video, 8\.00 s needed"):
+        frames_of(film(tmp_path / "b.mp4", 3.0, Fraction(25), None))
 
 
 @pytest.fixture(scope="module")

@@ -188,7 +188,7 @@ def test_every_required_package_is_explained():
 
 
 def test_the_stages_in_the_table_are_the_files():
-    files = {path.name for path in ROOT.glob("0?_*.py")} | {"common.py", "adapters/"}
+    files = {path.name for path in ROOT.glob("0?_*.py")} | {"common.py", "adapters/", "plumbing/"}
     assert files == set(re.findall(r"^\| `([\w]+(?:\.py|/))` \|", README, flags=re.M))
 
 
@@ -220,5 +220,5 @@ def test_git_holds_nothing_beyond_the_design():
     assert "README.md" in listed
     top = {name.split("/")[0] for name in listed if name}
     extra = {".ci", ".gitignore", "LICENSE", "README.md", "common.py", "pyproject.toml", "requirements.txt"}
-    extra |= {"adapters", "docs", "tests"}
+    extra |= {"adapters", "docs", "plumbing", "tests"}
     assert top <= extra | {path.name for path in ROOT.glob("0?_*.py")}

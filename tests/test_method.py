@@ -1,6 +1,7 @@
 """The paper's equations, by numbers worked out by hand, and the laws of the samplers."""
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -70,6 +71,38 @@ def test_interpolate_is_data_at_0_and_noise_at_1():
     a_t, v = common.interpolate(a_0, eps, torch.tensor([0.0, 0.25, 1.0]))
     assert a_t.flatten().tolist() == [2.0, 4.0, 10.0]
     assert v.flatten().tolist() == [8.0, 8.0, 8.0]
+
+
+@pytest.mark.parametrize("flags", [(), ("--reference-precision", "fp32")], ids=["bf16 reference", "fp32 reference"])
+def test_in_bf16_too_training_starts_at_log2_whether_the_reference_is_halved_or_not(run, flags):
+    call("05", run, "--out", "half", "--steps", 1, "--precision", "bf16", "--beta", 600, *flags)
+    first = read(run / "half" / "log.jsonl")[0]
+    assert (first["loss"], first["gap_w"], first["gap_l"]) == (pytest.approx(LOG_2, abs=1e-7), 0.0, 0.0)
+
+
+def test_a_reference_in_bf16_is_bit_equal_to_the_float32_one_under_autocast(finished):
+    model = common.load_base_model(finished)
+    whole, half = model.reference(), model.reference(bf16=True)
+    kinds = {p.dtype for p in half.parameters()}
+    assert kinds == {torch.float32, torch.bfloat16} and half.net.place.dtype == torch.float32
+    generator = torch.Generator().manual_seed(0)
+    a_t, t = torch.randn(6, *model.latent_shape, generator=generator), torch.linspace(0.01, 1, 6)
+    draw = functools.partial(torch.randn, generator=generator)
+    features = {"frames": draw(6, 25, 64), "pooled": draw(6, 32)}
+    features["text"] = torch.rand(6, len(stage("00").VOCABULARY), generator=generator)
+    with torch.no_grad(), common.autocast("cpu", "bf16"):
+        assert torch.equal(whole(a_t, t, features), half(a_t, t, features))
+
+
+def test_compiled_sampling_gives_the_same_latents_within_1e_4(finished, monkeypatch):
+    plain, compiled = (common.load_base_model(finished) for _ in range(2))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled.compile_sampling()
+    shards = common.Shards(finished, common.read_samples(finished))
+    features = shards.features(list(common.read_samples(finished))[:2])
+    ours, theirs = (common.sample(model, features, [1, 2, 3, 4], 3, 1.5) for model in (compiled, plain))
+    assert (ours - theirs).abs().max() < 1e-4 and ours.std() > 0.1
+    torch._dynamo.reset()
 
 
 def test_training_starts_at_log2_with_no_gap_and_its_reference_stays(finished):
@@ -375,18 +408,15 @@ def test_human_pairs_are_in_stage_2_with_score_c_0_at_any_threshold(threshold):
     assert [pair["source"] for pair in stage1] == ["auto"] * {0.0: 3, 0.5: 2, 0.7: 1, 1.0: 0}[threshold]
 
 
-@pytest.fixture
-def stage_files(tmp_path):
-    for name, rows in zip(("04_stage1.jsonl", "04_stage2.jsonl"), pairs(3, 2, 2)):
-        write(tmp_path / name, rows)
-    return tmp_path
-
-
-def test_ablations_of_the_curriculum(stage_files):
+def test_ablations_of_the_curriculum(tmp_path):
     def stages(*flags):
-        found = stage("05").read_stages(stage_files, stage("05").parse_args(arguments(stage_files, *flags)))
+        found = stage("05").read_stages(tmp_path, shards, stage("05").parse_args(arguments(tmp_path, *flags)))
         return [[pair["clip"] for pair in part] for part in found]
 
+    for name, rows in zip(("04_stage1.jsonl", "04_stage2.jsonl"), pairs(3, 2, 2)):
+        write(tmp_path / name, rows)
+    audios = {(pair["clip"], k): None for part in pairs(3, 2, 2) for pair in part for k in (0, 1)}
+    shards = argparse.Namespace(place=audios)
     assert stages() == [["e0", "e1", "e2"], ["h0", "h1", "p0", "p1"]]
     assert stages("--hard-first") == [["h0", "h1", "p0", "p1"], ["e0", "e1", "e2"]]
     assert stages("--no-human") == [["e0", "e1", "e2"], ["h0", "h1"]]

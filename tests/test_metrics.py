@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import stage
 
+import common
+
 needs_upstream = pytest.mark.skipif(
     "UPSTREAM_DIR" not in os.environ, reason="set UPSTREAM_DIR to the folder that holds the clone av-benchmark"
 )
@@ -163,13 +165,13 @@ def test_differences_to_base_are_paired_and_keep_their_sign():
     assert verdicts == ["better", "better", None]
 
 
-def test_a_difference_is_better_or_worse_only_where_its_interval_excludes_0(metrics):
+def test_a_difference_is_better_or_worse_only_where_its_interval_excludes_0():
     assert metrics.verdict("higher", 0.2, 0.1, 0.3) == metrics.verdict("lower", -0.2, -0.3, -0.1) == "better"
     assert metrics.verdict("lower", 0.2, 0.1, 0.3) == metrics.verdict("higher", -0.2, -0.3, -0.1) == "worse"
     assert metrics.verdict("higher", 0.2, -0.1, 0.5) is metrics.verdict("higher", 0.2, None, None) is None
 
 
-def test_metrics_are_shown_in_the_tables_order_and_a_users_own_comes_last(metrics):
+def test_metrics_are_shown_in_the_tables_order_and_a_users_own_comes_last():
     assert list(metrics.describe(["mine", "ib", "fd", "ib"])) == ["fd", "ib", "mine"]
     assert metrics.describe(["mine"])["mine"].text(0.25) == "0.250"
 
@@ -200,6 +202,44 @@ def test_set_metrics_compare_two_systems_on_the_clips_that_both_have():
     (row,) = [r for r in metrics.results_of(means, sets, 60) if (r["system"], r["metric"]) == ("flow_dpo", "fd")]
     assert row["diff"] == pytest.approx(0, abs=1e-9) and row["n"] == 20
     assert row["diff_low"] == pytest.approx(0, abs=1e-9) and row["diff_high"] == pytest.approx(0, abs=1e-9)
+
+
+def test_fd_is_of_the_clips_that_both_sides_have():
+    # truth on 4 clips, the system on the last two of them: values 6 and 10 against 1 and 3, as by hand above: 38, while
+    # all four of the truth, (100, 200, 1, 3), are of another mean
+    truth, ours = np.array([[100.0], [200.0], [1.0], [3.0]]), np.array([[6.0], [10.0]])
+    sets = {"ground_truth": {"fd": (truth, np.arange(4))}, "mine": {"fd": (ours, np.array([-1, -1, 0, 1]))}}
+    (row,) = metrics.results_of({"ground_truth": {}, "mine": {}}, sets, 4)
+    assert (row["system"], row["value"], row["n"]) == ("mine", pytest.approx(38), 2)
+
+
+def test_the_jackknife_of_is_leaves_clips_out_of_one_shuffle():
+    # In the shuffled order the classes alternate, so that each of 10 splits of 8 holds 4 and 4: IS 2. Less one block
+    # of 4 clips the order is kept, and every split still holds each class 3 to 5 times: the values stay close to 2,
+    # where fresh shuffles of the rest would make splits of 2 and 6.
+    order, logits = metrics.shuffled(80), np.empty((80, 2))
+    logits[order] = np.tile([[30.0, 0.0], [0.0, 30.0]], (40, 1))
+    rows, block = np.arange(80), np.random.default_rng(0).permutation(80) % 20
+    (row,) = metrics.results_of({"mine": {}}, {"mine": {"is": (logits, rows)}}, 80)
+    parts = [metrics.inception_score(logits, order=order[block[order] != i]) for i in range(20)]
+    error = np.sqrt(19 / 20 * np.square(np.array(parts) - np.mean(parts)).sum())
+    assert row["value"] == pytest.approx(2) and min(parts) > 1.85
+    assert row["high"] - row["value"] == pytest.approx(2.0930 * error, rel=1e-3)  # t of 19 degrees of freedom
+
+
+def test_p_good_that_differs_by_rounding_is_a_tie(finished, monkeypatch):
+    names = {"imagebind": "ib", "clap": "clap", "synchformer": "desync_s", "pesq": "pesq"}
+    base = {name: {key: torch.full((1,), 0.3)} for name, key in names.items()} | {
+        "panns": {"logits": torch.zeros(1, 8)}
+    }
+    base["passt"] = {"logits": torch.zeros(1, 8), "embedding": torch.zeros(1, 64)}
+    found = {"base": base, "same": base | {"imagebind": {"ib": torch.full((1,), 0.3 + 1e-7)}}}
+    found["better"] = base | {"imagebind": {"ib": torch.full((1,), 0.5)}}
+    monkeypatch.setattr(common, "people_of", lambda run: None)
+    means, _ = metrics.per_clip(finished, found, [{"id": "a"}], {name: {"a": "a.wav"} for name in found}, "weights")
+    assert means["same"]["p_good"] != means["base"]["p_good"]
+    assert [means[name]["win_rate"].item() for name in ("base", "same")] == [0.5, 0.5]
+    assert means["better"]["win_rate"].item() in (0.0, 1.0)
 
 
 # Table 1 ------------------------------------------------------------------------------------------------------

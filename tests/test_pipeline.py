@@ -1,14 +1,17 @@
 """The whole pipeline as a user runs it, smaller: what a run contains, and that it can be stopped, repeated, divided."""
 
+import argparse
 import csv
 import json
 import os
+import random
 import shutil
 import signal
 import time
 from collections import Counter
 
 import av
+import campaign
 import numpy as np
 import pytest
 import soundfile
@@ -163,7 +166,7 @@ def test_training_moves_the_policy_and_leaves_the_base_alone(finished):
 
 def test_the_reference_stays_the_base_while_the_policy_learns(run, monkeypatch):
     kept, reference = [], common.FlowModel.reference
-    monkeypatch.setattr(common.FlowModel, "reference", lambda model: kept.append(reference(model)) or kept[-1])
+    monkeypatch.setattr(common.FlowModel, "reference", lambda *given: kept.append(reference(*given)) or kept[-1])
     call("05", run, "--out", "watched", "--steps", 3)
     assert largest_difference(kept[0].state_dict(), common.load_base_model(run).state_dict()) == 0
     assert largest_difference(weights(run, "watched"), common.load_pt(run / "00_base.pt")["net"]) > 1e-5
@@ -171,7 +174,7 @@ def test_the_reference_stays_the_base_while_the_policy_learns(run, monkeypatch):
 
 def test_results_have_every_system_metric_and_field(finished):
     rows = read(finished / "07_results.jsonl")
-    keys = ["system", "metric", "better", "value", "low", "high", "n", "diff", "diff_low", "diff_high"]
+    keys = ["system", "metric", "better", "value", "low", "high", "n", "diff", "diff_low", "diff_high", "verdict"]
     assert all(list(row) == keys for row in rows)
     assert list(dict.fromkeys(row["system"] for row in rows)) == list(SYSTEMS)
     named = {(row["system"], row["metric"]): row for row in rows}
@@ -282,20 +285,22 @@ def test_generation_is_the_same_in_shards_of_any_size(fresh, finished, small_sha
     call("01", fresh, "--batch-clips", 3)
     read_all = {(row["clip"], row["k"]): row for file in (fresh / "01_samples").glob("*.jsonl") for row in read(file)}
     assert len(read_all) == len(read(finished / "01_samples" / "00000.jsonl"))
-    ours, theirs = (common.Shards(run, common.read_samples(run), 5) for run in (fresh, finished))
+    ours, theirs = (common.Shards(run, common.read_samples(run)) for run in (fresh, finished))
     audios = sorted(read_all)[::7]
     assert torch.allclose(ours.latents(audios), theirs.latents(audios), atol=1e-4)
 
 
-def test_a_killed_generation_is_completed_by_the_same_command(fresh, finished):
-    started = start("01", fresh)
-    wait_until(lambda: len(list((fresh / "01_audio").glob("*.wav"))) > 12, started)
-    started.kill()
-    started.communicate()
-    assert not (fresh / "01_samples" / "00000.jsonl").exists()
-    call("01", fresh)
-    made = {name: content for name, content in files_of(fresh, "01").items() if ".tmp" not in name}
-    assert made == files_of(finished, "01")
+@pytest.mark.parametrize("number, how", [("01", "kill"), ("05", "full_disk"), ("05", "two")])
+def test_a_short_campaign(number, how, finished, tmp_path, monkeypatch):
+    """campaign.py's disturbances, one each: what the same command makes after them equals the undisturbed run's."""
+    monkeypatch.setattr(campaign, "FLAGS", {})
+    after, before = (tmp_path / name for name in ("after", "before"))
+    shutil.copytree(finished, after, ignore=shutil.ignore_patterns("0[67]_*"))
+    shutil.copytree(after, before, ignore=shutil.ignore_patterns(f"{number}_*"))
+    trial = campaign.Trial(number, 1, tmp_path / "run", before, after, (60, 59.5))
+    getattr(trial, how)(random.Random(0))
+    trial.again()
+    assert (trial.said, +trial.counts) == ([], Counter())
 
 
 def wait_until(happened, process, seconds=300):
@@ -498,6 +503,61 @@ def test_mmaudios_tsv_and_test_list(tmp_path, youtube, toy):
     assert clips_and_sampled(tmp_path / "run") == (split, set(names[2:]))
 
 
+def test_a_test_list_changes_the_split_of_a_clip_and_nothing_else(tmp_path, youtube, toy):
+    videos, names = youtube
+    rows = [{"id": name, "caption": f"caption {i}", "label": f"label {i}"} for i, name in enumerate(names)]
+    (videos / f"{names[0]}.mp4").rename(videos / "elsewhere.mp4")
+    rows[0]["video"] = "elsewhere.mp4"
+    write(tmp_path / "list.jsonl", [{**row, "split": "test"} if row is rows[3] else row for row in rows])
+    (tmp_path / "test.tsv").write_text(f"id\tlabel\n{names[0]}\tdog\n", encoding="utf-8-sig")
+    flags = ("--clips", tmp_path / "list.jsonl", "--videos", videos, "--test-list", tmp_path / "test.tsv")
+    call("01", tmp_path / "run", *flags, *toy, "--max-clips", 0)
+    clips = {clip["id"]: clip for clip in read(tmp_path / "run" / "clips.jsonl")}
+    wanted = {"id": names[0], "video": "elsewhere.mp4", "caption": "caption 0", "label": "label 0", "split": "test"}
+    assert clips[names[0]] == wanted and names[3] not in clips  # the test split is exactly the list
+
+
+TSV_SPLITS = [("vgg-test", "test"), ("VGG-TEST", "test"), ("x_val", "val"), ("a.train", "train")]
+TSV_SPLITS += [("latest", "train"), ("testing", "train"), ("test-2", "train")]
+
+
+@pytest.mark.parametrize("name, split", TSV_SPLITS)
+def test_the_split_of_a_tsv_is_the_last_word_of_its_name(tmp_path, name, split):
+    (tmp_path / f"{name}.tsv").write_text("id\tlabel\na\tdog\n")
+    assert [clip["split"] for clip in stage("01").clips_of_table(tmp_path / f"{name}.tsv")] == [split]
+
+
+def test_captions_and_labels_are_counted_and_near_misses_said(tmp_path, capsys):
+    speech = "male speech, man speaking"
+    rows = [
+        {"id": "a", "captoin": "x", "label": f" {speech} "},
+        {"id": "b", "caption": "y", "label": "Male Speech man speaking"},
+    ]
+    rows += [
+        {"id": "c", "label": "male speach, man speaking"},
+        {"id": "d", "label": "dog barking"},
+        {"id": "e", "label": "dog-barking"},
+    ]
+    write(tmp_path / "list.jsonl", rows)
+    clips = stage("01").listed_clips(argparse.Namespace(clips=str(tmp_path / "list.jsonl"), videos=None))
+    stage("01").check_clips(clips, "list.jsonl")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("field 'captoin' of 1 lines is not read; 'caption' was meant?")
+    assert clips[0]["label"] == speech  # stripped
+    near = {("Male Speech man speaking", speech), ("male speach, man speaking", speech), ("dog-barking", "dog barking")}
+    assert {tuple(line.split("'")[1::2]) for line in said if "nearly, but not" in line} == near
+    assert said[-1] == "clips: 5, with caption 1, with label 5"
+
+
+def test_a_folder_run_keeps_its_list_when_a_video_is_added(tmp_path, youtube, toy, capsys):
+    flags = ("--videos", youtube[0], *toy)
+    call("01", tmp_path / "run", *flags)
+    before = files_of(tmp_path / "run", "01", "cl")
+    shutil.copy(youtube[0] / f"{youtube[1][0]}.mp4", youtube[0] / "new.mp4")
+    call("01", tmp_path / "run", *flags)
+    assert "1 videos appeared since" in capsys.readouterr().out and files_of(tmp_path / "run", "01", "cl") == before
+
+
 @pytest.fixture
 def listed(tmp_path, youtube, toy):
     """The flags for a list of those videos, of which the last is for testing."""
@@ -546,6 +606,90 @@ def test_the_toy_model_on_other_clips_goes_on_with_its_own_settings(tmp_path, yo
         assert about(tmp_path / "run" / "run.json")["sampler"] == {"steps": 8, "guidance": 1.5}
 
 
+# What binds files to each other -------------------------------------------------------------------------------
+
+
+def test_a_deleted_audio_or_shard_is_made_again_and_nothing_reads_less_meanwhile(fresh, small_shards, refused):
+    call("01", fresh)
+    whole = files_of(fresh, "01")
+    (fresh / "01_samples/00002.jsonl").write_text("")
+    assert "some of the 20 train clips are not there" in refused("02", fresh)
+    for name in ("01_audio/train00001_2.wav", "01_samples/00001.pt", "01_samples/00003.jsonl"):
+        (fresh / name).unlink()
+    call("01", fresh)
+    assert files_of(fresh, "01") == whole
+
+
+def test_another_shards_latents_are_not_taken_for_this_ones(fresh, finished, small_shards):
+    call("01", fresh)
+    shutil.copy(fresh / "01_samples/00001.pt", fresh / "01_samples/00000.pt")
+    samples = common.read_samples(fresh)
+    shards = common.Shards(fresh, samples)
+    assert shards.latents([("train00004", 0)]).isfinite().all()
+    with pytest.raises(common.Stop, match="00000.pt: not of the audios in 00000.jsonl"):
+        shards.latents([("train00000", 0)])
+
+
+def test_another_trainings_checkpoint_or_a_later_one_is_refused(run, refused):
+    call("05", run, "--out", "other", "--steps", 2, "--seed", 1)
+    for source, step in (("06_ddpo", None), ("other", None), ("05_flow_dpo", 1_000_000)):
+        state = common.load_pt(run / source / "checkpoint.pt")
+        common.save_pt(run / "05_flow_dpo/checkpoint.pt", state | ({"step": step} if step else {}))
+        assert "05_flow_dpo/checkpoint.pt: of another training" in refused("05", run)
+
+
+def test_another_runs_pairs_or_judge_are_refused(run, refused):
+    for name, number in (("02_audioscore.pt", "03"), ("03_pairs.jsonl", "04"), ("04_stage1.jsonl", "05")):
+        kept = (run / name).read_bytes()
+        (run / name).write_bytes(kept + b" ")
+        assert f"{name}: not the file that was written here" in refused(
+            number, run, *(("--out", "x") * (number == "05"))
+        )
+        (run / name).write_bytes(kept)
+
+
+def test_equal_pairs_and_a_winner_against_itself_are_refused(tmp_path):
+    pair = dict(clip="a", winner=0, loser=1)
+    for other in (pair, dict(clip="a", winner=1, loser=0), dict(clip="b", winner=2, loser=2)):
+        write(tmp_path / "pairs.jsonl", [pair, other])
+        with pytest.raises(common.Stop, match="pairs.jsonl, line 2: .* is no pair, or stands here twice"):
+            common.read_pairs(tmp_path / "pairs.jsonl", "")
+
+
+def test_a_cut_last_line_of_a_log_is_dropped_and_the_rest_kept(run):
+    log = run / "05_flow_dpo/log.jsonl"
+    kept = log.read_bytes()
+    log.write_bytes(kept + b'{"step": 8, "lo')
+    call("05", run)
+    assert log.read_bytes() == kept
+
+
+def test_temporaries_of_killed_runs_are_removed_by_the_next_that_holds_the_lock_and_others_left(run):
+    stale = {
+        "02": [".02_scores.jsonl.1.tmp.jsonl", "scores/.00000.clap.pt.1.tmp.pt"],
+        "05": ["05_flow_dpo/.x.pt.1.tmp.pt"],
+    }
+    stale["01"] = [".run.json.1.tmp.json", "01_audio/.a_0.wav.1.tmp.wav", "01_samples/.00000.pt.1.tmp.pt"]
+    others = [run / "05_flow_dpo_2/.policy.pt.1.tmp.pt", run / "07_audio/base/.x.wav.1.tmp.wav"]
+    (run / "05_flow_dpo_2").mkdir()
+    for path in [*others, *(run / name for names in stale.values() for name in names)]:
+        path.write_bytes(b"half")
+    for number, names in stale.items():
+        call(number, run)
+        assert [name for name in names if (run / name).exists()] == []
+    assert all(path.exists() for path in others)
+
+
+def test_a_file_and_its_folder_are_synced_before_and_after_the_rename(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: order.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+    )
+    monkeypatch.setattr(os, "replace", lambda a, b, replace=os.replace: (order.append("rename"), replace(a, b)))
+    common.write_json(tmp_path / "x.json", {})
+    assert order == [f".x.json.{os.getpid()}.tmp.json", "rename", tmp_path.name]
+
+
 # People and published systems --------------------------------------------------------------------------------
 
 
@@ -572,6 +716,78 @@ def test_sheets_that_people_fill_in_are_read_in_place_and_never_written_over(run
     filled = fill(run / "03_to_choose.csv", "choice", ("a", "b", "tie"))
     call("03", run, "--choices", run / "03_to_choose.csv", "--redo")
     assert (run / "03_to_choose.csv").read_bytes() == filled and len(read(run / "03_human_pairs.jsonl")) == 2
+
+
+def test_words_are_taken_as_meant_and_replaced_answers_counted(run, capsys):
+    rows = read(run / "02_ratings.jsonl")
+    spelled = [
+        {**row, "rating": row["rating"].upper() if i % 2 else f" {row['rating'].lower()} "}
+        for i, row in enumerate(rows)
+    ]
+    write(run / "spelled.jsonl", spelled)
+    call("02", run, "--ratings", run / "spelled.jsonl")
+    assert read(run / "02_ratings.jsonl") == rows
+    write(run / "spelled.jsonl", spelled[:10])
+    call("02", run, "--ratings", run / "spelled.jsonl", "--redo")
+    assert f"{len(rows)} answers are replaced by the 10 of" in capsys.readouterr().out
+
+
+def test_that_nothing_will_be_left_to_mine_is_said_when_the_sheet_is_written(run, capsys):
+    for name in ("00_truth.jsonl", "02_ratings.jsonl"):
+        (run / name).unlink()
+    call("02", run, "--num-rated-clips", 20)
+    assert "warning: that is every clip, and rated clips are not mined" in capsys.readouterr().out
+    call("02", run, "--num-rated-clips", 19)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_cells_are_no_formulas_and_ids_come_back_as_they_are(run):
+    name, samples = "-0jeONf82dE_000021", {"-0jeONf82dE_000021": [{"k": 0, "wav": "01_audio/-0jeONf82dE_000021_0.wav"}]}
+    for caption, cell in (
+        ("=1+1", "'=1+1"),
+        ("+a", "'+a"),
+        ("-a", "'-a"),
+        ("@a", "'@a"),
+        ("a\n=b", "a =b"),
+        (None, ""),
+    ):
+        sheet = stage("02").rating_sheet([name], samples, {name: {"path": "x.mp4", "caption": caption}})
+        common.write_sheet(run / "sheet.csv", *sheet, "rating")
+        ((_, row),) = common.read_csv(run / "sheet.csv", ("clip", "caption"))
+        assert (row["clip"], row["caption"]) == (name, cell)
+
+
+def test_prompts_of_ddpo_are_no_clips_that_audioscore_was_fitted_on(run, monkeypatch):
+    drawn, draw = [], stage("06").draw_prompts
+    monkeypatch.setattr(stage("06"), "draw_prompts", lambda clips, *args: drawn.append(clips) or draw(clips, *args))
+    call("06", run, "--out", "x", "--steps", 1, "--updates", 1)
+    rated = {row["clip"] for row in read(run / "02_ratings.jsonl")}
+    assert {clip["id"] for clip in drawn[0]} == {f"train{i:05d}" for i in range(20)} - rated and len(rated) == 8
+
+
+def test_silent_audio_of_a_broken_policy_is_counted_and_warned_of(run, tmp_path, capsys):
+    shutil.copytree(run / "05_flow_dpo", tmp_path / "broken")
+    state = weights(run, "05_flow_dpo")
+    common.save_pt(tmp_path / "broken/policy.pt", {key: value * float("nan") for key, value in state.items()})
+    call("07", run, "--split", "val", "--only", "--systems", "base", f"broken={tmp_path / 'broken'}")
+    assert "warning: 6 of 6 audios of broken are silent or broken" in capsys.readouterr().out
+    base = common.load_pt(run / "00_base.pt")
+    base["net"] = {key: value * float("nan") for key, value in base["net"].items()}
+    for name in ("00_scorers.pt", "run.json"):
+        shutil.copy(run / name, tmp_path)
+    common.save_pt(tmp_path / "00_base.pt", base)
+    flags = ("--model", "toy", "--checkpoint", tmp_path / "00_base.pt", "--videos", run / "00_videos", "--max-clips", 2)
+    call("01", tmp_path / "new", *flags, "--num-samples", 2)
+    said = capsys.readouterr().out
+    assert "audios: 4, 4 not finite (never used in a pair), 4 silent" in said and "warning: more than 1 %" in said
+
+
+def test_a_policy_folder_is_named_as_stage_05_says_and_kept_by_a_rerun(run, capsys):
+    call("05", run, "--out", "05_beta200", "--beta", 200, "--steps", 2)
+    assert f"07_evaluate.py --run-dir {run} --systems 05_beta200\n" in capsys.readouterr().out
+    call("07", run, "--systems", "05_beta200")
+    call("07", run)
+    assert list(dict.fromkeys(row["system"] for row in read(run / "07_results.jsonl"))) == [*SYSTEMS, "05_beta200"]
 
 
 def test_the_toy_worlds_people_answer_anew_when_redo_asks_them_other_questions(run):
@@ -668,11 +884,13 @@ def test_coverage_counts_the_listed_clips_without_video(run, capsys):
     assert "1 more listed test clips have no video" in capsys.readouterr().out
 
 
-def test_a_cached_audio_of_another_policy_is_never_taken_for_this_ones(run):
-    before = (run / "07_audio/flow_dpo/settings.json").read_bytes()
-    (run / "07_audio/flow_dpo/settings.json").unlink()  # as an interrupted clean-up leaves it
-    names = sorted((run / "07_audio/flow_dpo").glob("*.wav"))
-    kept = names[0].read_bytes()
+def test_a_cached_audio_of_another_policy_is_never_taken_for_this_ones_and_foreign_audio_left_alone(run, refused):
+    record, names = run / "07_audio/flow_dpo/settings.json", sorted((run / "07_audio/flow_dpo").glob("*.wav"))
+    kept, about = names[0].read_bytes(), record.read_text()
     names[0].write_bytes(names[1].read_bytes())
+    record.write_text(json.dumps(json.loads(about) | {"policy": "0123456789abcdef"}))
     call("07", run)
-    assert names[0].read_bytes() == kept and (run / "07_audio/flow_dpo/settings.json").read_bytes() == before
+    assert names[0].read_bytes() == kept and record.read_text() == about
+    record.unlink()
+    assert "07_audio/flow_dpo: holds audio that stage 07 did not make" in refused("07", run)
+    assert all(path.exists() for path in names)

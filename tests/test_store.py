@@ -1,5 +1,6 @@
 """The store of scores: what a score depends on, that nothing is scored twice or lost, and that ranks divide it."""
 
+import json
 import os
 import shutil
 
@@ -16,9 +17,10 @@ LOOK = {"imagebind", "synchformer", "pesq"}  # what looks at the video, or liste
 
 
 @pytest.fixture
-def keys(tmp_path):
+def keys(tmp_path, finished):
     """The keys of one audio by scorer, after changes to it. Nobody could decode the files of this run."""
-    (tmp_path / "run.json").write_text('{"scorers": "toy", "scorers_root": "."}')
+    about = dict(json.loads((finished / "run.json").read_text()), scorers_root=".")
+    (tmp_path / "run.json").write_text(json.dumps(about))
     for name in ("00_scorers.pt", "x.mp4"):
         (tmp_path / name).write_bytes(b"12345")
 
@@ -179,6 +181,8 @@ def test_two_ranks_divide_the_groups_and_give_the_bytes_of_one(fresh, monkeypatc
     for number, flags in (("02", ("--num-rated-clips", 4)), ("03", ())):
         call(number, fresh, *flags)
         torchrun(number, two, *flags)
+    for place in (two, fresh):
+        (place / "scores" / ".lock").unlink()  # it names the process
     ours, theirs = (files_of(place, "02", "03", "sc") for place in (two, fresh))
     assert len([name for name in theirs if name.startswith("scores/0")]) == 3 * 5
     assert {name: content.replace(bytes(two), bytes(fresh)) for name, content in ours.items()} == theirs

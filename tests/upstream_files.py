@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.nn as nn
 import yaml
-from conftest import ROOT
+from conftest import ROOT, make_video
 
 import common
 from adapters import mmaudio, scorers
@@ -90,26 +90,9 @@ TORIO = {"torio": {}, "torio.io": {"StreamingMediaDecoder": Decoder}}
 
 
 def film(path, seconds=9.0, rate=Fraction(43, 2), sound="bursts", size=(160, 90)):
-    """H.264 with a moving bar and, unless sound is None, AAC at 44.1 kHz."""
-    width, height = size
-    with av.open(str(path), "w") as out:
-        video = out.add_stream("libx264", rate=rate)
-        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-        audio = out.add_stream("aac", rate=44100, layout="mono") if sound else None
-        for i in range(int(seconds * rate)):
-            picture = np.full((height, width, 3), 40 + 3 * (i % 60), np.uint8)
-            picture[:, (7 * i) % width :][:, :20] = (250, 10 * (i % 25), 30)
-            out.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        if audio:
-            wave = np.zeros(int(seconds * 44100)) if sound == "silence" else bursts(seconds, 44100)
-            for start in range(0, len(wave), 1024):
-                block = wave[None, start : start + 1024].astype(np.float32)
-                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="fltp", layout="mono")
-                frame.sample_rate, frame.pts = 44100, start
-                out.mux(audio.encode(frame))
-            out.mux(audio.encode(None))
-        out.mux(video.encode(None))
-    return path
+    """A video at a real clip's length and rate, with syllables, silence or no sound at all."""
+    waves = {"bursts": bursts(seconds, 44_100), "silence": np.zeros(int(seconds * 44_100)), None: False}
+    return make_video(path, size, rate, seconds, sound=waves[sound])
 
 
 def bursts(seconds, rate_hz, pitch_hz=140.0, seed=0):
