@@ -24,9 +24,7 @@ Takes: toy 42 s on 2 cores.
 """
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,43 +32,12 @@ from scipy import stats
 from tqdm import tqdm
 
 import common
-from common import AudioScore, SkipClip, number, stop
+from common import METRICS, PAPER_COLUMNS, AudioScore, Metric, SkipClip, describe, number, stop
 
 DEFAULTS = {"ground_truth": None, "base": None, "flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")
 BLOCK_CLIPS = 32  # clips per cached file
 TIE = 1e-6  # of P(Good): what rounding in batches of other sizes may make of one and the same audio
-
-
-class Metric(NamedTuple):
-    column: str
-    better: str = "higher"
-    decimals: int = 3
-    times: int = 1  # shown times this
-
-    def text(self, value, sign=""):
-        return "-" if value is None else f"{value * self.times:{sign}.{self.decimals}f}"
-
-
-METRICS = {
-    "fd_passt": Metric("FD_PaSST", "lower", 2), "fd": Metric("FD", "lower", 2),
-    "kl_panns": Metric("KL_PANNs", "lower", 2), "kl_passt": Metric("KL_PaSST", "lower", 2),
-    "kl": Metric("KL", "lower", 2), "is": Metric("IS", "higher", 2), "ib": Metric("IB x100", "higher", 2, 100),
-    "clap": Metric("CLAP x100", "higher", 2, 100), "desync_s": Metric("DeSync s", "lower"),
-    "p_good": Metric("P(Good)"), "win_rate": Metric("wins against base"),
-    "oracle_semantic": Metric("oracle: semantic"), "oracle_sync_s": Metric("oracle: sync s", "lower", 4),
-    "oracle_floor_db": Metric("oracle: floor dB", "lower", 2), "oracle_aesthetic": Metric("oracle: aesthetic"),
-}  # fmt: skip
-PAPER_COLUMNS = ("fd_passt", "kl_panns", "kl_passt", "is", "ib", "desync_s")
-PAPER = {  # Table 1, VGGSound test
-    "Seeing&Hearing": (219.01, 2.26, 2.30, 8.58, 33.99, 1.20), "V-AURA": (218.50, 2.42, 2.07, 10.08, 27.64, 0.65),
-    "FoleyCrafter": (140.09, 2.30, 2.23, 15.68, 25.68, 1.23), "V2A-Mapper": (84.57, 2.69, 2.56, 12.47, 22.58, 1.23),
-    "ThinkSound": (54.92, 1.32, 1.52, 16.03, 34.13, 0.46), "Frieren": (106.10, 2.73, 2.86, 12.25, 22.78, 0.85),
-    "Frieren-DDPO": (75.41, 2.58, 2.61, 13.12, 23.19, 0.65), "Frieren-DPO": (69.98, 2.55, 2.63, 13.98, 24.11, 0.62),
-    "MMAudio": (60.60, 1.65, 1.40, 17.40, 33.22, 0.44), "MMAudio-DDPO": (54.81, 1.42, 1.36, 18.34, 33.89, 0.39),
-    "MMAudio-DPO": (51.38, 1.38, 1.34, 19.21, 34.08, 0.35),
-}  # fmt: skip
-TOLERANCE = "tolerance: a repeated evaluation of one MMAudio model drifted by 0.69 FD_PaSST and 0.006 s DeSync"
 
 
 def parse_args(argv=None):
@@ -82,8 +49,7 @@ def parse_args(argv=None):
     io.add_argument("--only", action="store_true", help="--systems alone, without the default four and the last run's")
     io.add_argument("--allow-missing", action="store_true", help="evaluate a system that lacks audio for some clips")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
-    paper = parser.paper
-    paper.add_argument("--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]")
+    parser.paper.add_argument("--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]")
     engineering = parser.engineering
     engineering.add_argument("--compile", action="store_true", help="torch.compile the network that samples")
     engineering.add_argument("--batch-clips", type=number(int, 1), default=16, help="clips sampled together")
@@ -192,8 +158,7 @@ def choose_systems(run, args):
             print(f"{name}: left out, {run / folder} does not exist")
     if not systems:
         stop("--only: give --systems too, at least one")
-    order = [*DEFAULTS, *systems]
-    return {name: systems[name] for name in sorted(systems, key=order.index)}
+    return {name: systems[name] for name in sorted(systems, key=[*DEFAULTS, *systems].index)}
 
 
 def evaluated_before(run, args):
@@ -235,9 +200,7 @@ def encode_clips(model, run, clips, ranks):
         if new:
             common.save_pt(file, cached | new)
     common.barrier()
-    found = {}
-    for file in filter(Path.exists, blocks):
-        found |= read_conditions(file)
+    found = {key: value for file in filter(Path.exists, blocks) for key, value in read_conditions(file).items()}
     return {clip: found[key] for clip, key in key_of.items() if key in found}
 
 
@@ -306,32 +269,6 @@ def audio_files(run, name, folder, clips, args):
     return {c["id"]: out / f"{c['id']}.wav" for c in clips if (out / f"{c['id']}.wav").exists()}
 
 
-def listen(run, paths, seconds, ranks):
-    """{path: peak of its first `seconds`}, None without a track that can be decoded to there, so that a damaged packet
-    stops no evaluation. Remembered in scores/heard.json by size and time."""
-    memory, stamps = run / "scores" / "heard.json", {str(path): common.stamp(path) for path in paths}
-    known = common.read_json(memory) if memory.exists() else {}
-    known = {name: known[name] for name, stamp in stamps.items() if name in known and known[name]["stamp"] == stamp}
-
-    def peak(name):
-        try:
-            return {"stamp": stamps[name], "peak": common.decode_audio(name, seconds)[0].abs().max().item()}
-        except common.NoAudio:
-            return {"stamp": stamps[name], "peak": None}  # a silent film
-        except SkipClip as reason:
-            tqdm.write(f"{name}: {reason}; no usable audio track", file=sys.stderr)  # and never remembered
-
-    if ranks.rank == 0:
-        new = [name for name in stamps if name not in known]
-        with ThreadPoolExecutor() as readers:
-            heard = tqdm(readers.map(peak, new), desc="listen", total=len(new), unit="audio", disable=not new)
-            known |= {name: about for name, about in zip(new, heard) if about}
-        common.write_json(memory, known)
-    common.barrier()
-    known = common.read_json(memory)
-    return {path: known.get(str(path), {}).get("peak") for path in paths}
-
-
 def below(run, path):
     """A path as the files of a run name it: relative to the run folder, absolute where it lies elsewhere."""
     path, run = Path(path).resolve(), run.resolve()
@@ -397,13 +334,6 @@ def per_clip(run, found, clips, files, weights):
     return means, sets
 
 
-def describe(metrics):
-    """{name: Metric} in the table's order; one that a scorer of the user's brings is shown as it comes."""
-    metrics = dict.fromkeys(metrics)
-    order = [*(name for name in METRICS if name in metrics), *(name for name in metrics if name not in METRICS)]
-    return {name: METRICS.get(name, Metric(name)) for name in order}
-
-
 def results_of(means, sets, n):
     """Lines of 07_results.jsonl."""
     lines, truth = [], sets.get("ground_truth")
@@ -456,65 +386,6 @@ def verdict(better, diff, low, high):
     return "better" if (diff > 0) == (better == "higher") else "worse"
 
 
-def print_table(results, systems):
-    """Values, then differences to base with 95 % intervals; better and worse mark intervals that exclude 0."""
-    cell = {(row["metric"], row["system"]): row for row in results}
-    metrics = describe(row["metric"] for row in results)
-    print("\n" + f"{'':<18}" + "".join(f"{s[:14]:>15}" for s in systems))
-    for name, metric in metrics.items():
-        values = [metric.text(cell[name, s]["value"]) if (name, s) in cell else "" for s in systems]
-        label = f"{metric.column} {'^' if metric.better == 'higher' else 'v'}"
-        print(f"{label:<18}" + "".join(f"{v:>15}" for v in values))
-    others = [s for s in systems if s not in ("base", "ground_truth")]
-    if "base" in systems and others:
-        print("\nminus base, 95 % interval" + " " * 4 + "".join(f"{s[:24]:>36}" for s in others))
-        for name, metric in metrics.items():
-            text = f"{metric.column:<29}"
-            for row in (cell.get((name, s)) for s in others):
-                if row is None or row["diff"] is None:
-                    text += " " * 36
-                    continue
-                diff, low, high = (metric.text(row[key], "+") for key in ("diff", "diff_low", "diff_high"))
-                text += f"{diff} [{low}, {high}] {row['verdict'] or '':<6}".rjust(36)
-            print(text)
-
-
-def paper_twin(system, run_json):
-    """The row of Table 1 that a system repeats: base, flow_dpo and ddpo of the two models that the paper tunes, and any
-    system named like a row (mmaudio=DIR)."""
-    family = {"mmaudio:large_44k": "MMAudio", "frieren": "Frieren"}.get(run_json["model"])
-    if family and system in ("base", "flow_dpo", "ddpo"):
-        return family + {"base": "", "flow_dpo": "-DPO", "ddpo": "-DDPO"}[system]
-    plain = {"".join(filter(str.isalnum, name)).lower(): name for name in PAPER}
-    return plain.get("".join(filter(str.isalnum, system)).lower())
-
-
-def table_1(run_json, results, systems):
-    """The paper's rows, then ours, then each of ours minus the paper's own: [(label, six texts)], and a remark. In the
-    toy world only MMAudio's rows, without ours: only the signs of the differences compare."""
-    if "scorers" in run_json:  # not the paper's
-        rows = [(name, [f"{x:.2f}" for x in row]) for name, row in PAPER.items() if name.startswith("MMAudio")]
-        return rows, "another world and other scorers: compare the signs of the differences, not the numbers"
-    value = {(row["system"], row["metric"]): row["value"] for row in results}
-    rows = [(name, [f"{x:.2f}" for x in row]) for name, row in PAPER.items()]
-    for system in (s for s in systems if s != "ground_truth"):
-        ours = [value.get((system, metric)) for metric in PAPER_COLUMNS]
-        rows.append((f"here: {system}", [METRICS[m].text(x) for m, x in zip(PAPER_COLUMNS, ours)]))
-        if twin := paper_twin(system, run_json):
-            paper = [y / METRICS[m].times for m, y in zip(PAPER_COLUMNS, PAPER[twin])]
-            drift = [None if x is None else x - y for x, y in zip(ours, paper)]
-            texts = [METRICS[m].text(x, "+") for m, x in zip(PAPER_COLUMNS, drift)]
-            rows.append((f"  minus the paper's {twin}", texts))
-    return rows, TOLERANCE
-
-
-def print_table_1(rows, remark):
-    print("\nthe paper (Table 1, VGGSound test)" + "".join(f"{METRICS[m].column:>11}" for m in PAPER_COLUMNS))
-    for name, texts in rows:
-        print(f"{name[:34]:<34}" + "".join(f"{text:>11}" for text in texts))
-    print(f"({remark})")
-
-
 def main(args):
     # -- setup
     ranks = common.setup_ranks()
@@ -540,7 +411,7 @@ def main(args):
                 generate(run, name, folder, model, features, clips, args, ranks)
         del model
     files = {name: audio_files(run, name, folder, clips, args) for name, folder in systems.items()}
-    heard = listen(run, [path for paths in files.values() for path in paths.values()], run_json["clip_s"], ranks)
+    heard = common.listen(run, [path for paths in files.values() for path in paths.values()], run_json["clip_s"], ranks)
     files = {name: {c: p for c, p in paths.items() if heard[p] is not None} for name, paths in files.items()}
     for name, paths in files.items():
         if len(paths) < len(clips):
@@ -559,7 +430,7 @@ def main(args):
     # -- save
     suffix = "" if args.split == "test" else f"_{args.split}"
     common.write_jsonl(run / f"07_results{suffix}.jsonl", results)
-    rows, remark = table_1(run_json, results, list(systems))
+    rows, remark = common.table_1(run_json, results, list(systems))
     about = dict(split=args.split, guidance=args.guidance, steps=run_json["sampler"]["steps"])
     about["systems"] = [
         dict(name=name, folder=folder and below(run, folder), audio={c: below(run, p) for c, p in files[name].items()})
@@ -574,11 +445,11 @@ def main(args):
     print(f"{args.split} split, guidance {args.guidance:g}; clips with audio: {', '.join(coverage)}")
     if gone := sum(row["split"] == args.split for row in unseen):
         print(f"{gone} more listed {args.split} clips have no video (01_missing.jsonl), so no system is judged on them")
-    print_table(results, list(systems))
+    common.print_table(results, list(systems))
     for name, count in silent.items():
         if name != "ground_truth" and count > 0.01 * len(files[name]):
             print(f"warning: {count} of {len(files[name])} audios of {name} are silent or broken, and scored as that")
-    print_table_1(rows, remark)
+    common.print_table_1(rows, remark)
     print(f"\nwrote {run / f'07_results{suffix}.jsonl'}")
     if args.split == "test":
         print(f"next: python 08_listen.py --run-dir {run}")

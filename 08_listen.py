@@ -31,7 +31,7 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import common
-from common import SkipClip, stop
+from common import DICT, LIST, NUMBER, TEXT, SkipClip, maybe, stop
 
 LISTEN = 6  # clips in the listening section
 COLOURS = {"better": "#2a7f3f", "worse": "#b3261e", None: "#777777"}
@@ -193,14 +193,9 @@ def cards_of(run, run_json, clips, systems):
 # ------------------------------------------------------------------------------------------------------------
 
 
-RESULT = dict(system=common.TEXT, metric=common.TEXT, better=common.TEXT, verdict=common.maybe(common.TEXT))
-RESULT |= {key: common.maybe(common.NUMBER) for key in ("value", "low", "high", "n", "diff", "diff_low", "diff_high")}
-SYSTEMS = dict(split=common.TEXT, guidance=common.NUMBER, steps=common.NUMBER)
-SYSTEMS |= dict(systems=common.LIST, metrics=common.DICT, paper=common.DICT)
-
-
-def record(file):
-    return common.read_json(file) if file.exists() else {}
+RESULT = dict(system=TEXT, metric=TEXT, better=TEXT, verdict=maybe(TEXT))
+RESULT |= {key: maybe(NUMBER) for key in ("value", "low", "high", "n", "diff", "diff_low", "diff_high")}
+SYSTEMS = dict(split=TEXT, guidance=NUMBER, steps=NUMBER, systems=LIST, metrics=DICT, paper=DICT)
 
 
 def report(run):
@@ -210,7 +205,7 @@ def report(run):
     about = common.read_json(run / "07_systems.json", SYSTEMS, hint)
     systems, clips = about["systems"], common.read_clips(run, about["split"])
     names = [system["name"] for system in systems]
-    if {*names} != {row["system"] for row in results} or any(row["metric"] not in about["metrics"] for row in results):
+    if {*names} != {row["system"] for row in results} or not {row["metric"] for row in results} <= {*about["metrics"]}:
         stop(f"{run}/07_systems.json: not of 07_results.jsonl; run 07_evaluate.py --run-dir {run} again")
 
     # -- figures
@@ -227,11 +222,12 @@ def report(run):
     if (run / "02_audioscore.pt").exists() and (run / "04_settings.json").exists():
         heldout = common.load_pt(run / "02_audioscore.pt")["heldout"]
         mined = [r for i in (1, 2) for r in common.read_jsonl(run / f"04_stage{i}.jsonl") if r["source"] == "auto"]
-        threshold = record(run / "04_settings.json")["settings"]["threshold"]
+        threshold = common.read_json(run / "04_settings.json")["settings"]["threshold"]
         figures["audioscore"] = picture(draw_audioscore, heldout, mined, threshold)
 
     # -- page
-    made = {n: record(f / "settings.json").get("settings", {}) | record(f / "policy.json") for n, f in folders.items()}
+    files = {n: [common.read_json(f / name) for name in ("settings.json", "policy.json")] for n, f in folders.items()}
+    made = {name: settings.get("settings", {}) | policy for name, (settings, policy) in files.items()}
     parts = dict(run_json=run_json, about=about, names=names, cell=cell, policies=made, figures=figures)
     return write_page(run / "08_report.html", cards=cards_of(run, run_json, clips, systems), clips=clips, **parts)
 

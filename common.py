@@ -2,7 +2,7 @@
 
 Read in this order: notation, Flow-DPO (Eq. 5, Eq. 3), AudioScore (Sec. 2.1), sampler, the interface of a backbone. A
 reader of the paper can stop there. Then: a stage's entry, what stages read, flags, torch.distributed, scorers and the
-store of what they said; last the loaders of `adapters/`. Files (checks, records, locks) and media are in `plumbing/`.
+store of what they said; last the loaders of `adapters/`. Files (checks, records, locks), media and tables: `plumbing/`.
 
 Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 
@@ -48,8 +48,9 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from tqdm import tqdm
 
-from plumbing.files import *  # noqa: F403, what stages need of it they find here
+from plumbing.files import *  # noqa: F403, what stages need of these they find here
 from plumbing.media import *  # noqa: F403
+from plumbing.tables import *  # noqa: F403
 
 RATINGS = ("Good", "Medium", "Bad")  # the order of every probability vector (Eq. 1)
 SCORES = ("ib", "clap", "desync_s", "is_nats", "pesq")  # score_1 ... score_5 (Sec. 2.1)
@@ -886,6 +887,32 @@ def read_store(file, shapes=None):
         if not FLOATS.holds(value) or len(value) != len(keys) or shapes.get(key) not in (None, value.shape[1:]):
             stop(f"{file}: '{key}' does not fit the other scores; remove it and run the stage again")
     return keys, stored
+
+
+def listen(run, paths, seconds, ranks):
+    """{path: peak of its first `seconds`}, None without a track that can be decoded to there, so that a damaged packet
+    stops no evaluation. Remembered in scores/heard.json by size and time."""
+    memory, stamps = run / "scores" / "heard.json", {str(path): stamp(path) for path in paths}
+    known = read_json(memory) if memory.exists() else {}
+    known = {name: known[name] for name, stamp in stamps.items() if name in known and known[name]["stamp"] == stamp}
+
+    def peak(name):
+        try:
+            return {"stamp": stamps[name], "peak": decode_audio(name, seconds)[0].abs().max().item()}
+        except NoAudio:
+            return {"stamp": stamps[name], "peak": None}  # a silent film
+        except SkipClip as reason:
+            tqdm.write(f"{name}: {reason}; no usable audio track", file=sys.stderr)  # and never remembered
+
+    if ranks.rank == 0:
+        new = [name for name in stamps if name not in known]
+        with ThreadPoolExecutor() as readers:
+            heard = tqdm(readers.map(peak, new), desc="listen", total=len(new), unit="audio", disable=not new)
+            known |= {name: about for name, about in zip(new, heard) if about}
+        write_json(memory, known)
+    barrier()
+    known = read_json(memory)
+    return {path: known.get(str(path), {}).get("peak") for path in paths}
 
 
 def five_scores(found, audioscore):

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import make_video, number_of, shell, stage
+from conftest import make_video, number_of, shell
 from upstream_files import Decoder
 
 import common
@@ -216,7 +216,7 @@ def test_sound_without_picture_begins_with_its_first_sample(tmp_path):
 
 def test_a_silent_film_is_told_from_sound_that_cannot_be_read(tmp_path, capsys):
     def has_audio(path, seconds):
-        return stage("07").listen(tmp_path, [path], seconds, common.Ranks())[path] is not None
+        return common.listen(tmp_path, [path], seconds, common.Ranks())[path] is not None
 
     silent, sounding = make_video(tmp_path / "s.mp4", sound=False), make_video(tmp_path / "a.mp4")
     with pytest.raises(common.NoAudio, match="no audio stream"):

@@ -246,11 +246,11 @@ def test_p_good_that_differs_by_rounding_is_a_tie(finished, monkeypatch):
 
 
 def test_table_1_sets_each_system_beside_the_papers_own_row():
-    names = metrics.PAPER_COLUMNS
+    names = common.PAPER_COLUMNS
     values = {"base": (61.6, 1.6, None, 17.0, 0.3422, 0.45), "V-AURA": (218.5, 2.5, 2.0, 10.0, 0.27, 0.60)}
     results = [{"system": s, "metric": m, "value": v} for s, row in values.items() for m, v in zip(names, row)]
-    rows, remark = metrics.table_1({"model": "mmaudio:large_44k"}, results, ["ground_truth", "base", "V-AURA", "mine"])
-    assert [name for name, _ in rows[:11]] == list(metrics.PAPER) and "0.69 FD_PaSST" in remark
+    rows, remark = common.table_1({"model": "mmaudio:large_44k"}, results, ["ground_truth", "base", "V-AURA", "mine"])
+    assert [name for name, _ in rows[:11]] == list(common.PAPER) and "0.69 FD_PaSST" in remark
     assert rows[11:] == [
         ("here: base", ["61.60", "1.60", "-", "17.00", "34.22", "0.450"]),
         ("  minus the paper's MMAudio", ["+1.00", "-0.05", "-", "-0.40", "+1.00", "+0.010"]),
@@ -258,10 +258,10 @@ def test_table_1_sets_each_system_beside_the_papers_own_row():
         ("  minus the paper's V-AURA", ["+0.00", "+0.08", "-0.07", "-0.08", "-0.64", "-0.050"]),
         ("here: mine", ["-"] * 6),
     ]
-    twin = metrics.paper_twin
+    twin = common.paper_twin
     assert twin("flow_dpo", {"model": "frieren"}) == "Frieren-DPO" and twin("mmaudio", {"model": "toy"}) == "MMAudio"
     assert twin("base", {"model": "mmaudio:small_16k"}) is None and twin("mine", {"model": "frieren"}) is None
-    assert not any(name.startswith("here") for name, _ in metrics.table_1({"scorers": "x"}, results, ["base"])[0])
+    assert not any(name.startswith("here") for name, _ in common.table_1({"scorers": "x"}, results, ["base"])[0])
 
 
 # Upstream ----------------------------------------------------------------------------------------------------
