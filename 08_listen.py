@@ -1,8 +1,7 @@
 """Stage 08: pages for people. `report`: the numbers, the training, and what every system sounds like (Sec. 3.2).
 
 Run:
-    python 08_listen.py
-    python 08_listen.py report --run-dir runs/vgg
+    python 08_listen.py report --run-dir runs/vgg     # without words: the report of the toy run
 
 Reads:
     07_results.jsonl, 07_systems.json                the numbers, how they are shown, the audio of every system
