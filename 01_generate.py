@@ -279,11 +279,11 @@ def main(args):
     run, folder = Path(args.run_dir), Path(args.run_dir) / "01_samples"
     known = common.read_run(run, common.WORLD) if (run / "run.json").exists() else {}
     args.model = args.model or known.get("model")
-    if args.model is None and (run / "00_settings.json").exists():
-        stop(f"{run}: stage 00 has not finished; run 00_toy_world.py --run-dir {run} again")
-    if args.model is None:
-        stop(f"--run-dir {run} is new: give --model (or run 00_toy_world.py first for the toy world)")
     own_clips = (run / "00_settings.json").exists()  # stage 00 wrote clips.jsonl itself
+    if args.model is None and own_clips:
+        stop(f"{run}: stage 00 has not finished; run it again with --run-dir {run}")
+    if args.model is None:
+        stop(f"--run-dir {run} is new: give --model (or run stage 00 first for the toy world)")
     if own_clips and (args.clips or args.videos):
         stop(f"--run-dir {run} has clips of its own, from stage 00; give --clips or --videos another --run-dir")
     if not own_clips and not args.videos:
