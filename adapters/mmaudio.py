@@ -27,7 +27,7 @@ class MMAudio(FlowModel):
     def __init__(self, variant, checkpoint, weights):
         super().__init__()
         if variant not in VARIANTS:
-            stop(f"--model mmaudio:VARIANT: {variant!r} is no variant; choose one of {', '.join(VARIANTS)}")
+            stop(f"--model {f'mmaudio:{variant}'.rstrip(':')}: unknown variant; choose one of {', '.join(VARIANTS)}")
         with upstream("MMAudio"):
             from mmaudio.model import networks
         self.variant, self.weights, self.mode = variant, Path(weights).absolute(), variant.split("_")[1]
