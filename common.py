@@ -545,7 +545,12 @@ def setup_ranks():
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if options else "gloo", timeout=timedelta(seconds=60), **options)  # to meet
+        patience = timedelta(seconds=60)  # to meet
+        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=patience))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # restarted by torchrun, ranks would find their predecessors'
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # addresses, and wait for them
+        options |= dict(store=store, rank=rank, world_size=world, timeout=patience)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", **options)
         dist.distributed_c10d._set_pg_timeout(timedelta(hours=12))  # to wait for the slowest clip, scorer or encoder
     return Ranks(rank, world, device)
 
