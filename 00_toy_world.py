@@ -507,6 +507,7 @@ class Toy(common.FlowModel):
     """The pre-trained toy model; `net` is trainable, encoders and codec are frozen. Its time is the paper's already."""
 
     sample_rate_hz, clip_s, latent_shape = RATE_HZ, CLIP_S, (TOKENS, CHANNELS)
+    feature_shapes = {"frames": (TOKENS, 2 * EMBED), "pooled": (EMBED,), "text": (len(VOCABULARY),)}
 
     def __init__(self, variant, checkpoint, weights):
         super().__init__()
@@ -531,7 +532,6 @@ class Toy(common.FlowModel):
 
     @torch.no_grad()
     def encode(self, clip):
-        """frames (25, 64), pooled (32,), text (V,)."""
         per_frame, pooled = self.frozen[0].tower(read_moments(clip["path"])[None])
         return {"frames": per_frame.reshape(TOKENS, 2 * EMBED), "pooled": pooled[0], "text": words(clip["caption"])}
 

@@ -6,13 +6,11 @@ Run:
         --test-list MMAudio/sets/vgg-test.tsv                # the paper's
     torchrun --nproc_per_node 8 01_generate.py ...           # shards are divided over the GPUs
 
-Clips come from one of: the toy world's clips.jsonl; a .jsonl (id, video, and if known caption, label, split);
-VGGSound's csv (youtube id, start second, label, split; no header); MMAudio's tsv (header id, label; its split is the
-last word of its name, as in vgg-test.tsv: train, val or test, else train); a plain folder of videos (--videos alone:
-all train, no captions; hidden files are left out).
-
 Reads:
-    clips        as above; videos below --videos, named by `video` or `<id>.mp4` (.mkv, .webm, .mov, .avi)
+    clips        the toy's clips.jsonl; or a .jsonl (id, and if known video, caption, label, split); VGGSound's csv
+                 (youtube id, start second, label, split; no header); MMAudio's tsv (header id, label; its split is the
+                 last word of its name, as in vgg-test.tsv, else train); or all videos of a folder, for training
+    videos       below --videos, named by `video` or `<id>.mp4` (.mkv, .webm, .mov, .avi)
 Writes:
     run.json                    model, checkpoint and its digest, latent shape, sampler, N, seed, video root
     clips.jsonl                 id, video, caption or null, label or null, split
@@ -27,10 +25,9 @@ Takes: toy 56 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidan
 """
 
 import difflib
-import os
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,9 +38,9 @@ import common
 from common import SkipClip, number, stop
 
 SHARD_CLIPS = 32
-SPLITS = ("train", "val", "test")
 LISTED = common.CLIP | {"video": common.maybe(common.PATH)}  # what a user's list says of a clip
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+SECOND = common.Kind("a whole number of up to six digits", lambda x: x.isdecimal() and len(x) <= 6)
+VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv", ".MKV", ".webm", ".WEBM", ".mov", ".MOV", ".avi", ".AVI")
 
 
 def parse_args(argv=None):
@@ -77,26 +74,19 @@ def parse_args(argv=None):
 
 def clips_of_table(path):
     """VGGSound's csv or MMAudio's tsv -> clips; ids in upstream's form, `<youtube id>_<start second, 6 digits>`."""
-    clips, word = [], re.split(r"[-_. ]", path.stem)[-1].lower()
-    split = word if word in SPLITS else "train"
-
-    def add(line, name, label, split):
-        clip = dict(id=name, caption=label or None, label=label or None, split=split)
-        clips.append({"caption": None, "label": None} | common.check(clip, LISTED, f"{path}, line {line}"))
-
+    word = re.split(r"[-_. ]", path.stem)[-1].lower()
+    split, rows = word if common.CLIP["split"].holds(word) else "train", []
     if path.suffix.lower() == ".tsv":
-        rows = common.read_csv(path, ("id", "label"), delimiter="\t", header=False)
-        for line, row in rows[1 if rows and rows[0][1] == {"id": "id", "label": "label"} else 0 :]:
-            add(line, row["id"], row["label"], split)
         print(f"{path}: all in the split {split}, by the last word of its name")
-        return clips
-    for line, row in common.read_csv(path, ("youtube id", "start second", "label", "split"), header=False):
-        start = row["start second"]
-        if not (start.isdecimal() and len(start) <= 6):
-            stop(f"{path}, line {line}, field 'start second': {start[:40]!r} is not a whole number of up to six digits")
-        common.check(row, {"youtube id": common.NAME}, f"{path}, line {line}")
-        add(line, f"{row['youtube id']}_{int(start):06d}", row["label"], row["split"])
-    return clips
+        table = common.read_csv(path, ("id", "label"), delimiter="\t", header=False)
+        rows = [(line, *row.values(), split) for line, row in table if (line, *row.values()) != (1, "id", "label")]
+    else:
+        for line, row in common.read_csv(path, ("youtube id", "start second", "label", "split"), header=False):
+            common.check(row, {"youtube id": common.NAME, "start second": SECOND}, f"{path}, line {line}")
+            name, start, label, split = row.values()
+            rows.append((line, f"{name}_{int(start):06d}", label, split))
+    clips = [(line, dict(id=name, caption=label, label=label, split=split)) for line, name, label, split in rows]
+    return [common.check(clip, LISTED, f"{path}, line {line}") for line, clip in clips]
 
 
 def listed_clips(args):
@@ -105,13 +95,12 @@ def listed_clips(args):
         names = [file.relative_to(args.videos) for file in sorted(Path(args.videos).rglob("*"))]
         names = [n for n in names if n.suffix.lower() in VIDEO_SUFFIXES and not any(p[0] == "." for p in n.parts)]
         if not names:
-            stop(f"--videos {args.videos}: no video ({', '.join(VIDEO_SUFFIXES)}) in this folder")
+            stop(f"--videos {args.videos}: no video ({', '.join(VIDEO_SUFFIXES[::2])}) in this folder")
         return [{"id": "_".join(n.with_suffix("").parts), "video": str(n), "split": "train"} for n in names]
     path = Path(args.clips)
     if path.suffix.lower() == ".jsonl":
         clips = common.read_jsonl(path, LISTED | {"split": common.maybe(common.CLIP["split"])})
-        unknown = Counter(key for clip in clips for key in clip.keys() - common.CLIP.keys())
-        for key, count in unknown.items():
+        for key, count in Counter(key for clip in clips for key in clip.keys() - common.CLIP.keys()).items():
             like = difflib.get_close_matches(key, common.CLIP, 1)
             print(f"{path}: field {key!r} of {count} lines is not read" + (f"; {like[0]!r} was meant?" if like else ""))
         return [{key: v.strip() if isinstance(v, str) else v for key, v in clip.items()} for clip in clips]
@@ -120,30 +109,26 @@ def listed_clips(args):
     return clips_of_table(path)
 
 
-def plain(label):
-    return re.sub(r"\W+", " ", label).strip().lower()
-
-
 def check_clips(clips, where):
     """Ids are unique file names, one split each; YouTube ids that recur across splits are listed, since one video's
     clips sound alike. Labels that nearly equal another are said: PESQ, and the class of an audio, go by them."""
-    split_of, splits_of_video = {}, {}
+    split_of, splits_of = {}, defaultdict(set)  # by id; by YouTube id
     for i, clip in enumerate(clips, 1):
         name, split = clip["id"], clip.setdefault("split", "train")
         if name in split_of:
             twice = f"in both {split_of[name]} and {split}" if split_of[name] != split else "twice"
             stop(f"{where}, clip {i}, field 'id': {name} occurs {twice}; keep one")
         split_of[name] = split
-        if len(name) == 18 and name[11] == "_":
-            splits_of_video.setdefault(name[:11], set()).add(split)
-    shared = sorted(video for video, splits in splits_of_video.items() if len(splits) > 1)
+        splits_of[name[:11] if len(name) == 18 and name[11] == "_" else name].add(split)
+    shared = sorted(video for video, splits in splits_of.items() if len(splits) > 1)
     if shared:
-        more = " ..." * (len(shared) > 10)
-        print(f"{len(shared)} YouTube ids occur in more than one split: {', '.join(shared[:10])}{more}")
+        first = ", ".join(shared[:10]) + " ..." * (len(shared) > 10)
+        print(f"{len(shared)} YouTube ids occur in more than one split: {first}")
+    plain = lambda label: re.sub(r"\W+", " ", label).strip().lower()  # noqa: E731
     known = {plain(label): label for label in common.HUMAN_SPEECH_CLASSES}
     for label, count in Counter(clip["label"] for clip in clips if clip.get("label")).most_common():
         near = known.setdefault(plain(label), label)
-        if near == label and label not in common.HUMAN_SPEECH_CLASSES:
+        if near == label:
             near = next(iter(difflib.get_close_matches(label, common.HUMAN_SPEECH_CLASSES, 1, 0.9)), label)
         if near != label:
             print(f"label {label!r} ({count} clips) is nearly, but not, {near!r}")
@@ -163,14 +148,13 @@ def gather_clips(args):
     check_clips(clips, where)
     found, missing = [], []
     for clip in clips:
-        suffixes = [case for suffix in VIDEO_SUFFIXES for case in (suffix, suffix.upper())]
-        names = [clip["video"]] if clip.get("video") else [clip["id"] + suffix for suffix in suffixes]
+        names = [clip["video"]] if clip.get("video") else [clip["id"] + suffix for suffix in VIDEO_SUFFIXES]
         name = next((n for n in names if common.inside(root, n, f"{where}, clip {clip['id']}").is_file()), None)
         if name is None:
             missing.append({"id": clip["id"], "split": clip["split"], "reason": f"no {names[0]} below {root.name}/"})
         else:
-            fields = {key: clip.get(key) or None for key in ("caption", "label")}
-            found.append({"id": clip["id"], "video": name, **fields, "split": clip["split"]})
+            said = {key: clip.get(key) or None for key in ("caption", "label")}
+            found.append({"id": clip["id"], "video": name, **said, "split": clip["split"]})
     if missing and args.strict:
         stop(f"{len(missing)} of {len(clips)} videos are missing, first {missing[0]['id']} ({missing[0]['reason']})")
     have, listed = Counter(c["split"] for c in found), Counter(c["split"] for c in clips)
@@ -182,17 +166,14 @@ def gather_clips(args):
 
 def prepare_run(run, known, own_clips, model, args):
     """run.json, clips.jsonl and 01_missing.jsonl, or the proof that those of this run are of the same settings."""
-    if own_clips and not (run / "clips.jsonl").exists():
-        stop(f"{run / 'clips.jsonl'}: missing; run 00_toy_world.py again, which wrote it")
     found, missing = ([], []) if own_clips else gather_clips(args)
     given = args.checkpoint and Path(args.checkpoint).resolve()
-    settings = dict(model=args.model, checkpoint=str(given) if given else known.get("checkpoint", "upstream"))
-    settings.update(checkpoint_digest=model.checkpoint_digest, latent_shape=list(model.latent_shape))
-    settings.update(sample_rate_hz=model.sample_rate_hz, num_samples=args.num_samples, seed=args.seed)
-    settings.update(sampler=dict(steps=args.sampling_steps, guidance=args.guidance), clip_s=model.clip_s)
-    settings.update(max_clips=args.max_clips)
-    about = {"video_root": str(Path(args.videos).resolve())} if args.videos else {}
-    about |= {"cavp_root": str(Path(args.cavp).resolve())} if args.cavp else {}
+    checkpoint = str(given) if given else known.get("checkpoint", "upstream")
+    settings = dict(model=args.model, checkpoint=checkpoint, checkpoint_digest=model.checkpoint_digest)
+    settings |= dict(latent_shape=list(model.latent_shape), sample_rate_hz=model.sample_rate_hz, clip_s=model.clip_s)
+    settings |= dict(sampler=dict(steps=args.sampling_steps, guidance=args.guidance), num_samples=args.num_samples)
+    settings |= dict(seed=args.seed, max_clips=args.max_clips)
+    about = {f"{key}_root": str(Path(x).resolve()) for key, x in (("video", args.videos), ("cavp", args.cavp)) if x}
     if given and (beside := given.with_name("run.json")).is_file():  # a world's model keeps its scorers
         world = common.read_json(beside, {key: common.WORLD[key] for key in ("defaults", "scorers")})
         about |= {key: world[key] for key in ("defaults", "scorers") if key in world}
@@ -210,7 +191,7 @@ def prepare_run(run, known, own_clips, model, args):
         own, now = ({clip["id"] for clip in clips} for clips in (common.read_jsonl(listed, common.CLIP), found))
         if own != now:
             print(f"{listed} stays as it is: {len(now - own)} videos appeared since, {len(own - now)} vanished")
-    settings.update(clips_digest=common.digest(listed))
+    settings |= dict(clips_digest=common.digest(listed))
     common.claim(run, "01_settings.json", settings, redo=prepared, advice=advice)
     common.write_json(run / "run.json", {**known, **settings, **about})
 
@@ -280,18 +261,17 @@ def main(args):
     known = common.read_run(run, common.WORLD) if (run / "run.json").exists() else {}
     args.model = args.model or known.get("model")
     own_clips = (run / "00_settings.json").exists()  # stage 00 wrote clips.jsonl itself
-    if args.model is None and own_clips:
-        stop(f"{run}: stage 00 has not finished; run it again with --run-dir {run}")
-    if args.model is None:
-        stop(f"--run-dir {run} is new: give --model (or run stage 00 first for the toy world)")
-    if own_clips and (args.clips or args.videos):
-        stop(f"--run-dir {run} has clips of its own, from stage 00; give --clips or --videos another --run-dir")
-    if not own_clips and not args.videos:
-        stop("--videos: name the folder that holds the videos; a rerun wants the flags of the first run")
-    if args.videos and not Path(args.videos).is_dir():
-        stop(f"--videos {args.videos}: no such folder")
-    if (args.cavp is None) == (args.model == "frieren"):
-        stop("--cavp: give the folder of CAVP features with --model frieren, and only then")
+    refusals = [
+        (own_clips and not args.model, f"{run}: stage 00 has not finished; run it again with --run-dir {run}"),
+        (own_clips and not (run / "clips.jsonl").exists(), f"{run}/clips.jsonl: gone; run 00_toy_world.py again"),
+        (not args.model, f"--run-dir {run} is new: give --model (or run stage 00 first for the toy world)"),
+        (own_clips and (args.clips or args.videos), f"{run} has clips of stage 00; give yours another --run-dir"),
+        (not own_clips and not args.videos, "--videos: name the videos' folder, also when you run a command again"),
+        (args.videos and not Path(args.videos).is_dir(), f"--videos {args.videos}: no such folder"),
+        ((args.cavp is None) == (args.model == "frieren"), "--cavp: give CAVP features to Frieren, and to no other"),
+    ]
+    for why in [why for refused, why in refusals if refused]:
+        stop(why)
     checkpoint = args.checkpoint or (run / known["checkpoint"] if own_clips else None)
     model = common.load_model(args.model, checkpoint, device, args.weights)
     if args.compile:
@@ -306,7 +286,7 @@ def main(args):
     if len(train) > args.max_clips:
         train = [train[i] for i in sorted(random.Random(args.seed).sample(range(len(train)), args.max_clips))]
     blocks = [train[i : i + SHARD_CLIPS] for i in range(0, len(train), SHARD_CLIPS)]
-    heard = set(os.listdir(run / "01_audio")) if (run / "01_audio").exists() else set()
+    heard = {wav.name for wav in (run / "01_audio").glob("*.wav")}
     todo = [i for i, block in enumerate(blocks) if not is_whole(folder, f"{i:05d}", block, heard)]
     common.barrier()  # every rank has seen the same
     todo = todo[rank::world]
@@ -332,16 +312,14 @@ def main(args):
     if rank == 0 and not train:
         print(f"prepared {run}, no train clips\nnext: python 07_evaluate.py --run-dir {run} --only --systems NAME=DIR")
     elif rank == 0:
-        files = sorted(folder.glob("*.skipped.jsonl"))
-        skipped = [row for file in files for row in common.read_jsonl(file, common.SKIPPED)]
+        skipped = [row for f in sorted(folder.glob("*.skipped.jsonl")) for row in common.read_jsonl(f, common.SKIPPED)]
         print(f"train clips: {len(train)} in, {len(train) - len(skipped)} used, {len(skipped)} skipped")
         for reason, count in Counter(row["reason"] for row in skipped).most_common(20):
             print(f"  {count} x {reason}, e.g. {next(r['clip'] for r in skipped if r['reason'] == reason)}")
         if len(skipped) == len(train):
             stop(f"no train clip of {run} could be used; the reasons are above and in {folder}/*.skipped.jsonl")
         samples = [row for rows in common.read_samples(run).values() for row in rows]
-        broken = sum(not row["finite"] for row in samples)
-        silent = sum(row["peak"] < common.SILENT_PEAK for row in samples)
+        broken, silent = sum(not r["finite"] for r in samples), sum(r["peak"] < common.SILENT_PEAK for r in samples)
         print(f"audios: {len(samples)}, {broken} not finite (never used in a pair), {silent} silent")
         if max(broken, silent) > 0.01 * len(samples):
             print("warning: more than 1 % of the audios are broken: look at the checkpoint, --guidance and precision")

@@ -198,12 +198,12 @@ def main(args):
     common.barrier()
 
     # -- data
-    shards = common.Shards(run, common.read_samples(run))
+    model = common.load_base_model(run, device, args.weights)
+    shards = common.Shards(run, common.read_samples(run), model)
     stages = read_stages(run, shards, args)
     stage_steps = divide_steps(stages, args.steps)
 
     # -- model
-    model = common.load_base_model(run, device, args.weights)
     bf16 = common.in_bf16(device, args.precision)
     if args.reference_precision == "bf16" and not bf16:
         stop("--reference-precision bf16: the policy is in float32; give --precision bf16 too, or neither")
@@ -256,17 +256,14 @@ def main(args):
 
     # -- save
     if rank == 0:
-        common.save_policy(folder, model, run_json, method="flow_dpo", steps=args.steps)
-        common.seal(run, f"{args.out}/settings.json", [f"{args.out}/policy.pt"])
         rows = common.read_jsonl(folder / "log.jsonl")
         for i in (1, 2):
             last = [row for row in rows if row["stage"] == i][-50:]
             if last:
                 mean = {key: sum(row[key] for row in last) / len(last) for key in shown[1:]}
                 print(f"stage {i}, last {len(last)} steps: " + ", ".join(f"{k} {v:.4f}" for k, v in mean.items()))
-        print(f"wrote {folder / 'policy.pt'}")
-        print(f"next: python 06_ddpo_baseline.py --run-dir {args.run_dir}")
-        print(f"      python 07_evaluate.py --run-dir {args.run_dir}{common.as_system(args.out)}")
+        common.save_policy(run, args.out, model, run_json, method="flow_dpo", steps=args.steps)
+        print(f"next: python 06_ddpo_baseline.py --run-dir {run}, for the paper's baseline")
 
 
 if __name__ == "__main__":

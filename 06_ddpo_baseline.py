@@ -256,8 +256,8 @@ def main(args):
     common.barrier()
 
     # -- data
-    samples = common.read_samples(run)
-    shards = common.Shards(run, samples)
+    model, samples = common.load_base_model(run, device, args.weights), common.read_samples(run)
+    shards = common.Shards(run, samples, model)
     rated = {row["clip"] for row in common.read_jsonl(run / "02_scores.jsonl", {"clip": common.NAME})}
     clips = [clip for clip in common.read_clips(run, "train") if clip["id"] in samples and clip["id"] not in rated]
     if not clips:
@@ -265,7 +265,6 @@ def main(args):
     guidance = run_json["sampler"]["guidance"]  # guidance is inside the policy
 
     # -- model
-    model = common.load_base_model(run, device, args.weights)
     reward = Reward(run, device, args.weights)
     if args.gradient_checkpointing:
         model.checkpoint_blocks()
@@ -315,14 +314,11 @@ def main(args):
 
     # -- save
     if rank == 0:
-        common.save_policy(folder, model, run_json, method="ddpo", steps=args.steps)
-        common.seal(run, f"{args.out}/settings.json", [f"{args.out}/policy.pt"])
         log = common.read_jsonl(folder / "log.jsonl")
         fifth = max(1, len(log) // 5)
         first, last = (sum(row["reward"] for row in part) / fifth for part in (log[:fifth], log[-fifth:]))
         print(f"reward while training: first fifth {first:.3f}, last fifth {last:.3f}")
-        print(f"wrote {folder / 'policy.pt'}")
-        print(f"next: python 07_evaluate.py --run-dir {args.run_dir}{common.as_system(args.out)}")
+        common.save_policy(run, args.out, model, run_json, method="ddpo", steps=args.steps)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def encode_clips(model, run, clips, ranks):
     for clip in clips:
         blocks.setdefault(run / "07_conditions" / f"{name_of[clip['id']]}.pt", []).append(clip)
     for file, block in tqdm(list(blocks.items())[rank::world], desc="encode", unit="block", disable=rank > 0):
-        cached, new = read_conditions(file) if file.exists() else {}, {}
+        cached, new = read_conditions(file, model) if file.exists() else {}, {}
         for clip in block:
             if key_of[clip["id"]] not in cached:
                 try:
@@ -200,15 +200,15 @@ def encode_clips(model, run, clips, ranks):
         if new:
             common.save_pt(file, cached | new)
     common.barrier()
-    found = {key: value for file in filter(Path.exists, blocks) for key, value in read_conditions(file).items()}
+    found = {key: value for file in filter(Path.exists, blocks) for key, value in read_conditions(file, model).items()}
     return {clip: found[key] for clip, key in key_of.items() if key in found}
 
 
-def read_conditions(file):
-    """{key: features}, memory-mapped, all of the same names and shapes."""
+def read_conditions(file, model):
+    """{key: features}, memory-mapped."""
     cached = common.load_pt(file, mmap=True)
     fields = common.dict_of(common.dict_of(common.FLOATS))
-    if not fields.holds(cached) or len({str({k: v.shape for k, v in some.items()}) for some in cached.values()}) != 1:
+    if not fields.holds(cached) or not all(map(model.takes, cached.values())):
         common.stop(f"{file}: not the features of clips; remove it and run the same command again")
     return cached
 

@@ -190,6 +190,7 @@ class FlowModel(nn.Module):
 
     name: str  # as given to load_model
     latent_shape: tuple  # (T, C)
+    feature_shapes: dict  # {name: shape} of what encode returns
     sample_rate_hz: int
     clip_s: float  # seconds of video that one audio belongs to, and of audio that is judged
     checkpoint: Path  # the file that the velocity network came from
@@ -239,6 +240,11 @@ class FlowModel(nn.Module):
     @property
     def device(self):
         return next(self.parameters()).device
+
+    def takes(self, features, *rows):
+        """Whether these tensors are what `encode` returns, of so many rows."""
+        expected = {name: (*rows, *shape) for name, shape in self.feature_shapes.items()}
+        return {name: tuple(value.shape) for name, value in features.items()} == expected
 
     def velocity(self, a_t, t, conditions, guidance=1.0):
         """u with classifier-free guidance gamma: u_null + gamma (u_cond - u_null), both in one forward.
@@ -394,10 +400,9 @@ def read_pairs(path, hint, **fields):
 class Shards:
     """Stage 01's latents and features, memory-mapped: memory does not grow with the data set."""
 
-    def __init__(self, run, samples):
-        about = read_run(run)
-        self.folder, self.num_samples, self.open = Path(run) / "01_samples", about["num_samples"], {}
-        self.latent_shape = tuple(about["latent_shape"])
+    def __init__(self, run, samples, model):
+        self.folder, self.num_samples, self.open = Path(run) / "01_samples", read_run(run)["num_samples"], {}
+        self.latent_shape, self.takes = model.latent_shape, model.takes
         self.place = {(clip, row["k"]): (row["shard"], row["row"]) for clip, rows in samples.items() for row in rows}
         self.made = defaultdict(list)  # by shard, the digests of its audios
         for row in (row for rows in samples.values() for row in rows):
@@ -408,8 +413,7 @@ class Shards:
             path, made = self.folder / f"{name}.pt", self.made[name]
             file = load_pt(path, dict(latents=FLOATS, features=dict_of(FLOATS), digests=LIST), mmap=True)
             fits = file["digests"] == made and file["latents"].shape == (len(made), *self.latent_shape)
-            clips = len(made) // self.num_samples
-            if not fits or not file["features"] or any(len(value) != clips for value in file["features"].values()):
+            if not fits or not self.takes(file["features"], len(made) // self.num_samples):
                 stop(f"{path}: not of the audios in {name}.jsonl; remove both, rerun 01_generate.py")
             self.open[name] = file
         return self.open[name]
@@ -529,12 +533,9 @@ class Ranks(NamedTuple):
     device: str = "cpu"
 
 
-RANK_VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-
-
 def setup_ranks():
     """Under torchrun or alone; nccl on CUDA, gloo elsewhere. Other ranks than 0 speak of errors only."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in RANK_VARIABLES.items())
+    rank, world, local = (int(os.environ.get(name, n)) for name, n in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items())
     if rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
     device, options = "cpu", {}
@@ -660,16 +661,16 @@ def output_folder(run, name):
     return Path(run) / name
 
 
-def as_system(out):
-    """What stage 07 must be told besides the run, for a policy folder that it does not evaluate by itself."""
-    return "" if out in ("05_flow_dpo", "06_ddpo") else f" --systems {out}"
-
-
-def save_policy(folder, model, run_json, **about):
-    """policy.pt in the upstream's own format, and policy.json, from which stage 07 knows whose it is."""
-    model.save_policy(Path(folder) / "policy.pt")
+def save_policy(run, out, model, run_json, **about):
+    """policy.pt in the upstream's own format, and policy.json, from which stage 07 knows whose it is; says how stage 07
+    evaluates it."""
+    file = Path(run) / out / "policy.pt"
+    model.save_policy(file)
     about = dict(model=run_json["model"], base_digest=run_json["checkpoint_digest"], **about)
-    write_json(Path(folder) / "policy.json", about)
+    write_json(file.with_suffix(".json"), about)
+    seal(run, f"{out}/settings.json", [f"{out}/policy.pt"])
+    asked = "" if out in ("05_flow_dpo", "06_ddpo") else f" --systems {out}"
+    print(f"wrote {file}\nnext: python 07_evaluate.py --run-dir {run}{asked}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -748,21 +749,22 @@ def stamp(path):
     return f"{about.st_size}-{about.st_mtime_ns}"
 
 
-def weights_digest(run, root, files):
-    """Digest of a scorer's files, remembered by path, size and time in <run>/scores/weights.json."""
-    memory, digests = Path(run) / "scores" / "weights.json", []
+def remembered(run, name, paths, fields, find=None):
+    """{path: what find(path) says of it, a dict of `fields`}, kept in <run>/scores/<name>.json for as long as a file's
+    size and time stay; of a file that is gone, for good. None is not kept; without find, all that is new is None."""
+    memory, keys = Path(run) / "scores" / f"{name}.json", {path: str(Path(path).resolve()) for path in paths}
     with store_of(run):
-        known = dict_of(with_fields(stamp=TEXT, digest=TEXT))
-        known = check({"weights": read_json(memory)}, {"weights": known}, memory)["weights"] if memory.exists() else {}
-        for path in (Path(root) / name for name in files):
-            name = str(path.resolve())
-            if not path.exists() and name not in known:
-                weight_file(root, path.relative_to(root))
-            if path.exists() and known.get(name, {}).get("stamp") != stamp(path):
-                known[name] = {"stamp": stamp(path), "digest": digest(path)}
-                write_json(memory, known)
-            digests.append(known[name]["digest"])
-    return "".join(digests)
+        kind = dict_of(with_fields(stamp=TEXT, **fields))
+        known = check({name: read_json(memory)}, {name: kind}, memory)[name] if memory.exists() else {}
+        now = {path: stamp(path) for path in keys if os.path.exists(path)}
+        new = [p for p, key in keys.items() if key not in known or now.get(p) not in (None, known[key]["stamp"])]
+        about = {path: known.get(key) for path, key in keys.items()} | dict.fromkeys(new)
+        if find and new:
+            with ThreadPoolExecutor() as readers:
+                about |= zip(new, tqdm(readers.map(find, new), desc=name, total=len(new), unit="file"))
+            found = {keys[path]: {"stamp": now[path], **about[path]} for path in new if about[path]}
+            write_json(memory, known | found)
+    return about
 
 
 @contextmanager
@@ -781,7 +783,9 @@ def score_keys(run, audios, name, weights):
     weights, and what it reads of the clip. Opens no media file."""
     scorers, sides = scorers_of(run, weights), {}
     cls = scorers.classes[name]
-    files = weights_digest(run, scorers.root, cls.files)
+    weigh = lambda path: {"digest": digest(weight_file(scorers.root, path.relative_to(scorers.root)))}  # noqa: E731
+    files = remembered(run, "weights", [scorers.root / file for file in cls.files], dict(digest=TEXT), weigh)
+    files = "".join(about["digest"] for about in files.values())
 
     def side(clip):
         if clip["id"] not in sides:
@@ -896,28 +900,22 @@ def read_store(file, shapes=None):
 
 def listen(run, paths, seconds, ranks):
     """{path: peak of its first `seconds`}, None without a track that can be decoded to there, so that a damaged packet
-    stops no evaluation. Remembered in scores/heard.json by size and time."""
-    memory, stamps = run / "scores" / "heard.json", {str(path): stamp(path) for path in paths}
-    known = read_json(memory) if memory.exists() else {}
-    known = {name: known[name] for name, stamp in stamps.items() if name in known and known[name]["stamp"] == stamp}
+    stops no evaluation."""
 
-    def peak(name):
+    def peak(path):
+        stamp(path)  # gone: no reason of its own
         try:
-            return {"stamp": stamps[name], "peak": decode_audio(name, seconds)[0].abs().max().item()}
+            return {"peak": decode_audio(path, seconds)[0].nan_to_num().abs().max().item()}
         except NoAudio:
-            return {"stamp": stamps[name], "peak": None}  # a silent film
+            return {"peak": None}  # a silent film
         except SkipClip as reason:
-            tqdm.write(f"{name}: {reason}; no usable audio track", file=sys.stderr)  # and never remembered
+            tqdm.write(f"{path}: {reason}; no usable audio track", file=sys.stderr)  # and never remembered
 
     if ranks.rank == 0:
-        new = [name for name in stamps if name not in known]
-        with ThreadPoolExecutor() as readers:
-            heard = tqdm(readers.map(peak, new), desc="listen", total=len(new), unit="audio", disable=not new)
-            known |= {name: about for name, about in zip(new, heard) if about}
-        write_json(memory, known)
+        remembered(run, "heard", paths, dict(peak=maybe(NUMBER)), peak)
     barrier()
-    known = read_json(memory)
-    return {path: known.get(str(path), {}).get("peak") for path in paths}
+    heard = remembered(run, "heard", paths, dict(peak=maybe(NUMBER)))
+    return {path: about and about.get("peak") for path, about in heard.items()}
 
 
 def five_scores(found, audioscore):

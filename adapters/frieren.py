@@ -57,6 +57,7 @@ class Frieren(FlowModel):
 
     latent_shape, sample_rate_hz, clip_s = (256, 20), 16000, 8.0
     frames, cavp_width, latent_scale = 32, 512, 0.18215
+    feature_shapes = {"cavp": (frames, cavp_width)}
     dit_config = dict(in_channels=20, context_dim=768, hidden_size=576, num_heads=8, depth=4, max_len=1000)
     vae_config = dict(double_z=True, in_channels=80, out_ch=80, z_channels=20, kernel_size=5, ch=384, ch_mult=[1, 2, 4])
     vae_config |= dict(num_res_blocks=2, attn_layers=[3], down_layers=[0], dropout=0.0)

@@ -23,6 +23,7 @@ class MMAudio(FlowModel):
     """
 
     clip_s = 8.0
+    feature_shapes = {"clip": (64, 1024), "sync": (192, 768), "text": (77, 1024)}
 
     def __init__(self, variant, checkpoint, weights):
         super().__init__()
@@ -74,7 +75,7 @@ class MMAudio(FlowModel):
     # Frozen parts: CLIP and Synchformer; VAE and vocoder ----------------------------------------------------
 
     def encode(self, clip):
-        """clip (64, 1024): CLIP at 8 fps; sync (192, 768): Synchformer at 25 fps; text (77, 1024): CLIP's text."""
+        """clip: CLIP at 8 fps; sync: Synchformer at 25 fps; text: CLIP's text."""
         from torchvision.transforms import InterpolationMode, v2
 
         squash = v2.Resize((384, 384), InterpolationMode.BICUBIC)

@@ -86,7 +86,8 @@ def dict_of(kind, name=printable):
 
 
 def with_fields(**fields):
-    holds = lambda x: isinstance(x, dict) and all(kind.holds(x.get(name)) for name, kind in fields.items())  # noqa: E731
+    fits = lambda value, kind: kind.optional if value is None else kind.holds(value)  # noqa: E731
+    holds = lambda x: isinstance(x, dict) and all(fits(x.get(name), kind) for name, kind in fields.items())  # noqa: E731
     return Kind(f"a dict of {', '.join(f'{name} ({kind.words})' for name, kind in fields.items())}", holds)
 
 
@@ -167,6 +168,13 @@ def writing(path):
         stop(f"{path}: cannot be written ({reason[:120]}); make room or give the right, then run the command again")
 
 
+def sync(path):
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
 @contextmanager
 def replacing(path):
     """Yields a temporary name beside `path` and renames it on success: a file is either whole or absent, even after a
@@ -177,12 +185,9 @@ def replacing(path):
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            for place in (temporary, path.parent):
-                handle = os.open(place, os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
-                if place == temporary:
-                    os.replace(temporary, path)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -323,8 +328,7 @@ def meant(value, words, where, field):
 
 
 def rater_of(row, where):
-    rater = row.get("rater")
-    return check({"rater": "anonymous" if rater in (None, "") else rater}, {"rater": TEXT}, where)["rater"]
+    return check(row, {"rater": maybe(TEXT)}, where).get("rater") or "anonymous"
 
 
 def keep_answers(file, answers, source, redo):
@@ -398,34 +402,29 @@ RECORD = dict(settings=DICT, inputs=dict_of(TEXT, short_path), outputs=maybe(dic
 def require(run, *names):
     """Stops unless these outputs of earlier stages exist, and nothing that they were made from has changed since, back
     to stage 01: their records are followed."""
-    followed = set()
-
-    def script(name):
-        return next((file.name for file in ROOT.glob(f"{name[:2]}_*.py")), "the stage that writes it")
-
-    def again(record):
-        own = record.parent == Path(run)
-        return f"rerun {script(record.name)} --run-dir {run} --redo" if own else "train it anew, into another --out"
+    run, followed = Path(run), set()
 
     def follow(name):
-        path, record = Path(run) / name, record_of(run, name)
+        path, record = run / name, record_of(run, name)
+        script = next((file.name for file in ROOT.glob(f"{name[:2]}_*.py")), "the stage that writes it")
+        own = record.parent == run
+        again = f"rerun {script} --run-dir {run} --redo" if own else "train it anew, into another --out"
         for file in (path, record):
             if not file.exists():
-                stop(f"{file}: no such file; run {script(name)} --run-dir {run} first")
+                stop(f"{file}: no such file; run {script} --run-dir {run} first")
         about = read_json(record, RECORD)
         if name in about.get("outputs", {}) and digest(path) != about["outputs"][name]:
-            stop(f"{path}: not the file that was written here, edited, or of another run; {again(record)}")
+            stop(f"{path}: not the file that was written here, edited, or of another run; {again}")
         if record in followed:
             return
         followed.add(record)
         for source in about["inputs"]:
-            inside(run, source, record)
-            if not (Path(run) / source).exists():
-                stop(f"{Path(run) / source}: missing, but {path} was made from it; run the stage that writes it again")
+            if not inside(run, source, record).exists():
+                stop(f"{run / source}: missing, but {path} was made from it; run the stage that writes it again")
             follow(source)  # the earliest change is the one to mend
         for source, was in about["inputs"].items():
-            if digest(Path(run) / source) != was:
-                stop(f"{Path(run) / source}: changed after it was read for {path}; {again(record)}")
+            if digest(run / source) != was:
+                stop(f"{run / source}: changed after it was read for {path}; {again}")
 
     for name in names:
         follow(name)
@@ -443,13 +442,11 @@ def claim(run, record, settings, inputs=(), redo=False, advice="use --redo to re
     new = json.loads(json.dumps(new))
     if file.exists() and not redo:
         old = read_json(file, RECORD)
-        for part in ("settings", "inputs"):
-            before, now = old[part], new[part]
-            for key in sorted(before.keys() | now.keys()):
-                if before.get(key) != now.get(key):
-                    changed = f"made with {key}={before.get(key)}, now {now.get(key)}"
-                    changed = changed if part == "settings" else f"{key} has changed since it was read"
-                    stop(f"{file}: {changed}; {advice}")
+        for part, key in [(name, key) for name in new for key in sorted(old[name].keys() | new[name].keys())]:
+            before, now = old[part].get(key), new[part].get(key)
+            if before != now:
+                changed = f"made with {key}={before}, now {now}" if part == "settings" else f"{key} has changed since"
+                stop(f"{file}: {changed}; {advice}")
         return
     for output in outputs if redo else ():
         (Path(run) / output).unlink(missing_ok=True)

@@ -58,7 +58,8 @@ def finish(process, seconds):
         error = process.communicate(timeout=seconds)[1]
         return process.returncode, error
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for one in (*workers(process), process.pid):  # torchrun's ranks lead sessions of their own
+            os.kill(one, signal.SIGKILL)
         return None, process.communicate()[1]
 
 

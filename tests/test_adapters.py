@@ -17,7 +17,7 @@ import torch
 import common
 
 class Line(common.FlowModel):
-    latent_shape, sample_rate_hz, clip_s = (50, 1), 8000, 1.0
+    latent_shape, sample_rate_hz, clip_s, feature_shapes = (50, 1), 8000, 1.0, {"letters": (1,)}
     def __init__(self, variant, checkpoint, weights):
         super().__init__()
         self.net, self.checkpoint, self.loudness = torch.nn.Linear(1, 1), checkpoint, {"quiet": 0.01}[variant]

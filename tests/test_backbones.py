@@ -523,7 +523,8 @@ def test_frieren_full_size_network_makes_8_192_seconds_from_32_frames(tmp_path, 
     cavp = model.encode({"id": "x", "cavp": str(tmp_path / "x")})["cavp"]
     latents = common.sample(model, {"cavp": cavp[None]}, seeds=[3], steps=1, guidance=1.0)
     waves = model.decode(latents)
-    assert cavp.shape == (32, 512) and latents.shape == (1, 256, 20) and waves.shape == (1, 131072)
+    assert model.takes({"cavp": cavp}) and cavp.shape == (32, 512)
+    assert latents.shape == (1, 256, 20) and waves.shape == (1, 131072)
     assert waves.shape[1] / model.sample_rate_hz == 8.192 and model.clip_s == 8.0
 
 
@@ -587,6 +588,7 @@ def test_mmaudio_encode_equals_upstreams_reader_and_feature_functions(encoded):
         "text": utils.encode_text(["a dog barks"])[0],
     }
     shapes = {"clip": (64, 1024), "sync": (192, 768), "text": (77, 1024)}
+    assert encoded.model.takes(encoded.features) and encoded.model.takes(encoded.without_caption)
     for key, value in encoded.features.items():
         assert value.shape == shapes[key] and value.dtype == torch.float32 and value.device.type == "cpu"
         torch.testing.assert_close(value, theirs[key].clone(), rtol=1e-4, atol=1e-5)

@@ -24,13 +24,13 @@ WRONG = {  # kind of a field: what it must not be
     "word": (MISSING, 7, ["a"], "", "none of them", NUL, SURROGATE),
     "whole": (MISSING, -1, 1.5, True, "1", NAN, 10**30, []),
     "k": (MISSING, -1, 1.5, True, "x", "²", NAN, 10**30, []),  # in a csv it is text
+    "number or null": (True, "1", NAN, math.inf, 10**400, [], {}),
     "number": (MISSING, True, "1", NAN, math.inf, 10**400, [], {}),
     "share": (MISSING, -0.1, 1.1, True, "1", NAN, math.inf, []),
     "flag": (MISSING, 0, "false", []),
     "list": (MISSING, 7, "ab", {}, [[]]),
     "dict": (MISSING, 7, "ab", [[]]),
     "three": (MISSING, 0.5, [1, 0], [1, 1, 1], [1, 0, "0"], [NAN, 0, 1], [-1, 1, 1], {}),
-    "cells": (7, [1.0], {}, torch.zeros(3), torch.tensor(1.0)),
     "tensor": (MISSING, 7, [1.0], {}, torch.zeros(3), torch.tensor(1.0)),
     "weights": (MISSING, 7, [1.0], {"x": 7}, {"x": torch.zeros(3)}),
 }
@@ -39,7 +39,7 @@ SAMPLE |= dict(clipped="share")
 CLIP = {"id": "name", "video": "path", "caption": "text or null", "label": "text or null", "split": "word"}
 PAIR = dict(clip="name", winner="whole", loser="whole")
 RECORD = {"settings": "dict", "inputs": "dict", "inputs/*": "text or null", "outputs": "record"}
-FEATURES = {"features/text": "cells"}
+FEATURES = dict.fromkeys(("features/frames", "features/pooled", "features/text"), "tensor")
 OPTIMIZER = {"optimizer": "weights", "optimizer/state": "weights", "optimizer/state/0/exp_avg": "tensor"}
 WRONG["record"] = (7, "ab", [[]], {"x": 7}, {NUL: "x"})
 RUN = {"model": "text", "checkpoint": "path", "video_root": "path", "clip_s": "number", "checkpoint_digest": "text"}
@@ -76,6 +76,7 @@ FILES = {
     "07_systems.json": ("07", (), {"systems": "list", "systems/0/name": "name", "systems/0/folder": "path or null"}),
     "01_missing.jsonl": ("07", (), dict(id="name", split="text", reason="text")),
     "scores/weights.json": ("02", (), {"*": "record", "*/stamp": "text", "*/digest": "text"}),
+    "scores/heard.json": ("07", (), {"*": "record", "*/stamp": "text", "*/peak": "number or null"}),
     "00_truth.jsonl": ("02", (), {"id": "name", "class": "whole", "hits_s": "list"}, "02_ratings.jsonl"),
     "01_samples/00000.pt": ("05", OUT, {"latents": "tensor", "digests": "list", "features": "record"} | FEATURES),
     "02_audioscore.pt": ("03", (), {"audioscore": "weights", "audioscore/p_y": "tensor", "audioscore/mean": "tensor"}),

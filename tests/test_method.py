@@ -98,7 +98,7 @@ def test_compiled_sampling_gives_the_same_latents_within_1e_4(finished, monkeypa
     plain, compiled = (common.load_base_model(finished) for _ in range(2))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     compiled.compile_sampling()
-    shards = common.Shards(finished, common.read_samples(finished))
+    shards = common.Shards(finished, common.read_samples(finished), plain)
     features = shards.features(list(common.read_samples(finished))[:2])
     ours, theirs = (common.sample(model, features, [1, 2, 3, 4], 3, 1.5) for model in (compiled, plain))
     assert (ours - theirs).abs().max() < 1e-4 and ours.std() > 0.1

@@ -38,6 +38,10 @@ def about(file):
     return json.loads(file.read_text())
 
 
+def shards_of(run):
+    return common.Shards(run, common.read_samples(run), common.load_base_model(run))
+
+
 def largest_difference(a, b):
     assert a.keys() == b.keys()
     return max((a[key] - b[key]).abs().max().item() for key in a)
@@ -285,7 +289,7 @@ def test_generation_is_the_same_in_shards_of_any_size(fresh, finished, small_sha
     call("01", fresh, "--batch-clips", 3)
     read_all = {(row["clip"], row["k"]): row for file in (fresh / "01_samples").glob("*.jsonl") for row in read(file)}
     assert len(read_all) == len(read(finished / "01_samples" / "00000.jsonl"))
-    ours, theirs = (common.Shards(run, common.read_samples(run)) for run in (fresh, finished))
+    ours, theirs = (shards_of(run) for run in (fresh, finished))
     audios = sorted(read_all)[::7]
     assert torch.allclose(ours.latents(audios), theirs.latents(audios), atol=1e-4)
 
@@ -623,8 +627,7 @@ def test_a_deleted_audio_or_shard_is_made_again_and_nothing_reads_less_meanwhile
 def test_another_shards_latents_are_not_taken_for_this_ones(fresh, finished, small_shards):
     call("01", fresh)
     shutil.copy(fresh / "01_samples/00001.pt", fresh / "01_samples/00000.pt")
-    samples = common.read_samples(fresh)
-    shards = common.Shards(fresh, samples)
+    shards = shards_of(fresh)
     assert shards.latents([("train00004", 0)]).isfinite().all()
     with pytest.raises(common.Stop, match="00000.pt: not of the audios in 00000.jsonl"):
         shards.latents([("train00000", 0)])

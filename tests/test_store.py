@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+import torch
 from conftest import call, files_of, read, stage, torchrun
 
 import common
@@ -169,6 +170,21 @@ def test_a_video_moved_away_while_scoring_stops_the_stage_and_back_again_nothing
     call("03", run)
     call("02", run)
     assert scores(run) == scores(finished)
+
+
+def test_what_was_heard_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    heard, original = [], common.decode_audio
+    monkeypatch.setattr(common, "decode_audio", lambda path, *rest: heard.append(path) or original(path, *rest))
+    one, two = tmp_path / "one.wav", tmp_path / "two.wav"
+    for path in (one, two):
+        common.write_audio(path, torch.full((800,), 0.5), 8000)
+    listen = lambda *paths: common.listen(tmp_path, paths, 1.0, common.Ranks())  # noqa: E731
+    assert listen(one) == {one: pytest.approx(0.5, abs=1e-4)} and listen(two) and heard == [one, two]
+    assert list(listen(one, two)) == [one, two] and heard == [one, two]  # two splits in turn
+    common.write_audio(two, torch.full((900,), 0.25), 8000)
+    assert listen(one, two)[two] == pytest.approx(0.25, abs=1e-4) and heard == [one, two, two]
+    two.write_text("no sound")
+    assert listen(one, two)[two] is None and listen(two) == {two: None} and len(heard) == 5  # asked again
 
 
 # Ranks -------------------------------------------------------------------------------------------------------
