@@ -6,7 +6,7 @@ one: `common` loads it late, as it loads the package of a real backbone, and no 
 
 Run:   python 00_toy_world.py
        python 00_toy_world.py --run-dir runs/small --size tiny       (seconds; for the tests)
-Takes: 114 s on 2 cores in two processes, no GPU. Tiny: about 20 s in one.
+Takes: 201 s on 2 shared cores in two processes, no GPU. Tiny: about 20 s in one.
 Reads: nothing.
 Writes, in --run-dir:
   run.json         model "toy", checkpoint, its digest, size, world_seed, scorers, video_root, clip_s (seconds), and

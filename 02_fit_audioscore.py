@@ -17,7 +17,7 @@ Writes:
                                 null where a score does not apply; rating (majority, the worse of a tie)
     02_audioscore.pt            audioscore: the state dict of common.AudioScore (MLP, standardiser, marginal p(y));
                                 heldout: p (n, 3) float32 and rating (n,) int64 of the cross-validated report
-Takes: toy 14 s on 2 cores.
+Takes: toy 25 s on 2 shared cores.
 """
 
 import random

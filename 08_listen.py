@@ -10,7 +10,7 @@ Reads:
     clips.jsonl, videos, 00_truth.jsonl              what six test clips show, and (toy world) when it sounds
 Writes:
     08_report.html     one self-contained file that opens from disk in any browser, without network
-Takes: toy 9 s on 2 cores.
+Takes: toy 8 s on 2 shared cores.
 """
 
 import base64
