@@ -191,7 +191,6 @@ def cards_of(run, run_json, clips, systems):
 # The pages
 # ------------------------------------------------------------------------------------------------------------
 
-
 RESULT = dict(system=TEXT, metric=TEXT, better=TEXT, verdict=maybe(TEXT))
 RESULT |= {key: maybe(NUMBER) for key in ("value", "low", "high", "n", "diff", "diff_low", "diff_high")}
 SYSTEMS = dict(split=TEXT, guidance=NUMBER, steps=NUMBER, systems=LIST, metrics=DICT, paper=DICT)
