@@ -265,7 +265,7 @@ def main(args):
         (own_clips and not args.model, f"{run}: stage 00 has not finished; run it again with --run-dir {run}"),
         (own_clips and not (run / "clips.jsonl").exists(), f"{run}/clips.jsonl: gone; run 00_toy_world.py again"),
         (not args.model, f"--run-dir {run} is new: give --model (or run stage 00 first for the toy world)"),
-        (own_clips and (args.clips or args.videos), f"{run} has clips of stage 00; give yours another --run-dir"),
+        (own_clips and (args.clips or args.videos), f"--clips, --videos: {run} has stage 00's; use another --run-dir"),
         (not own_clips and not args.videos, "--videos: name the videos' folder, also when you run a command again"),
         (args.videos and not Path(args.videos).is_dir(), f"--videos {args.videos}: no such folder"),
         ((args.cavp is None) == (args.model == "frieren"), "--cavp: give CAVP features to Frieren, and to no other"),

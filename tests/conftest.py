@@ -44,7 +44,16 @@ def arguments(run, *flags):
 
 def call(number, run, *flags):
     """A stage as its command line would run it, in this process; a user error is a common.Stop."""
-    stage(number).main(stage(number).parse_args(arguments(run, *flags)))
+    try:
+        stage(number).main(stage(number).parse_args(arguments(run, *flags)))
+    finally:
+        end_process()
+
+
+def end_process():
+    """What the end of a stage's process does: lets go of its locks."""
+    while common.HELD:
+        common.HELD.pop().close()
 
 
 def shell(*command):
@@ -194,6 +203,7 @@ def refused(capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             common.launch(stage(number).main, lambda: stage(number).parse_args(arguments(run, *flags)))
+        end_process()
         error = capsys.readouterr().err
         lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip()]
         said = [line for line in lines if not re.search(r"\d%\|.*\]$|^\d+\w+ \[.*\]$", line)]  # less progress bars
