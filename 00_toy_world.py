@@ -390,11 +390,6 @@ def moments(frames):
 
 
 def read_moments(path):
-    return moments_of(path, common.stamp(path))
-
-
-@functools.lru_cache(maxsize=4096)
-def moments_of(path, stamp):
     return moments(common.read_frames(path, [(FPS, frame_transform)], CLIP_S)[0])
 
 
@@ -530,9 +525,12 @@ class Toy(common.FlowModel):
         self.net.null_vector.requires_grad_(False)
         self.frozen = [encoder.requires_grad_(False), codec]  # in a list: no submodules
 
+    def read(self, clip):
+        return [read_moments(clip["path"])]
+
     @torch.no_grad()
-    def encode(self, clip):
-        per_frame, pooled = self.frozen[0].tower(read_moments(clip["path"])[None])
+    def encode(self, clip, seen):
+        per_frame, pooled = self.frozen[0].tower(seen[0][None])
         return {"frames": per_frame.reshape(TOKENS, 2 * EMBED), "pooled": pooled[0], "text": words(clip["caption"])}
 
     def project(self, features):
@@ -714,6 +712,7 @@ def train_scorers(path, oracle_path, data, other, codec, size, seed):
 
     oracle, mel, kind = AudioTower(len(CLASSES)), codec.pass_half(other["mel"]), other["kind"]
     steps = size["scorer_steps"]
+
     def name_it(i, _):
         return F.cross_entropy(oracle(mel[i]), kind[i])
 
@@ -733,7 +732,6 @@ class ToyScorer(common.Scorer):
     part: str
 
     def __init__(self, weights, device):
-        super().__init__()
         path = common.weight_file(weights, self.files[0])
         state = common.load_pt(path)
         if not isinstance(state, dict) or (state.get("kind"), state.get("vocabulary")) != ("toy scorers", VOCABULARY):
@@ -747,12 +745,13 @@ class ImageBind(ToyScorer):
     """ib: cosine of video and sound (B,)."""
 
     part, reads, gives = "imagebind", "video", "ib"
+    frames = FPS, frame_transform
 
     def build(self):
         return Match(Glance())
 
-    def embed_clip(self, clip):
-        return self.net.other(read_moments(clip["path"])[None])[0]
+    def embed_clip(self, clip, frames):
+        return self.net.other(moments(frames)[None])[0]
 
     def score_audio(self, waves, clips, sides):
         return {"ib": F.cosine_similarity(self.net.sound(log_mel(waves)), torch.stack(sides))}
@@ -778,12 +777,13 @@ class Synchformer(ToyScorer):
     """desync_s: expected |offset| of sound against picture in seconds (B,)."""
 
     part, reads, gives = "synchformer", "video", "desync_s"
+    frames = FPS, frame_transform
 
     def build(self):
         return SyncNet()
 
-    def embed_clip(self, clip):
-        return self.net.see(read_moments(clip["path"])[None])[0]
+    def embed_clip(self, clip, frames):
+        return self.net.see(moments(frames)[None])[0]
 
     def score_audio(self, waves, clips, sides):
         return {"desync_s": self.net.desync_s(self.net(log_mel(waves), torch.stack(sides)))}

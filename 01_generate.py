@@ -27,7 +27,7 @@ Takes: toy 88 s on 2 shared cores; MMAudio-L needs 26 TFLOP per audio (25 steps,
 import difflib
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,6 +64,7 @@ def parse_args(argv=None):
     engineering.add_argument("--compile", action="store_true", help="torch.compile the network that samples")
     engineering.add_argument("--batch-clips", type=number(int, 1), default=4, help="clips sampled together")
     engineering.add_argument("--seed", type=number(int, 0), default=0, help="of the clips' draw and all noise")
+    common.workers_flag(parser)
     return common.parse(parser, argv, "01")
 
 
@@ -201,12 +202,9 @@ def prepare_run(run, known, own_clips, model, args):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def encode(model, clip):
-    """The clip's features, or the reason why it has none."""
-    try:
-        return model.encode(clip)
-    except SkipClip as reason:
-        return str(reason)
+def encode(model, clips, videos):
+    """Features of each clip, or the reason why it has none. videos: an iterator over what `model.read` sees of them."""
+    return [str(s) if isinstance(s, SkipClip) else model.encode(clip, s) for clip, s in zip(clips, videos)]
 
 
 def is_whole(folder, shard, clips, heard):
@@ -224,8 +222,15 @@ def generate_shard(model, clips, encoded, folder, shard, args):
     """Samples, decodes and writes one shard; its .jsonl comes last, so that a shard that has one is whole."""
     usable = [(clip, features) for clip, features in zip(clips, encoded) if isinstance(features, dict)]
     skipped = [{"clip": c["id"], "reason": reason} for c, reason in zip(clips, encoded) if isinstance(reason, str)]
-    rows, latents, waiting, n = [], [], [], args.num_samples
-    with ThreadPoolExecutor(1) as codec:  # decodes one batch while the next is sampled
+    rows, waiting, n = [], [], args.num_samples
+
+    def write(lines, a_0):  # while the next batch is sampled
+        for line, wave, latent in zip(lines, model.decode(a_0), a_0 := a_0.float().cpu()):
+            about = common.write_audio(Path(args.run_dir) / line["wav"], wave, model.sample_rate_hz)
+            line.update(about, finite=about["finite"] and bool(latent.isfinite().all()))
+        return a_0
+
+    with ThreadPoolExecutor(1) as codec:
         for start in range(0, len(usable), args.batch_clips):
             batch = usable[start : start + args.batch_clips]
             features = {key: torch.stack([f[key] for _, f in batch]).to(model.device) for key in batch[0][1]}
@@ -233,16 +238,13 @@ def generate_shard(model, clips, encoded, folder, shard, args):
             seeds = [common.seed_of(args.seed, clip["id"], k) for k in range(n) for clip, _ in batch]
             a_0 = common.sample(model, features, seeds, args.sampling_steps, args.guidance)
             a_0 = a_0.unflatten(0, (n, len(batch))).transpose(0, 1).flatten(0, 1)  # (clips * N, T, C): clip-major
-            waiting.append((batch, seeds, a_0, codec.submit(model.decode, a_0)))
-    for batch, seeds, a_0, waves in waiting:
-        for i, (wave, latent) in enumerate(zip(waves.result(), a_0)):
-            clip, k = batch[i // n][0]["id"], i % n
-            row = {"clip": clip, "k": k, "seed": seeds[k * len(batch) + i // n], "wav": f"01_audio/{clip}_{k}.wav"}
-            about = common.write_audio(Path(args.run_dir) / row["wav"], wave, model.sample_rate_hz)
-            about["finite"] &= bool(latent.isfinite().all())
-            rows.append({**row, "row": len(rows), **about})
-        latents.append(a_0.float().cpu())
+            for i, (clip, _) in enumerate(batch):
+                for k, seed in enumerate(seeds[i :: len(batch)]):
+                    wav = f"01_audio/{clip['id']}_{k}.wav"
+                    rows.append({"clip": clip["id"], "k": k, "seed": seed, "wav": wav, "row": len(rows)})
+            waiting.append(codec.submit(write, rows[-len(a_0) :], a_0))
     if usable:
+        latents = [a_0.result() for a_0 in waiting]
         features = {key: torch.stack([f[key] for _, f in usable]) for key in usable[0][1]}
         made = {"latents": torch.cat(latents), "features": features, "digests": [row["digest"] for row in rows]}
         common.save_pt(folder / f"{shard}.pt", made)
@@ -291,16 +293,16 @@ def main(args):
     common.barrier()  # every rank has seen the same
     todo = todo[rank::world]
 
-    # -- loop: the next clip is decoded and encoded while this shard is sampled
+    # -- loop: workers decode video ahead; the next shard is encoded, the last batch written, while one is sampled
     if todo:
         model.decode(torch.zeros(1, *model.latent_shape))  # a missing codec is said now, not after the first shard
+    videos = common.read_ahead(model.read, [clip for i in todo for clip in blocks[i]], args.workers)
     ahead = ThreadPoolExecutor(1)
     try:
-        futures = {i: [ahead.submit(encode, model, clip) for clip in blocks[i]] for i in todo[:1]}
+        waiting = deque(ahead.submit(encode, model, blocks[i], videos) for i in todo[:1])
         for position, i in enumerate(tqdm(todo, unit="shard", disable=rank > 0)):
-            encoded = [future.result() for future in futures.pop(i)]
-            for j in todo[position + 1 : position + 2]:
-                futures[j] = [ahead.submit(encode, model, clip) for clip in blocks[j]]
+            encoded = waiting.popleft().result()
+            waiting.extend(ahead.submit(encode, model, blocks[j], videos) for j in todo[position + 1 : position + 2])
             if args.strict and (bad := [(c["id"], e) for c, e in zip(blocks[i], encoded) if isinstance(e, str)]):
                 stop(f"--strict: {len(bad)} clips of shard {i:05d} cannot be used, first {bad[0][0]}: {bad[0][1]}")
             generate_shard(model, blocks[i], encoded, folder, f"{i:05d}", args)

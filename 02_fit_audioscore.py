@@ -42,6 +42,7 @@ def parse_args(argv=None):
     paper.add_argument("--num-rated-clips", type=number(int, 2), default=2000, help="clips to rate [Sec. 2.1]")
     engineering = parser.engineering
     engineering.add_argument("--seed", type=number(int, 0), default=0, help="of the draw, the folds and the fit")
+    common.workers_flag(parser)
     return common.parse(parser, argv, "02")
 
 
@@ -206,7 +207,7 @@ def main(args):
     rated_rows = [row for clip in sorted(samples) for row in samples[clip] if (clip, row["k"]) in target_of]
     keys = [(row["clip"], row["k"]) for row in rated_rows]
     audios = [common.Audio(clips[r["clip"]], run / r["wav"], r["digest"], r["shard"]) for r in rated_rows]
-    common.fill_store(run, audios, common.AUDIOSCORE_SCORERS, args.weights, ranks)
+    common.fill_store(run, audios, common.AUDIOSCORE_SCORERS, args.weights, ranks, args.workers)
     if ranks.rank > 0:
         return
     found = common.stored_scores(run, audios, common.AUDIOSCORE_SCORERS, args.weights)

@@ -43,6 +43,7 @@ def parse_args(argv=None):
     paper.add_argument("--min-score-c", type=number(float, -1, 1), default=0.0, help="drop weaker pairs; paper silent")
     engineering = parser.engineering
     engineering.add_argument("--seed", type=number(int, 0), default=0, help="of the draw of comparisons")
+    common.workers_flag(parser)
     return common.parse(parser, argv, "03")
 
 
@@ -161,7 +162,7 @@ def human_pairs(answers, p_of):
     return [as_pair(clip, *((a, b) if vote > 0 else (b, a)), p_of) for (clip, a, b), vote in decided]
 
 
-def judge_everything(run, samples, clips, audioscore, weights, ranks):
+def judge_everything(run, samples, clips, audioscore, args, ranks):
     """Writes the five scores and p of every audio, shard by shard; returns {(clip, k): p}, on rank 0 alone."""
     shards, p_of, names = defaultdict(list), {}, common.AUDIOSCORE_SCORERS
     for clip, rows in samples.items():
@@ -169,9 +170,9 @@ def judge_everything(run, samples, clips, audioscore, weights, ranks):
             audio = common.Audio(clips[clip], run / row["wav"], row["digest"], row["shard"])
             shards[row["shard"]].append((row["k"], audio))
     audios = [audio for shard in shards.values() for _, audio in shard]
-    common.fill_store(run, audios, names, weights, ranks)
+    common.fill_store(run, audios, names, args.weights, ranks, args.workers)
     for shard, rows in tqdm(shards.items(), desc="judge", unit="shard") if ranks.rank == 0 else ():
-        scores = common.five_scores(common.stored_scores(run, [a for _, a in rows], names, weights), audioscore)
+        scores = common.five_scores(common.stored_scores(run, [a for _, a in rows], names, args.weights), audioscore)
         lines = []
         for (k, audio), row, p in zip(rows, scores, audioscore(scores).tolist()):
             lines.append(common.score_line(audio.clip["id"], k, row, p=p))
@@ -215,7 +216,7 @@ def main(args):
         common.claim(run, "03_settings.json", settings, inputs, args.redo, outputs=outputs)
 
     # -- scores, then pairs
-    p_of = judge_everything(run, samples, clips, audioscore, args.weights, ranks)
+    p_of = judge_everything(run, samples, clips, audioscore, args, ranks)
     if ranks.rank > 0:
         return
     pairs, dropped = mine(samples, p_of, {row["clip"] for row in ratings}, args.min_score_c)

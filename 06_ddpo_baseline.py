@@ -22,6 +22,7 @@ Takes: toy 133 s on 2 shared cores.
 import math
 import random
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def parse_args(argv=None):
     engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
     engineering.add_argument("--save-every", type=number(int, 1), default=20, help="rounds between checkpoints")
     engineering.add_argument("--seed", type=number(int, 0), default=0, help="of prompts and noise")
+    common.workers_flag(parser)
     args = common.parse(parser, argv, "06")
     if not 1 <= args.updates <= args.sampling_steps - 1:
         stop(f"--updates {args.updates}: from 1 to {args.sampling_steps - 1}, the stochastic steps of a trajectory")
@@ -126,14 +128,26 @@ def rollout(model, features, seeds, guidance, args, device):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def by_shard(clips):
+    groups = defaultdict(list)
+    for clip in clips:
+        groups[clip["shard"]].append(clip)
+    return groups
+
+
 class Reward:
-    """P(Good) of generated audio. Audio towers stay loaded; video towers run once per prompt and round."""
+    """P(Good) of generated audio. Audio towers stay loaded; embeddings of the videos come from the store."""
 
     def __init__(self, run, device, weights):
-        self.audioscore = AudioScore.load(run / "02_audioscore.pt")
+        self.run, self.weights, self.audioscore = run, weights, AudioScore.load(run / "02_audioscore.pt")
         names = common.AUDIOSCORE_SCORERS
         self.scorers = {name: common.load_scorer(name, run, device, weights) for name in names}
         self.pool = ThreadPoolExecutor(common.scorers_of(run, weights).at_a_time)
+
+    def look(self, clips):
+        """Takes in what the scorers need of the next round's clips."""
+        groups, run, weights = by_shard(clips), self.run, self.weights
+        self.sides = {n: common.sides_of(run, scorer, n, groups, weights) for n, scorer in self.scorers.items()}
 
     def __call__(self, model, a_0, clips):
         """a_0: (B, T, C), clips: B lines of clips.jsonl -> (B,) float32 in [0, 1]; 0 for audio that is not finite."""
@@ -141,17 +155,13 @@ class Reward:
         finite = waves.isfinite().all(dim=1)
         waves = torch.nan_to_num(waves, 0.0, 0.0, 0.0).clamp(-1, 1)
 
-        def judge(scorer):
-            rate = scorer.sample_rate_hz
+        def judge(name):
+            scorer, rate = self.scorers[name], self.scorers[name].sample_rate_hz
             resampled = torchaudio.functional.resample(waves, model.sample_rate_hz, rate)
-            return scorer(common.fit_length(resampled, round(model.clip_s * rate)), clips)
+            return scorer(common.fit_length(resampled, round(model.clip_s * rate)), clips, self.sides[name])
 
-        found = dict(zip(self.scorers, self.pool.map(judge, self.scorers.values())))
+        found = dict(zip(self.scorers, self.pool.map(judge, self.scorers)))
         return self.audioscore(common.five_scores(found, self.audioscore))[:, 0].float() * finite
-
-    def forget(self):
-        for scorer in self.scorers.values():
-            scorer.sides.clear()
 
 
 def group_advantages(rewards, groups):
@@ -194,6 +204,7 @@ def collect(model, reward, shards, clips, number, guidance, args, device):
     """
     batches, sums = [], torch.zeros(4, dtype=torch.float64)
     per_batch = max(1, args.micro_batch // args.group_size)
+    reward.look(clips)
     for start in range(0, len(clips), per_batch):
         part = clips[start : start + per_batch]
         features = {k: v.to(device) for k, v in shards.features([clip["id"] for clip in part]).items()}
@@ -204,7 +215,6 @@ def collect(model, reward, shards, clips, number, guidance, args, device):
         advantages, std = group_advantages(rewards, len(part))
         batches.append((features, states, log_probs, advantages, draw_times(seeds, args).to(device)))
         sums += torch.tensor([rewards.sum().item(), std.sum().item(), len(rewards), len(part)], dtype=torch.float64)
-    reward.forget()
     return batches, sums
 
 
@@ -248,7 +258,7 @@ def main(args):
     inputs = ("01_samples", "02_audioscore.pt", "02_scores.jsonl")
     common.hold(run, args.out, ranks)
     common.require(run, *inputs)
-    runtime = ("run_dir", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing")
+    runtime = ("run_dir", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing", "workers")
     settings = {key: value for key, value in vars(args).items() if key not in runtime}
     if rank == 0:
         advice = "use another --out, or remove this folder"
@@ -260,12 +270,17 @@ def main(args):
     shards = common.Shards(run, samples, model)
     rated = {row["clip"] for row in common.read_jsonl(run / "02_scores.jsonl", {"clip": common.NAME})}
     clips = [clip for clip in common.read_clips(run, "train") if clip["id"] in samples and clip["id"] not in rated]
+    clips = [dict(clip, shard=samples[clip["id"]][0]["shard"]) for clip in clips]
     if not clips:
         stop(f"{run}: every clip was rated, and AudioScore was fitted on those; rate fewer (02 --num-rated-clips)")
     guidance = run_json["sampler"]["guidance"]  # guidance is inside the policy
 
     # -- model
     reward = Reward(run, device, args.weights)
+    rounds = range(-(-args.steps // args.updates))
+    drawn = {clip["id"]: clip for number in rounds for clip in draw_prompts(clips, number, args)}
+    unseen = dict(list(by_shard(drawn.values()).items())[rank::world])  # by stage 03
+    common.see(run, unseen, reward.scorers, args.weights, ranks, args.workers, reward.scorers)
     if args.gradient_checkpointing:
         model.checkpoint_blocks()
     optimizer = torch.optim.AdamW(

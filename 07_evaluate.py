@@ -53,6 +53,7 @@ def parse_args(argv=None):
     engineering = parser.engineering
     engineering.add_argument("--compile", action="store_true", help="torch.compile the network that samples")
     engineering.add_argument("--batch-clips", type=number(int, 1), default=16, help="clips sampled together")
+    common.workers_flag(parser)
     return common.parse(parser, argv, "07")
 
 
@@ -186,7 +187,7 @@ def block_of(clips):
     return {clip["id"]: f"{clip['split']}_{i // BLOCK_CLIPS:05d}" for i, clip in enumerate(clips)}
 
 
-def encode_clips(model, run, clips, ranks):
+def encode_clips(model, run, clips, workers, ranks):
     """Features of these clips, memory-mapped from 07_conditions/, after encoding what is not there yet, its blocks
     divided over the ranks: {clip id: dict}. They are kept under all that they depend on."""
     rank, world, _ = ranks
@@ -194,17 +195,21 @@ def encode_clips(model, run, clips, ranks):
     key_of = {c["id"]: common.digest_of(model.checkpoint_digest, c["caption"], common.stamp(c["path"])) for c in clips}
     for clip in clips:
         blocks.setdefault(run / "07_conditions" / f"{name_of[clip['id']]}.pt", []).append(clip)
-    for file, block in tqdm(list(blocks.items())[rank::world], desc="encode", unit="block", disable=rank > 0):
-        cached, new = read_conditions(file, model) if file.exists() else {}, {}
-        for clip in block:
-            if key_of[clip["id"]] not in cached:
-                try:
-                    new[key_of[clip["id"]]] = model.encode(clip)
-                except SkipClip as reason:
-                    common.stamp(clip["path"])  # gone: no reason of its own
-                    tqdm.write(f"{clip['id']}: {reason}; no policy can sound it", file=sys.stderr)
+    mine, todo = list(blocks.items())[rank::world], {}
+    for file, block in mine:
+        cached = read_conditions(file, model) if file.exists() else {}
+        todo[file] = [clip for clip in block if key_of[clip["id"]] not in cached]
+    videos = common.read_ahead(model.read, [clip for block in todo.values() for clip in block], workers)
+    for file, block in tqdm(todo.items(), desc="encode", unit="block", disable=rank > 0):
+        new = {}
+        for clip, seen in zip(block, videos):
+            if isinstance(seen, SkipClip):
+                common.stamp(clip["path"])  # gone: no reason of its own
+                tqdm.write(f"{clip['id']}: {seen}; no policy can sound it", file=sys.stderr)
+            else:
+                new[key_of[clip["id"]]] = model.encode(clip, seen)
         if new:
-            common.save_pt(file, cached | new)
+            common.save_pt(file, (read_conditions(file, model) if file.exists() else {}) | new)
     common.barrier()
     found = {key: value for file in filter(Path.exists, blocks) for key, value in read_conditions(file, model).items()}
     return {clip: found[key] for clip, key in key_of.items() if key in found}
@@ -240,13 +245,23 @@ def generate(run, name, folder, model, features, clips, args, ranks):
         common.write_json(record, settings)
     common.barrier()
     todo = todo[rank::world]
-    for start in tqdm(range(0, len(todo), args.batch_clips), desc=name, unit="batch", disable=rank > 0 or not todo):
-        batch = todo[start : start + args.batch_clips]
-        stacked = {k: torch.stack([features[c["id"]][k] for c in batch]).to(device) for k in features[batch[0]["id"]]}
-        seeds = [common.seed_of(run_json["seed"], c["id"], 0) for c in batch]
-        a_0 = common.sample(model, stacked, seeds, run_json["sampler"]["steps"], args.guidance)
+    bar = tqdm(range(0, len(todo), args.batch_clips), desc=name, unit="batch", disable=rank > 0 or not todo)
+
+    def write(batch, a_0):  # while the next batch is sampled
         for clip, wave in zip(batch, model.decode(a_0)):
             common.write_audio(wavs[clip["id"]], wave, model.sample_rate_hz)
+
+    def batches():
+        for start in bar:
+            batch = todo[start : start + args.batch_clips]
+            stacked = {
+                k: torch.stack([features[c["id"]][k] for c in batch]).to(device) for k in features[batch[0]["id"]]
+            }
+            seeds = [common.seed_of(run_json["seed"], c["id"], 0) for c in batch]
+            yield batch, common.sample(model, stacked, seeds, run_json["sampler"]["steps"], args.guidance)
+
+    for _ in common.in_threads(lambda made: write(*made), batches(), 1):
+        pass
     common.barrier()
 
 
@@ -292,7 +307,7 @@ def score_systems(run, files, clips, args, ranks):
     }
     # clip by clip: a video tower runs once for all systems
     by_clip = [part[clip] for clip in by_id for part in audios.values() if clip in part]
-    common.fill_store(run, by_clip, names, args.weights, ranks)
+    common.fill_store(run, by_clip, names, args.weights, ranks, args.workers)
     if ranks.rank > 0:
         return {}
     return {s: common.stored_scores(run, [*part.values()], names, args.weights) for s, part in audios.items()}
@@ -405,7 +420,7 @@ def main(args):
         model = common.load_base_model(run, ranks.device, args.weights)
         if args.compile:
             model.compile_sampling()
-        features = encode_clips(model, run, clips, ranks)
+        features = encode_clips(model, run, clips, args.workers, ranks)
         for name, folder in systems.items():  # base comes before any policy replaces its weights
             if is_policy(name, folder):
                 generate(run, name, folder, model, features, clips, args, ranks)

@@ -27,6 +27,7 @@ import fcntl
 import functools
 import hashlib
 import importlib
+import itertools
 import math
 import os
 import random
@@ -34,7 +35,7 @@ import re
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -46,6 +47,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+import torch.utils.data
 from tqdm import tqdm
 
 from plumbing.files import *  # noqa: F403, what stages need of these they find here
@@ -197,9 +199,15 @@ class FlowModel(nn.Module):
 
     # What an adapter fills in -------------------------------------------------------------------------------
 
-    def encode(self, clip):
-        """Frozen encoders, once per clip. clip: a line of clips.jsonl with `path`. Returns a dict of float32 CPU
-        tensors without batch dimension. Raises SkipClip(reason) for a video that cannot be used."""
+    def read(self, clip):
+        """What `encode` needs of a clip's files, a list of CPU tensors: decoded and made small here, where no GPU is
+        used, by a process of its own (`read_ahead`). clip: a line of clips.jsonl with `path`. Raises SkipClip(reason)
+        for a video that cannot be used."""
+        return []
+
+    def encode(self, clip, seen):
+        """Frozen encoders, once per clip. seen: what `read` returned. Returns a dict of float32 CPU tensors without
+        batch dimension."""
         raise NotImplementedError
 
     def project(self, features):
@@ -293,6 +301,53 @@ class FlowModel(nn.Module):
 def tile(rows, repeats):
     """Repeats every tensor of a dict along its batch: (B, ...) -> (repeats * B, ...)."""
     return {key: value.repeat(repeats, *[1] * (value.dim() - 1)) for key, value in rows.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading ahead
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Reading(torch.utils.data.Dataset):
+    def __init__(self, read, items):
+        self.read, self.items = read, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        try:  # numpy's arrays come back through a pipe; tensors would need as much of /dev/shm
+            return [x.numpy() for x in self.read(self.items[i])]
+        except (SkipClip, Stop, OSError) as reason:
+            return reason
+
+
+def read_ahead(read, items, workers):
+    """An iterator over read(item), a list of CPU tensors, or the SkipClip that it raised, in the order of the items;
+    two for each of so many worker processes are read ahead. With 0 workers they are read when asked for."""
+    fork = dict(num_workers=workers, multiprocessing_context="fork") if workers and items else {}
+    options = dict(batch_size=None, collate_fn=lambda x: x, generator=torch.Generator())  # leaves the global one alone
+    found = iter(torch.utils.data.DataLoader(Reading(read, items), **options, **fork))  # workers start here
+
+    def each():
+        for seen in found:
+            if isinstance(seen, (Stop, OSError)):
+                raise seen
+            yield seen if isinstance(seen, SkipClip) else [*map(torch.from_numpy, seen)]
+
+    return each()
+
+
+def in_threads(function, items, threads):
+    """function(item) for each item, in order, of which two per thread are computed ahead."""
+    waiting = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -479,6 +534,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def workers_flag(parser):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0  # elsewhere a fork is not safe
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    described = "processes that decode video, by default the cores per rank; 0: none besides this one"
+    parser.engineering.add_argument("--workers", type=number(int, 0), default=share, help=described)
 
 
 def number(kind, least, most=None):
@@ -692,14 +754,15 @@ class Scorer:
     sample_rate_hz: int
     files: tuple = ()  # below --weights
     reads = None  # what of a clip its score depends on: None, "caption", "video" or "reference" (its sound and label)
+    frames: tuple  # of one that reads "video": (frames per second, transform of a (3, H, W) uint8 picture)
     gives: str  # the one score of a scorer that reads the clip
 
-    def __init__(self):
-        self.sides = {}  # clip id -> what embed_clip returned, or the SkipClip that it raised
+    def __init__(self, weights, device):
+        """weights: folder of `files`."""
 
-    def embed_clip(self, clip):
-        """What depends on the clip alone (video tower, text tower, PESQ's reference); None where the score does not
-        apply. May raise SkipClip."""
+    def embed_clip(self, clip, frames=None):
+        """What depends on the clip alone: text tower, PESQ's reference; video tower, of the frames that it wants, each
+        transformed, for which it returns a float32 tensor. None where the score does not apply. May raise SkipClip."""
         return None
 
     def score_audio(self, waves, clips, sides):
@@ -707,28 +770,32 @@ class Scorer:
         Returns a dict of (B, ...) float32 tensors, nan where the score does not apply."""
         raise NotImplementedError
 
-    def __call__(self, waves, clips):
+    def embed_clips(self, clips):
+        """{clip id: side} of the clips that it can judge, for one that reads no video."""
+        sides = {}
         for clip in clips:
-            if clip["id"] not in self.sides:
-                try:
-                    self.sides[clip["id"]] = self.embed_clip(clip)
-                except SkipClip as reason:
-                    stamp(clip["path"])
-                    self.sides[clip["id"]] = reason
-                    tqdm.write(f"{clip['id']}: {reason}; {type(self).__name__} cannot judge it", file=sys.stderr)
-        rows = [i for i, clip in enumerate(clips) if not self.failed(clip)]
+            try:
+                sides[clip["id"]] = self.embed_clip(clip)
+            except SkipClip as reason:
+                unjudged(clip, reason, type(self).__name__)
+        return sides
+
+    def __call__(self, waves, clips, sides):
+        """`score_audio`, nan for clips that have no side. sides: {clip id: what `embed_clip` returned}."""
+        rows = [i for i, clip in enumerate(clips) if clip["id"] in sides]
         if not rows:
             return {self.gives: torch.full((len(waves),), math.nan)}
-        sides = [self.sides[clips[i]["id"]] for i in rows]
         with torch.inference_mode():
-            scored = self.score_audio(waves[rows], [clips[i] for i in rows], sides)
+            scored = self.score_audio(waves[rows], [clips[i] for i in rows], [sides[clips[i]["id"]] for i in rows])
         everything = {key: torch.full((len(waves), *value.shape[1:]), math.nan) for key, value in scored.items()}
         for key, value in scored.items():
             everything[key][rows] = value.float().cpu()
         return everything
 
-    def failed(self, clip):
-        return isinstance(self.sides.get(clip["id"]), SkipClip)
+
+def unjudged(clip, reason, scorer):
+    stamp(clip["path"])  # gone: no reason of its own
+    tqdm.write(f"{clip['id']}: {reason}; {scorer} cannot judge it", file=sys.stderr)
 
 
 class Audio(NamedTuple):
@@ -781,30 +848,75 @@ def store_of(run):
 def score_keys(run, audios, name, weights):
     """The key of each audio for one scorer, a digest of everything that the score depends on: the audio, the scorer's
     weights, and what it reads of the clip. Opens no media file."""
-    scorers, sides = scorers_of(run, weights), {}
-    cls = scorers.classes[name]
-    weigh = lambda path: {"digest": digest(weight_file(scorers.root, path.relative_to(scorers.root)))}  # noqa: E731
-    files = remembered(run, "weights", [scorers.root / file for file in cls.files], dict(digest=TEXT), weigh)
-    files = "".join(about["digest"] for about in files.values())
+    reads, files, sides = scorers_of(run, weights).classes[name].reads, weights_digest(run, name, weights), {}
 
     def side(clip):
         if clip["id"] not in sides:
-            parts = {"caption": [clip["caption"]], "reference": [clip["label"]]}.get(cls.reads, [])
-            sides[clip["id"]] = [*parts, stamp(clip["path"])] if cls.reads in ("video", "reference") else parts
+            parts = {"caption": [clip["caption"]], "reference": [clip["label"]]}.get(reads, [])
+            sides[clip["id"]] = [*parts, stamp(clip["path"])] if reads in ("video", "reference") else parts
         return sides[clip["id"]]
 
     return [digest_of(name, audio.digest, files, side(audio.clip)) for audio in audios]
+
+
+def weights_digest(run, name, weights):
+    """Of all files of a scorer."""
+    scorers = scorers_of(run, weights)
+    paths = [scorers.root / file for file in scorers.classes[name].files]
+    weigh = lambda path: {"digest": digest(weight_file(scorers.root, path.relative_to(scorers.root)))}  # noqa: E731
+    return "".join(about["digest"] for about in remembered(run, "weights", paths, dict(digest=TEXT), weigh).values())
 
 
 def store_file(run, group, name):
     return Path(run) / "scores" / f"{group}.{name}.pt"
 
 
-def fill_store(run, audios, names, weights, ranks=Ranks()):  # noqa: B008, a constant
+def add_to_store(run, file, keys, values):
+    """keys: n strings; values: dict of (n, ...) tensors."""
+    with store_of(run):  # two stages may fill one file
+        if file.exists():
+            known, old = read_store(file, {key: value.shape[1:] for key, value in values.items()})
+            keys, values = known + keys, {key: torch.cat([old[key], value]) for key, value in values.items()}
+        save_pt(file, {"keys": keys, **values})
+
+
+def see(run, clips, names, weights, ranks, workers, loaded=None):
+    """The first pass of scoring: the video towers among these scorers, loaded together (or, by name, already), embed
+    what the store lacks, so that a video is decoded once. clips: {group: list of clips}."""
+    scorers, clip_s = scorers_of(run, weights), read_run(run)["clip_s"]
+    known = {n: embedded(run, clips, n, weights) for n in names if scorers.classes[n].reads == "video"}
+    new = {g: [c for c in part if any(c["id"] not in of for of in known.values())] for g, part in clips.items()}
+    todo = [clip for part in new.values() for clip in part]
+    load = loaded.get if loaded else lambda name: load_scorer(name, run, ranks.device, weights)
+    towers = {name: load(name) for name in known} if todo else {}
+    keys = {name: video_keys(run, todo, name, weights) for name in towers}
+    wanted = [tower.frames for tower in towers.values()]
+    videos = read_ahead(lambda clip: read_frames(clip["path"], wanted, clip_s), todo, workers)
+    bar = tqdm(total=len(todo), desc="see", unit="video", disable=ranks.rank > 0 or not todo)
+    for group, part in new.items():
+        made = {name: {} for name in towers}
+        for clip, seen in zip(part, videos):
+            if isinstance(seen, SkipClip):
+                unjudged(clip, seen, " and ".join(towers))
+                seen = []
+            for name, frames in zip(towers, seen):
+                if clip["id"] not in known[name]:
+                    with torch.inference_mode():
+                        made[name][keys[name][clip["id"]]] = towers[name].embed_clip(clip, frames)
+            bar.update()
+        for name, rows in made.items():
+            if rows:
+                embedding = torch.stack([*rows.values()])
+                add_to_store(run, store_file(run, group, f"{name}_video"), [*rows], {"embedding": embedding})
+    bar.close()
+    barrier()
+
+
+def fill_store(run, audios, names, weights, ranks=Ranks(), workers=0):  # noqa: B008, a constant
     """Scores what the store lacks, one network in memory at a time (two of tiny ones), groups divided over the ranks. A
-    failure is never stored. audios: list of Audio; names: scorers."""
+    failure is never stored. audios: list of Audio; names: scorers; workers: processes that decode video."""
     scorers, clip_s, work = scorers_of(run, weights), read_run(run)["clip_s"], defaultdict(list)
-    groups = list(dict.fromkeys(audio.group for audio in audios))[ranks.rank :: ranks.world]
+    groups, clips = list(dict.fromkeys(audio.group for audio in audios))[ranks.rank :: ranks.world], {}
     for name in names:
         wanted = {group: {} for group in groups}
         for audio, key in zip(audios, score_keys(run, audios, name, weights)):
@@ -814,24 +926,25 @@ def fill_store(run, audios, names, weights, ranks=Ranks()):  # noqa: B008, a con
             for key in read_store(file)[0] if file.exists() else ():
                 new.pop(key, None)
             if new:
-                work[name].append((file, new))
+                work[name].append((group, new))
+                clips.setdefault(group, {}).update((audio.clip["id"], audio.clip) for audio in new.values())
         for file in scorers.classes[name].files if work[name] else ():
             weight_file(scorers.root, file)  # a missing file is said now, not after hours of the other scorers
+    names = [name for name in names if work[name]]
+    see(run, {group: [*part.values()] for group, part in clips.items()}, names, weights, ranks, workers)
 
     def score_with(name):
-        scorer = load_scorer(name, run, ranks.device, weights) if work[name] else None
-        for file, new in work[name]:
-            scores = score_files(scorer, [*new.values()], clip_s)
-            good = [i for i, audio in enumerate(new.values()) if not scorer.failed(audio.clip)]
-            keys = [key for i, key in enumerate(new) if i in set(good)]
-            scores = {key: value[good] for key, value in scores.items()}
-            with store_of(run):  # two stages may fill one file
-                if file.exists():
-                    known, old = read_store(file, {key: value.shape[1:] for key, value in scores.items()})
-                    keys, scores = known + keys, {key: torch.cat([old[key], v]) for key, v in scores.items()}
-                if keys:
-                    save_pt(file, {"keys": keys, **scores})
-            scorer.sides.clear()
+        scorer = load_scorer(name, run, ranks.device, weights)
+        batches = [[[*new.values()][i : i + 20] for i in range(0, len(new), 20)] for _, new in work[name]]
+        read = functools.partial(read_waves, sample_rate_hz=scorer.sample_rate_hz, clip_s=clip_s)
+        waves = in_threads(read, itertools.chain(*batches), max(2, workers))
+        for (group, new), parts in zip(work[name], batches):
+            sides = sides_of(run, scorer, name, {group: {a.clip["id"]: a.clip for a in new.values()}.values()}, weights)
+            scored = [scorer(next(waves), [audio.clip for audio in part], sides) for part in parts]
+            good = [i for i, audio in enumerate(new.values()) if audio.clip["id"] in sides]
+            if good:
+                scores = {key: torch.cat([one[key] for one in scored])[good] for key in scored[0]}
+                add_to_store(run, store_file(run, group, name), [[*new][i] for i in good], scores)
             bar.update()
         del scorer
         if ranks.device != "cpu":
@@ -844,21 +957,41 @@ def fill_store(run, audios, names, weights, ranks=Ranks()):  # noqa: B008, a con
     barrier()
 
 
-def score_files(scorer, audios, clip_s, batch=20):
-    """audios: list of Audio, each judged on its first clip_s seconds. Returns a dict of (n, ...) float32 tensors in the
-    same order. The next batches are read while one is scored."""
+def sides_of(run, scorer, name, clips, weights):
+    """{clip id: what `embed_clip` returned} of the clips that a scorer can judge, by `see` where it reads the video.
+    clips: {group: clips}."""
+    if scorer.reads == "video":
+        return embedded(run, clips, name, weights)
+    return scorer.embed_clips([clip for part in clips.values() for clip in part])
 
-    def read(audio):
+
+def embedded(run, clips, name, weights):
+    """What the store knows of these videos: {clip id: embedding}, memory-mapped. clips: {group: clips}."""
+    found, key_of = {}, video_keys(run, [clip for part in clips.values() for clip in part], name, weights)
+    for group, part in clips.items():
+        file = store_file(run, group, f"{name}_video")
+        keys, stored = read_store(file, {"embedding": None}) if file.exists() else ([], {})
+        place = {key: row for row, key in enumerate(keys)}
+        known = [clip["id"] for clip in part if key_of[clip["id"]] in place]
+        found |= {clip: stored["embedding"][place[key_of[clip]]] for clip in known}
+    return found
+
+
+def video_keys(run, clips, name, weights):
+    """{clip id: digest of what the embedding of its video depends on}."""
+    files = weights_digest(run, name, weights)
+    return {clip["id"]: digest_of(name, files, stamp(clip["path"])) for clip in clips}
+
+
+def read_waves(audios, sample_rate_hz, clip_s):
+    """list of Audio -> (B, S) float32, the first clip_s seconds of each."""
+    waves = []
+    for audio in audios:
         try:
-            return read_audio(audio.path, scorer.sample_rate_hz, clip_s)
+            waves.append(read_audio(audio.path, sample_rate_hz, clip_s))
         except SkipClip as reason:
             stop(f"{audio.path}: {reason}; the audio of {audio.clip['id']} cannot be judged, make or copy it again")
-
-    scored, parts = [], [audios[i : i + batch] for i in range(0, len(audios), batch)]
-    with ThreadPoolExecutor(2) as readers:
-        for part, waves in zip(parts, readers.map(lambda part: torch.stack([*map(read, part)]), parts)):
-            scored.append(scorer(waves, [audio.clip for audio in part]))
-    return {key: torch.cat([one[key] for one in scored]) for key in scored[0]}
+    return torch.stack(waves)
 
 
 def stored_scores(run, audios, names, weights):

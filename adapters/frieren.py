@@ -101,7 +101,7 @@ class Frieren(FlowModel):
         trained = {name: value.cpu() for name, value in self.state_dict().items()}
         return {"state_dict": self.base()["state_dict"] | trained, "global_step": self.base().get("global_step", 0)}
 
-    def encode(self, clip):
+    def read(self, clip):
         if not clip.get("cavp"):
             stop(f"clip {clip.get('id')}: Frieren reads CAVP features; give stage 01 their folder with --cavp")
         names = [f"{clip['cavp']}{suffix}" for suffix in ("", ".npz", ".npy")]
@@ -117,7 +117,10 @@ class Frieren(FlowModel):
             raise SkipClip(f"CAVP features are {tuple(cavp.shape)}, not (at least {self.frames}, {self.cavp_width})")
         if not cavp[: self.frames].isfinite().all():
             raise SkipClip("CAVP features are not finite")
-        return {"cavp": cavp[: self.frames].clone()}
+        return [cavp[: self.frames].clone()]
+
+    def encode(self, clip, seen):
+        return {"cavp": seen[0]}
 
     def project(self, features):
         return {"context": self.cond_stage_model(features["cavp"].to(self.device))}  # (B, 32, 768)

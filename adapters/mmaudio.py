@@ -5,6 +5,7 @@ from contextlib import chdir
 from pathlib import Path
 
 import torch
+from torchvision.transforms import InterpolationMode, v2
 
 from common import FlowModel, load_pt, read_frames, stop, upstream, weight_file
 
@@ -74,15 +75,17 @@ class MMAudio(FlowModel):
 
     # Frozen parts: CLIP and Synchformer; VAE and vocoder ----------------------------------------------------
 
-    def encode(self, clip):
-        """clip: CLIP at 8 fps; sync: Synchformer at 25 fps; text: CLIP's text."""
-        from torchvision.transforms import InterpolationMode, v2
-
+    def read(self, clip):
+        """(64, 3, 384, 384) at 8 fps for CLIP, (200, 3, 224, 224) at 25 fps for Synchformer, uint8."""
         squash = v2.Resize((384, 384), InterpolationMode.BICUBIC)
         crop = v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224)])
-        squashed, cropped = read_frames(clip["path"], [(8, squash), (25, crop)], self.clip_s)  # float only afterwards
+        return read_frames(clip["path"], [(8, squash), (25, crop)], self.clip_s)
+
+    def encode(self, clip, seen):
+        """clip: CLIP's pictures; sync: Synchformer's segments; text: CLIP's text."""
         scale, centre = v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3, inplace=True)
-        squashed, cropped = scale(squashed)[None].to(self.device), centre(scale(cropped))[None].to(self.device)
+        squashed, cropped = (scale(frames.to(self.device))[None] for frames in seen)  # float32 on the device
+        centre(cropped)
         encoders = self.encoders()
         features = {
             "clip": encoders.encode_video_with_clip(squashed)[0],

@@ -26,7 +26,6 @@ from common import (
     fit_length,
     load_pt,
     read_audio,
-    read_frames,
     read_json,
     stop,
     upstream,
@@ -88,7 +87,6 @@ class ImageBindScorer(Scorer):
     sample_rate_hz, files, reads, gives = 16000, ("imagebind_huge.pth",), "video", "ib"
 
     def __init__(self, weights, device):
-        super().__init__()
         path = weight_file(weights, self.files[0])
         with upstream("ImageBind"), without_init("imagebind"):
             from imagebind.models import imagebind_model
@@ -98,11 +96,11 @@ class ImageBindScorer(Scorer):
             for modality in set(parts) - {"vision", "audio"}:
                 del parts[modality]  # 0.5 of 1.2e9 parameters
         self.device, self.net = device, net.to(device)
-        self.picture = v2.Compose([
+        self.frames = 0.5, v2.Compose([
             v2.Resize(224, interpolation=InterpolationMode.BICUBIC),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-        ])
+        ])  # fmt: skip
 
     @staticmethod
     def crops(frames):
@@ -113,23 +111,25 @@ class ImageBindScorer(Scorer):
         return torch.stack([square[i : i + 2] for i in range(3) for square in squares]).transpose(1, 2)
 
     @torch.inference_mode()
-    def embed_clip(self, clip):
-        pairs = self.crops(read_frames(clip["path"], [(0.5, self.picture)], JUDGED_S)[0])
-        return self.net({"vision": pairs[None].to(self.device)})["vision"][0].cpu()
+    def embed_clip(self, clip, frames):
+        """frames: (4, 3, H, W) -> (1024,)."""
+        return self.net({"vision": self.crops(frames)[None].to(self.device)})["vision"][0].cpu()
 
     @staticmethod
-    def spectrogram(window):
-        """(32000,) -> (1, 128, 204): Kaldi's log mel filter bank, padded with 0, then normalised."""
+    def spectrograms(windows):
+        """(B, 3, 32000) -> (B, 3, 1, 128, 204): Kaldi's log mel filter bank, padded with 0, then normalised. In one
+        call, windows end to end: each has 198 whole frames, the next one begins where the 201st would."""
+        line = (windows - windows.mean(dim=-1, keepdim=True)).reshape(1, -1)
         fbank = torchaudio.compliance.kaldi.fbank(
-            (window - window.mean())[None], sample_frequency=16000, num_mel_bins=128, frame_length=25, frame_shift=10,
+            line, sample_frequency=16000, num_mel_bins=128, frame_length=25, frame_shift=10,
             window_type="hanning", htk_compat=True, use_energy=False, dither=0.0,
-        )  # (198, 128)  # fmt: skip
-        return (fit_length(fbank.T[None], 204) + 4.268) / 9.138
+        )  # fmt: skip
+        fbank = F.pad(fbank, (0, 0, 0, 2)).view(*windows.shape[:2], 200, 128)[:, :, :198]
+        return (fit_length(fbank.transpose(2, 3), 204)[:, :, None] + 4.268) / 9.138
 
     def score_audio(self, waves, clips, sides):
         windows = judged(waves, 16000).unfold(-1, 32000, 48000)  # (B, 3, 32000)
-        mels = torch.stack([torch.stack([self.spectrogram(window) for window in row]) for row in windows])
-        audio = in_batches(lambda x: self.net({"audio": x})["audio"], mels, self.device)
+        audio = in_batches(lambda x: self.net({"audio": self.spectrograms(x)})["audio"], windows, self.device)
         return {"ib": F.cosine_similarity(torch.stack(sides), audio, dim=-1)}
 
 
@@ -145,7 +145,6 @@ class ClapScorer(Scorer):
     roberta = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)  # -base
 
     def __init__(self, weights, device):
-        super().__init__()
         from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
 
         path, vocab, merges = (weight_file(weights, name) for name in self.files)
@@ -192,35 +191,38 @@ class SynchformerScorer(Scorer):
     sample_rate_hz, files, reads, gives = 16000, ("synchformer_state_dict.pth",), "video", "desync_s"
 
     def __init__(self, weights, device):
-        super().__init__()
         path = weight_file(weights, self.files[0])
         with upstream("av-benchmark"):
             from av_bench.synchformer.synchformer import Synchformer, make_class_grid
         self.device, self.net = device, load_weights(Synchformer(), load_pt(path), path, device)
         self.offset_s = make_class_grid(-2, 2, 21)
-        self.mel = torchaudio.transforms.MelSpectrogram(16000, n_fft=1024, win_length=400, hop_length=160, n_mels=128)
-        self.picture = v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224)])
+        mel = torchaudio.transforms.MelSpectrogram(16000, n_fft=1024, win_length=400, hop_length=160, n_mels=128)
+        self.mel = mel.to(device)
+        self.frames = 25, v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224)])
         float32, centre = v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3, inplace=True)
         self.values = v2.Compose([float32, centre])
 
     @torch.inference_mode()
-    def embed_clip(self, clip):
-        """(24, 8, 768): 24 segments of 16 frames (0.64 s), every 8 frames."""
-        frames = self.values(read_frames(clip["path"], [(25, self.picture)], JUDGED_S)[0])  # (200, 3, 224, 224)
+    def embed_clip(self, clip, frames):
+        """frames: (200, 3, 224, 224) -> (24, 8, 768): 24 segments of 16 frames (0.64 s), every 8 frames."""
+        frames = self.values(frames.to(self.device))
         segments = torch.stack([frames[i : i + 16] for i in range(0, 185, 8)])[:, None]
         return in_batches(self.net.extract_vfeats, segments, self.device, size=8)[:, 0]
 
     def score_audio(self, waves, clips, sides):
         segments = judged(waves, 16000).unfold(-1, 10240, 5120)  # (B, 24, 10240)
-        mels = fit_length(torch.log(self.mel(segments) + 1e-6), 66)  # padded with 0 after the log, as upstream
-        mels = ((mels + 4.2677393) / (2 * 4.5689974))[:, :, None]  # (B, 24, 1, 128, 66)
-        audio, video = in_batches(self.net.extract_afeats, mels, self.device), torch.stack(sides)
+        audio, video = in_batches(self.hear, segments, self.device), torch.stack(sides)
         offsets = []
         for part in (slice(0, 14), slice(-14, None)):  # the network compares exactly 14 segments
             both = torch.cat([video[:, part], audio[:, part]], dim=2)  # (B, 14, 8 + 6, 768)
             logits = in_batches(lambda x: self.net.compare_v_a(x[:, :, :8], x[:, :, 8:]), both, self.device)
             offsets.append(self.offset_s[logits.argmax(dim=-1)].abs())
         return {"desync_s": torch.stack(offsets).mean(dim=0)}
+
+    def hear(self, segments):
+        """(B, 24, 10240) -> (B, 24, 6, 768)."""
+        mels = fit_length(torch.log(self.mel(segments) + 1e-6), 66)  # padded with 0 after the log, as upstream
+        return self.net.extract_afeats(((mels + 4.2677393) / (2 * 4.5689974))[:, :, None])  # (B, 24, 1, 128, 66)
 
 
 class PannsScorer(Scorer):
@@ -230,7 +232,6 @@ class PannsScorer(Scorer):
     stft = dict(window_size=1024, hop_size=320, fmin=50, fmax=14000)
 
     def __init__(self, weights, device):
-        super().__init__()
         path = weight_file(weights, self.files[0])
         with without_init("panns_inference"):
             from panns_inference.models import Cnn14
@@ -257,7 +258,6 @@ class PasstScorer(Scorer):
     sample_rate_hz, files = 32000, ("passt-s-f128-p16-s10-ap.476-swa.pt",)
 
     def __init__(self, weights, device):
-        super().__init__()
         path = weight_file(weights, self.files[0])
         from hear21passt.models.passt import get_model
         from hear21passt.models.preprocess import AugmentMelSTFT
@@ -288,9 +288,6 @@ class PesqScorer(Scorer):
     A silent (below -80 dB of full scale) or non-finite generated audio is 1.0, the scale's floor."""
 
     sample_rate_hz, reads, gives = 16000, "reference", "pesq"
-
-    def __init__(self, weights, device):
-        super().__init__()
 
     def embed_clip(self, clip):
         if clip["label"] not in HUMAN_SPEECH_CLASSES:

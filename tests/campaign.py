@@ -83,7 +83,8 @@ def until_it_works(process, run, number):
 
 
 def contents(folder):
-    """{name: what is compared}: bytes, a log's rows less their times, a store's scores by key."""
+    """{name: what is compared}: bytes, a log's rows less their times, what is remembered of files less their times, a
+    store's scores by key."""
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         name = str(path.relative_to(folder))
@@ -95,6 +96,8 @@ def contents(folder):
         elif path.name == "log.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+        elif name.startswith("scores") and path.suffix == ".json":  # of files made again: other times, the same about
+            found[name] = {file: {**about, "stamp": ""} for file, about in json.loads(path.read_text()).items()}
         elif name.startswith("scores") and path.suffix == ".pt" and ".tmp" not in name:
             store = torch.load(path, weights_only=True)
             keys = store.pop("keys")

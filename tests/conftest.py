@@ -77,6 +77,19 @@ def start(number, run, *flags):
     return subprocess.Popen([sys.executable, STAGES[number].name, *arguments(run, *flags)], **pipes)
 
 
+def sides(scorer, clips, clip_s=8.0):
+    """{clip id: what the scorer knows of the clip alone}."""
+    if scorer.reads != "video":
+        return scorer.embed_clips(clips)
+    seen = {clip["id"]: common.read_frames(clip["path"], [scorer.frames], clip_s)[0] for clip in clips}
+    return {clip["id"]: scorer.embed_clip(clip, seen[clip["id"]]) for clip in clips}
+
+
+def judged(scorer, waves, clips, clip_s=8.0):
+    """The scores of waves against clips that no store knows."""
+    return scorer(waves, clips, sides(scorer, {clip["id"]: clip for clip in clips}.values(), clip_s))
+
+
 def read(path):
     """The lines of a .jsonl, by other code than the stages'."""
     with open(path, encoding="utf-8") as stream:

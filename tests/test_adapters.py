@@ -22,7 +22,7 @@ class Line(common.FlowModel):
         super().__init__()
         self.net, self.checkpoint, self.loudness = torch.nn.Linear(1, 1), checkpoint, {"quiet": 0.01}[variant]
         self.load_policy(checkpoint)
-    def encode(self, clip):
+    def encode(self, clip, seen):
         return {"letters": torch.tensor([float(len(clip["id"]))])}
     def project(self, features):
         return features
@@ -46,8 +46,6 @@ import common
 
 class Loud(common.Scorer):
     sample_rate_hz, reads, gives = 16000, "caption", "peak"
-    def __init__(self, weights, device):
-        super().__init__()
     def embed_clip(self, clip):
         return clip["caption"]
     def score_audio(self, waves, clips, sides):

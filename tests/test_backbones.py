@@ -479,7 +479,7 @@ def test_frierens_generation_script_loads_the_policy_and_makes_our_mels(frieren,
         files = (str(tmp_path / "infer.yaml"), str(policy), str(frieren.weights / "cavp"))
         script.generate_mel(*files, "0", str(tmp_path), 26, "euler", 4.5, 2)
     for start, file in zip(starts, frieren.cavp, strict=True):
-        features = {"cavp": model.encode({"id": file.stem, "cavp": str(file)})["cavp"][None]}
+        features = {"cavp": model.read({"id": file.stem, "cavp": str(file)})[0][None]}
         monkeypatch.setattr(common, "initial_noise", lambda *_, start=start: start.mT)
         with torch.no_grad():
             mel = model.codec(model.device)[0].decode(common.sample(model, features, [0, 1]).mT / 0.18215)
@@ -520,7 +520,8 @@ def test_frieren_full_size_network_makes_8_192_seconds_from_32_frames(tmp_path, 
     assert sum(p.numel() for p in model.model.parameters()) == 158_882_708
     assert sum(p.numel() for p in model.cond_stage_model.parameters()) == 393_984
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((40, 512)))
-    cavp = model.encode({"id": "x", "cavp": str(tmp_path / "x")})["cavp"]
+    clip = {"id": "x", "cavp": str(tmp_path / "x")}
+    cavp = model.encode(clip, model.read(clip))["cavp"]
     latents = common.sample(model, {"cavp": cavp[None]}, seeds=[3], steps=1, guidance=1.0)
     waves = model.decode(latents)
     assert model.takes({"cavp": cavp}) and cavp.shape == (32, 512)
@@ -540,7 +541,12 @@ def frames_of(mmaudio, monkeypatch):
         encode_video_with_sync=lambda x, **_: seen.update(sync=x) or x,
     )
     monkeypatch.setattr(model, "encoders", lambda: encoders)
-    return lambda path: model.encode({"id": "a", "path": path}) and (seen["clip"][0], seen["sync"][0])
+
+    def frames(path):
+        model.encode({"id": "a"}, model.read({"path": path}))
+        return seen["clip"][0], seen["sync"][0]
+
+    return frames
 
 
 @pytest.mark.parametrize(
@@ -576,7 +582,8 @@ def encoded(mmaudio, tmp_path_factory):
     """A real file through MMAudio's encode, with and without caption."""
     model, path = ours(mmaudio), tmp_path_factory.mktemp("video") / "a.mp4"
     clip = {"id": "a", "path": film(path, sound=None), "caption": "a dog barks"}
-    features, silent = model.encode(clip), model.encode(dict(clip, caption=None))
+    seen = model.read(clip)
+    features, silent = model.encode(clip, seen), model.encode(dict(clip, caption=None), seen)
     return SimpleNamespace(model=model, clip=clip, features=features, without_caption=silent)
 
 
@@ -620,7 +627,7 @@ def test_frieren_reads_cavp_files_by_stem_or_name_and_cuts_them_to_32_frames(fri
     np.savez(tmp_path / "a.b_000010.npz", feat=rows.astype(np.float16))
     np.save(tmp_path / "c.npy", rows)
     for name, expected in (("a.b_000010", rows.astype(np.float16)), ("c", rows), ("c.npy", rows)):
-        cavp = model.encode({"id": name, "cavp": str(tmp_path / name)})["cavp"]
+        (cavp,) = model.read({"id": name, "cavp": str(tmp_path / name)})
         assert cavp.shape == (32, 512) and cavp.dtype == torch.float32 and cavp.device.type == "cpu"
         assert np.array_equal(cavp.numpy(), expected[:32].astype(np.float32))
 
@@ -648,8 +655,8 @@ def test_frieren_clips_without_usable_cavp_features_are_skipped_with_the_reason(
     }
     for name, reason in reasons.items():
         with pytest.raises(SkipClip, match=reason):
-            model.encode({"id": name, "cavp": str(tmp_path / name)})
-    assert "--cavp" in stopped(model.encode, {"id": "x"})
+            model.read({"id": name, "cavp": str(tmp_path / name)})
+    assert "--cavp" in stopped(model.read, {"id": "x"})
 
 
 # Files that are missing, foreign or malicious ---------------------------------------------------------------

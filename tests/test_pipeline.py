@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import STAGES, call, cells, files_of, make_video, read, stage, start, stopped, torchrun, write
+from conftest import STAGES, call, cells, files_of, judged, make_video, read, stage, start, stopped, torchrun, write
 
 import common
 
@@ -199,7 +199,10 @@ def test_p_good_in_the_results_is_the_mean_of_audioscore_on_that_systems_audio(f
     run = finished
     clips = common.read_clips(run, "test")
     audios = [common.Audio(c, run / "07_audio" / "flow_dpo" / f"{c['id']}.wav", "", "") for c in clips]
-    found = {n: common.score_files(common.load_scorer(n, run), audios, 2.0) for n in common.AUDIOSCORE_SCORERS}
+    found = {}
+    for name in common.AUDIOSCORE_SCORERS:
+        scorer = common.load_scorer(name, run)
+        found[name] = judged(scorer, common.read_waves(audios, scorer.sample_rate_hz, 2.0), clips, 2.0)
     judge = common.AudioScore.load(run / "02_audioscore.pt")
     expected = judge(common.five_scores(found, judge))[:, 0].mean().item()
     row = next(r for r in read(run / "07_results.jsonl") if (r["system"], r["metric"]) == ("flow_dpo", "p_good"))

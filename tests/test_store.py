@@ -62,13 +62,13 @@ def test_weights_are_known_by_content_and_videos_by_size_and_time(name, content,
 @pytest.fixture
 def heard(monkeypatch):
     """(scorer, digest) of every audio that a network hears."""
-    heard, original = [], common.score_files
+    heard, original = [], common.Scorer.__call__
 
-    def listen(scorer, audios, *rest):
-        heard.extend((type(scorer).__name__, audio.digest) for audio in audios)
-        return original(scorer, audios, *rest)
+    def listen(scorer, waves, *rest):
+        heard.extend((type(scorer).__name__, common.digest_of(wave.tolist())) for wave in waves)
+        return original(scorer, waves, *rest)
 
-    monkeypatch.setattr(common, "score_files", listen)
+    monkeypatch.setattr(common.Scorer, "__call__", listen)
     return heard
 
 
@@ -137,7 +137,6 @@ def test_a_video_that_cannot_be_read_leaves_no_score_behind(run, finished, capsy
     def stored(content):
         clip["path"].write_bytes(content)
         os.utime(clip["path"], ns=(about.st_atime_ns, about.st_mtime_ns))
-        stage("00").moments_of.cache_clear()
         common.fill_store(run, audios, names, "weights")
         return common.stored_scores(run, audios, names, "weights")
 
@@ -154,16 +153,15 @@ def test_a_video_moved_away_while_scoring_stops_the_stage_and_back_again_nothing
 ):
     shutil.rmtree(run / "scores")
     moved = common.read_clips(run, "train")[1]["path"]
-    original = stage("00").ImageBind.embed_clip
+    original = common.read_frames
 
-    def embed_clip(scorer, clip):
-        if clip["path"] == moved:
+    def read_frames(path, *rest):
+        if path == moved:
             moved.rename(run / "moved.mp4")
-            raise common.SkipClip("no such file")  # as whoever opens it says
-        return original(scorer, clip)
+        return original(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage("00").ImageBind, "embed_clip", embed_clip)
+        patch.setattr(common, "read_frames", read_frames)
         line = refused("03", run)
     assert f"{moved}: gone" in line and "same command again" in line
     (run / "moved.mp4").rename(moved)
@@ -187,7 +185,30 @@ def test_what_was_heard_is_remembered_until_the_file_changes(tmp_path, monkeypat
     assert listen(one, two)[two] is None and listen(two) == {two: None} and len(heard) == 5  # asked again
 
 
-# Ranks -------------------------------------------------------------------------------------------------------
+# Ranks and workers -------------------------------------------------------------------------------------------
+
+
+def test_a_video_is_decoded_once_for_all_towers_and_never_again(run, monkeypatch):
+    shutil.rmtree(run / "scores")
+    decoded, original = [], common.read_frames
+    monkeypatch.setattr(common, "read_frames", lambda path, *rest: decoded.append(path) or original(path, *rest))
+    for number, flags in (("02", ("--redo",)), ("03", ("--redo",)), ("06", ("--out", "again", "--steps", 2))):
+        call(number, run, "--workers", 0, *flags)
+    assert sorted(decoded) == sorted(clip["path"] for clip in common.read_clips(run, "train"))
+
+
+def test_bytes_do_not_depend_on_the_workers_and_an_error_of_one_is_the_clips_own_reason(fresh):
+    broken = next(clip for clip in read(fresh / "clips.jsonl") if clip["split"] == "train")
+    (fresh / "00_videos" / broken["video"]).write_bytes(bytes(1000))
+    two = shutil.copytree(fresh, fresh.with_name("two"))
+    for place, workers in ((fresh, 0), (two, 2)):
+        call("01", place, "--sampling-steps", 2, "--num-samples", 2, "--workers", workers)
+        call("02", place, "--num-rated-clips", 4, "--workers", workers)
+        call("07", place, "--only", "--systems", "base", "--workers", workers)
+    names = ("01_samples", "01_audio", "02_scores", "scores/0", "scores/test", "07_con", "07_audio", "07_results")
+    assert files_of(two, *names) == files_of(fresh, *names)
+    (skipped,) = read(two / "01_samples/00000.skipped.jsonl")
+    assert skipped["clip"] == broken["id"] and skipped["reason"].startswith("unreadable video")
 
 
 def test_two_ranks_divide_the_groups_and_give_the_bytes_of_one(fresh, monkeypatch):
@@ -200,12 +221,12 @@ def test_two_ranks_divide_the_groups_and_give_the_bytes_of_one(fresh, monkeypatc
     for place in (two, fresh):
         (place / "scores" / ".lock").unlink()  # it names the process
     ours, theirs = (files_of(place, "02", "03", "sc") for place in (two, fresh))
-    assert len([name for name in theirs if name.startswith("scores/0")]) == 3 * 5
+    assert len([name for name in theirs if name.startswith("scores/0")]) == 3 * 7
     assert {name: content.replace(bytes(two), bytes(fresh)) for name, content in ours.items()} == theirs
     shutil.rmtree(two / "scores")
     (two / "03_pairs.jsonl").unlink()
     monkeypatch.setattr(common, "setup_ranks", lambda: common.Ranks(1, 2))
     call("03", two)  # the second of two processes scores its groups, and leaves the rest to the first
     made = {path.name for path in (two / "scores").glob("*.pt")}
-    assert made == {f"00001.{name}.pt" for name in FIVE}
+    assert made == {f"00001.{name}.pt" for name in (*FIVE, "imagebind_video", "synchformer_video")}
     assert not (two / "03_pairs.jsonl").exists()

@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.nn as nn
 import yaml
-from conftest import ROOT, make_video
+from conftest import ROOT, judged, make_video
 
 import common
 from adapters import mmaudio, scorers
@@ -380,7 +380,7 @@ def write_synchformer(folder, patch):
     scorer.net.compare_v_a = lambda *x: logits.append(hook(scorer.net, *x)) or logits[-1]
     noise = 0.2 * torch.randn(2, 128_000, generator=torch.Generator().manual_seed(0))
     voices = torch.stack([torch.from_numpy(bursts(8, 16000, pitch)).float() for pitch in (100, 400)])
-    scorer(torch.cat([voices, voices + noise, noise]), [clip] * 6)
+    judged(scorer, torch.cat([voices, voices + noise, noise]), [clip] * 6)
     net.transformer.off_head.bias.data -= torch.cat(logits).mean(dim=0)
     torch.save(net.state_dict(), file)
 
