@@ -274,6 +274,8 @@ def main(args):
     ]
     for why in [why for refused, why in refusals if refused]:
         stop(why)
+    if args.max_clips == 0:  # all that any stage will ask for, said at once
+        common.print_missing(args.weights, common.files_of(args.model, args.checkpoint))
     checkpoint = args.checkpoint or (run / known["checkpoint"] if own_clips else None)
     model = common.load_model(args.model, checkpoint, device, args.weights)
     if args.compile:

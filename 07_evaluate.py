@@ -48,6 +48,10 @@ def parse_args(argv=None):
     io.add_argument("--systems", nargs="+", default=[], metavar="NAME[=DIR]", help=described)
     io.add_argument("--only", action="store_true", help="--systems alone, without the default four and the last run's")
     io.add_argument("--allow-missing", action="store_true", help="evaluate a system that lacks audio for some clips")
+    described = "a scorer outside AudioScore, for a policy may gain on those alone: audiobox"
+    io.add_argument("--judge", nargs="+", default=[], metavar="NAME", help=described)
+    described = "check systems and weights, print what audio there is, and end before any is made or scored"
+    io.add_argument("--dry-run", action="store_true", help=described)
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     parser.paper.add_argument("--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]")
     engineering = parser.engineering
@@ -295,11 +299,36 @@ def below(run, path):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def score_systems(run, files, clips, args, ranks):
+def measures_asked(run, args):
+    """{metric: (how, scorer, key)}, without the judges that nobody asked."""
+    scorers = common.scorers_of(run, args.weights)
+    if unknown := set(args.judge) - set(scorers.judges):
+        stop(f"--judge {unknown.pop()}: the scorers of this run know no such judge ({', '.join(scorers.judges)})")
+    return {m: x for m, x in scorers.measures.items() if x[1] not in scorers.judges or x[1] in args.judge}
+
+
+def scorers_asked(measures):
+    return list(dict.fromkeys([*common.AUDIOSCORE_SCORERS, *(scorer for _, scorer, _ in measures.values())]))
+
+
+def rehearse(run, systems, clips, measures, args):
+    """What an evaluation would find: audio of each system for the clips of the split, and files that are missing."""
+    for name, folder in systems.items():
+        have, named = audio_files(run, name, folder, clips, args), set()
+        if folder and not is_policy(name, folder):
+            named = {file.stem for file in folder.iterdir() if file.suffix.lower() in AUDIO_SUFFIXES}
+        foreign = sorted(named - {clip["id"] for clip in clips})
+        made = f", {len(clips) - len(have)} will be generated" if is_policy(name, folder) else ""
+        other = f"; {len(foreign)} files name no clip of this split, first {foreign[0]}" if foreign else ""
+        print(f"{name}: audio for {len(have)} of {len(clips)} {args.split} clips{made}{other}")
+    scorers = common.scorers_of(run, args.weights)
+    common.print_missing(scorers.root, [f for name in scorers_asked(measures) for f in scorers.classes[name].files])
+
+
+def score_systems(run, files, clips, measures, args, ranks):
     """Everything the scorers say of every system: {system: {scorer: {key: (n, ...)}}}, rows in the order of
     files[system]; each audio once, each video tower once per clip."""
-    measured = {scorer for _, scorer, _ in common.scorers_of(run, args.weights).measures.values()}
-    names = [*common.AUDIOSCORE_SCORERS, *sorted(measured - set(common.AUDIOSCORE_SCORERS))]
+    names = scorers_asked(measures)
     group, by_id = block_of(clips), {clip["id"]: clip for clip in clips}
     audios = {
         system: {c: common.Audio(by_id[c], path, common.digest(path), group[c]) for c, path in paths.items()}
@@ -313,11 +342,10 @@ def score_systems(run, files, clips, args, ranks):
     return {s: common.stored_scores(run, [*part.values()], names, args.weights) for s, part in audios.items()}
 
 
-def per_clip(run, found, clips, files, weights):
+def per_clip(run, found, clips, files, measures):
     """Metrics that are means over clips: {system: {metric: (n,) float64, nan where absent}}, rows = clips; and what
     the set metrics need: {system: {metric: (embedding or logits, row of each clip or -1)}}."""
-    measures, people = common.scorers_of(run, weights).measures, common.people_of(run)
-    judge = run / "02_audioscore.pt"
+    people, judge = common.people_of(run), run / "02_audioscore.pt"
     audioscore = AudioScore.load(judge) if judge.exists() else None
     means, sets = {}, {}
     for system, part in found.items():
@@ -394,6 +422,17 @@ def results_of(means, sets, n):
     return sorted(lines, key=lambda row: (list(means).index(row["system"]), order.index(row["metric"])))
 
 
+def hacked(results):
+    """A line for each system that gains on AudioScore and loses by who is no part of it: a judge, the toy's oracle."""
+    said = {}
+    for row in results:
+        said.setdefault(row["system"], {}).setdefault(row["verdict"], []).append(row["metric"])
+    for system, metrics in said.items():
+        lost = [m for m in metrics.get("worse", ()) if m.startswith(("audiobox_", "oracle_"))]
+        if lost and "p_good" in metrics.get("better", ()):
+            yield f"warning: {system} gains on AudioScore and loses on {', '.join(lost)}: is it gaming its reward?"
+
+
 def verdict(better, diff, low, high):
     """`better`, `worse`, or None where the interval of the difference is absent or holds 0."""
     if low is None or low <= 0 <= high:
@@ -409,13 +448,15 @@ def main(args):
     if not clips:
         stop(f"{run}/clips.jsonl has no clip of the split {args.split}; give some that split in stage 01's --clips")
     common.hold(run, "07", ranks)
-    systems = choose_systems(run, args)
+    systems, measures = choose_systems(run, args), measures_asked(run, args)
     if (run / "02_settings.json").exists():
         common.require(run, "02_audioscore.pt")
     unseen, fields = run / "01_missing.jsonl", dict(id=common.NAME, split=common.TEXT, reason=common.TEXT)
     unseen = common.read_jsonl(unseen, fields) if unseen.exists() else []
 
     # -- audio
+    if args.dry_run:
+        return rehearse(run, systems, clips, measures, args)
     if any(is_policy(name, folder) for name, folder in systems.items()):
         model = common.load_base_model(run, ranks.device, args.weights)
         if args.compile:
@@ -437,10 +478,10 @@ def main(args):
             print(said)
 
     # -- numbers
-    found = score_systems(run, files, clips, args, ranks)
+    found = score_systems(run, files, clips, measures, args, ranks)
     if ranks.rank > 0:
         return
-    results = results_of(*per_clip(run, found, clips, files, args.weights), len(clips))
+    results = results_of(*per_clip(run, found, clips, files, measures), len(clips))
 
     # -- save
     suffix = "" if args.split == "test" else f"_{args.split}"
@@ -461,6 +502,9 @@ def main(args):
     if gone := sum(row["split"] == args.split for row in unseen):
         print(f"{gone} more listed {args.split} clips have no video (01_missing.jsonl), so no system is judged on them")
     common.print_table(results, list(systems))
+    print(f"CLAP: {' and '.join(common.scorers_of(run, args.weights).classes['clap'].files[:1])}")
+    for line in hacked(results):
+        print(line)
     for name, count in silent.items():
         if name != "ground_truth" and count > 0.01 * len(files[name]):
             print(f"warning: {count} of {len(files[name])} audios of {name} are silent or broken, and scored as that")

@@ -199,6 +199,11 @@ class FlowModel(nn.Module):
 
     # What an adapter fills in -------------------------------------------------------------------------------
 
+    @classmethod
+    def files(cls, variant):
+        """Names below --weights of all that the stages will read of this model."""
+        return []
+
     def read(self, clip):
         """What `encode` needs of a clip's files, a list of CPU tensors: decoded and made small here, where no GPU is
         used, by a process of its own (`read_ahead`). clip: a line of clips.jsonl with `path`. Raises SkipClip(reason)
@@ -1073,13 +1078,27 @@ ADAPTERS = {"toy": "00_toy_world", "mmaudio": "adapters.mmaudio", "frieren": "ad
 SCORERS = {"toy": ("00_toy_world",), "real": ("adapters.scorers",)}  # sets; run.json names its own, if not the real one
 
 
-def load_model(name, checkpoint=None, device="cpu", weights="weights"):
-    """name: `toy`, `mmaudio:<variant>` or `frieren`; checkpoint: the velocity network's weights, None for the
-    upstream file under `weights`. Returns a FlowModel in eval mode."""
+def adapter_of(name):
+    """The class of a model, and its variant. name: `toy`, `mmaudio:<variant>` or `frieren`."""
     family, _, variant = name.partition(":")
     if family not in ADAPTERS:
         stop(f"--model {name}: unknown; choose toy, mmaudio:small_16k ... mmaudio:large_44k, or frieren")
-    model = importlib.import_module(ADAPTERS[family]).ADAPTER(variant, checkpoint, Path(weights))
+    return importlib.import_module(ADAPTERS[family]).ADAPTER, variant
+
+
+def files_of(name, checkpoint):
+    """Names below --weights of all that the stages will read with this model."""
+    adapter, variant = adapter_of(name)
+    own = adapter.files(variant)
+    scorers = scorer_set("real", "").classes.values() if own else ()
+    return own[bool(checkpoint) :] + [file for scorer in scorers for file in scorer.files]
+
+
+def load_model(name, checkpoint=None, device="cpu", weights="weights"):
+    """checkpoint: the velocity network's weights, None for the upstream file under `weights`. Returns a FlowModel in
+    eval mode."""
+    adapter, variant = adapter_of(name)
+    model = adapter(variant, checkpoint, Path(weights))
     model.name, model.checkpoint_digest = name, digest(model.checkpoint)
     return model.to(device).eval()
 
@@ -1097,6 +1116,7 @@ def load_base_model(run, device="cpu", weights="weights"):
 class ScorerSet(NamedTuple):
     classes: dict  # name: Scorer
     measures: dict  # what stage 07 makes of them; metric: (mean, fd, kl or is; scorer; key)
+    judges: tuple  # scorers that stage 07 asks only when told to
     at_a_time: int  # how many networks work side by side
     root: Path  # the folder of their files
 
@@ -1104,12 +1124,17 @@ class ScorerSet(NamedTuple):
 def scorers_of(run, weights):
     """The set of frozen scorers that judges this run."""
     about = read_run(run)
-    modules = [importlib.import_module(name) for name in SCORERS[about.get("scorers", "real")]]
     root = Path(run) / about["scorers_root"] if "scorers_root" in about else Path(weights)
+    return scorer_set(about.get("scorers", "real"), root)
+
+
+def scorer_set(name, root):
+    modules = [importlib.import_module(module) for module in SCORERS[name]]
     classes, measures = {}, {}
     for module in modules:
         classes, measures = classes | module.SCORERS, measures | module.MEASURES
-    return ScorerSet(classes, measures, min(module.AT_A_TIME for module in modules), root)
+    judges = tuple(name for module in modules for name in getattr(module, "JUDGES", ()))
+    return ScorerSet(classes, measures, judges, min(module.AT_A_TIME for module in modules), root)
 
 
 def load_scorer(name, run, device="cpu", weights="weights"):
@@ -1121,11 +1146,27 @@ def weight_file(weights, name):
     """weights / name, or one line that says what is missing and where it comes from: its row of docs/weights.md."""
     path = Path(weights) / name
     if not path.exists():
-        table = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
-        row = next((line for line in table.splitlines() if line.startswith(f"| `{name}` |")), f"| {name} | | | |")
-        _, source, size, use, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+        source, size, use = weight_row(name)
         stop(f"{path}: missing ({use}); get {name} ({size}) from {source} and put it into {weights}/")
     return path
+
+
+def weight_row(name):
+    """Source, size and use of a file, from docs/weights.md."""
+    table = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    row = next((line for line in table.splitlines() if line.startswith(f"| `{name}` |")), f"| {name} | | | |")
+    return [cell.strip() for cell in row.strip("|").split("|")][1:4]
+
+
+def print_missing(weights, names):
+    """The files among these that are not below --weights, with what docs/weights.md says of them, and their size."""
+    missing = [(name, *weight_row(name)) for name in dict.fromkeys(names) if not (Path(weights) / name).exists()]
+    in_gb, gb = dict(kB=1e-6, KB=1e-6, MB=1e-3, GB=1, MiB=2**20 / 1e9, GiB=2**30 / 1e9), 0
+    for name, source, size, use in missing:
+        print(f"  {name} ({size}), {use}: {source}")
+        gb += sum(float(number) * in_gb[unit] for number, unit in re.findall(r"([\d.]+) ([kKMG]i?B)", size))
+    if missing:
+        print(f"missing below {weights}/: {len(missing)} files, {gb:.1f} GB in all")
 
 
 @contextmanager

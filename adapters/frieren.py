@@ -62,16 +62,20 @@ class Frieren(FlowModel):
     vae_config = dict(double_z=True, in_channels=80, out_ch=80, z_channels=20, kernel_size=5, ch=384, ch_mult=[1, 2, 4])
     vae_config |= dict(num_res_blocks=2, attn_layers=[3], down_layers=[0], dropout=0.0)
 
-    def __init__(self, variant, checkpoint, weights):
-        super().__init__()
+    @classmethod
+    def files(cls, variant):
         if variant:
             stop(f"--model frieren:{variant}: Frieren has no variants; write --model frieren")
-        classes = upstream_classes()
+        return ["v2a/noreflow/last.ckpt", "bigvnat/args.yml", "bigvnat/best_netG.pt"]
+
+    def __init__(self, variant, checkpoint, weights):
+        super().__init__()
+        names, classes = self.files(variant), upstream_classes()
         self.model = nn.ModuleDict({"diffusion_model": classes.dit(**self.dit_config)})  # upstream's parameter names
         self.cond_stage_model = classes.embedder(self.cavp_width, self.dit_config["context_dim"])
         for module in self.model.modules():
             module.checkpoint = False  # upstream's own recomputation loses gradients; `blocks` offers ours
-        self.checkpoint = Path(checkpoint or weight_file(weights, "v2a/noreflow/last.ckpt"))
+        self.checkpoint = Path(checkpoint or weight_file(weights, names[0]))
         base, vae = self.load_policy(self.checkpoint)
         self.base = functools.cache(lambda: base)  # so wrapped, copies of the model share these two
         self.codec = functools.lru_cache(maxsize=1)(functools.partial(self.load_codec, vae, weights))
@@ -154,7 +158,7 @@ class Frieren(FlowModel):
     def load_codec(vae, weights, device):
         import yaml
 
-        shape, file = (weight_file(weights, f"bigvnat/{name}") for name in ("args.yml", "best_netG.pt"))
+        shape, file = (weight_file(weights, name) for name in Frieren.files("")[1:])
         vocoder = upstream_classes().vocoder(types.SimpleNamespace(**yaml.safe_load(shape.read_text())))
         fill(vocoder, load_pt(file).get("generator", {}), file, "")
         return [part.to(device).float().eval().requires_grad_(False) for part in (vae, vocoder)]

@@ -26,15 +26,23 @@ class MMAudio(FlowModel):
     clip_s = 8.0
     feature_shapes = {"clip": (64, 1024), "sync": (192, 768), "text": (77, 1024)}
 
-    def __init__(self, variant, checkpoint, weights):
-        super().__init__()
+    @classmethod
+    def files(cls, variant):
+        """Checkpoint, Synchformer, VAE and vocoder. CLIP lies in the Hugging Face cache."""
         if variant not in VARIANTS:
             stop(f"--model {f'mmaudio:{variant}'.rstrip(':')}: unknown variant; choose one of {', '.join(VARIANTS)}")
+        rate = variant.split("_")[1][:2]
+        vocoder = [f"{VOCODER}/bigvgan_generator.pt", f"{VOCODER}/config.json"] if rate == "44" else ["best_netG.pt"]
+        return [f"mmaudio_{variant}.pth", "synchformer_state_dict.pth", f"v1-{rate}.pth", *vocoder]
+
+    def __init__(self, variant, checkpoint, weights):
+        super().__init__()
+        names = self.files(variant)
         with upstream("MMAudio"):
             from mmaudio.model import networks
         self.variant, self.weights, self.mode = variant, Path(weights).absolute(), variant.split("_")[1]
         self.sample_rate_hz = {"16k": 16000, "44k": 44100}[self.mode]
-        self.checkpoint = Path(checkpoint or weight_file(self.weights, f"mmaudio_{variant}.pth"))
+        self.checkpoint = Path(checkpoint or weight_file(self.weights, names[0]))
         self.net, self.conditions_class = networks.get_my_mmaudio(variant), networks.PreprocessedConditions
         self.latent_shape = (self.net.latent_seq_len, self.net.latent_dim)
         for parameter in (self.net.empty_clip_feat, self.net.empty_sync_feat):
@@ -109,7 +117,7 @@ class MMAudio(FlowModel):
     def load_encoders(self):
         from huggingface_hub import constants, try_to_load_from_cache, utils
 
-        synchformer = weight_file(self.weights, "synchformer_state_dict.pth")
+        synchformer = weight_file(self.weights, self.files(self.variant)[1])
         for name in CLIP_FILES:
             if not isinstance(try_to_load_from_cache(CLIP, name), str):
                 fetch = f"hf download {CLIP} {' '.join(CLIP_FILES)}"
@@ -123,10 +131,7 @@ class MMAudio(FlowModel):
             utils.reset_sessions()
 
     def load_codec(self):
-        names = [f"v1-{self.mode[:2]}.pth", "best_netG.pt"]
-        if self.mode == "44k":
-            names[1:] = [f"{VOCODER}/bigvgan_generator.pt", f"{VOCODER}/config.json"]
-        vae, vocoder = [weight_file(self.weights, name) for name in names][:2]
+        vae, vocoder = [weight_file(self.weights, name) for name in self.files(self.variant)[2:]][:2]
         parts = dict(tod_vae_ckpt=vae, bigvgan_vocoder_ckpt=vocoder, need_vae_encoder=False)
         return self.features_utils(enable_conditions=False, **parts)
 

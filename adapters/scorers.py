@@ -20,9 +20,13 @@ import torchaudio
 from torchvision.transforms import InterpolationMode, v2
 
 from common import (
+    ANY,
     HUMAN_SPEECH_CLASSES,
+    NUMBER,
+    TENSOR,
     NoAudio,
     Scorer,
+    dict_of,
     fit_length,
     load_pt,
     read_audio,
@@ -30,6 +34,7 @@ from common import (
     stop,
     upstream,
     weight_file,
+    with_fields,
 )
 
 JUDGED_S = 8.0
@@ -319,6 +324,42 @@ class PesqScorer(Scorer):
             return 1.0
 
 
+class AudioboxScorer(Scorer):
+    """AudioBox-Aesthetics, a judge that is no part of AudioScore: `pq` production quality, `pc` production complexity,
+    `ce` content enjoyment and `cu` content usefulness, each (B,), on its raters' scale of 1 to 10. 8 s, padded to the
+    10 s of its windows under its own mask."""
+
+    sample_rate_hz, files = 16000, ("audiobox_aesthetics.pt",)
+    axes = ("PQ", "PC", "CE", "CU")
+    shape = ("proj_num_layer", "proj_ln", "proj_act_fn", "proj_dropout", "nth_layer", "use_weighted_layer_sum")
+    shape += ("precision", "normalize_embed", "output_dim")
+
+    def __init__(self, weights, device):
+        path = weight_file(weights, self.files[0])
+        with upstream("audiobox-aesthetics", "src"):
+            from audiobox_aesthetics.model.aes import AesMultiOutput
+        scale = dict_of(with_fields(mean=NUMBER, std=NUMBER))
+        fields = dict(state_dict=dict_of(TENSOR), model_cfg=with_fields(**dict.fromkeys(self.shape, ANY)))
+        state = load_pt(path, dict(fields, target_transform=scale), ignore=IGNORE)
+        net = AesMultiOutput(**{key: state["model_cfg"][key] for key in self.shape})
+        weights = {key.removeprefix("model."): value for key, value in state["state_dict"].items()}
+        self.device, self.net = device, load_weights(net, weights, path, device)
+        scales = [state["target_transform"][axis] for axis in self.axes]
+        self.mean, self.std = (torch.tensor([float(scale[key]) for scale in scales]) for key in ("mean", "std"))
+
+    def score_audio(self, waves, clips, sides):
+        waves = judged(waves, 16000)[:, None]
+        mask = torch.ones_like(waves, dtype=torch.bool)
+        both = torch.stack([fit_length(waves, 160000), fit_length(mask, 160000)], dim=1)  # (B, 2, 1, 160000)
+
+        def axes(x):
+            found = self.net({"wav": x[:, 0], "mask": x[:, 1] > 0})
+            return torch.stack([found[axis].float() for axis in self.axes], dim=1)
+
+        scores = in_batches(axes, both, self.device) * self.std + self.mean
+        return dict(zip(map(str.lower, self.axes), scores.unbind(dim=1)))
+
+
 SCORERS = {
     "imagebind": ImageBindScorer,
     "clap": ClapScorer,
@@ -327,6 +368,7 @@ SCORERS = {
     "panns_16k": Panns16kScorer,
     "passt": PasstScorer,
     "pesq": PesqScorer,
+    "audiobox": AudioboxScorer,
 }
 
 # What stage 07 makes of them: {metric: (how, scorer, key)}; `mean` over clips, or a formula over the set of audios.
@@ -338,5 +380,7 @@ MEASURES = {
     "ib": ("mean", "imagebind", "ib"),
     "clap": ("mean", "clap", "clap"),
     "desync_s": ("mean", "synchformer", "desync_s"),
+    **{f"audiobox_{axis}": ("mean", "audiobox", axis) for axis in ("pq", "pc", "ce", "cu")},
 }
+JUDGES = ("audiobox",)  # scorers that stage 07 asks only when told to
 AT_A_TIME = 1  # networks in memory

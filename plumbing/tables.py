@@ -19,6 +19,8 @@ METRICS = {
     "kl": Metric("KL", "lower", 2), "is": Metric("IS", "higher", 2), "ib": Metric("IB x100", "higher", 2, 100),
     "clap": Metric("CLAP x100", "higher", 2, 100), "desync_s": Metric("DeSync s", "lower"),
     "p_good": Metric("P(Good)"), "win_rate": Metric("wins against base"),
+    "audiobox_pq": Metric("audiobox PQ", "higher", 2), "audiobox_pc": Metric("audiobox PC", "lower", 2),
+    "audiobox_ce": Metric("audiobox CE", "higher", 2), "audiobox_cu": Metric("audiobox CU", "higher", 2),
     "oracle_semantic": Metric("oracle: semantic"), "oracle_sync_s": Metric("oracle: sync s", "lower", 4),
     "oracle_floor_db": Metric("oracle: floor dB", "lower", 2), "oracle_aesthetic": Metric("oracle: aesthetic"),
 }  # fmt: skip

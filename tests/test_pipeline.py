@@ -209,6 +209,40 @@ def test_p_good_in_the_results_is_the_mean_of_audioscore_on_that_systems_audio(f
     assert row["value"] == pytest.approx(expected, abs=1e-5) and row["n"] == len(clips)
 
 
+def test_a_rehearsal_of_07_says_what_audio_there_is_and_makes_nothing(run, tmp_path, capsys, refused):
+    first, *_ = [clip["id"] for clip in common.read_clips(run, "test")]
+    for name in (first, "stranger"):
+        common.write_audio(tmp_path / "own" / f"{name}.wav", torch.zeros(8), 16000)
+    shutil.rmtree(run / "07_audio" / "ddpo")
+    before = files_of(run, "0", "scores")
+    call("07", run, "--dry-run", "--systems", f"own={tmp_path / 'own'}")
+    said = capsys.readouterr().out
+    assert "own: audio for 1 of 8 test clips; 1 files name no clip of this split, first stranger\n" in said
+    assert "ddpo: audio for 0 of 8 test clips, 8 will be generated\n" in said and "missing" not in said
+    assert files_of(run, "0", "scores") == before
+    assert "--judge audiobox" in refused("07", run, "--judge", "audiobox")  # the toy world's scorers have none
+
+
+def test_a_policy_that_gains_on_audioscore_and_loses_by_another_judge_is_said():
+    def row(system, metric, verdict):
+        return dict(system=system, metric=metric, verdict=verdict)
+
+    gains = [row(s, "p_good", "better") for s in ("a", "b")] + [row("c", "p_good", None)]
+    judged = [row("a", "audiobox_pq", "worse"), row("b", "fd", "worse"), row("c", "oracle_semantic", "worse")]
+    (line,) = stage("07").hacked(gains + judged)
+    assert "a gains on AudioScore and loses on audiobox_pq" in line
+
+
+def test_preparing_a_run_lists_the_missing_weights_of_all_stages_with_their_size(tmp_path, capsys):
+    make_video(tmp_path / "videos" / "a.mp4")
+    flags = ("--videos", tmp_path / "videos", "--weights", tmp_path, "--max-clips", 0)
+    stopped(call, "01", tmp_path / "run", "--model", "mmaudio:large_44k", *flags)
+    said = capsys.readouterr().out
+    for name in ("mmaudio_large_44k.pth", "v1-44.pth", "imagebind_huge.pth", "Cnn14_mAP=0.431.pth", "passt-s-f128"):
+        assert f"  {name}" in said, name
+    assert "13 files, 15.5 GB in all" in said  # 3.9, 1.2 GiB, 466 MiB; 0.95, 4.8, 2.4, 0.327, 0.324, 0.345, 0.4 GB
+
+
 # Runs that are stopped, repeated, or divided -----------------------------------------------------------------
 
 

@@ -367,6 +367,35 @@ def test_passt_equals_hear21passt_and_is_quiet(tmp_path, monkeypatch, capfd, rec
     assert all(value.isfinite().all() for value in ours.values())
 
 
+# AudioBox-Aesthetics --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.upstream  # no clone is read, but `pip install --no-deps audiobox-aesthetics`
+def test_the_judges_axes_equal_audiobox_aesthetics_own_predictor(tmp_path, monkeypatch):
+    pytest.importorskip("audiobox_aesthetics")
+    with stand_ins({"submitit": {}, "tqdm.rich": {"tqdm": None}}):
+        from audiobox_aesthetics import infer
+        from audiobox_aesthetics.model import aes
+    monkeypatch.setattr(aes.DEFAULT_AUDIO_CFG, "encoder_layers", 2)
+    shape = dict(proj_num_layer=5, proj_ln=True, proj_act_fn="gelu", proj_dropout=0.0, nth_layer=3)
+    shape |= dict(use_weighted_layer_sum=True, precision="32", normalize_embed=True, output_dim=1)
+    torch.manual_seed(0)
+    weights = {f"model.{key}": value for key, value in aes.AesMultiOutput(**shape).state_dict().items()}
+    scale = {axis: dict(mean=5.0 + i, std=1.0 + i) for i, axis in enumerate(infer.AXES_NAME)}
+    file = tmp_path / FILES["audiobox"]
+    torch.save(dict(state_dict=weights, model_cfg=dict(shape, other=1), target_transform=scale), file)
+    sounds = waves(16000)
+    ours = judged(load("audiobox", tmp_path), sounds, [dict(id="a")] * 4)
+    theirs = infer.AesPredictor(str(file)).forward(
+        [{"path": wave[None, :128000], "sample_rate": 16000} for wave in sounds[:3]]
+    )
+    for i, row in enumerate(theirs):
+        assert {axis: ours[axis.lower()][i].item() for axis in row} == pytest.approx(row, abs=1e-4)
+    assert ours["pq"][:3].std() > 1e-4 and all(value.isfinite().all() for value in ours.values())
+    torch.save(dict(state_dict=weights, model_cfg={}, target_transform=scale), file)
+    assert FILES["audiobox"] in stopped(load, "audiobox", tmp_path)
+
+
 # PESQ -----------------------------------------------------------------------------------------------------------
 
 
