@@ -139,15 +139,16 @@ def pair_errors(network, features, a_0, eps, t):
 
 def train_step(policy, reference, shards, pairs, t, eps, world, args, device):
     """Accumulates the gradient of this rank's share of the global batch; returns the sums of MEASURES for the log,
-    (6, T_BINS) float64 on the device."""
+    (6, T_BINS) float64 on the device, for which nothing here waits."""
     sums = torch.zeros(len(MEASURES), T_BINS, dtype=torch.float64, device=device)
     for start in range(0, len(pairs), args.micro_batch):
         micro = slice(start, start + args.micro_batch)
         part = pairs[micro]
-        features = {k: v.to(device) for k, v in shards.features([p["clip"] for p in part]).items()}
+        features = shards.features([p["clip"] for p in part])
+        features = {k: v.to(device, non_blocking=True) for k, v in features.items()}
         audios = [(p["clip"], p[side]) for side in ("winner", "loser") for p in part]
-        a_0 = shards.latents(audios).unflatten(0, (2, len(part))).to(device)
-        t_part, eps_part = t[micro].to(device), eps[micro].to(device)
+        a_0 = shards.latents(audios).unflatten(0, (2, len(part))).to(device, non_blocking=True)
+        t_part, eps_part = (x[micro].to(device, non_blocking=True) for x in (t, eps))
 
         last = start + args.micro_batch >= len(pairs)
         policy.require_backward_grad_sync = last  # DDP: one all-reduce per step

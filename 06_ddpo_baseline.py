@@ -113,8 +113,8 @@ def rollout(model, features, seeds, guidance, args, device):
         with common.autocast(device, args.precision):
             u = model.velocity(a_t, t, conditions, guidance)
         mean, std = sde_step(a_t, u.float(), t, t_next, args.eta)
-        z = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators]).to(device)
-        a_t = mean + std * z
+        z = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators])
+        a_t = mean + std * z.to(device, non_blocking=True)
         states.append(a_t)
         log_probs.append(log_prob(a_t, mean, std))
     t = torch.full((len(seeds),), times[-2], device=device)
@@ -207,13 +207,14 @@ def collect(model, reward, shards, clips, number, guidance, args, device):
     reward.look(clips)
     for start in range(0, len(clips), per_batch):
         part = clips[start : start + per_batch]
-        features = {k: v.to(device) for k, v in shards.features([clip["id"] for clip in part]).items()}
+        features = shards.features([clip["id"] for clip in part])
+        features = {k: v.to(device, non_blocking=True) for k, v in features.items()}
         names = [(clip["id"], k) for k in range(args.group_size) for clip in part]
         seeds = [common.seed_of(args.seed, "ddpo", number, name, k) for name, k in names]
         states, log_probs, a_0 = rollout(model, features, seeds, guidance, args, device)
-        rewards = reward(model, a_0, part * args.group_size).to(device)
+        rewards = reward(model, a_0, part * args.group_size)  # on the CPU
         advantages, std = group_advantages(rewards, len(part))
-        batches.append((features, states, log_probs, advantages, draw_times(seeds, args).to(device)))
+        batches.append((features, states, log_probs, advantages.to(device), draw_times(seeds, args).to(device)))
         sums += torch.tensor([rewards.sum().item(), std.sum().item(), len(rewards), len(part)], dtype=torch.float64)
     return batches, sums
 
@@ -221,15 +222,15 @@ def collect(model, reward, shards, clips, number, guidance, args, device):
 def train_step(policy, batches, update, times, guidance, world, args, device):
     """Accumulates the gradient of one update: one chosen transition of every trajectory of the round.
 
-    Returns this rank's sums for the log: ratio, clipped, approx_kl.
+    Returns this rank's sums for the log, ratio, clipped, approx_kl, on the device, for which nothing here waits.
     """
-    sums, audios = torch.zeros(3, dtype=torch.float64), args.prompts * args.group_size
+    sums, audios = torch.zeros(3, dtype=torch.float64, device=device), args.prompts * args.group_size
     for i, (features, states, old_log_probs, advantages, chosen) in enumerate(batches):
         prompts = len(next(iter(features.values())))
         parts = torch.arange(len(advantages), device=device).split(max(1, args.micro_batch // prompts) * prompts)
-        for row in parts:  # whole repeats of the prompts, so that row r * B + b keeps to prompt b
-            last = i == len(batches) - 1 and row[-1] == len(advantages) - 1
-            policy.require_backward_grad_sync = bool(last)  # DDP: one all-reduce per step
+        for j, row in enumerate(parts):  # whole repeats of the prompts, so that row r * B + b keeps to prompt b
+            last = (i, j) == (len(batches) - 1, len(parts) - 1)
+            policy.require_backward_grad_sync = last  # DDP: one all-reduce per step
             at = chosen[update][row]
             a_t, a_next = states[at, row], states[at + 1, row]
             t, t_next = times[at], times[at + 1]
@@ -242,7 +243,7 @@ def train_step(policy, batches, update, times, guidance, world, args, device):
             (loss.sum() / audios * world).backward()
             with torch.no_grad():
                 clipped = (ratio - 1).abs() > args.clip_range
-                sums += torch.stack([ratio, clipped.float(), 0.5 * log_ratio.square()]).double().sum(dim=1).cpu()
+                sums += torch.stack([ratio, clipped.float(), 0.5 * log_ratio.square()]).double().sum(dim=1)
     return sums
 
 
@@ -305,7 +306,7 @@ def main(args):
             rewards = common.sum_over_ranks(rewards.to(device)).cpu()
         optimizer.zero_grad(set_to_none=True)
         sums = train_step(policy, batches, update, times, guidance, world, args, device)
-        sums = common.sum_over_ranks(sums.to(device)).cpu()
+        sums = common.sum_over_ranks(sums).cpu()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
         if not (sums.isfinite().all() and grad_norm.isfinite()):
             stop(f"step {step}: the ratio is not finite; {folder}/checkpoint.pt holds the last good round; lower --lr")
