@@ -25,10 +25,22 @@ torch.set_num_threads(1)  # the networks are small: more threads only wait for e
 
 STAGES = {path.name[:2]: path for path in sorted(ROOT.glob("0?_*.py"))}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PET_STANDALONE": "1"}  # torchrun on a free port of its own
+ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""  # not in os.environ: a process that has met CUDA so never finds a GPU again
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Hides a GPU from every test that is not marked `gpu`, and from the fixtures that it makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("gpu"):
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        return (yield)
+
+
 def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     if item.get_closest_marker("upstream") and not os.environ.get("UPSTREAM_DIR"):
         pytest.skip("runs fetched code: UPSTREAM_DIR, the folder that holds its clones, is unset")
 

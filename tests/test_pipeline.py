@@ -454,16 +454,6 @@ def test_memory_savers_do_not_change_the_result(run, number, flags, within):
         assert [row[key] for row in saved] == pytest.approx([row[key] for row in plain], rel=1e-3, abs=1e-9)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("flags", [(), ("--compile",), ("--gradient-checkpointing",)])
-def test_flow_dpo_starts_at_log2_and_learns_in_bf16_on_cuda(run, flags):
-    call("05", run, "--out", "cuda", "--steps", 4, *flags)
-    log = read(run / "cuda" / "log.jsonl")
-    assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-3) and log[0]["peak_gb"] > 0
-    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in log)
-
-
 # The oracle --------------------------------------------------------------------------------------------------
 
 
