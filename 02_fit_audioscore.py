@@ -3,12 +3,13 @@
 Run:
     python 02_fit_audioscore.py                               # toy world: simulated raters answer
     python 02_fit_audioscore.py --run-dir runs/vgg                # writes 02_to_rate.csv; rate it, then run again with
-    python 02_fit_audioscore.py --run-dir runs/vgg --ratings rated.csv
+    python 02_fit_audioscore.py --run-dir runs/vgg --ratings ann.csv packs/*.csv
     torchrun --nproc_per_node 8 02_fit_audioscore.py ...      # audios are divided over the GPUs for scoring
 
 Reads:
     01_samples/, 01_audio/      stage 01's audios
-    --ratings or 02_ratings.jsonl   clip, k, rating (Good, Medium or Bad; an empty cell in a csv is not rated), rater
+    --ratings or 02_ratings.jsonl   clip, k, rating (Good, Medium or Bad; an empty cell in a csv is not rated), rater;
+                                if known repeat (1: asked once more, to see how steady the rater is), seconds, comment
 Writes:
     02_to_rate.csv              the audios of --num-rated-clips random train clips: clip, k, wav, video, caption, rating
     02_ratings.jsonl            the answers, validated
@@ -35,7 +36,8 @@ FOLDS = 5
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     io = parser.io
-    io.add_argument("--ratings", help="answers to 02_to_rate.csv (.csv or .jsonl); else 02_ratings.jsonl, if any")
+    io.add_argument("--ratings", nargs="+", help="answers to 02_to_rate.csv (.csv, .jsonl); else 02_ratings.jsonl")
+    io.add_argument("--exclude-rater", nargs="+", action="extend", default=[], help="names whose answers do not count")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     io.add_argument("--redo", action="store_true", help="replace this stage's outputs; what is scored stays cached")
     paper = parser.paper
@@ -64,20 +66,15 @@ def rating_sheet(rated, samples, clips):
     return ("clip", "k", "wav", "video", "caption", "rating", "rater"), rows
 
 
-def read_ratings(path, samples):
-    """Every answer, checked: [{clip, k, rating, rater}]."""
-    seen = {}
+def read_ratings(paths, samples):
+    """Every answer, checked: [{clip, k, rating, rater, and what is known of repeat, seconds, comment}]."""
 
     def answer(row, where):
+        k = common.sample_index(row, samples, where)
         rating = common.meant(row["rating"], RATINGS, where, "rating")
-        k = common.sample_index(row["clip"], row["k"], samples, where)
-        key = (row["clip"], k, common.rater_of(row, where))
-        if key in seen:
-            stop(f"{where}: {key[0]}, k {k} is rated twice by {key[2]} (first in {seen[key]}); keep one")
-        seen[key] = where
-        return {"clip": row["clip"], "k": k, "rating": rating, "rater": key[2]}
+        return (row["clip"], k), {"clip": row["clip"], "k": k, "rating": rating}
 
-    return common.read_answers(path, ("clip", "k", "rating"), answer)
+    return common.read_answers(paths, "rating", answer)
 
 
 def rated_audios(answers):
@@ -176,15 +173,15 @@ def main(args):
 
     # -- data: who answers
     answers_file = run / "02_ratings.jsonl"
-    source = Path(args.ratings) if args.ratings else answers_file
+    sources = args.ratings or [answers_file]
     if ranks.rank == 0:
         common.write_sheet(run / "02_to_rate.csv", *rating_sheet(rated, samples, clips), "rating")
         asked = {(clip, row["k"]) for clip in rated for row in samples[clip]}
-        if not args.ratings and common.to_simulate(run, source, asked, ("clip", "k"), args.redo):
+        if not args.ratings and common.to_simulate(run, answers_file, asked, ("clip", "k"), args.redo):
             audios = [(clips[c], row["k"], run / row["wav"]) for c in rated for row in samples[c]]
-            common.write_jsonl(source, common.people_of(run).simulated_ratings(run, audios, args.seed))
+            common.write_jsonl(answers_file, common.people_of(run).simulated_ratings(run, audios, args.seed))
     common.barrier()
-    if not args.ratings and not source.exists():
+    if not args.ratings and not answers_file.exists():
         count = sum(len(samples[clip]) for clip in rated)
         if len(rated) == len(samples):
             print("warning: that is every clip, and rated clips are not mined: lower --num-rated-clips to keep some")
@@ -192,18 +189,21 @@ def main(args):
         print(f"Listen to each wav beside its video and fill the column 'rating' ({', '.join(RATINGS)}).")
         print(f"next: python 02_fit_audioscore.py --run-dir {run} --ratings FILE")
         return
-    answers = read_ratings(source, samples)
-    if len({video_of(answer["clip"]) for answer in answers}) < 2:
-        stop(f"{source}: ratings of one video; at least 2 are needed, AudioScore is fitted on some, checked on others")
+    answers = read_ratings(sources, samples)
+    counted = common.counted(answers, args.exclude_rater)
+    if len({video_of(answer["clip"]) for answer in counted}) < 2:
+        needed = "at least 2 are needed, AudioScore is fitted on some, checked on others"
+        stop(f"{common.named(sources)}: ratings of one video; {needed}")
     if ranks.rank == 0:
         settings = dict(num_rated_clips=args.num_rated_clips, seed=args.seed, audioscore=list(SCORES))
-        if source != answers_file:
-            common.keep_answers(answers_file, answers, source, args.redo)
+        settings |= dict(exclude_rater=sorted(args.exclude_rater) or None)
+        if args.ratings:
+            common.keep_answers(answers_file, answers, sources, args.redo)
         inputs, outputs = ("01_samples", "02_ratings.jsonl"), ("02_audioscore.pt", "02_scores.jsonl")
         common.claim(run, "02_settings.json", settings, inputs, args.redo, outputs=outputs)
 
     # -- scores
-    target_of = rated_audios(answers)
+    target_of = rated_audios(counted)
     rated_rows = [row for clip in sorted(samples) for row in samples[clip] if (clip, row["k"]) in target_of]
     keys = [(row["clip"], row["k"]) for row in rated_rows]
     audios = [common.Audio(clips[r["clip"]], run / r["wav"], r["digest"], r["shard"]) for r in rated_rows]
@@ -214,8 +214,8 @@ def main(args):
     target, names = torch.stack([target_of[key] for key in keys]), sorted({clip for clip, _ in keys})
 
     # -- fit, report, save
-    print(f"ratings: {len(answers)} of {len(keys)} audios of {len(names)} clips, ", end="")
-    print(", ".join(f"{name} {count}" for name, count in Counter(a["rating"] for a in answers).most_common()))
+    print(f"ratings: {len(counted)} of {len(keys)} audios of {len(names)} clips, ", end="")
+    print(", ".join(f"{name} {count}" for name, count in Counter(a["rating"] for a in counted).most_common()))
     p = cross_validate(found, target, [clip for clip, _ in keys], args.seed)
     report(p, majority(target))
     audioscore = fit(found, target, args.seed)

@@ -3,12 +3,13 @@
 Run:
     python 03_mine_pairs.py                                   # toy world: simulated choices
     python 03_mine_pairs.py --run-dir runs/vgg                    # writes 03_to_choose.csv for people, goes on without
-    python 03_mine_pairs.py --run-dir runs/vgg --choices chosen.csv --redo
+    python 03_mine_pairs.py --run-dir runs/vgg --choices ann.csv packs/*.csv --redo
     torchrun --nproc_per_node 8 03_mine_pairs.py ...          # audios are divided over the GPUs for scoring
 
 Reads:
     01_samples/, 02_audioscore.pt, 02_scores.jsonl (the ratings), scores/; 01_audio/ for what is not scored yet
-    --choices or 03_human_choices.jsonl   clip, a, b (two k of the clip), choice (a, b or tie), rater
+    --choices or 03_human_choices.jsonl   clip, a, b (two k of the clip), choice (a, b or tie), rater;
+                                if known repeat (1: asked once more, to see how steady the rater is), seconds, comment
 Writes:
     scores/*.pt                 what every scorer said, by shard of stage 01; what stage 02 scored is there already
     03_scores/00012.jsonl       clip, k, the five scores (null where one does not apply), p: [Good, Medium, Bad]
@@ -35,7 +36,8 @@ CLIPPED_SHARE = 0.01  # of samples at full scale
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     io = parser.io
-    io.add_argument("--choices", help="answers to 03_to_choose.csv (.csv or .jsonl)")
+    io.add_argument("--choices", nargs="+", help="answers to 03_to_choose.csv (.csv, .jsonl); else those this run has")
+    io.add_argument("--exclude-rater", nargs="+", action="extend", default=[], help="names whose answers do not count")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     io.add_argument("--redo", action="store_true", help="replace this stage's outputs; what is scored stays cached")
     paper = parser.paper
@@ -133,22 +135,17 @@ def choice_sheet(pairs, samples, clips):
     return ("clip", "a", "b", "wav_a", "wav_b", "video", "choice", "rater"), rows
 
 
-def read_choices(path, samples):
-    """Every answer, checked: [{clip, a, b, choice, rater}]."""
-    seen = {}
+def read_choices(paths, samples):
+    """Every answer, checked: [{clip, a, b, choice, rater, and what is known of repeat, seconds, comment}]."""
 
     def answer(row, where):
-        choice = common.meant(row["choice"], ("a", "b", "tie"), where, "choice")
-        a, b = (common.sample_index(row["clip"], row[x], samples, where, x) for x in "ab")
+        a, b = (common.sample_index(row, samples, where, x) for x in "ab")
         if a == b:
             stop(f"{where}: a and b are the same audio (k {a})")
-        key = (row["clip"], *sorted((a, b)), common.rater_of(row, where))
-        if key in seen:
-            stop(f"{where}: {key[0]}, {a} against {b} is answered twice by {key[3]} (first in {seen[key]}); keep one")
-        seen[key] = where
-        return {"clip": row["clip"], "a": a, "b": b, "choice": choice, "rater": key[3]}
+        choice = common.meant(row["choice"], ("a", "b", "tie"), where, "choice")
+        return (row["clip"], *sorted((a, b))), {"clip": row["clip"], "a": a, "b": b, "choice": choice}
 
-    return common.read_answers(path, ("clip", "a", "b", "choice"), answer)
+    return common.read_answers(paths, "choice", answer)
 
 
 def human_pairs(answers, p_of):
@@ -197,20 +194,22 @@ def main(args):
 
     # -- data: who chooses
     answers_file = run / "03_human_choices.jsonl"
-    source = Path(args.choices) if args.choices else answers_file
+    sources = args.choices or [answers_file]
     if ranks.rank == 0:
         asked = comparisons(samples, ratings, args.num_human_pairs, args.seed)
         common.write_sheet(run / "03_to_choose.csv", *choice_sheet(asked, samples, clips), "choice")
-        if not args.choices and common.to_simulate(run, source, set(asked), ("clip", "a", "b"), args.redo):
+        if not args.choices and common.to_simulate(run, answers_file, set(asked), ("clip", "a", "b"), args.redo):
             wav = {(clip, row["k"]): run / row["wav"] for clip, rows in samples.items() for row in rows}
             asked = [(clips[clip], a, b, wav[clip, a], wav[clip, b]) for clip, a, b in asked]
-            common.write_jsonl(source, common.people_of(run).simulated_choices(run, asked, args.seed))
+            common.write_jsonl(answers_file, common.people_of(run).simulated_choices(run, asked, args.seed))
     common.barrier()
-    answers = read_choices(source, samples) if args.choices or source.exists() else []
+    answers = read_choices(sources, samples) if args.choices or answers_file.exists() else []
+    counted = common.counted(answers, args.exclude_rater)
     if ranks.rank == 0:
-        if answers and source != answers_file:
-            common.keep_answers(answers_file, answers, source, args.redo)
+        if args.choices:
+            common.keep_answers(answers_file, answers, sources, args.redo)
         settings = dict(num_human_pairs=args.num_human_pairs, min_score_c=args.min_score_c, seed=args.seed)
+        settings |= dict(exclude_rater=sorted(args.exclude_rater) or None)
         inputs = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"] + ["03_human_choices.jsonl"] * bool(answers)
         outputs = ("03_pairs.jsonl", "03_human_pairs.jsonl")
         common.claim(run, "03_settings.json", settings, inputs, args.redo, outputs=outputs)
@@ -220,7 +219,7 @@ def main(args):
     if ranks.rank > 0:
         return
     pairs, dropped = mine(samples, p_of, {row["clip"] for row in ratings}, args.min_score_c)
-    people = human_pairs(answers, p_of)
+    people = human_pairs(counted, p_of)
     common.write_jsonl(run / "03_pairs.jsonl", pairs)
     common.write_jsonl(run / "03_human_pairs.jsonl", people)
     common.seal(run, "03_settings.json", ("03_pairs.jsonl", "03_human_pairs.jsonl"))
@@ -235,8 +234,8 @@ def main(args):
     print(f"score_c: median {median:.3f}, 90 % between {low:.3f} and {high:.3f}")
     print(f"  --min-score-c {values.quantile(0.08):.3f} would drop 8 %, the paper's share (50K to about 46K)")
     if answers:
-        ties = sum(a["choice"] == "tie" for a in answers)
-        print(f"human choices: {len(answers)} in ({ties} ties), {len(people)} pairs")
+        ties = sum(a["choice"] == "tie" for a in counted)
+        print(f"human choices: {len(counted)} in ({ties} ties), {len(people)} pairs")
     else:
         print(f"no human choices: to add some, fill {run / '03_to_choose.csv'} and rerun with --choices FILE --redo")
     print(f"next: python 04_curriculum_split.py --run-dir {run}")

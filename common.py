@@ -2,7 +2,8 @@
 
 Read in this order: notation, Flow-DPO (Eq. 5, Eq. 3), AudioScore (Sec. 2.1), sampler, the interface of a backbone. A
 reader of the paper can stop there. Then: a stage's entry, what stages read, flags, torch.distributed, scorers and the
-store of what they said; last the loaders of `adapters/`. Files (checks, records, locks), media and tables: `plumbing/`.
+store of what they said; last the loaders of `adapters/`. Files (checks, records, locks), media, people's answers and
+tables are in `plumbing/`.
 
 Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 
@@ -52,6 +53,7 @@ from tqdm import tqdm
 
 from plumbing.files import *  # noqa: F403, what stages need of these they find here
 from plumbing.media import *  # noqa: F403
+from plumbing.people import *  # noqa: F403
 from plumbing.tables import *  # noqa: F403
 
 RATINGS = ("Good", "Medium", "Bad")  # the order of every probability vector (Eq. 1)
@@ -508,9 +510,10 @@ def to_simulate(run, answers, asked, fields, redo):
     return redo and simulated and {tuple(row[field] for field in fields) for row in rows} != asked
 
 
-def sample_index(clip, k, samples, where, field="k"):
-    """k as an integer, after checking that stage 01 made the k-th audio of this clip."""
-    if not isinstance(clip, str) or clip not in samples:
+def sample_index(row, samples, where, field="k"):
+    """The k in this field as an integer, after checking that stage 01 made the k-th audio of the row's clip."""
+    clip, k = (check(row, {"clip": TEXT, field: ANY}, where)[name] for name in ("clip", field))
+    if clip not in samples:
         stop(f"{where}, field 'clip': {repr(clip)[:80]} is no clip with generated audio")
     known = {str(row["k"]): row["k"] for row in samples[clip]}
     if isinstance(k, bool) or str(k).strip() not in known:
@@ -539,7 +542,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults in --help, where there are any."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        none = action.default in (None, []) or action.default is False
+        return action.help if none else super()._get_help_string(action)
 
 
 def workers_flag(parser):

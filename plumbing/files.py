@@ -296,51 +296,6 @@ def read_csv(path, columns, delimiter=",", header=True):
     return [(line, dict(zip(names, row))) for line, row in rows[int(header) :]]
 
 
-def read_answers(path, fields, answer):
-    """What people answered, a list, from a .csv or .jsonl with these fields (the last is the answer; rows without one
-    are left out). answer: (row, where) -> the checked answer. What is wrong is listed, ten rows at a time."""
-    if Path(path).suffix == ".jsonl":
-        rows = [(line, dict.fromkeys(fields[:-1]) | row) for line, row in enumerate(read_jsonl(path), 1)]
-    else:
-        rows = read_csv(path, fields)
-    found, wrong = [], []
-    for line, row in rows:
-        try:
-            if fields[-1] not in row:
-                stop(f"line {line}: field '{fields[-1]}' is missing")
-            if row[fields[-1]] not in (None, ""):
-                found.append(answer(row, f"line {line}"))
-        except Stop as error:
-            wrong.append(str(error))
-    if wrong:
-        stop(f"{path}: {len(wrong)} of {len(rows)} rows are wrong: {'; '.join(wrong[:10])}{' ...' * (len(wrong) > 10)}")
-    if not found:
-        stop(f"{path}: no {fields[-1]} in this file")
-    return found
-
-
-def meant(value, words, where, field):
-    """The word of `words` that a person meant, whatever the capitals."""
-    for word in words:
-        if isinstance(value, str) and value.strip().lower() == word.lower():
-            return word
-    stop(f"{where}, field '{field}': {value!r} is not one of {', '.join(words)}")
-
-
-def rater_of(row, where):
-    return check(row, {"rater": maybe(TEXT)}, where).get("rater") or "anonymous"
-
-
-def keep_answers(file, answers, source, redo):
-    """The answers as the run's own; other ones that it has are replaced by --redo alone, and both counts are said."""
-    old = read_jsonl(file) if file.exists() else answers
-    if old != answers:
-        if not redo:
-            stop(f"{file}: holds {len(old)} other answers than the {len(answers)} of {source}; --redo replaces them")
-        print(f"{file}: {len(old)} answers are replaced by the {len(answers)} of {source}")
-    write_jsonl(file, answers)
-
-
 def write_sheet(path, header, rows, answer):
     """A csv for people to fill in, an empty cell of the column `answer` in each row. Somebody's answers are never
     written over: a sheet that holds any is left as it is, and said so."""

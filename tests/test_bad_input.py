@@ -105,6 +105,20 @@ def test_a_rating_given_twice_by_one_rater_names_both_lines(unrated, refused):
     said(line, f"line {len(rows) + 1}", rows[2]["clip"], "twice", "line 3")
 
 
+def test_an_answer_given_in_two_files_by_one_rater_names_both(unrated, refused):
+    first, second = read(unrated / "answers.jsonl")[:20], read(unrated / "answers.jsonl")[20:]
+    write(unrated / "answers.jsonl", first)
+    write(unrated / "b.jsonl", [*second, first[4] | {"repeat": 1}, first[4], first[4] | {"rater": "another"}])
+    line = refused("02", unrated, "--ratings", unrated / "answers.jsonl", unrated / "b.jsonl")
+    said(line, "1 of 43 rows", f"{unrated / 'b.jsonl'}, line 22", "twice", f"{unrated / 'answers.jsonl'}, line 5")
+
+
+def test_a_rater_to_exclude_who_has_not_answered_is_named(run, refused):
+    for number in ("02", "03"):
+        said(refused(number, run, "--exclude-rater", "bob", "--redo"), "--exclude-rater bob", "simulated")
+    said(refused("02", run, "--exclude-rater", "simulated", "--redo"), "no answer is left")
+
+
 @pytest.mark.parametrize("name", ["nobody.csv", "nobody.jsonl", "01_samples"])
 def test_a_file_of_ratings_that_does_not_exist(name, unrated, refused):
     said(refused("02", unrated, "--ratings", unrated / name), unrated / name, "no such file")

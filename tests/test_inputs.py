@@ -31,12 +31,15 @@ WRONG = {  # kind of a field: what it must not be
     "list": (MISSING, 7, "ab", {}, [[]]),
     "dict": (MISSING, 7, "ab", [[]]),
     "three": (MISSING, 0.5, [1, 0], [1, 1, 1], [1, 0, "0"], [NAN, 0, 1], [-1, 1, 1], {}),
+    "repeat or null": (2, -1, True, "yes", NAN, [], {}),
+    "seconds or null": (-1, True, "long", NAN, math.inf, [], {}),
     "tensor": (MISSING, 7, [1.0], {}, torch.zeros(3), torch.tensor(1.0)),
     "weights": (MISSING, 7, [1.0], {"x": 7}, {"x": torch.zeros(3)}),
 }
 SAMPLE = dict(clip="name", k="whole", seed="whole", wav="path", row="whole", digest="text", finite="flag", peak="share")
 SAMPLE |= dict(clipped="share")
 CLIP = {"id": "name", "video": "path", "caption": "text or null", "label": "text or null", "split": "word"}
+ASIDES = {"repeat": "repeat or null", "seconds": "seconds or null", "comment": "text or null"}
 PAIR = dict(clip="name", winner="whole", loser="whole")
 RECORD = {"settings": "dict", "inputs": "dict", "inputs/*": "text or null", "outputs": "record"}
 FEATURES = dict.fromkeys(("features/frames", "features/pooled", "features/text"), "tensor")
@@ -59,10 +62,10 @@ FILES = {
     "01_samples/00000.jsonl": ("02", (), SAMPLE),
     "01_samples/00000.skipped.jsonl": ("02", (), dict(clip="name", reason="text")),
     "02_ratings.jsonl": ("02", (), dict(clip="name", k="k", rating="answer", rater="text or null")),
-    "rated.jsonl": ("02", ("--ratings", "{run}/rated.jsonl"), dict(clip="name", k="k", rating="answer")),
+    "rated.jsonl": ("02", ("--ratings", "{run}/rated.jsonl"), dict(clip="name", k="k", rating="answer") | ASIDES),
     "02_scores.jsonl": ("03", (), dict(clip="name", k="whole", rating="word")),
     "03_human_choices.jsonl": ("03", (), dict(clip="name", a="k", b="k", choice="answer")),
-    "chosen.jsonl": ("03", ("--choices", "{run}/chosen.jsonl"), dict(a="k", choice="answer", rater="text or null")),
+    "chosen.jsonl": ("03", ("--choices", "{run}/chosen.jsonl"), ASIDES | dict(a="k", b="k", choice="answer")),
     "03_pairs.jsonl": ("04", (), PAIR | dict(p_winner="three", p_loser="three")),
     "03_human_pairs.jsonl": ("04", (), PAIR | dict(p_winner="three", p_loser="three")),
     "04_stage1.jsonl": ("05", OUT, PAIR | dict(score_c="number", source="word")),
@@ -95,10 +98,12 @@ BROKEN = {".pt": ("", "{}", "PK\3\4", "half"), ".json": ("{", "[1]", "7", '{"a":
 BROKEN[".jsonl"] = ("\n\n{}", *BROKEN[".json"], "PK\3\4")
 
 # Table: the stage that reads it, its flags, two rows (and their names), and by column what a cell must not be.
-RATED, CHOSEN = "clip,k,rating,rater\ntrain00000,0,Good,x\ntrain00001,1,Bad,x\n", "clip,a,b,choice\ntrain00000,0,1,a\n"
+RATED = "clip,k,rating,rater,repeat,seconds,comment\ntrain00000,0,Good,x,0,7.5,\ntrain00001,1,Bad,x,,,noisy\n"
+CHOSEN = "clip,a,b,choice\ntrain00000,0,1,a\n"
 TABLES = {
     "rated.csv": ("02", ("--ratings", "{run}/rated.csv"), RATED,
-                  {0: ("../x", NUL, ""), 1: ("7", "x", "", "²"), 2: ("Great", NUL), 3: (NUL,)}),
+                  {0: ("../x", NUL, ""), 1: ("7", "x", "", "²"), 2: ("Great", NUL), 3: (NUL,),
+                    4: ("2", "yes"), 5: ("-1", "nan", "1e9", "fast"), 6: (NUL,)}),
     "chosen.csv": ("03", ("--choices", "{run}/chosen.csv"), CHOSEN + "train00001,1,0,b\n",
                    {0: ("nobody", NUL, ""), 1: ("9", "0"), 2: ("x", "", "1"), 3: ("both", NUL)}),
     "list.csv": ("01", (*TOY, "--clips", "{run}/list.csv"), "train0,10,dog,train\ntrain1,20,cat,test\n",

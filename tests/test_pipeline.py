@@ -858,6 +858,26 @@ def test_ratings_from_a_csv_are_the_same_as_from_a_jsonl(run, finished):
         assert (run / name).read_bytes() == (finished / name).read_bytes()
 
 
+def test_ratings_in_many_files_are_those_in_one_and_repeats_do_not_count(run, finished):
+    columns = ("clip", "k", "rating", "rater", "repeat", "seconds", "comment")
+    rows, files = read(run / "02_ratings.jsonl"), [run / f"{i}.csv" for i in range(3)]
+    for i, file in enumerate(files):
+        part = [[row["clip"], row["k"], row["rating"], row["rater"], 0, 4.5, "a, b"] for row in rows[i::3]]
+        again = [*rows[i].values(), 1, 3, ""]
+        again[2] = "Good" if again[2] == "Bad" else "Bad"
+        with open(file, "w", newline="") as stream:
+            csv.writer(stream).writerows([columns, *part, again])
+    call("02", run, "--redo", "--ratings", *files)
+    kept = read(run / "02_ratings.jsonl")
+    assert (len(kept), kept[0]) == (len(rows) + 3, rows[0] | {"seconds": 4.5, "comment": "a, b"})
+    assert (run / "02_audioscore.pt").read_bytes() == (finished / "02_audioscore.pt").read_bytes()
+    other = [row | {"rater": "bob", "rating": "Bad"} for row in rows]
+    write(run / "bob.jsonl", other)
+    call("02", run, "--redo", "--ratings", *files, run / "bob.jsonl", "--exclude-rater", "bob")
+    assert read(run / "02_ratings.jsonl") == kept + other
+    assert (run / "02_audioscore.pt").read_bytes() == (finished / "02_audioscore.pt").read_bytes()
+
+
 def results(run, split="test"):
     file = run / ("07_results.jsonl" if split == "test" else f"07_results_{split}.jsonl")
     return {(row["system"], row["metric"]): row for row in read(file)}
