@@ -9,13 +9,15 @@ Run:
 Reads:
     01_samples/, 01_audio/      stage 01's audios
     --ratings or 02_ratings.jsonl   clip, k, rating (Good, Medium or Bad; an empty cell in a csv is not rated), rater;
-                                if known repeat (1: asked once more, to see how steady the rater is), seconds, comment
+                                if known repeat (1: asked once more, to see how steady the rater is), seconds, comment.
+                                From elsewhere: audio, video, caption, label instead of clip, k (docs/people.md)
 Writes:
     02_to_rate.csv              the audios of --num-rated-clips random train clips: clip, k, wav, video, caption, rating
     02_ratings.jsonl            the answers, validated
     scores/*.pt                 what every scorer said, by shard of stage 01: the store that stages 03 and 07 share
     02_scores.jsonl             clip, k, ib (cosine), clap (cosine), desync_s (seconds), is_nats (nats), pesq (MOS-LQO),
                                 null where a score does not apply; rating (majority, the worse of a tie)
+    02_elsewhere.jsonl          the same of the audios from elsewhere, k being the file, which no later stage reads
     02_audioscore.pt            audioscore: the state dict of common.AudioScore (MLP, standardiser, marginal p(y));
                                 heldout: p (n, 3) float32 and rating (n,) int64 of the cross-validated report
 Takes: toy 25 s on 2 shared cores.
@@ -37,6 +39,7 @@ def parse_args(argv=None):
     parser = common.Parser(__doc__)
     io = parser.io
     io.add_argument("--ratings", nargs="+", help="answers to 02_to_rate.csv (.csv, .jsonl); else 02_ratings.jsonl")
+    io.add_argument("--ratings-root", help="folder of the files that ratings from elsewhere name as audio and video")
     io.add_argument("--exclude-rater", nargs="+", action="extend", default=[], help="names whose answers do not count")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     io.add_argument("--redo", action="store_true", help="replace this stage's outputs; what is scored stays cached")
@@ -66,13 +69,17 @@ def rating_sheet(rated, samples, clips):
     return ("clip", "k", "wav", "video", "caption", "rating", "rater"), rows
 
 
-def read_ratings(paths, samples):
-    """Every answer, checked: [{clip, k, rating, rater, and what is known of repeat, seconds, comment}]."""
+def read_ratings(paths, samples, root=None):
+    """Every answer, checked: [{clip, k, rating, rater, and what is known of repeat, seconds, comment}], and of audio
+    below root that is not this run's what `from_elsewhere` says."""
 
     def answer(row, where):
-        k = common.sample_index(row, samples, where)
+        if row.get("audio"):
+            about = common.from_elsewhere(row, root, where)
+        else:
+            about = {"clip": row.get("clip"), "k": common.sample_index(row, samples, where)}
         rating = common.meant(row["rating"], RATINGS, where, "rating")
-        return (row["clip"], k), {"clip": row["clip"], "k": k, "rating": rating}
+        return (about["clip"], about["k"]), about | {"rating": rating}
 
     return common.read_answers(paths, "rating", answer)
 
@@ -88,6 +95,38 @@ def rated_audios(answers):
 def majority(target):
     """(3,) or (n, 3) shares -> class index; of a tie, the worse."""
     return len(RATINGS) - 1 - target.flip(-1).argmax(dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ratings from elsewhere: of audio that is not this run's, never mined nor tested on
+# ------------------------------------------------------------------------------------------------------------
+
+
+def film(answer, root):
+    """Which video a rated audio belongs to, whatever its caption."""
+    return video_of(str((root / answer["video"]).with_suffix("")) if "audio" in answer else answer["clip"])
+
+
+def without_own_videos(answers, clips, root):
+    """The answers less those from elsewhere whose video this run mines or tests on, which are counted."""
+    own = {video for clip in clips for video in (video_of(clip["id"]), str(clip["path"].with_suffix("")))}
+    kept = [answer for answer in answers if "audio" not in answer or film(answer, root) not in own]
+    if len(kept) < len(answers):
+        print(f"left out: {len(answers) - len(kept)} ratings from elsewhere, of videos that this run mines or tests on")
+    return kept
+
+
+def audios_from_elsewhere(run, answers, root):
+    """{(clip, k): common.Audio}, its group in the store by its clip, so that a video is encoded once."""
+    rows = {(answer["clip"], answer["k"]): answer for answer in answers if "audio" in answer}
+    weigh = lambda path: {"digest": common.digest(path)}  # noqa: E731
+    paths, audios = [root / k for _, k in rows], {}
+    about = common.remembered(run, "rated", paths, dict(digest=common.TEXT), weigh)
+    for (name, k), row in rows.items():
+        clip = dict(id=name, path=root / row["video"], caption=row.get("caption"), label=row.get("label"))
+        group = name[: len("elsewhere_00")]
+        audios[name, k] = common.Audio(clip, root / k, about[root / k]["digest"], group)
+    return audios
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -120,21 +159,21 @@ def fit(found, target, seed, steps=200):
 
 
 def video_of(clip):
-    """The YouTube id of `<youtube id>_<start second>`; any other id stands for itself."""
-    return clip[:11] if len(clip) == 18 and clip[11] == "_" else clip
+    """The YouTube id of `<youtube id>_<start second>`; any other id, or path, stands for itself."""
+    name = Path(clip).name
+    return name[:11] if len(name) == 18 and name[11] == "_" else clip
 
 
 def select(found, rows):
     return {name: {key: value[rows] for key, value in part.items()} for name, part in found.items()}
 
 
-def cross_validate(found, target, clips, seed):
-    """p (n, 3) of every audio from a fit that saw neither its clip nor any other of the same YouTube video."""
-    videos = [video_of(clip) for clip in clips]
+def cross_validate(found, target, videos, seed):
+    """p (n, 3) of every audio from a fit that saw no other of the same video; videos: the name of each audio's."""
     names = sorted(set(videos))
     random.Random(seed).shuffle(names)
     fold_of = {name: i % min(FOLDS, len(names)) for i, name in enumerate(names)}
-    fold, p = torch.tensor([fold_of[video] for video in videos]), torch.full((len(clips), len(RATINGS)), float("nan"))
+    fold, p = torch.tensor([fold_of[video] for video in videos]), torch.full((len(videos), len(RATINGS)), float("nan"))
     for i in sorted(set(fold.tolist())):
         rest, held = (fold != i).nonzero().flatten(), (fold == i).nonzero().flatten()
         audioscore = fit(select(found, rest), target[rest], seed)
@@ -168,7 +207,9 @@ def main(args):
     common.read_run(run)
     common.hold(run, "02", ranks)
     samples = common.read_samples(run)
-    clips = {clip["id"]: clip for clip in common.read_clips(run, "train")}
+    everything = common.read_clips(run)
+    clips = {clip["id"]: clip for clip in everything if clip["split"] == "train"}
+    root = Path(args.ratings_root).resolve() if args.ratings_root else None
     rated = draw_rated_clips(samples, args.num_rated_clips, args.seed)
 
     # -- data: who answers
@@ -189,9 +230,11 @@ def main(args):
         print(f"Listen to each wav beside its video and fill the column 'rating' ({', '.join(RATINGS)}).")
         print(f"next: python 02_fit_audioscore.py --run-dir {run} --ratings FILE")
         return
-    answers = read_ratings(sources, samples)
-    counted = common.counted(answers, args.exclude_rater)
-    if len({video_of(answer["clip"]) for answer in counted}) < 2:
+    answers = read_ratings(sources, samples, root)
+    heard = without_own_videos(common.without_raters(answers, args.exclude_rater), everything, root)
+    counted = [answer for answer in heard if "repeat" not in answer]
+    video = {(answer["clip"], answer["k"]): film(answer, root) for answer in counted}
+    if len({*video.values()}) < 2:
         needed = "at least 2 are needed, AudioScore is fitted on some, checked on others"
         stop(f"{common.named(sources)}: ratings of one video; {needed}")
     if ranks.rank == 0:
@@ -199,30 +242,37 @@ def main(args):
         settings |= dict(exclude_rater=sorted(args.exclude_rater) or None)
         if args.ratings:
             common.keep_answers(answers_file, answers, sources, args.redo)
-        inputs, outputs = ("01_samples", "02_ratings.jsonl"), ("02_audioscore.pt", "02_scores.jsonl")
-        common.claim(run, "02_settings.json", settings, inputs, args.redo, outputs=outputs)
+        inputs, scores = ("01_samples", "02_ratings.jsonl"), ("02_scores.jsonl", "02_elsewhere.jsonl")
+        common.claim(run, "02_settings.json", settings, inputs, args.redo, outputs=("02_audioscore.pt", *scores))
 
     # -- scores
     target_of = rated_audios(counted)
-    rated_rows = [row for clip in sorted(samples) for row in samples[clip] if (clip, row["k"]) in target_of]
-    keys = [(row["clip"], row["k"]) for row in rated_rows]
-    audios = [common.Audio(clips[r["clip"]], run / r["wav"], r["digest"], r["shard"]) for r in rated_rows]
+    audio_of = audios_from_elsewhere(run, counted, root)
+    for row in (row for rows in samples.values() for row in rows):
+        audio = common.Audio(clips[row["clip"]], run / row["wav"], row["digest"], row["shard"])
+        audio_of[row["clip"], row["k"]] = audio
+    audios = [audio_of[key] for key in target_of]
     common.fill_store(run, audios, common.AUDIOSCORE_SCORERS, args.weights, ranks, args.workers)
     if ranks.rank > 0:
         return
     found = common.stored_scores(run, audios, common.AUDIOSCORE_SCORERS, args.weights)
-    target, names = torch.stack([target_of[key] for key in keys]), sorted({clip for clip, _ in keys})
+    target = torch.stack([*target_of.values()])
 
     # -- fit, report, save
-    print(f"ratings: {len(counted)} of {len(keys)} audios of {len(names)} clips, ", end="")
+    common.report_raters(heard, lambda a: (a["clip"], a["k"]), lambda a: RATINGS.index(a["rating"]), "ordinal")
+    names = {clip for clip, _ in target_of}
+    print(f"ratings: {len(counted)} of {len(target_of)} audios of {len(names)} clips, ", end="")
     print(", ".join(f"{name} {count}" for name, count in Counter(a["rating"] for a in counted).most_common()))
-    p = cross_validate(found, target, [clip for clip, _ in keys], args.seed)
+    p = cross_validate(found, target, [video[key] for key in target_of], args.seed)
     report(p, majority(target))
     audioscore = fit(found, target, args.seed)
     scores = common.five_scores(found, audioscore)
-    judged = zip(keys, scores, majority(target).tolist())
+    judged = zip(target_of, scores, majority(target).tolist())
     lines = [common.score_line(clip, k, row, rating=RATINGS[rating]) for (clip, k), row, rating in judged]
-    common.write_jsonl(run / "02_scores.jsonl", lines)
+    others = [line for line in lines if line["clip"] not in samples]
+    common.write_jsonl(run / "02_scores.jsonl", [line for line in lines if line["clip"] in samples])
+    if others:
+        common.write_jsonl(run / "02_elsewhere.jsonl", others)
     heldout = {"p": p, "rating": majority(target)}
     common.save_pt(run / "02_audioscore.pt", {"audioscore": audioscore.state_dict(), "heldout": heldout})
     common.seal(run, "02_settings.json", ("02_audioscore.pt", "02_scores.jsonl"))

@@ -143,18 +143,26 @@ def read_choices(paths, samples):
         if a == b:
             stop(f"{where}: a and b are the same audio (k {a})")
         choice = common.meant(row["choice"], ("a", "b", "tie"), where, "choice")
-        return (row["clip"], *sorted((a, b))), {"clip": row["clip"], "a": a, "b": b, "choice": choice}
+        about = {"clip": row["clip"], "a": a, "b": b, "choice": choice}
+        return compared(about), about
 
     return common.read_answers(paths, "choice", answer)
+
+
+def compared(answer):
+    return answer["clip"], *sorted((answer["a"], answer["b"]))
+
+
+def chosen(answer):
+    """1 for the audio of smaller k, -1 for the other, 0 for a tie."""
+    return {"a": 1, "b": -1, "tie": 0}[answer["choice"]] * (1 if answer["a"] < answer["b"] else -1)
 
 
 def human_pairs(answers, p_of):
     """Majority over raters; ties make no pair."""
     votes = defaultdict(int)
     for answer in answers:
-        a, b = sorted((answer["a"], answer["b"]))
-        chosen = {"a": answer["a"], "b": answer["b"], "tie": None}[answer["choice"]]
-        votes[answer["clip"], a, b] += 0 if chosen is None else (1 if chosen == a else -1)
+        votes[compared(answer)] += chosen(answer)
     decided = sorted((key, vote) for key, vote in votes.items() if vote != 0)
     return [as_pair(clip, *((a, b) if vote > 0 else (b, a)), p_of) for (clip, a, b), vote in decided]
 
@@ -204,7 +212,8 @@ def main(args):
             common.write_jsonl(answers_file, common.people_of(run).simulated_choices(run, asked, args.seed))
     common.barrier()
     answers = read_choices(sources, samples) if args.choices or answers_file.exists() else []
-    counted = common.counted(answers, args.exclude_rater)
+    heard = common.without_raters(answers, args.exclude_rater)
+    counted = [answer for answer in heard if "repeat" not in answer]
     if ranks.rank == 0:
         if args.choices:
             common.keep_answers(answers_file, answers, sources, args.redo)
@@ -233,11 +242,14 @@ def main(args):
     low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     print(f"score_c: median {median:.3f}, 90 % between {low:.3f} and {high:.3f}")
     print(f"  --min-score-c {values.quantile(0.08):.3f} would drop 8 %, the paper's share (50K to about 46K)")
-    if answers:
+    if counted:
+        common.report_raters(heard, compared, chosen, "nominal")
         ties = sum(a["choice"] == "tie" for a in counted)
         print(f"human choices: {len(counted)} in ({ties} ties), {len(people)} pairs")
-    else:
+    elif ratings:
         print(f"no human choices: to add some, fill {run / '03_to_choose.csv'} and rerun with --choices FILE --redo")
+    else:
+        print("no human choices: they compare rated audios, and none of this run's own is rated")
     print(f"next: python 04_curriculum_split.py --run-dir {run}")
 
 

@@ -501,13 +501,13 @@ def people_of(run):
 def to_simulate(run, answers, asked, fields, redo):
     """Whether simulated people answer: nobody has, or, with --redo, only they have, and to other questions.
     answers: their .jsonl; asked: a set of tuples of these fields."""
-    if people_of(run) is None:
+    if people_of(run) is None or not asked:
         return False
     if not answers.exists():
         return True
-    rows = read_jsonl(answers, dict.fromkeys(fields, ANY))
+    rows = read_jsonl(answers)
     simulated = all(row.get("rater") == "simulated" for row in rows)
-    return redo and simulated and {tuple(row[field] for field in fields) for row in rows} != asked
+    return redo and simulated and {tuple(row.get(field) for field in fields) for row in rows} != asked
 
 
 def sample_index(row, samples, where, field="k"):

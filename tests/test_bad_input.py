@@ -113,10 +113,22 @@ def test_an_answer_given_in_two_files_by_one_rater_names_both(unrated, refused):
     said(line, "1 of 43 rows", f"{unrated / 'b.jsonl'}, line 22", "twice", f"{unrated / 'answers.jsonl'}, line 5")
 
 
+def test_ratings_from_elsewhere_stay_below_their_folder_and_beside_no_clip(unrated, tmp_path, refused):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link.wav").symlink_to(unrated / "01_audio" / "train00000_0.wav")
+    shutil.copy(unrated / "00_videos" / "train00000.mp4", tmp_path / "root" / "a.mp4")
+    rows = [dict(audio=name, video="a.mp4", rating="Good") for name in ("a.mp4", "link.wav", "../root/a.mp4")]
+    write(unrated / "b.jsonl", [*rows, rows[0] | {"clip": "train00000", "k": 0}])
+    said(refused("02", unrated, "--ratings", unrated / "b.jsonl"), "4 of 4", "line 1", "'audio'", "--ratings-root")
+    line = refused("02", unrated, "--ratings", unrated / "b.jsonl", "--ratings-root", tmp_path / "root")
+    said(line, "3 of 4", "line 2, field 'audio': 'link.wav' points outside", "line 3", "twice", "line 4", "both a clip")
+    assert not (unrated / "scores").exists()
+
+
 def test_a_rater_to_exclude_who_has_not_answered_is_named(run, refused):
     for number in ("02", "03"):
         said(refused(number, run, "--exclude-rater", "bob", "--redo"), "--exclude-rater bob", "simulated")
-    said(refused("02", run, "--exclude-rater", "simulated", "--redo"), "no answer is left")
+    said(refused("02", run, "--exclude-rater", "simulated", "--redo"), "at least 2")
 
 
 @pytest.mark.parametrize("name", ["nobody.csv", "nobody.jsonl", "01_samples"])

@@ -99,11 +99,16 @@ BROKEN[".jsonl"] = ("\n\n{}", *BROKEN[".json"], "PK\3\4")
 
 # Table: the stage that reads it, its flags, two rows (and their names), and by column what a cell must not be.
 RATED = "clip,k,rating,rater,repeat,seconds,comment\ntrain00000,0,Good,x,0,7.5,\ntrain00001,1,Bad,x,,,noisy\n"
+OTHER = "audio,video,caption,label,rating\n01_audio/train00000_0.wav,00_videos/train00000.mp4,a dog,,Good\n"
+OTHER += "01_audio/train00001_0.wav,00_videos/train00001.mp4,,,Bad\n"
 CHOSEN = "clip,a,b,choice\ntrain00000,0,1,a\n"
 TABLES = {
     "rated.csv": ("02", ("--ratings", "{run}/rated.csv"), RATED,
                   {0: ("../x", NUL, ""), 1: ("7", "x", "", "²"), 2: ("Great", NUL), 3: (NUL,),
                     4: ("2", "yes"), 5: ("-1", "nan", "1e9", "fast"), 6: (NUL,)}),
+    "other.csv": ("02", ("--ratings", "{run}/other.csv", "--ratings-root", "{run}"), OTHER,
+                  {0: ("../x.wav", "/etc/hostname", "01_audio", "none.wav", NUL, LONG), 1: ("", "../x", "none.mp4"),
+                   2: (NUL,), 3: (NUL,), 4: ("4.5",)}),
     "chosen.csv": ("03", ("--choices", "{run}/chosen.csv"), CHOSEN + "train00001,1,0,b\n",
                    {0: ("nobody", NUL, ""), 1: ("9", "0"), 2: ("x", "", "1"), 3: ("both", NUL)}),
     "list.csv": ("01", (*TOY, "--clips", "{run}/list.csv"), "train0,10,dog,train\ntrain1,20,cat,test\n",

@@ -209,6 +209,29 @@ def test_human_pairs_follow_the_majority_and_a_tie_makes_none():
     assert [(p["clip"], p["winner"], p["loser"]) for p in pairs] == [("x", 1, 0)]
 
 
+def test_raters_are_compared_with_the_others_and_with_themselves_and_named_below_the_line(capsys):
+    # Two raters, three questions, aa ab bb: 2 of 6 ordered pairs differ, by chance 2 * 3 * 3 / (6 * 5) = 0.6 would.
+    given = [("ann", 1, "a"), ("ann", 2, "a"), ("ann", 3, "b"), ("bob", 1, "a"), ("bob", 2, "b"), ("bob", 3, "b")]
+    answers = [dict(rater=rater, item=item, word=word, seconds=4.0 + item) for rater, item, word in given]
+
+    def report(answers):
+        common.report_raters(answers, lambda a: a["item"], lambda a: "ab".index(a["word"]), "nominal")
+        return capsys.readouterr().out.splitlines()
+
+    assert report(answers) == [
+        "raters: 2; 3 of 3 questions answered by several, Krippendorff's alpha 0.444 (nominal)",
+        "  ann: 3 answers, alpha 0.444 with the others (3 pairs), median 6.0 s",
+        "  bob: 3 answers, alpha 0.444 with the others (3 pairs), median 6.0 s",
+    ]
+    many = [a | {"item": a["item"] + 3 * i} for i in range(7) for a in answers]
+    again = [dict(a, repeat=1, word="a") for a in many if a["rater"] == "bob"][:6]  # bob said a, b, b, a, b, b
+    *_, bob, line = report([*again, *many])
+    assert "2 of 6 repeats alike" in bob and "below the line" in line and "--exclude-rater 'bob'" in line
+    turned = [dict(a, rater="cat", word="b" if a["word"] == "a" else "a") for a in many if a["rater"] == "ann"]
+    *_, cat, line = report([*many, *turned])
+    assert "alpha -0." in cat and "--exclude-rater 'cat'" in line
+
+
 # Sampler -----------------------------------------------------------------------------------------------------
 
 MU, SIGMA = 1.5, 0.4
@@ -502,7 +525,7 @@ def test_a_fold_never_splits_a_clip_nor_a_youtube_video(monkeypatch):
         return fit(part, share, seed, steps=1)
 
     monkeypatch.setattr(stage("02"), "fit", spy)
-    stage("02").cross_validate(found, target, clips, seed=0)
+    stage("02").cross_validate(found, target, [*map(stage("02").video_of, clips)], seed=0)
     assert len(seen) == 5
     for fitted in seen:
         used = Counter(clip[:11] for clip, x in zip(clips, found["imagebind"]["ib"].tolist()) if round(x, 6) in fitted)

@@ -878,6 +878,38 @@ def test_ratings_in_many_files_are_those_in_one_and_repeats_do_not_count(run, fi
     assert (run / "02_audioscore.pt").read_bytes() == (finished / "02_audioscore.pt").read_bytes()
 
 
+def test_audioscore_is_fitted_on_ratings_from_elsewhere_alone_which_are_never_mined(run, tmp_path, capsys):
+    own, clips = read(run / "03_scores" / "00000.jsonl"), {clip["id"]: clip for clip in read(run / "clips.jsonl")}
+    for path in run.glob("0[23]_*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    rows, root = [], tmp_path / "root"
+    root.mkdir()
+    for i, row in enumerate(own[:20]):
+        clip, audio = clips[row["clip"]], f"{'abc'[i % 3]}{i}.wav"
+        shutil.copy(run / "01_audio" / f"{row['clip']}_{row['k']}.wav", root / audio)
+        shutil.copy(run / "00_videos" / clip["video"], root / f"film_{row['clip']}.mp4")
+        about = dict(caption=clip.get("caption"), label=clip.get("label"), rating=common.RATINGS[i % 3])
+        rows.append(dict(audio=audio, video=f"film_{row['clip']}.mp4", **about))
+    shutil.copy(run / "00_videos" / "test00000.mp4", root / "ABCDEFGHIJK_000010.mp4")
+    lost = dict(rows[0], video="ABCDEFGHIJK_000010.mp4")
+    listed = read(run / "clips.jsonl")
+    write(run / "clips.jsonl", [*listed, dict(listed[-1], id="ABCDEFGHIJK_000020")])  # a test clip of that video
+    write(run / "other.jsonl", [*rows, lost])
+    call("02", run, "--ratings", run / "other.jsonl", "--ratings-root", root)
+    said = capsys.readouterr().out
+    assert "left out: 1 ratings from elsewhere" in said and "20 of 20 audios of 4 clips" in said
+    judged = {row["k"]: row for row in read(run / "02_elsewhere.jsonl")}
+    for row, mine in zip(rows, own):
+        assert all(judged[row["audio"]][key] == mine[key] for key in ("ib", "clap", "desync_s", "pesq"))
+    assert read(run / "02_scores.jsonl") == []
+    call("02", run, "--ratings-root", root)  # its own record of the answers is enough
+    call("03", run)
+    said = capsys.readouterr().out
+    assert "clips: 20 in" in said and "rated by people" not in said and "none of this run's own is rated" in said
+    assert {row["clip"] for row in read(run / "03_pairs.jsonl")} <= clips.keys()
+    assert cells(run / "03_to_choose.csv") == []
+
+
 def results(run, split="test"):
     file = run / ("07_results.jsonl" if split == "test" else f"07_results_{split}.jsonl")
     return {(row["system"], row["metric"]): row for row in read(file)}
