@@ -65,7 +65,7 @@ FILES = {
     "rated.jsonl": ("02", ("--ratings", "{run}/rated.jsonl"), dict(clip="name", k="k", rating="answer") | ASIDES),
     "02_scores.jsonl": ("03", (), dict(clip="name", k="whole", rating="word")),
     "03_human_choices.jsonl": ("03", (), dict(clip="name", a="k", b="k", choice="answer")),
-    "chosen.jsonl": ("03", ("--choices", "{run}/chosen.jsonl"), ASIDES | dict(a="k", b="k", choice="answer")),
+    "chosen.jsonl": ("03", ("--choices", "{run}/chosen.jsonl"), dict(a="k", choice="answer", rater="text or null")),
     "03_pairs.jsonl": ("04", (), PAIR | dict(p_winner="three", p_loser="three")),
     "03_human_pairs.jsonl": ("04", (), PAIR | dict(p_winner="three", p_loser="three")),
     "04_stage1.jsonl": ("05", OUT, PAIR | dict(score_c="number", source="word")),

@@ -847,34 +847,21 @@ def test_without_choices_stage_03_asks_for_them_and_goes_on(run, capsys):
     assert made == {(row["clip"], int(row["b"]), int(row["a"])) for row in rows}
 
 
-def test_ratings_from_a_csv_are_the_same_as_from_a_jsonl(run, finished):
-    rows = [(row["clip"], row["k"], "x.wav", row["rating"], row["rater"]) for row in read(run / "02_ratings.jsonl")]
-    rows += [(*rows[0][:3], "", "absent")]  # not rated yet
-    with open(run / "rated.csv", "w", newline="", encoding="utf-8-sig") as stream:  # as a spreadsheet saves it
-        csv.writer(stream).writerows([("clip", "k", "wav", "rating", "rater"), *rows])
-    (run / "02_ratings.jsonl").unlink()
-    call("02", run, "--ratings", run / "rated.csv", "--redo")
-    for name in ("02_ratings.jsonl", "02_audioscore.pt"):
-        assert (run / name).read_bytes() == (finished / name).read_bytes()
-
-
-def test_ratings_in_many_files_are_those_in_one_and_repeats_do_not_count(run, finished):
+def test_ratings_in_many_csv_files_are_those_in_one_jsonl_and_repeats_do_not_count(run, finished):
     columns = ("clip", "k", "rating", "rater", "repeat", "seconds", "comment")
     rows, files = read(run / "02_ratings.jsonl"), [run / f"{i}.csv" for i in range(3)]
     for i, file in enumerate(files):
         part = [[row["clip"], row["k"], row["rating"], row["rater"], 0, 4.5, "a, b"] for row in rows[i::3]]
-        again = [*rows[i].values(), 1, 3, ""]
+        again = [*part[0][:4], 1, 3, ""]
         again[2] = "Good" if again[2] == "Bad" else "Bad"
-        with open(file, "w", newline="") as stream:
-            csv.writer(stream).writerows([columns, *part, again])
-    call("02", run, "--redo", "--ratings", *files)
-    kept = read(run / "02_ratings.jsonl")
-    assert (len(kept), kept[0]) == (len(rows) + 3, rows[0] | {"seconds": 4.5, "comment": "a, b"})
-    assert (run / "02_audioscore.pt").read_bytes() == (finished / "02_audioscore.pt").read_bytes()
+        absent = [*part[0][:2], "", "absent", "", "", ""]  # has not rated it yet
+        with open(file, "w", newline="", encoding="utf-8-sig") as stream:  # as a spreadsheet saves it
+            csv.writer(stream).writerows([columns, *part, again, absent])
     other = [row | {"rater": "bob", "rating": "Bad"} for row in rows]
     write(run / "bob.jsonl", other)
     call("02", run, "--redo", "--ratings", *files, run / "bob.jsonl", "--exclude-rater", "bob")
-    assert read(run / "02_ratings.jsonl") == kept + other
+    kept = read(run / "02_ratings.jsonl")
+    assert (len(kept), kept[0]) == (len(rows) + 3 + len(other), rows[0] | {"seconds": 4.5, "comment": "a, b"})
     assert (run / "02_audioscore.pt").read_bytes() == (finished / "02_audioscore.pt").read_bytes()
 
 
