@@ -71,7 +71,7 @@ def asides(row, where):
     """Of the optional columns of an answer those that are there; repeat only where it is 1."""
     found = {name: row[name] for name in ASIDES if row.get(name) not in (None, "")}
     for name in found.keys() & {"repeat", "seconds"}:
-        with suppress(ValueError, TypeError):  # in a csv it is text
+        with suppress(ValueError):  # in a csv it is text
             found[name] = float(found[name]) if isinstance(found[name], str) else found[name]
     check(found, ASIDES, where)
     repeat = {"repeat": 1} if found.pop("repeat", 0) else {}
