@@ -1,6 +1,7 @@
 """What the tests share: one tiny run, made the way a user makes one, stages as modules, and what must be refused."""
 
 import csv
+import fcntl
 import importlib
 import json
 import os
@@ -177,13 +178,18 @@ def number_of(frame):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A whole run by the README's own command, only smaller. Read it; to change something, take `run`."""
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    run.with_suffix(".log").write_text("")
-    for number, file in STAGES.items():
-        done = shell(sys.executable, file.name, *arguments(run, *(("--size", "tiny") if number == "00" else ())))
-        with open(run.with_suffix(".log"), "a", encoding="utf-8") as log:
-            log.write(f"== {file.name}\n{done.stdout}\n")
+    """A whole run by the README's own command, only smaller, made once for all of pytest's processes. Read it; to
+    change something, take `run`."""
+    base = tmp_path_factory.getbasetemp()
+    run = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
+    with open(run.with_suffix(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not run.with_suffix(".log").exists():
+            made = []
+            for number, file in STAGES.items():
+                size = ("--size", "tiny") if number == "00" else ()
+                made.append(f"== {file.name}\n{shell(sys.executable, file.name, *arguments(run, *size)).stdout}\n")
+            run.with_suffix(".log").write_text("".join(made), encoding="utf-8")
     return run
 
 
