@@ -738,7 +738,7 @@ def save_policy(run, out, model, run_json, **about):
     evaluates it."""
     file = Path(run) / out / "policy.pt"
     model.save_policy(file)
-    about = dict(model=run_json["model"], base_digest=run_json["checkpoint_digest"], **about)
+    about = dict(model=run_json["model"], base_digest=run_json["checkpoint_digest"], **about, commit=commit())
     write_json(file.with_suffix(".json"), about)
     seal(run, f"{out}/settings.json", [f"{out}/policy.pt"])
     asked = "" if out in ("05_flow_dpo", "06_ddpo") else f" --systems {out}"

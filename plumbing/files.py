@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -412,6 +413,13 @@ def seal(run, record, outputs):
     """Adds the digests of what a stage has written to its record: another run's file in its place is noticed."""
     about = read_json(Path(run) / record, RECORD)
     write_json(Path(run) / record, about | {"outputs": {name: digest(Path(run) / name) for name in outputs}})
+
+
+def commit():
+    """The commit of this code, `-dirty` where it has been changed since; None outside of a git checkout."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        asked = ("git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
+        return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def take(path, wanted, patience=0):
