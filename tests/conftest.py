@@ -18,6 +18,8 @@ import av
 import numpy as np
 import pytest
 import torch
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 
 import common
 
@@ -213,6 +215,48 @@ def fresh(finished, tmp_path):
 def toy(finished):
     """The flags that take the toy model to other clips."""
     return ("--model", "toy", "--checkpoint", finished / "00_base.pt", "--sampling-steps", 2, "--num-samples", 2)
+
+
+# Pages in a browser ------------------------------------------------------------------------------------------
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+DRIVER = next(filter(None, map(shutil.which, ("chromedriver", "chromium.chromedriver"))), None)
+QUIET = """--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync
+--disable-component-update --disable-dev-shm-usage --mute-audio --window-size=1280,720"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A Chromium without network; what its pages save lies in `browser.downloads`."""
+    if BROWSER is None or DRIVER is None:
+        pytest.skip("no Chromium with its chromedriver is installed")
+    options, downloads = webdriver.ChromeOptions(), tmp_path_factory.mktemp("downloads")
+    options.binary_location = BROWSER
+    for flag in (*QUIET.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(executable_path=DRIVER))
+    driver.set_script_timeout(90)
+    driver.downloads = downloads
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Stage 08 draws and films nothing: time."""
+    for name in ("playable_video", "picture", "spectrogram"):
+        monkeypatch.setattr(stage("08"), name, lambda *_: "data:,")
+
+
+def asked_for(browser, page):
+    """What a page has asked for since it was opened, itself included, and what it complained of."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    urls = [about["request"]["url"] for about in sent if about["documentURL"] == page.as_uri()]
+    wrong = [entry for entry in browser.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")]
+    return [url for url in urls if not url.startswith("data:")], wrong
 
 
 # What must be refused ----------------------------------------------------------------------------------------

@@ -1,0 +1,400 @@
+"""Packs to rate, choose and compare: what the files hold, what becomes of answers, and people at work in a browser."""
+
+import base64
+import functools
+import io
+import json
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from conftest import asked_for, call, cells, read, stage, write
+from selenium.webdriver import ActionChains, Keys
+
+import common
+
+ENTER, RIGHT, LEFT = Keys.ENTER, Keys.ARROW_RIGHT, Keys.ARROW_LEFT
+
+
+class Page(HTMLParser):
+    """A page's script data, media and visible text, by other code than the stage's."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.cards, self.videos, self.script, self.text, self.inside = [], [], [], "", None
+        self.feed(path.read_text(encoding="utf-8"))
+        self.pack = json.loads("".join(self.script))
+
+    def handle_starttag(self, tag, attrs):
+        attrs, self.inside = dict(attrs), tag
+        if tag == "script":
+            self.inside = attrs.get("id", "script")
+        if "data-clip" in attrs:
+            self.cards.append((attrs["data-clip"], []))
+        if tag == "video":
+            self.videos.append(base64.b64decode(attrs["src"].partition(",")[2]))
+        if "data-row" in attrs:
+            self.cards[-1][1].append((int(attrs["data-row"]), {}))
+        if "data-value" in attrs:
+            flac = base64.b64decode(attrs["data-audio"].partition(",")[2])
+            self.cards[-1][1][-1][1][attrs["data-value"]] = soundfile.read(io.BytesIO(flac), dtype="int16")
+
+    def handle_data(self, data):
+        if self.inside == "pack":
+            self.script.append(data)
+        elif self.inside not in ("style", "script"):
+            self.text += data
+
+
+def packs_of(run, what):
+    return [Page(path) for path in sorted((run / f"08_{what}").glob("*.html"))]
+
+
+# The files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(finished, tmp_path_factory):
+    """A finished run with packs of every kind; its first test and train clips have markup as caption."""
+    run = shutil.copytree(finished, tmp_path_factory.mktemp("packed") / "run")
+    clips, named = read(run / "clips.jsonl"), cells(run / "02_to_rate.csv")[0]["clip"]
+    about = {"test00000", named, cells(run / "03_to_choose.csv")[0]["clip"]}
+    markup = "<b onclick=alert(1)>bold</b> </script><script>alert('x')</script>"
+    write(run / "clips.jsonl", [clip | {"caption": markup} if clip["id"] in about else clip for clip in clips])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage("08"), "playable_video", functools.cache(stage("08").playable_video))  # time
+        call("08", run, "rate", "--pack", 8)
+        call("08", run, "choose", "--pack", 8)
+        call("08", run, "blind", "--pack", 2, "--num-clips", 2, "--systems", "base", "flow_dpo", "ground_truth")
+    return run
+
+
+def test_every_row_of_a_sheet_is_asked_once_and_one_in_twenty_twice(run, without_pictures):
+    for what, pack, sheet in (("rate", 3, "02_to_rate.csv"), ("choose", 1, "03_to_choose.csv")):
+        call("08", run, what, "--pack", pack)
+        rows, pages = cells(run / sheet), packs_of(run, what)
+        assert [row for page in pages for row in page.pack["rows"]] == rows
+        assert all(len(page.cards) <= pack for page in pages)
+        assert sum(len(page.pack["repeats"]) for page in pages) == -(-len(rows) // 20)
+        assert pages[0].pack["columns"] == [*rows[0], "repeat", "seconds", "comment"]
+
+
+def test_a_pack_holds_the_samples_bit_by_bit_and_the_whole_silent_video_at_360_lines(packed):
+    for what in ("rate", "choose"):
+        for page in packs_of(packed, what):
+            for clip, questions in page.cards:
+                for row, sounds in questions:
+                    for column, (heard, rate) in sounds.items():
+                        k = page.pack["rows"][row][column]
+                        wave, own_rate = soundfile.read(packed / "01_audio" / f"{clip}_{k}.wav", dtype="int16")
+                        assert rate == own_rate and np.array_equal(heard, wave)
+            with av.open(io.BytesIO(page.videos[0])) as film:
+                (stream,) = film.streams
+                assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.height) == (
+                    "h264",
+                    "yuv420p",
+                    360,
+                )
+                assert len([*film.decode(stream)]) == 50
+
+
+def test_blind_asks_every_pair_of_systems_on_every_clip_and_all_pairs_early(packed):
+    rows = [row for page in packs_of(packed, "blind") for row in page.pack["rows"]]
+    pairs = [("ground_truth", "base"), ("ground_truth", "flow_dpo"), ("base", "flow_dpo")]
+    assert len(rows) == len({(row["clip"], row["a"], row["b"]) for row in rows}) == 2 * 3
+    assert [(row["a"], row["b"]) for row in rows] == [pairs[i] for i in (0, 1, 1, 2, 2, 0)]
+
+
+def test_no_name_and_no_k_is_to_be_seen(packed):
+    for what in ("rate", "choose", "blind"):
+        for page in packs_of(packed, what):
+            words = set(re.findall(r"[\w.]+", page.text))
+            assert not words & {"ground_truth", "base", "flow_dpo", "k", "wav", *(clip for clip, _ in page.cards)}
+            assert "alert(1)" not in page.text or "<b onclick=alert(1)>bold</b>" in page.text
+
+
+def test_packs_that_are_there_are_kept_unless_what_they_ask_changes(run, capsys, without_pictures):
+    folder, times = run / "08_choose", lambda: [f.stat().st_mtime_ns for f in sorted((run / "08_choose").iterdir())]
+    call("08", run, "choose", "--pack", 3)
+    said, before = capsys.readouterr().out, times()
+    assert re.search(r"\d+ made now, [\d.]+ s and [\d.]+ MB each; 0 were there", said)
+    (folder / "00002.html").unlink()
+    (folder / ".00002.html.1.tmp.html").write_text("half")
+    call("08", run, "choose", "--pack", 3)
+    after = times()
+    assert [i for i, (x, y) in enumerate(zip(before, after)) if x != y] == [1] and len(after) == len(before)
+    (run / "guide.txt").write_text("Which?\nA: this\nB: that\nTie: whatever\n")
+    call("08", run, "choose", "--pack", 50, "--guide", run / "guide.txt")
+    (page,) = packs_of(run, "choose")  # those of the longer list are gone
+    assert "Which?" in page.text and "whatever" in page.text and len(page.pack["rows"]) == 12
+
+
+def test_a_clip_without_picture_is_left_out_of_its_pack_and_said(run, capsys):
+    clip = cells(run / "02_to_rate.csv")[0]["clip"]
+    file = run / "00_videos" / f"{clip}.mp4"
+    file.write_bytes(file.read_bytes()[:700])
+    call("08", run, "rate", "--pack", 2)
+    assert f"{clip}: unreadable video" in "".join(capsys.readouterr())
+    page = packs_of(run, "rate")[0]
+    assert len(page.cards) == 1 and page.cards[0][0] != clip and len(page.pack["rows"]) == 10
+
+
+def test_what_is_missing_or_unknown_is_said_in_one_line(run, refused):
+    def line(*flags, **named):
+        said = refused("08", run, *flags)
+        assert not list(run.glob("08_rate")) and not list(run.glob("08_choose")) and not list(run.glob("08_blind"))
+        return said
+
+    (run / "guide.txt").write_text("Which?\nA: this\nB: that\n")
+    assert "'Tie: ...'" in line("choose", "--guide", run / "guide.txt")
+    assert "no such file" in line("choose", "--guide", run / "none.txt")
+    assert "--systems best: is no system" in line("blind", "--systems", "best")
+    assert "compares two systems" in line("blind", "--systems", "base")
+    rows = cells(run / "02_to_rate.csv")
+    for path in (run / rows[0]["wav"], run / "00_videos" / f"{rows[0]['clip']}.mp4"):
+        content = path.read_bytes()
+        path.unlink()
+        assert f"{path}: gone" in line("rate")
+        path.write_bytes(content)
+    (run / "03_to_choose.csv").write_text("clip,a,b,choice\ntrain09999,0,1,\n")
+    assert "line 2, field 'clip'" in line("choose")
+    (run / "03_to_choose.csv").unlink()
+    assert "03_to_choose.csv: no such file; run 03_mine_pairs.py" in line("choose")
+    (run / "07_systems.json").unlink()
+    assert "07_systems.json: no such file; run 07_evaluate.py" in line("blind")
+
+
+# Answers to blind --------------------------------------------------------------------------------------------
+
+
+def answers(run, *rows):
+    write(run / "answers.jsonl", [dict(zip(("clip", "a", "b", "choice", "rater"), row)) for row in rows])
+    return run / "answers.jsonl"
+
+
+def test_win_rates_by_hand_whichever_is_named_first_and_without_repeats(run, capsys, without_pictures):
+    rows = [("test00000", "base", "ddpo", "a", "x"), ("test00001", "ddpo", "base", "b", "x")]
+    rows += [("test00000", "base", "ddpo", "tie", "y"), ("test00002", "base", "ddpo", "b", "y")]
+    rows += [("test00000", "base", "flow_dpo", "b", "x"), ("test00003", "ground_truth", "base", "a", "x")]
+    file = answers(run, *rows)
+    write(file, [*read(file), read(file)[0] | {"repeat": 1, "choice": "b"}])
+    call("08", run, "blind", "--answers", file)
+    found = {(row["a"], row["b"]): row for row in read(run / "08_blind.jsonl")}
+    assert set(found) == {("ground_truth", "base"), ("base", "flow_dpo"), ("base", "ddpo")}
+    ddpo = found["base", "ddpo"]
+    assert [ddpo[key] for key in ("win_rate", "n", "ties", "clips", "raters")] == [0.625, 4, 1, 3, 2]
+    assert 0 <= ddpo["low"] < 0.625 < ddpo["high"] <= 1
+    assert found["base", "flow_dpo"]["win_rate"] == 0 and found["base", "flow_dpo"]["low"] is None
+    assert "base to ddpo: 0.62 [" in capsys.readouterr().out
+    call("08", run)
+    page = " ".join((run / "08_report.html").read_text(encoding="utf-8").split())
+    assert "Blind listening" in page and "<tr><th>base</th><td>ddpo</td><td>0.62</td>" in page
+    write(run / "08_blind.jsonl", [ddpo | {"a": "lost"}])
+    with pytest.raises(common.Stop, match=r"08_blind\.jsonl: of other systems"):
+        call("08", run)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(60):
+        taste = 0.6 + 0.2 * rng.uniform(-1, 1, 8)  # of eight raters, on 15 clips each, with a mean of 0.6
+        rows = [(f"c{(i * 4 + j) % 40}", f"r{i}", rng.random() < taste[i]) for i in range(8) for j in range(15)]
+        rows = [dict(clip=clip, rater=rater, a="x", b="y", choice="a" if won else "b") for clip, rater, won in rows]
+        (line,) = stage("08").win_rates(rows, ["x", "y"], 300)
+        covered += line["low"] <= 0.6 <= line["high"]
+    assert covered >= 54
+
+
+@pytest.mark.parametrize(
+    "row, part",
+    [
+        (("test00000", "base", "best", "a", "x"), "field 'b': 'best' is no system"),
+        (("test09999", "base", "ddpo", "a", "x"), "answers of another run"),
+        (("test00000", "base", "ddpo", "c", "x"), "field 'choice'"),
+        (("test00000", "base", "base", "a", "x"), "two systems"),
+    ],
+)
+def test_a_wrong_answer_is_said_with_its_line(row, part, packed, tmp_path, refused):
+    assert part in (line := refused("08", packed, "blind", "--answers", answers(tmp_path, row))) and "line 1" in line
+
+
+def test_answers_about_audio_that_was_made_anew_are_refused(packed, run, refused):
+    row = packs_of(packed, "blind")[0].pack["rows"][1] | {"choice": "a", "rater": "x"}
+    write(run / "answers.jsonl", [row])
+    call("08", run, "blind", "--answers", run / "answers.jsonl")
+    file = run / "07_audio" / row["b"] / f"{row['clip']}.wav"
+    file.write_bytes(file.read_bytes()[:-2] + b"\1\1")
+    assert "about other audio of" in refused("08", run, "blind", "--answers", run / "answers.jsonl")
+
+
+# In a browser ------------------------------------------------------------------------------------------------
+
+
+def press(browser, *keys):
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def ask(browser, script, *args):
+    return browser.execute_script(f"return {script}", *args)
+
+
+def wait(browser, script, seconds=30):
+    began = time.monotonic()
+    while not (found := ask(browser, script)):
+        assert time.monotonic() - began < seconds, (script, browser.find_element("tag name", "body").text)
+        time.sleep(0.01)
+    return found
+
+
+def open_page(browser, path, rater=None, hurry=True):
+    """By keys alone: the name, the check of the level, the start. hurry: sounds play sixteen times as fast."""
+    browser.get(path.as_uri())
+    if hurry:
+        browser.execute_script("audio.defaultPlaybackRate = 16")
+    if rater:
+        press(browser, rater, ENTER)
+        press(browser, str(wait(browser, "beeps")), ENTER)
+        wait(browser, "!document.querySelector('main').hidden")
+
+
+def heard(browser):
+    """Waits until the question is heard; its row in the pack, and the columns of its sounds in their order."""
+    about = "[+q.dataset.row, soundsOf(q).map(s => s.dataset.value), q.dataset.key]"
+    shown = f"(q => q && isHeard(q) && !playing && {about})(sounds[at] && questionOf(sounds[at]))"
+    return wait(browser, shown)
+
+
+def saved(browser, name):
+    press(browser, "s")
+    file, began = browser.downloads / name, time.monotonic()
+    while not file.exists():
+        assert time.monotonic() - began < 20, [*browser.downloads.iterdir()]
+        time.sleep(0.02)
+    return file
+
+
+def test_the_whole_sheet_rated_by_keys_with_a_reload_fits_the_same_audioscore_to_the_bit(
+    packed, run, finished, browser
+):
+    page, said = (
+        packed / "08_rate" / "00001.html",
+        {(r["clip"], r["k"]): r["rating"] for r in read(run / "02_ratings.jsonl")},
+    )
+    open_page(browser, page, "simulated")
+    rows, count = ask(browser, "pack.rows"), ask(browser, "questions.length")
+    assert count == len(rows) + 2 == 42
+    for i in range(count):
+        row, _, key = heard(browser)
+        press(browser, said[rows[row]["clip"], int(rows[row]["k"])][0].lower())
+        wait(browser, f"state.items['{key}'].answer")
+        if i == count // 2:
+            order = ask(browser, "questions.map(q => q.dataset.key)")
+            open_page(browser, page)
+            assert f"{i + 1} answers" in browser.find_element("id", "hello").text
+            press(browser, ENTER)
+            assert ask(browser, "questions.map(q => q.dataset.key)") == order and ask(browser, "done()") == i + 1
+    assert "all 42 are answered" in browser.find_element("id", "rest").text
+    file = saved(browser, "rate_00001_simulated.csv")
+    assert asked_for(browser, page) == ([page.as_uri()] * 2, [])
+    found = cells(file)
+    assert [{key: row[key] for key in rows[0] if key not in ("rating", "rater")} for row in found[:40]] == [
+        {key: row[key] for key in row if key not in ("rating", "rater")} for row in rows
+    ]
+    assert [row["repeat"] for row in found] == ["0"] * 40 + ["1"] * 2 and all(
+        float(row["seconds"]) > 0 for row in found
+    )
+    call("02", run, "--ratings", file, "--redo")
+    assert (run / "02_audioscore.pt").read_bytes() == (finished / "02_audioscore.pt").read_bytes()
+
+
+def test_choices_made_by_keys_become_the_same_pairs(packed, run, finished, browser):
+    page = packed / "08_choose" / "00001.html"
+    said = {(r["clip"], r["a"], r["b"]): r["choice"] for r in read(run / "03_human_choices.jsonl")}
+    open_page(browser, page, "simulated")
+    rows, orders = ask(browser, "pack.rows"), []
+    for i in range(ask(browser, "questions.length")):
+        row, order, key = heard(browser)
+        orders.append(order)
+        choice = said[rows[row]["clip"], *(int(rows[row][x]) for x in "ab")]
+        press(browser, "t" if choice == "tie" else "ab"[order.index(choice)])
+        wait(browser, f"state.items['{key}'].answer")
+        if i == 5:
+            open_page(browser, page)
+            press(browser, ENTER)
+    assert ["a", "b"] in orders and ["b", "a"] in orders
+    call("03", run, "--choices", saved(browser, "choose_00001_simulated.csv"), "--redo")
+    assert (run / "03_human_pairs.jsonl").read_bytes() == (finished / "03_human_pairs.jsonl").read_bytes()
+
+
+def test_a_blind_pack_half_done_is_saved_and_counted(packed, browser):
+    page = packed / "08_blind" / "00001.html"
+    open_page(browser, page, '=Zoë, "Z" <i>')
+    row, order, _ = heard(browser)
+    press(browser, "c")
+    press(browser, 'hum, "odd"', ENTER, "a")
+    wait(browser, "done() == 1")
+    file = saved(browser, "blind_00001_-Zoë-Z-i-.csv")
+    found = [line for line in cells(file) if line["choice"]]
+    assert [(line["choice"], line["comment"], line["rater"]) for line in found] == [
+        (order[0], 'hum, "odd"', '\'=Zoë, "Z" <i>')
+    ]
+    assert len(cells(file)) == 3 and found[0]["clip"] == ask(browser, "pack.rows")[row]["clip"]
+    call("08", packed, "blind", "--answers", file)
+    (line,) = read(packed / "08_blind.jsonl")
+    assert line["n"] == 1 and {line["a"], line["b"]} == {found[0]["a"], found[0]["b"]}
+    assert asked_for(browser, page) == ([page.as_uri()], [])
+
+
+def test_a_caption_with_markup_is_text(packed, browser):
+    open_page(browser, packed / "08_rate" / "00001.html")
+    captions = [e.get_attribute("textContent") for e in browser.find_elements("class name", "caption")]
+    assert sum("<b onclick=alert(1)>bold</b> </script><script>alert('x')</script>" in text for text in captions) == 1
+    assert browser.find_elements("css selector", ".caption *") == []
+
+
+def test_an_answer_counts_only_after_the_sound_has_been_heard_to_its_end(packed, browser):
+    open_page(browser, packed / "08_rate" / "00001.html", "Bo", hurry=False)
+    wait(browser, "playing && audio.currentTime > 0.3 && filmOf(playing).currentTime > 0.3")
+    state = ask(browser, "[audio.currentTime, filmOf(playing).currentTime]")
+    assert abs(state[0] - state[1]) < 0.1
+    browser.execute_script("audio.playbackRate = audio.defaultPlaybackRate = 0.07")  # so that there is time to look
+    press(browser, "g")
+    assert "Listen to the end first" in browser.find_element("id", "say").text and ask(browser, "done()") == 0
+    button = ask(browser, "questions[0].querySelector('.answers button')")
+    assert not button.is_enabled()
+    press(browser, " ", " ")  # stopped, and from the start again
+    assert wait(browser, "playing && audio.currentTime < 0.3")
+    press(browser, RIGHT, LEFT)
+    assert ask(browser, "at") == 0 and not ask(browser, "isHeard(questions[0])")
+    browser.execute_script("audio.playbackRate = audio.defaultPlaybackRate = 16")
+    wait(browser, "isHeard(questions[0])")
+    assert button.is_enabled()
+    button.click()
+    wait(browser, "done() == 1 && at == 1")
+    press(browser, LEFT, "b")  # a heard one can be changed at once
+    assert wait(browser, "state.items[questions[0].dataset.key].answer") == "Bad"
+
+
+def test_a_name_and_the_right_number_of_beeps_come_first_and_every_rater_has_an_order(packed, browser):
+    page, orders = packed / "08_rate" / "00001.html", {}
+    open_page(browser, page)
+    browser.execute_script("localStorage.clear()")
+    open_page(browser, page)
+    press(browser, ENTER)
+    assert browser.find_element("id", "start").is_enabled() is False
+    press(browser, "Cy", ENTER)
+    n = wait(browser, "beeps")
+    press(browser, str(2 if n == 3 else 3))
+    assert "That is not it" in browser.find_element("id", "hello").text
+    assert browser.find_element("id", "start").is_enabled() is False
+    for name in ("Cy", "Di"):
+        open_page(browser, page, name)
+        orders[name] = ask(browser, "questions.map(q => q.dataset.key)")
+    assert orders["Cy"] != orders["Di"] and sorted(orders["Cy"]) == sorted(orders["Di"])
+    assert [key for key in orders["Cy"] if "again" in key] == orders["Cy"][-2:]
+    assert ask(browser, "document.documentElement.scrollWidth <= innerWidth")
