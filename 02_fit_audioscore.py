@@ -227,7 +227,7 @@ def main(args):
         if len(rated) == len(samples):
             print("warning: that is every clip, and rated clips are not mined: lower --num-rated-clips to keep some")
         print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(rated)} clips")
-        print(f"Fill its column 'rating' ({', '.join(RATINGS)}), or have pages made on which people listen and rate:")
+        print(f"Fill its column 'rating' ({', '.join(RATINGS)}), or have pages made for it:")
         print(f"      python 08_listen.py rate --run-dir {run}")
         print(f"next: python 02_fit_audioscore.py --run-dir {run} --ratings FILE")
         return

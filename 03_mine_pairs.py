@@ -247,8 +247,8 @@ def main(args):
         ties = sum(a["choice"] == "tie" for a in counted)
         print(f"human choices: {len(counted)} in ({ties} ties), {len(people)} pairs")
     elif ratings:
-        print(f"no human choices: to add some, fill {run / '03_to_choose.csv'}, or python 08_listen.py choose")
-        print(f"      --run-dir {run} makes pages that do; then rerun with --choices FILE --redo")
+        print(f"no human choices: to add some, fill {run / '03_to_choose.csv'}, or have pages made for it:")
+        print(f"      python 08_listen.py choose --run-dir {run}; then rerun with --choices FILE --redo")
     else:
         print("no human choices: they compare rated audios, and none of this run's own is rated")
     print(f"next: python 04_curriculum_split.py --run-dir {run}")
