@@ -13,7 +13,7 @@ Reads:
 Writes, in <run>/<--out>:
     policy.pt        the tuned network in its upstream's own format, nothing else
     policy.json      model, digest of the base checkpoint, method, steps, commit of this code (null outside of git)
-    checkpoint.pt    step, model, optimizer: the same command resumes from here, exactly
+    checkpoint.pt    step, trained weights, optimizer: the same command resumes from here, exactly
     log.jsonl        per step: stage, loss, accuracy (share of pairs whose winner the implicit reward prefers), gap_w
                      and gap_l (error minus the reference's; also by quarter of t), saturated (share), grad_norm, lr,
                      seconds, forwards (rows through policy and reference so far), forwards_grad (with a
@@ -61,6 +61,8 @@ def parse_args(argv=None):
     described = "of the frozen reference's weights; auto: bf16, half the memory, where --precision is bf16"
     engineering.add_argument("--reference-precision", choices=("auto", "fp32", "bf16"), default="auto", help=described)
     engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
+    described = "rank of adapters on every linear and convolution layer, trained instead of the weights; 0: the weights"
+    engineering.add_argument("--lora", type=number(int, 0, 4096), default=0, help=described)
     engineering.add_argument("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
     engineering.add_argument("--seed", type=number(int, 0), default=0, help="of batches, times and noise")
     return common.parse(parser, argv, "05")
@@ -208,6 +210,10 @@ def main(args):
     bf16 = common.in_bf16(device, args.precision)
     if args.reference_precision == "bf16" and not bf16:
         stop("--reference-precision bf16: the policy is in float32; give --precision bf16 too, or neither")
+    if args.lora and args.reference_precision != "auto":
+        stop("--reference-precision: with --lora the reference is the policy's own network; give one of the two")
+    if args.lora:
+        model.add_lora(args.lora, args.seed)
     reference = model.reference(bf16 and args.reference_precision != "fp32")
     if args.gradient_checkpointing:
         model.checkpoint_blocks()

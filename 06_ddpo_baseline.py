@@ -54,6 +54,8 @@ def parse_args(argv=None):
     engineering.add_argument("--micro-batch", type=number(int, 1), default=64, help="audios per backward pass, one GPU")
     engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
+    described = "rank of adapters on every linear and convolution layer, trained instead of the weights; 0: the weights"
+    engineering.add_argument("--lora", type=number(int, 0, 4096), default=0, help=described)
     engineering.add_argument("--save-every", type=number(int, 1), default=20, help="rounds between checkpoints")
     engineering.add_argument("--seed", type=number(int, 0), default=0, help="of prompts and noise")
     common.workers_flag(parser)
@@ -282,6 +284,8 @@ def main(args):
     drawn = {clip["id"]: clip for number in rounds for clip in draw_prompts(clips, number, args)}
     unseen = dict(list(by_shard(drawn.values()).items())[rank::world])  # by stage 03
     common.see(run, unseen, reward.scorers, args.weights, ranks, args.workers, reward.scorers)
+    if args.lora:
+        model.add_lora(args.lora, args.seed)
     if args.gradient_checkpointing:
         model.checkpoint_blocks()
     optimizer = torch.optim.AdamW(

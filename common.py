@@ -283,9 +283,44 @@ class FlowModel(nn.Module):
     def trainable_parameters(self):
         return [p for p in self.parameters() if p.requires_grad]
 
+    def trained_state(self):
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def add_lora(self, rank, seed):
+        """From now on adapters of this rank are trained, one on every linear and convolution layer, and nothing else.
+        They begin at zero: the network is what it was."""
+        from peft import LoraConfig, inject_adapter_in_model  # seconds
+
+        self.requires_grad_(False)
+        layers = [name for name, layer in self.named_modules() if isinstance(layer, (nn.Linear, nn.Conv1d))]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "lora"))
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), self)
+
+    def lora_layers(self):
+        return [(name, layer) for name, layer in self.named_modules() if hasattr(layer, "lora_A")]
+
+    def without_lora(self, *inputs):
+        for _, layer in self.lora_layers():
+            layer.enable_adapters(False)
+        u = self(*inputs)
+        for _, layer in self.lora_layers():
+            layer.enable_adapters(True)
+        return u
+
+    def merge_lora(self):
+        """Adds the adapters to the weights below them: the network is of its upstream's form again."""
+        for name, layer in self.lora_layers():
+            layer.merge()
+            parent, _, own = name.rpartition(".")
+            setattr(self.get_submodule(parent), own, layer.get_base_layer())
+
     def reference(self, bf16=False):
-        """A frozen copy: u_ref. bf16 halves its memory: of the weights of linear and convolution layers, which autocast
-        rounds at every use, only the rounded values are kept; norms and time embeddings stay float32."""
+        """u_ref: the network without its adapters if it has some, else a frozen copy. bf16 halves the copy's memory: of
+        the weights of linear and convolution layers, which autocast rounds at every use, only the rounded values are
+        kept; norms and time embeddings stay float32."""
+        if self.lora_layers():
+            return self.without_lora
         copied = copy.deepcopy(self).eval().requires_grad_(False)
         for module in copied.modules() if bf16 else ():
             if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
@@ -303,6 +338,8 @@ class FlowModel(nn.Module):
         self.project, self.predict = torch.compile(self.project), torch.compile(self.predict)
 
     def save_policy(self, path):
+        """The end of a training: adapters are merged."""
+        self.merge_lora()
         save_pt(path, self.policy_state())
 
 
@@ -693,7 +730,7 @@ def save_training(folder, step, model, optimizer):
     with open(Path(folder) / "log.jsonl", "rb") as stream:
         os.fsync(stream.fileno())  # the log never lacks what the checkpoint has
     state = dict(step=step, settings=made_with(folder))
-    save_pt(Path(folder) / "checkpoint.pt", dict(state, model=model.state_dict(), optimizer=optimizer.state_dict()))
+    save_pt(Path(folder) / "checkpoint.pt", dict(state, model=model.trained_state(), optimizer=optimizer.state_dict()))
 
 
 def resume_training(folder, model, optimizer, steps, rank, shown):
@@ -707,8 +744,10 @@ def resume_training(folder, model, optimizer, steps, rank, shown):
         state = load_pt(file, fields, mmap=True)
         if state["settings"] != made_with(folder) or state["step"] > steps:
             stop(f"{file}: of another training than {folder}/settings.json; {advice}")
-        load_weights(model, state["model"], file, f"is not of this model; {advice}")
         own, wrong = {**optimizer.state_dict(), "state": state["optimizer"]["state"]}, f"is not of this model; {advice}"
+        if state["model"].keys() != model.trained_state().keys():
+            stop(f"{file}: {wrong}")
+        load_weights(model, model.state_dict() | state["model"], file, wrong)
         load_weights(optimizer, own, file, wrong, finite=False)
         step, weights = state["step"], model.trainable_parameters()
         if any(optimizer.state[x]["exp_avg"].shape != x.shape for x in weights if step and x in optimizer.state):

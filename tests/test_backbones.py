@@ -358,6 +358,37 @@ def test_gradients_reach_every_trainable_parameter_and_recomputed_blocks_give_th
         assert plain["model.diffusion_model.pos_emb.weight"][:257].abs().amax(dim=1).min() > 0
 
 
+def through_adapters(model, given, file, rank):
+    """Trains adapters and merges them into `file`. Returns u before, u after, and then u of the reference."""
+    with torch.no_grad():
+        before = model(*given)
+    model.add_lora(rank, seed=0)
+    for _ in range(2):  # in the first, one half of every adapter is zero and stops the other half's gradient
+        model.zero_grad()
+        (model(*given) - given[0]).square().mean().backward()
+        with torch.no_grad():
+            for p in model.trainable_parameters():
+                p -= 0.01 * p.grad.sign()
+    with torch.no_grad():
+        after, reference = model(*given), model.reference()(*given)
+    model.save_policy(file)
+    return before, after, reference
+
+
+def test_adapters_on_every_layer_merge_into_a_policy_of_upstreams_form(side, model, tmp_path):
+    given = noise(2, *side.shape), torch.tensor([0.2, 0.8]), side.features(2)
+    kinds = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d))]
+    before, after, reference = through_adapters(copy.deepcopy(model), given, tmp_path / "policy.pt", rank=2)
+    assert torch.equal(reference, before)
+    with torch.no_grad():
+        theirs = side.velocity(side.load(tmp_path / "policy.pt"), *given)
+    assert (theirs - after).abs().max() < 1e-3 * (after - before).abs().max()
+    model.add_lora(2, seed=0)
+    assert len(model.lora_layers()) == len(kinds) and len(model.trainable_parameters()) == 2 * len(kinds)
+    model.merge_lora()
+    assert set(model.state_dict()) == side.names
+
+
 def test_reference_keeps_its_own_network_and_shares_the_frozen_parts(side, model):
     reference, a_t, t, features = model.reference(), noise(2, *side.shape), torch.tensor([0.2, 0.8]), side.features(2)
     with torch.no_grad():
