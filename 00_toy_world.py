@@ -97,7 +97,8 @@ DEFAULTS = {
         "03": dict(num_human_pairs=150),
         "04": dict(threshold=0.35),
         "05": dict(lr=7e-5, warmup=20, steps=250, global_batch=32, beta=60.0, save_every=50),
-        "06": dict(lr=3e-4, steps=250, prompts=4, group_size=16, sampling_steps=10, updates=8, eta=1.0, save_every=5),
+        "06": dict(lr=3e-4, steps=250, prompts=4, group_size=16, sampling_steps=10, updates=8, eta=1.0)
+        | dict(micro_batch=64, save_every=5),
         "07": dict(guidance=1.5),
     },
     "tiny": {

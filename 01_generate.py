@@ -257,8 +257,7 @@ def generate_shard(model, clips, encoded, folder, shard, args):
 
 def main(args):
     # -- setup
-    ranks = common.setup_ranks()
-    rank, world, device = ranks
+    rank, world, device = ranks = common.setup_ranks()
     run, folder = Path(args.run_dir), Path(args.run_dir) / "01_samples"
     known = common.read_run(run, common.WORLD) if (run / "run.json").exists() else {}
     args.model = args.model or known.get("model")
@@ -280,6 +279,8 @@ def main(args):
     model = common.load_model(args.model, checkpoint, device, args.weights)
     if args.compile:
         model.compile_sampling()
+    rows = 2 * args.batch_clips * args.num_samples  # with guidance
+    common.say_memory(model, args, device, sampled=rows, frozen=("codec", "encoders"))
 
     # -- data
     common.hold(run, "01", ranks)
@@ -291,9 +292,8 @@ def main(args):
         train = [train[i] for i in sorted(random.Random(args.seed).sample(range(len(train)), args.max_clips))]
     blocks = [train[i : i + SHARD_CLIPS] for i in range(0, len(train), SHARD_CLIPS)]
     heard = {wav.name for wav in (run / "01_audio").glob("*.wav")}
-    todo = [i for i, block in enumerate(blocks) if not is_whole(folder, f"{i:05d}", block, heard)]
+    todo = [i for i, block in enumerate(blocks) if not is_whole(folder, f"{i:05d}", block, heard)][rank::world]
     common.barrier()  # every rank has seen the same
-    todo = todo[rank::world]
 
     # -- loop: workers decode video ahead; the next shard is encoded, the last batch written, while one is sampled
     if todo:

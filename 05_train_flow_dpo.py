@@ -56,7 +56,7 @@ def parse_args(argv=None):
     described = "weight of the winner's own error; paper: 0; with --beta 0 this is SFT on the winners"
     paper.add_argument("--sft-weight", type=number(float, 0), default=0.0, help=described)
     engineering = parser.engineering
-    engineering.add_argument("--micro-batch", type=number(int, 1), default=8, help="pairs per forward on one GPU")
+    engineering.add_argument("--micro-batch", type=number(int, 1), default=32, help="pairs per forward on one GPU")
     engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     described = "of the frozen reference's weights; auto: bf16, half the memory, where --precision is bf16"
     engineering.add_argument("--reference-precision", choices=("auto", "fp32", "bf16"), default="auto", help=described)
@@ -231,6 +231,8 @@ def main(args):
         print(f"beta {args.beta:g} on errors averaged over {size} latent values (as a sum: beta {args.beta / size:g})")
         trained = sum(p.numel() for p in model.trainable_parameters())
         print(f"trained parameters: {trained:,}; step {done} of {args.steps}; {world} process(es) on {device}")
+        rows = 2 * min(args.micro_batch, args.global_batch // world)
+        common.say_memory(model, args, device, rows, reference=None if args.lora else reference)
 
     # -- loop
     bar = tqdm(range(done, args.steps), initial=done, total=args.steps, unit="step", disable=rank > 0)

@@ -51,7 +51,7 @@ def parse_args(argv=None):
     paper.add_argument("--eta", type=number(float, 0), default=0.7, help="SDE noise, s = eta sqrt(t / (1 - t))")
     paper.add_argument("--clip-range", type=number(float, 0), default=1e-3, help="the ratio is clipped to 1 +- this")
     engineering = parser.engineering
-    engineering.add_argument("--micro-batch", type=number(int, 1), default=64, help="audios per backward pass, one GPU")
+    engineering.add_argument("--micro-batch", type=number(int, 1), default=16, help="audios per backward pass, one GPU")
     engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
     described = "rank of adapters on every linear and convolution layer, trained instead of the weights; 0: the weights"
@@ -298,6 +298,10 @@ def main(args):
     if rank == 0:
         print(f"{audios} audios per round, {args.updates} updates each; guidance {guidance} inside the policy")
         print(f"step {done} of {args.steps}; {world} process(es) on {device}")
+        trained = rows * min(args.micro_batch, audios // world)
+        sampled = rows * min(max(args.micro_batch, args.group_size), audios // world)
+        others = sum(scorer.gib for scorer in reward.scorers.values())
+        common.say_memory(model, args, device, trained, sampled, frozen=("codec",), others=others)
 
     # -- loop
     bar = tqdm(range(done, args.steps), initial=done, total=args.steps, unit="step", disable=rank > 0)
@@ -327,6 +331,8 @@ def main(args):
             row["forwards"] = row["forwards_grad"] + rows * audios * (number + 1) * args.sampling_steps
             row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else None
             common.append_jsonl(folder / "log.jsonl", row)
+            if step == done and row["clipped"]:  # the network is still the one that sampled
+                tqdm.write(f"warning: rounding alone clips {row['clipped']:.0%} of the ratios; give --precision fp32")
             bar.set_postfix(reward=f"{row['reward']:.3f}", clipped=f"{row['clipped']:.2f}", refresh=False)
             whole = update == args.updates - 1 and (number + 1) % args.save_every == 0
             if whole or step + 1 == args.steps:

@@ -185,6 +185,16 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
 # ------------------------------------------------------------------------------------------------------------
 
 
+class Memory(NamedTuple):
+    """What a variant's networks need of a GPU in bf16, in GiB, counted as docs/cost.md says."""
+
+    row: float  # kept for the backward pass, per row of a forward
+    recomputed: float  # the same with gradient checkpointing
+    sampled: float  # at work, per row of a forward without gradients
+    codec: float  # VAE and vocoder, and eight audios in them
+    encoders: float  # of features, and one clip in them
+
+
 class FlowModel(nn.Module):
     """A V2A flow model in the paper's convention (t = 1 noise, v = eps - a_0); only adapters flip time and sign.
 
@@ -199,6 +209,7 @@ class FlowModel(nn.Module):
     sample_rate_hz: int
     clip_s: float  # seconds of video that one audio belongs to, and of audio that is judged
     checkpoint: Path  # the file that the velocity network came from
+    memory: Memory | None = None
 
     # What an adapter fills in -------------------------------------------------------------------------------
 
@@ -400,17 +411,43 @@ def in_threads(function, items, threads):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def less_memory(args):
+    """What the command can still change to need less of a GPU."""
+    given = vars(args)
+    can = [f"lower --{x.replace('_', '-')}" for x in ("micro_batch", "batch_clips") if given.get(x, 1) > 1]
+    offers = dict(gradient_checkpointing="--gradient-checkpointing", lora="--lora 16")
+    can += [f"give {flag}" for name, flag in offers.items() if given.get(name, True) in (0, False)]
+    return " or ".join(can) or "nothing to change here: it takes a larger one"
+
+
+def one_line(error, args):
+    """What a person reads of an error of theirs, or of the system; None for one of ours."""
+    said = " ".join(str(error).split())
+    if isinstance(error, Stop):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'system'}: {error.strerror or error}; mend that, then run the command again"
+    if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in said:
+        return f"{said[:80]} ...: more than the GPU has; {less_memory(args)}"
+    if re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)", said):
+        return f"{said[:80]} ...: perhaps the machine's memory is full; lower --workers, then run the command again"
+    return None
+
+
 def launch(main, parse_args):
     """A stage's entry. A user error, or one of the system, ends in one line and exit code 2, Ctrl-C in a line; what is
     written is kept."""
+    args = None
     try:
-        main(parse_args())
-    except (Stop, OSError) as error:
+        args = parse_args()
+        main(args)
+    except (Stop, OSError, RuntimeError) as error:
+        line = one_line(error, args)
+        if line is None:
+            raise
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)  # what rank 0 has met too, it has said by now, and torchrun ends this process
-        if isinstance(error, OSError):
-            error = f"{error.filename or 'system'}: {error.strerror or error}; mend that, then run the command again"
-        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, also beside a progress bar
+        tqdm.write(f"error: {line}", file=sys.stderr)  # on a line of its own, also beside a progress bar
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)
@@ -665,6 +702,7 @@ def setup_ranks():
     return Ranks(rank, world, device)
 
 
+CUDA_GIB = 1.5  # context, kernels' workspaces, what the allocator cannot use: our allowance, not measured
 HELD, STORE = [], threading.Lock()  # locks that live as long as the process; one thread at a time writes to the store
 
 
@@ -700,6 +738,28 @@ def data_parallel(model, device):
     devices = None if device == "cpu" else [device]
     options = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
     return nn.parallel.DistributedDataParallel(model, device_ids=devices, **options)
+
+
+def say_memory(model, args, device, trained=0, sampled=0, reference=None, frozen=(), others=0.0):
+    """Says what the stage needs of a GPU at its peak, by the account in the model's adapter, and warns where that is
+    more than it has. trained, sampled: rows of a forward with and without gradients; frozen: of `codec`, `encoders`;
+    others: GiB of further networks. Silent for a model without account."""
+    memory, bf16 = model.memory, in_bf16(device, getattr(args, "precision", "auto"))
+    if memory is None:
+        return
+    gib = lambda weights: sum(p.numel() * p.element_size() for p in weights) / 2**30  # noqa: E731
+    row = memory.recomputed if vars(args).get("gradient_checkpointing") else memory.row
+    needs = dict(weights=gib(model.parameters()), reference=gib(reference.parameters()) if reference else 0)
+    needs["gradients and AdamW"] = 3 * gib(model.trainable_parameters()) * (trained > 0)
+    needs["bf16 copies"] = needs["weights"] / 2 * bf16
+    needs["activations"] = max(trained * row, sampled * memory.sampled) * (1 if bf16 else 2)
+    needs["other networks"] = sum(getattr(memory, part) for part in frozen) + others
+    needs["CUDA"] = CUDA_GIB * (device != "cpu")
+    total, parts = sum(needs.values()), ", ".join(f"{part} {value:.1f}" for part, value in needs.items() if value)
+    print(f"expected peak: {total:.1f} GiB by count ({parts})")
+    has = torch.cuda.get_device_properties(device).total_memory / 2**30 if device != "cpu" else math.inf
+    if total > has:
+        print(f"warning: more than the {has:.1f} GiB of this GPU; {less_memory(args)}")
 
 
 def in_bf16(device, precision):
@@ -802,6 +862,7 @@ class Scorer:
 
     sample_rate_hz: int
     files: tuple = ()  # below --weights
+    gib = 0.0  # of its network and of 16 audios in it, counted as docs/cost.md says
     reads = None  # what of a clip its score depends on: None, "caption", "video" or "reference" (its sound and label)
     frames: tuple  # of one that reads "video": (frames per second, transform of a (3, H, W) uint8 picture)
     gives: str  # the one score of a scorer that reads the clip

@@ -7,12 +7,15 @@ from pathlib import Path
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from common import FlowModel, load_pt, read_frames, stop, upstream, weight_file
+from common import FlowModel, Memory, load_pt, read_frames, stop, upstream, weight_file
 
 VARIANTS = ("small_16k", "small_44k", "medium_44k", "large_44k", "large_44k_v2")  # the paper's is large_44k
 CONDITIONS = ("clip_f", "sync_f", "text_f", "clip_f_c", "text_f_c")  # upstream's PreprocessedConditions
 CLIP = "apple/DFN5B-CLIP-ViT-H-14-384"  # read from the Hugging Face cache, where upstream looks for it
 CLIP_FILES = ("open_clip_config.json", "open_clip_pytorch_model.bin")
+# GiB per row (tests/account.py): kept for the backward pass, with gradient checkpointing, without gradients
+ROWS = dict(small_16k=(0.151, 0.03, 0.009), small_44k=(0.2, 0.036, 0.012), medium_44k=(0.4, 0.071, 0.021))
+ROWS |= dict.fromkeys(("large_44k", "large_44k_v2"), (0.68, 0.073, 0.022))
 VOCODER = "nvidia/bigvgan_v2_44khz_128band_512x"  # a folder below --weights
 
 
@@ -44,6 +47,7 @@ class MMAudio(FlowModel):
         self.sample_rate_hz = {"16k": 16000, "44k": 44100}[self.mode]
         self.checkpoint = Path(checkpoint or weight_file(self.weights, names[0]))
         self.net, self.conditions_class = networks.get_my_mmaudio(variant), networks.PreprocessedConditions
+        self.memory = Memory(*ROWS[variant], codec={"16k": 1.7, "44k": 3.7}[self.mode], encoders=7.8)
         self.latent_shape = (self.net.latent_seq_len, self.net.latent_dim)
         for parameter in (self.net.empty_clip_feat, self.net.empty_sync_feat):
             parameter.requires_grad_(False)  # null conditions; upstream itself freezes the third, empty_string_feat

@@ -89,7 +89,7 @@ class ImageBindScorer(Scorer):
     Audio: windows of 2 s at 0, 3 and 6 s, averaged (av-benchmark spreads them over the whole file if it exceeds 8 s).
     """
 
-    sample_rate_hz, files, reads, gives = 16000, ("imagebind_huge.pth",), "video", "ib"
+    sample_rate_hz, files, reads, gives, gib = 16000, ("imagebind_huge.pth",), "video", "ib", 3.1
 
     def __init__(self, weights, device):
         path = weight_file(weights, self.files[0])
@@ -145,7 +145,7 @@ class ClapScorer(Scorer):
     RoBERTa's weights, which its checkpoint replaces, when built; its load_ckpt unpickles.
     """
 
-    sample_rate_hz, reads, gives = 48000, "caption", "clap"
+    sample_rate_hz, reads, gives, gib = 48000, "caption", "clap", 1.4
     files = ("music_speech_audioset_epoch_15_esc_89.98.pt", "roberta-base/vocab.json", "roberta-base/merges.txt")
     roberta = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)  # -base
 
@@ -194,6 +194,7 @@ class SynchformerScorer(Scorer):
     4.8 s, in [0, 2], lower is better. An offset is the most probable of 21 classes, -2 to 2 s in steps of 0.2 s."""
 
     sample_rate_hz, files, reads, gives = 16000, ("synchformer_state_dict.pth",), "video", "desync_s"
+    gib = 2.0
 
     def __init__(self, weights, device):
         path = weight_file(weights, self.files[0])
@@ -233,7 +234,7 @@ class SynchformerScorer(Scorer):
 class PannsScorer(Scorer):
     """The tagger of score_4, PANNs' Cnn14 at 32 kHz: `logits` (B, 527) over AudioSet's classes, before the sigmoid."""
 
-    sample_rate_hz, files = 32000, ("Cnn14_mAP=0.431.pth",)
+    sample_rate_hz, files, gib = 32000, ("Cnn14_mAP=0.431.pth",), 0.9
     stft = dict(window_size=1024, hop_size=320, fmin=50, fmax=14000)
 
     def __init__(self, weights, device):

@@ -1,15 +1,20 @@
-"""What fits a card: adapters instead of weights."""
+"""What fits a card: adapters instead of weights, the account of memory, and what is said where it does not fit."""
 
 import copy
 import shutil
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from account import account
 from conftest import call, read, stage, torchrun
 from test_backbones import through_adapters
 from test_pipeline import interrupt_after, largest_difference, weights, without_times
 from upstream_files import mmaudio_modules, random_state
 
+import adapters.frieren
+import adapters.mmaudio
 import common
 
 LORA = ("--lora", 4, "--lr", 1e-3, "--steps", 8)
@@ -110,3 +115,86 @@ def test_of_real_size_the_merged_policy_is_base_plus_adapters_and_upstream_loads
     error, moved = ((x - after).square().mean().sqrt().item() for x in (theirs, before))
     print(f"merged against base and adapters: {error:.2e}, adapters against base: {moved:.2e} (root mean square)")
     assert error < 1e-4 * moved
+
+
+# The account ---------------------------------------------------------------------------------------------------
+
+
+class Card(common.FlowModel):
+    """A quarter of 2**30 weights that nobody allocates: 1 GiB in float32."""
+
+    memory = common.Memory(row=0.5, recomputed=0.1, sampled=0.05, codec=2.0, encoders=3.0)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(2**28, device="meta"))
+
+
+@pytest.mark.parametrize("flags, needs, total", [
+    # On the GPU: weights 1, copies .5, CUDA 1.5; trained: 3 of gradients and AdamW, 8 rows of .5.
+    (dict(trained=8, sampled=40), {}, 10.0),
+    (dict(trained=8, sampled=40), dict(gradient_checkpointing=True), 8.0),  # 40 rows of .05 are more than 8 of .1
+    (dict(sampled=40, frozen=("codec", "encoders"), others=1.0), {}, 11.0),
+    (dict(trained=8), dict(precision="fp32"), 13.5),  # activations twice, no copies
+])  # fmt: skip
+def test_the_expected_peak_is_the_sum_of_its_parts(flags, needs, total, monkeypatch, capsys):
+    args = SimpleNamespace(**dict(precision="auto", gradient_checkpointing=False, lora=0, micro_batch=4) | needs)
+    properties = SimpleNamespace(total_memory=total * 2**30 - 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    common.say_memory(Card(), args, "cuda:0", **flags)
+    first, warning = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"expected peak: {total:.1f} GiB")
+    assert warning.startswith("warning: more than the") and "lower --micro-batch or give" in warning
+    properties.total_memory += 2
+    common.say_memory(Card(), args, "cuda:0", **flags)
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("name", ["mmaudio:small_16k", "frieren"])
+def test_the_tables_in_adapters_are_what_fake_tensors_count(name):
+    _, _, variant = name.partition(":")
+    counted = account(name)
+    table = adapters.mmaudio.ROWS[variant] if variant else adapters.frieren.Frieren.memory[:3]
+    assert counted == pytest.approx(table, rel=0.1)
+
+
+def test_a_reference_costs_its_own_bytes_and_a_model_without_account_says_nothing(capsys):
+    args, model = SimpleNamespace(precision="fp32", lora=0), Card()
+    common.say_memory(model, args, "cpu", trained=1, reference=copy.deepcopy(model).to(torch.bfloat16))
+    assert capsys.readouterr().out.startswith("expected peak: 5.5 GiB")  # 1, .5, 3, one row of twice .5
+    model.memory = None
+    common.say_memory(model, args, "cpu")
+    assert capsys.readouterr().out == ""
+
+
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.99 GiB")
+WORKER = RuntimeError("DataLoader worker (pid 71) is killed by signal: Killed. ")
+
+
+@pytest.mark.parametrize("number, error, flags, parts", [
+    ("05", GPU, (), ("CUDA out of memory", "lower --micro-batch or give --gradient-checkpointing or give --lora 16")),
+    ("06", GPU, ("--micro-batch", 1, "--gradient-checkpointing"), ("than the GPU has; give --lora 16",)),
+    ("05", GPU, ("--micro-batch", 1, "--gradient-checkpointing", "--lora", 8), ("nothing to change",)),
+    ("01", GPU, (), ("lower --batch-clips",)), ("07", GPU, (), ("lower --batch-clips",)),
+    ("01", WORKER, (), ("worker (pid 71) is killed", "lower --workers")),
+])  # fmt: skip
+def test_a_lack_of_memory_is_one_line_that_says_what_to_change(
+    number, error, flags, parts, finished, refused, monkeypatch
+):
+    monkeypatch.setattr(stage(number), "main", Mock(side_effect=error))
+    line = refused(number, finished, *flags)
+    assert all(part in line for part in parts), line
+
+
+def test_ddpo_warns_when_rounding_alone_moves_the_ratios(run, monkeypatch, capfd):
+    rollout = stage("06").rollout
+
+    def rounded(*args):
+        states, log_probs, a_0 = rollout(*args)
+        return states, log_probs + 0.01, a_0
+
+    monkeypatch.setattr(stage("06"), "rollout", rounded)
+    call("06", run, "--out", "rounded", "--steps", 1)
+    assert read(run / "rounded/log.jsonl")[0]["clipped"] == 1
+    assert "warning: rounding alone clips 100% of the ratios" in "".join(capfd.readouterr())
