@@ -27,7 +27,7 @@ Takes: toy 88 s on 2 shared cores; MMAudio-L needs 26 TFLOP per audio (25 steps,
 import difflib
 import random
 import re
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,7 +45,7 @@ VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv", ".MKV", ".webm", ".WEBM", ".mov", ".MO
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    io = parser.io
+    io, paper, engineering = parser.io, parser.paper, parser.engineering
     io.add_argument("--model", help="toy, mmaudio:small_16k ... mmaudio:large_44k, frieren; the toy run knows its own")
     io.add_argument("--checkpoint", help="weights of the velocity network, if not the upstream file under --weights")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
@@ -54,13 +54,11 @@ def parse_args(argv=None):
     io.add_argument("--videos", help="folder of videos")
     io.add_argument("--cavp", help="Frieren only: folder of CAVP features, <id>.npz or <id>.npy")
     io.add_argument("--strict", action="store_true", help="a video that cannot be used is an error, not a counted skip")
-    paper = parser.paper
     described = "train clips, a seeded random subset; 0 only prepares the run folder, for stage 07 [Sec. 2.2]"
     paper.add_argument("--max-clips", type=number(int, 0), default=50_000, help=described)
     paper.add_argument("--num-samples", type=number(int, 2), default=5, help="audios per clip [Sec. 3.1]")
     paper.add_argument("--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]")
     paper.add_argument("--sampling-steps", type=number(int, 1), default=25, help="Euler steps; upstream's")
-    engineering = parser.engineering
     engineering.add_argument("--compile", action="store_true", help="torch.compile the network that samples")
     engineering.add_argument("--batch-clips", type=number(int, 1), default=4, help="clips sampled together")
     engineering.add_argument("--seed", type=number(int, 0), default=0, help="of the clips' draw and all noise")
@@ -202,9 +200,10 @@ def prepare_run(run, known, own_clips, model, args):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def encode(model, clips, videos):
-    """Features of each clip, or the reason why it has none. videos: an iterator over what `model.read` sees of them."""
-    return [str(s) if isinstance(s, SkipClip) else model.encode(clip, s) for clip, s in zip(clips, videos)]
+def encode(model, clip, videos):
+    """The clip's features, or the reason why it has none. videos: an iterator over what `model.read` sees."""
+    seen = next(videos)
+    return str(seen) if isinstance(seen, SkipClip) else model.encode(clip, seen)
 
 
 def is_whole(folder, shard, clips, heard):
@@ -248,10 +247,9 @@ def generate_shard(model, clips, encoded, folder, shard, args):
         features = {key: torch.stack([f[key] for _, f in usable]) for key in usable[0][1]}
         made = {"latents": torch.cat(latents), "features": features, "digests": [row["digest"] for row in rows]}
         common.save_pt(folder / f"{shard}.pt", made)
-    if skipped:
-        common.write_jsonl(folder / f"{shard}.skipped.jsonl", skipped)
-    else:
-        (folder / f"{shard}.skipped.jsonl").unlink(missing_ok=True)  # of an earlier, damaged shard
+    unused = folder / f"{shard}.skipped.jsonl"
+    if skipped or unused.exists():  # of an earlier, damaged shard
+        common.write_jsonl(unused, skipped)
     common.write_jsonl(folder / f"{shard}.jsonl", rows)
 
 
@@ -279,8 +277,7 @@ def main(args):
     model = common.load_model(args.model, checkpoint, device, args.weights)
     if args.compile:
         model.compile_sampling()
-    rows = 2 * args.batch_clips * args.num_samples  # with guidance
-    common.say_memory(model, args, device, sampled=rows, frozen=("codec", "encoders"))
+    common.say_memory(model, args, device, 0, 2 * args.batch_clips * args.num_samples, frozen=("codec", "encoders"))
 
     # -- data
     common.hold(run, "01", ranks)
@@ -300,11 +297,12 @@ def main(args):
         model.decode(torch.zeros(1, *model.latent_shape))  # a missing codec is said now, not after the first shard
     videos = common.read_ahead(model.read, [clip for i in todo for clip in blocks[i]], args.workers)
     ahead = ThreadPoolExecutor(1)
+    queue = {i: (ahead.submit(encode, model, clip, videos) for clip in blocks[i]) for i in todo}  # when listed
     try:
-        waiting = deque(ahead.submit(encode, model, blocks[i], videos) for i in todo[:1])
-        for position, i in enumerate(tqdm(todo, unit="shard", disable=rank > 0)):
-            encoded = waiting.popleft().result()
-            waiting.extend(ahead.submit(encode, model, blocks[j], videos) for j in todo[position + 1 : position + 2])
+        waiting = [*queue[todo[0]]] if todo else []
+        for i, following in zip(tqdm(todo, unit="shard", disable=rank > 0), [*todo[1:], None]):
+            encoded = [future.result() for future in waiting]
+            waiting = [*queue.get(following, ())]
             if args.strict and (bad := [(c["id"], e) for c, e in zip(blocks[i], encoded) if isinstance(e, str)]):
                 stop(f"--strict: {len(bad)} clips of shard {i:05d} cannot be used, first {bad[0][0]}: {bad[0][1]}")
             generate_shard(model, blocks[i], encoded, folder, f"{i:05d}", args)
