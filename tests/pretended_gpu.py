@@ -19,6 +19,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,7 +163,7 @@ def pretended_gpu():
     with pytest.MonkeyPatch.context() as patch, Device():
         said = dict(is_available=True, device_count=1, current_device=0, is_current_stream_capturing=False)
         said |= dict(max_memory_allocated=0, reset_peak_memory_stats=None, empty_cache=None)
-        said |= dict(set_device=None, synchronize=None)
+        said |= dict(set_device=None, synchronize=None, get_device_properties=SimpleNamespace(total_memory=80 * 2**30))
         for name, value in said.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value: value)
         patch.setattr(torch.autocast, "__init__", on_cpu)
