@@ -930,15 +930,19 @@ def remembered(run, name, paths, fields, find=None):
     """{path: what find(path) says of it, a dict of `fields`}, kept in <run>/scores/<name>.json for as long as a file's
     size and time stay; of a file that is gone, for good. None is not kept; without find, all that is new is None."""
     memory, keys = Path(run) / "scores" / f"{name}.json", {path: str(Path(path).resolve()) for path in paths}
-    with store_of(run):
-        kind = dict_of(with_fields(stamp=TEXT, **fields))
+    now = {path: stamp(path) for path in keys if os.path.exists(path)}
+    kind = dict_of(with_fields(stamp=TEXT, **fields))
+
+    def look():
         known = check({name: read_json(memory)}, {name: kind}, memory)[name] if memory.exists() else {}
-        now = {path: stamp(path) for path in keys if os.path.exists(path)}
         new = [p for p, key in keys.items() if key not in known or now.get(p) not in (None, known[key]["stamp"])]
-        about = {path: known.get(key) for path, key in keys.items()} | dict.fromkeys(new)
-        if find and new:
-            with ThreadPoolExecutor() as readers:
-                about |= zip(new, tqdm(readers.map(find, new), desc=name, total=len(new), unit="file"))
+        return known, new, {path: known.get(key) for path, key in keys.items()} | dict.fromkeys(new)
+
+    known, new, about = look()  # the file is whole at any time: only who adds to it need wait for the others
+    if find and new:
+        with store_of(run), ThreadPoolExecutor() as readers:
+            known, new, about = look()  # another process may have added them meanwhile
+            about |= zip(new, tqdm(readers.map(find, new), desc=name, total=len(new), unit="file", disable=not new))
             found = {keys[path]: {"stamp": now[path], **about[path]} for path in new if about[path]}
             write_json(memory, known | found)
     return about
@@ -956,17 +960,18 @@ def store_of(run):
 
 
 def score_keys(run, audios, name, weights):
-    """The key of each audio for one scorer, a digest of everything that the score depends on: the audio, the scorer's
-    weights, and what it reads of the clip. Opens no media file."""
+    """The key of each audio for one scorer: its digest, then that of all else that the score depends on, the scorer's
+    weights and what it reads of the clip. Opens no media file."""
     reads, files, sides = scorers_of(run, weights).classes[name].reads, weights_digest(run, name, weights), {}
 
     def side(clip):
         if clip["id"] not in sides:
             parts = {"caption": [clip["caption"]], "reference": [clip["label"]]}.get(reads, [])
-            sides[clip["id"]] = [*parts, stamp(clip["path"])] if reads in ("video", "reference") else parts
+            parts = [*parts, stamp(clip["path"])] if reads in ("video", "reference") else parts
+            sides[clip["id"]] = digest_of(name, files, parts)
         return sides[clip["id"]]
 
-    return [digest_of(name, audio.digest, files, side(audio.clip)) for audio in audios]
+    return [audio.digest + side(audio.clip) for audio in audios]
 
 
 def weights_digest(run, name, weights):
@@ -987,7 +992,7 @@ def add_to_store(run, file, keys, values):
         if file.exists():
             known, old = read_store(file, {key: value.shape[1:] for key, value in values.items()})
             keys, values = known + keys, {key: torch.cat([old[key], value]) for key, value in values.items()}
-        save_pt(file, {"keys": keys, **values})
+        save_pt(file, {"keys": " ".join(keys), **values})  # one text is read faster than many
 
 
 def see(run, clips, names, weights, ranks, workers, loaded=None):
@@ -1133,8 +1138,8 @@ def read_store(file, shapes=None):
     """The keys of a file of the store, and its (n, ...) tensors, memory-mapped. shapes: the shape of a row, or None, of
     those that must be there."""
     shapes = shapes or {}
-    stored = load_pt(file, {"keys": list_of(TEXT), **dict.fromkeys(shapes, FLOATS)}, mmap=True)
-    keys = stored.pop("keys")
+    stored = load_pt(file, {"keys": TEXT, **dict.fromkeys(shapes, FLOATS)}, mmap=True)
+    keys = stored.pop("keys").split()
     for key, value in stored.items():
         if not FLOATS.holds(value) or len(value) != len(keys) or shapes.get(key) not in (None, value.shape[1:]):
             stop(f"{file}: '{key}' does not fit the other scores; remove it and run the stage again")

@@ -56,7 +56,8 @@ class Kind(NamedTuple):
 
 
 def printable(x):
-    return isinstance(x, str) and "\0" not in x and x == x.encode(errors="ignore").decode()  # no lone surrogates
+    known = isinstance(x, str) and "\0" not in x
+    return known and (x.isascii() or x == x.encode(errors="ignore").decode())  # no lone surrogates
 
 
 def file_name(x):

@@ -100,7 +100,7 @@ def contents(folder):
             found[name] = {file: {**about, "stamp": ""} for file, about in json.loads(path.read_text()).items()}
         elif name.startswith("scores") and path.suffix == ".pt" and ".tmp" not in name:
             store = torch.load(path, weights_only=True)
-            keys = store.pop("keys")
+            keys = store.pop("keys").split()
             found[name] = sorted(zip(keys, *([str(row.tolist()) for row in value] for value in store.values())))
     return found
 

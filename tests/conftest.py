@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
 
 STAGES = {path.name[:2]: path for path in sorted(ROOT.glob("0?_*.py"))}
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PET_STANDALONE": "1"}  # torchrun on a free port of its own
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""  # not in os.environ: a process that has met CUDA so never finds a GPU again
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 
@@ -79,9 +80,14 @@ def shell(*command):
     return done
 
 
-def torchrun(number, run, *flags):
-    """Two processes, by the command that the stages' docstrings show."""
-    return shell(TORCHRUN, "--nproc_per_node", 2, STAGES[number].name, *arguments(run, *flags))
+def torchrun(number, run, *flags, nodes=1):
+    """Two processes, by the commands that the stages' docstrings show; where of two nodes, both are this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free.getsockname()[1]}")
+    launch = (TORCHRUN, *(meet if nodes > 1 else ["--standalone"]), "--nnodes", nodes, "--nproc_per_node", 2 // nodes)
+    with ThreadPoolExecutor() as launchers:
+        list(launchers.map(lambda _: shell(*launch, STAGES[number].name, *arguments(run, *flags)), range(nodes)))
 
 
 def start(number, run, *flags):

@@ -85,7 +85,7 @@ FILES = {
     "02_audioscore.pt": ("03", (), {"audioscore": "weights", "audioscore/p_y": "tensor", "audioscore/mean": "tensor"}),
     "05_flow_dpo/policy.pt": ("07", (), {"out.bias": "tensor"}),
     "05_flow_dpo/checkpoint.pt": ("05", (), {"step": "whole", "settings": "text", "model": "weights"} | OPTIMIZER),
-    "scores/00000.clap.pt": ("02", (), {"keys": "list", "clap": "tensor"}),
+    "scores/00000.clap.pt": ("02", (), {"keys": "text", "clap": "tensor"}),
     "07_conditions/test_00000.pt": ("07", (), {"*": "record", "*/pooled": "tensor"}),
     "00_base.pt": ("05", OUT, dict(kind="word", vocabulary="list", net="weights", encoder="weights", codec="weights")),
     "00_scorers.pt": ("06", OUT, {"kind": "word", "vocabulary": "list", "clap": "weights", "panns": "weights"}),

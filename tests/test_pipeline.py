@@ -440,6 +440,14 @@ def test_two_ranks_match_one(run, number, flags):
     assert logs[0][0]["grad_norm"] == pytest.approx(logs[1][0]["grad_norm"], rel=1e-2)
 
 
+def test_two_nodes_equal_two_ranks_of_one_node(run):
+    torchrun("05", run, "--out", "ranks", "--steps", 3)
+    torchrun("05", run, "--out", "nodes", "--steps", 3, nodes=2)
+    assert (run / "nodes" / "policy.pt").read_bytes() == (run / "ranks" / "policy.pt").read_bytes()
+    logs = [without_times("log.jsonl", (run / out / "log.jsonl").read_bytes()) for out in ("ranks", "nodes")]
+    assert logs[0] == logs[1]
+
+
 @pytest.mark.parametrize("number, flags, within", [
     ("05", ("--micro-batch", 1), 1e-5), ("05", ("--gradient-checkpointing",), 1e-5),
     ("06", ("--micro-batch", 1), 2e-6),  # a prompt's three audios together, and one by one
