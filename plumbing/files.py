@@ -240,8 +240,8 @@ def parse_json(text, where, hint=""):
 
     def unique(pairs):
         found = dict(pairs)
-        if len(found) < len(pairs) or not all(map(printable, found)):
-            stop(f"{where}: a field occurs twice, or its name is no text{hint}")
+        if len(found) < len(pairs):
+            stop(f"{where}: a field occurs twice{hint}")
         return found
 
     try:

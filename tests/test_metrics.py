@@ -236,7 +236,8 @@ def test_p_good_that_differs_by_rounding_is_a_tie(finished, monkeypatch):
     found = {"base": base, "same": base | {"imagebind": {"ib": torch.full((1,), 0.3 + 1e-7)}}}
     found["better"] = base | {"imagebind": {"ib": torch.full((1,), 0.5)}}
     monkeypatch.setattr(common, "people_of", lambda run: None)
-    means, _ = metrics.per_clip(finished, found, [{"id": "a"}], {name: {"a": "a.wav"} for name in found}, "weights")
+    measures = common.scorers_of(finished, "weights").measures
+    means, _ = metrics.per_clip(finished, found, [{"id": "a"}], {name: {"a": "a.wav"} for name in found}, measures)
     assert means["same"]["p_good"] != means["base"]["p_good"]
     assert [means[name]["win_rate"].item() for name in ("base", "same")] == [0.5, 0.5]
     assert means["better"]["win_rate"].item() in (0.0, 1.0)
