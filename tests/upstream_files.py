@@ -269,6 +269,17 @@ def write_mmaudio(folder, patch):
     patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
 
 
+def write_small_16k(folder):
+    """Network, VAE and vocoder of small_16k at their real size, with random weights; 1.7 GB."""
+    from omegaconf import OmegaConf
+
+    upstream = mmaudio_modules()
+    torch.save(random_state(upstream.networks.get_my_mmaudio("small_16k"), 0), folder / "mmaudio_small_16k.pth")
+    torch.save(upstream.vae.get_my_vae("16k").state_dict(), folder / "v1-16.pth")
+    config = OmegaConf.load(Path(upstream.bigvgan.__file__).with_name("bigvgan_vocoder.yml"))
+    torch.save({"generator": upstream.bigvgan.BigVGANVocoder(config).state_dict()}, folder / "best_netG.pt")
+
+
 # The scorers -----------------------------------------------------------------------------------------------
 
 
@@ -397,6 +408,51 @@ def shrink_htsat(patch):
         return htsat.HTSAT_Swin_Transformer(config=config, **tiny, **heads, **fusion)
 
     patch.setattr(model, "create_htsat_model", build)
+
+
+def count():
+    """Prints the TFLOP of networks of real size, for one clip or one audio."""
+    import open_clip
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    upstream, zeros = mmaudio_modules(), torch.zeros
+    with common.upstream("ImageBind"), scorers.without_init("imagebind"):
+        from imagebind.models import imagebind_model
+    with common.upstream("av-benchmark"):
+        from av_bench.synchformer.synchformer import Synchformer
+    huge = dict(CLIP, vision_cfg=dict(image_size=384, patch_size=14, width=1280, layers=32, head_width=80))
+    big = dict(resblock_kernel_sizes=[3, 7, 11], resblock_dilation_sizes=[[1, 3, 5]] * 3, upsample_initial_channel=1536)
+    vocoder = functools.partial(upstream.bigvgan_v2.BigVGAN, upstream.bigvgan_v2.AttrDict(BIGVGAN_44K | big))
+
+    def vae():
+        made = upstream.vae.get_my_vae("44k")
+        made.remove_weight_norm()
+        return made
+
+    parts = {
+        "CLIP, 64 pictures": (lambda: open_clip.CLIP(**huge), lambda n: n.encode_image(zeros(64, 3, 384, 384))),
+        "Synchformer, video": (Synchformer, lambda n: n.extract_vfeats(zeros(24, 1, 16, 3, 224, 224))),
+        "Synchformer, audio": (Synchformer, lambda n: n.extract_afeats(zeros(1, 24, 1, 128, 66))),
+        "ImageBind, video": (imagebind_model.imagebind_huge, lambda n: n({"vision": zeros(1, 9, 3, 2, 224, 224)})),
+        "ImageBind, audio": (imagebind_model.imagebind_huge, lambda n: n({"audio": zeros(1, 3, 1, 128, 204)})),
+        "VAE, 44.1 kHz": (vae, lambda n: n.decode(zeros(1, 40, 345))),
+        "vocoder, 44.1 kHz": (vocoder, lambda n: n(zeros(1, 128, 690))),
+    }
+    for name in ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_", "trunc_normal_"):
+        setattr(nn.init, name, lambda x, *_, **__: x)  # values do not matter
+    torch.backends.mha.set_fastpath_enabled(False)  # an operator that the counter does not know, as fused attention
+    counted, made_up, plain = (
+        FlopCounterMode(display=False),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        SDPBackend.MATH,
+    )
+    for name, (build, call) in parts.items():
+        network = build().eval()
+        with made_up, counted as counter, torch.no_grad(), sdpa_kernel(plain):
+            call(network)
+        print(f"| {name} | {counter.get_total_flops() / 1e12:.3g} |", flush=True)
 
 
 # Frieren ----------------------------------------------------------------------------------------------------
