@@ -378,10 +378,24 @@ class Reading(torch.utils.data.Dataset):
             return reason
 
 
+def end_with(parent):
+    """In a worker: ends it soon after this process is gone. DataLoader's own watch misses one that was killed earlier
+    than a worker began to look."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def read_ahead(read, items, workers):
     """An iterator over read(item), a list of CPU tensors, or the SkipClip that it raised, in the order of the items;
     two for each of so many worker processes are read ahead. With 0 workers they are read when asked for."""
+    parent = os.getpid()
     fork = dict(num_workers=workers, multiprocessing_context="fork") if workers and items else {}
+    fork |= dict(worker_init_fn=lambda _: end_with(parent))
     options = dict(batch_size=None, collate_fn=lambda x: x, generator=torch.Generator())  # leaves the global one alone
     found = iter(torch.utils.data.DataLoader(Reading(read, items), **options, **fork))  # workers start here
 

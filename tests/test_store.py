@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import call, files_of, read, stage, torchrun
+from conftest import ROOT, call, files_of, read, stage, torchrun
 
 import common
 
@@ -211,6 +213,11 @@ def test_bytes_do_not_depend_on_the_workers_and_an_error_of_one_is_the_clips_own
     assert files_of(two, *names) == files_of(fresh, *names)
     (skipped,) = read(two / "01_samples/00000.skipped.jsonl")
     assert skipped["clip"] == broken["id"] and skipped["reason"].startswith("unreadable video")
+
+
+def test_a_worker_whose_process_was_killed_ends():
+    code = "import common, time; common.end_with(-1); time.sleep(60)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=50).returncode == 1
 
 
 def test_two_ranks_divide_the_groups_and_give_the_bytes_of_one(fresh, monkeypatch):
