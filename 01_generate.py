@@ -121,8 +121,7 @@ def check_clips(clips, where):
         splits_of[name[:11] if len(name) == 18 and name[11] == "_" else name].add(split)
     shared = sorted(video for video, splits in splits_of.items() if len(splits) > 1)
     if shared:
-        first = ", ".join(shared[:10]) + " ..." * (len(shared) > 10)
-        print(f"{len(shared)} YouTube ids occur in more than one split: {first}")
+        print(f"{len(shared)} YouTube ids occur in more than one split:", *shared[:10], "..." * (len(shared) > 10))
     plain = lambda label: re.sub(r"\W+", " ", label).strip().lower()  # noqa: E731
     known = {plain(label): label for label in common.HUMAN_SPEECH_CLASSES}
     for label, count in Counter(clip["label"] for clip in clips if clip.get("label")).most_common():
@@ -207,8 +206,7 @@ def encode(model, clip, videos):
 
 
 def is_whole(folder, shard, clips, heard):
-    """Whether a shard is done: each of its clips used or skipped, its latents and its wavs (heard: those of the run)
-    there."""
+    """Whether each clip of a shard is used or skipped, its latents and wavs there. heard: names of the run's wavs."""
     lines, skipped = folder / f"{shard}.jsonl", folder / f"{shard}.skipped.jsonl"
     rows = common.read_jsonl(lines, common.SAMPLE) if lines.exists() else []
     unused = common.read_jsonl(skipped, common.SKIPPED) if skipped.exists() else []

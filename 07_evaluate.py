@@ -17,7 +17,7 @@ Writes:
                                      diff, diff_low, diff_high: value minus base's, paired, never sign-flipped, null
                                      for base; verdict: better or worse where the difference's interval excludes 0
     07_systems.json                  what was evaluated: split, guidance, steps; systems: for each its folder and the
-                                     audio of each clip; how it is shown: metrics (column, better, decimals, times) in
+                                     audio of each clip; how it is shown: metrics (column, better, decimals, times, by: a checkpoint) in
                                      the table's order, paper (columns, rows, remark: Table 1's rows)
 With --split val the last two are 07_results_val.jsonl and 07_systems_val.json.
 Takes: toy 74 s on 2 shared cores.
@@ -484,6 +484,7 @@ def main(args):
     results = results_of(*per_clip(run, found, clips, files, measures), len(clips))
 
     # -- save
+    by = {"clap": " ".join(common.scorers_of(run, args.weights).classes["clap"].files[:1])}
     suffix = "" if args.split == "test" else f"_{args.split}"
     common.write_jsonl(run / f"07_results{suffix}.jsonl", results)
     rows, remark = common.table_1(run_json, results, list(systems))
@@ -492,7 +493,8 @@ def main(args):
         dict(name=name, folder=folder and below(run, folder), audio={c: below(run, p) for c, p in files[name].items()})
         for name, folder in systems.items()
     ]
-    about["metrics"] = {name: metric._asdict() for name, metric in describe(r["metric"] for r in results).items()}
+    metrics = describe(row["metric"] for row in results)
+    about["metrics"] = {name: metric._asdict() | {"by": by.get(name)} for name, metric in metrics.items()}
     about["paper"] = dict(columns=[METRICS[m].column for m in PAPER_COLUMNS], rows=rows, remark=remark)
     common.write_json(run / f"07_systems{suffix}.json", about)
     silent = {name: sum(heard[p] < common.SILENT_PEAK for p in paths.values()) for name, paths in files.items()}
@@ -502,7 +504,7 @@ def main(args):
     if gone := sum(row["split"] == args.split for row in unseen):
         print(f"{gone} more listed {args.split} clips have no video (01_missing.jsonl), so no system is judged on them")
     common.print_table(results, list(systems))
-    print(f"CLAP: {' and '.join(common.scorers_of(run, args.weights).classes['clap'].files[:1])}")
+    print(f"CLAP by {by['clap']}")
     for line in hacked(results):
         print(line)
     for name, count in silent.items():

@@ -1,0 +1,68 @@
+"""Reading ahead: worker processes that decode video, threads that read audio."""
+
+import os
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.utils.data
+
+from plumbing.files import SkipClip, Stop
+
+
+class Reading(torch.utils.data.Dataset):
+    def __init__(self, read, items):
+        self.read, self.items = read, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        try:  # numpy's arrays come back through a pipe; tensors would need as much of /dev/shm
+            return [x.numpy() for x in self.read(self.items[i])]
+        except (SkipClip, Stop, OSError) as reason:
+            return reason
+
+
+def end_with(parent):
+    """In a worker: ends it soon after this process is gone. DataLoader's own watch misses one that was killed earlier
+    than a worker began to look."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def read_ahead(read, items, workers):
+    """An iterator over read(item), a list of CPU tensors, or the SkipClip that it raised, in the order of the items;
+    two for each of so many worker processes are read ahead. With 0 workers they are read when asked for."""
+    parent = os.getpid()
+    fork = dict(num_workers=workers, multiprocessing_context="fork") if workers and items else {}
+    fork |= dict(worker_init_fn=lambda _: end_with(parent))
+    options = dict(batch_size=None, collate_fn=lambda x: x, generator=torch.Generator())  # leaves the global one alone
+    found = iter(torch.utils.data.DataLoader(Reading(read, items), **options, **fork))  # workers start here
+
+    def each():
+        for seen in found:
+            if isinstance(seen, (Stop, OSError)):
+                raise seen
+            yield seen if isinstance(seen, SkipClip) else [*map(torch.from_numpy, seen)]
+
+    return each()
+
+
+def in_threads(function, items, threads):
+    """function(item) for each item, in order, of which two per thread are computed ahead."""
+    waiting = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
