@@ -17,8 +17,8 @@ Writes:
                                      diff, diff_low, diff_high: value minus base's, paired, never sign-flipped, null
                                      for base; verdict: better or worse where the difference's interval excludes 0
     07_systems.json                  what was evaluated: split, guidance, steps; systems: for each its folder and the
-                                     audio of each clip; how it is shown: metrics (column, better, decimals, times, by: a checkpoint) in
-                                     the table's order, paper (columns, rows, remark: Table 1's rows)
+                                     audio of each clip; how it is shown: metrics (column, better, decimals, times, by),
+                                     in the table's order, paper (columns, rows, remark: Table 1's rows)
 With --split val the last two are 07_results_val.jsonl and 07_systems_val.json.
 Takes: toy 74 s on 2 shared cores.
 """
