@@ -36,7 +36,8 @@ def test_the_report_shows_the_numbers_of_07(finished):
     about = json.loads((finished / "07_systems.json").read_text())
     for row in read(finished / "07_results.jsonl"):
         how = about["metrics"][row["metric"]]
-        assert f"<th>{how['column']} {'↑' if row['better'] == 'higher' else '↓'}</th>" in page
+        by = f" <small>{how['by']}</small>" if how["by"] else ""
+        assert f"<th>{how['column']}{by} {'↑' if row['better'] == 'higher' else '↓'}</th>" in page
         if row["value"] is not None:
             assert f">{row['value'] * how['times']:.{how['decimals']}f}" in page
     assert all(f"<th>{name}</th>" in page for name, _ in about["paper"]["rows"])
