@@ -849,7 +849,8 @@ class Scorer:
         if not rows:
             return {self.gives: torch.full((len(waves),), math.nan)}
         with torch.inference_mode():
-            scored = self.score_audio(waves[rows], [clips[i] for i in rows], [sides[clips[i]["id"]] for i in rows])
+            some = waves if len(rows) == len(clips) else waves[rows]
+            scored = self.score_audio(some, [clips[i] for i in rows], [sides[clips[i]["id"]] for i in rows])
         everything = {key: torch.full((len(waves), *value.shape[1:]), math.nan) for key, value in scored.items()}
         for key, value in scored.items():
             everything[key][rows] = value.float().cpu()
@@ -960,30 +961,29 @@ def see(run, clips, names, weights, ranks, workers, loaded=None):
     keys = {name: video_keys(run, todo, name, weights) for name in towers}
     wanted = [tower.frames for tower in towers.values()]
     videos = read_ahead(lambda clip: read_frames(clip["path"], wanted, clip_s), todo, workers)
-    bar = tqdm(total=len(todo), desc="see", unit="video", disable=ranks.rank > 0 or not todo)
-    for group, part in new.items():
-        made = {name: {} for name in towers}
-        for clip, seen in zip(part, videos):
-            if isinstance(seen, SkipClip):
-                unjudged(clip, seen, " and ".join(towers))
-                seen = []
-            for name, frames in zip(towers, seen):
-                if clip["id"] not in known[name]:
-                    with torch.inference_mode():
-                        made[name][keys[name][clip["id"]]] = towers[name].embed_clip(clip, frames)
-            bar.update()
-        for name, rows in made.items():
-            if rows:
-                embedding = torch.stack([*rows.values()])
-                add_to_store(run, store_file(run, group, f"{name}_video"), [*rows], {"embedding": embedding})
-    bar.close()
+    with tqdm(total=len(todo), desc="see", unit="video", disable=ranks.rank > 0 or not todo) as bar:
+        for group, part in new.items():
+            made = {name: {} for name in towers}
+            for clip, seen in zip(part, videos):
+                if isinstance(seen, SkipClip):
+                    unjudged(clip, seen, " and ".join(towers))
+                    seen = []
+                for name, frames in zip(towers, seen):
+                    if clip["id"] not in known[name]:
+                        with torch.inference_mode():
+                            made[name][keys[name][clip["id"]]] = towers[name].embed_clip(clip, frames)
+                bar.update()
+            for name, rows in made.items():
+                if rows:
+                    embedding = torch.stack([*rows.values()])
+                    add_to_store(run, store_file(run, group, f"{name}_video"), [*rows], {"embedding": embedding})
     barrier()
 
 
 def fill_store(run, audios, names, weights, ranks=Ranks(), workers=0):  # noqa: B008, a constant
-    """Scores what the store lacks, one network in memory at a time (two of tiny ones), groups divided over the ranks. A
-    failure is never stored. audios: list of Audio; names: scorers; workers: processes that decode video."""
-    scorers, clip_s, work = scorers_of(run, weights), read_run(run)["clip_s"], defaultdict(list)
+    """Scores what the store lacks, one network in memory at a time (tiny ones together), groups divided over the ranks.
+    A failure is never stored. audios: list of Audio; names: scorers; workers: processes that decode video."""
+    scorers, clip_s, work = scorers_of(run, weights), read_run(run)["clip_s"], defaultdict(dict)
     groups, clips = list(dict.fromkeys(audio.group for audio in audios))[ranks.rank :: ranks.world], {}
     for name in names:
         wanted = {group: {} for group in groups}
@@ -994,34 +994,54 @@ def fill_store(run, audios, names, weights, ranks=Ranks(), workers=0):  # noqa: 
             for key in read_store(file)[0] if file.exists() else ():
                 new.pop(key, None)
             if new:
-                work[name].append((group, new))
+                work[name][group] = new
                 clips.setdefault(group, {}).update((audio.clip["id"], audio.clip) for audio in new.values())
         for file in scorers.classes[name].files if work[name] else ():
             weight_file(scorers.root, file)  # a missing file is said now, not after hours of the other scorers
     names = [name for name in names if work[name]]
     see(run, {group: [*part.values()] for group, part in clips.items()}, names, weights, ranks, workers)
 
-    def score_with(name):
-        scorer = load_scorer(name, run, ranks.device, weights)
-        batches = [[[*new.values()][i : i + 20] for i in range(0, len(new), 20)] for _, new in work[name]]
-        read = functools.partial(read_waves, sample_rate_hz=scorer.sample_rate_hz, clip_s=clip_s)
-        waves = in_threads(read, itertools.chain(*batches), max(2, workers))
-        for (group, new), parts in zip(work[name], batches):
-            sides = sides_of(run, scorer, name, {group: {a.clip["id"]: a.clip for a in new.values()}.values()}, weights)
-            scored = [scorer(next(waves), [audio.clip for audio in part], sides) for part in parts]
-            good = [i for i, audio in enumerate(new.values()) if audio.clip["id"] in sides]
-            if good:
-                scores = {key: torch.cat([one[key] for one in scored])[good] for key in scored[0]}
-                add_to_store(run, store_file(run, group, name), [[*new][i] for i in good], scores)
-            bar.update()
-        del scorer
-        if ranks.device != "cpu":
-            torch.cuda.empty_cache()
+    def score(names):
+        """By these scorers side by side: what they hear is read once for each of their sample rates."""
+        loaded, parts = {name: load_scorer(name, run, ranks.device, weights) for name in names}, []
+        key_of = {name: {a.path: key for new in work[name].values() for key, a in new.items()} for name in names}
+        for group in groups:
+            lacking = [*{a.path: a for name in names for a in work[name].get(group, {}).values()}.values()]
+            parts += [(group, lacking[i : i + 20]) for i in range(0, len(lacking), 20)]
+        rates = {scorer.sample_rate_hz for scorer in loaded.values()}
+        read = lambda part: {rate: read_waves(part, rate, clip_s) for rate in rates}  # noqa: E731
+        waves = in_threads(read, [part for _, part in parts], max(2, workers))
 
-    total = sum(map(len, work.values()))
-    bar = tqdm(total=total, desc="score", unit="file", disable=ranks.rank > 0 or not total)
+        def look(name, group):
+            clips = {audio.clip["id"]: audio.clip for audio in work[name].get(group, {}).values()}
+            return sides_of(run, loaded[name], name, {group: clips.values()}, weights)
+
+        def judge(name, part, heard):
+            rows = [i for i, audio in enumerate(part) if audio.path in key_of[name]]
+            bar.update(len(rows))
+            rows = [i for i in rows if part[i].clip["id"] in sides[name]]
+            if rows:
+                own = heard[loaded[name].sample_rate_hz]
+                own = own if len(rows) == len(part) else own[rows]
+                scored[name].append(loaded[name](own, [part[i].clip for i in rows], sides[name]))
+                keys[name] += [key_of[name][part[i].path] for i in rows]
+
+        for group, batches in itertools.groupby(parts, key=lambda part: part[0]):
+            sides = dict(zip(names, pool.map(look, names, itertools.repeat(group))))
+            keys, scored = defaultdict(list), defaultdict(list)
+            for _, part in batches:
+                list(pool.map(judge, names, itertools.repeat(part), itertools.repeat(next(waves))))
+            for name, made in scored.items():
+                scores = {key: torch.cat([one[key] for one in made]) for key in made[0]}
+                add_to_store(run, store_file(run, group, name), keys[name], scores)
+
+    total = sum(len(new) for groups in work.values() for new in groups.values())
+    bar = tqdm(total=total, desc="score", unit="score", disable=ranks.rank > 0 or not total)
     with bar, ThreadPoolExecutor(scorers.at_a_time) as pool:
-        list(pool.map(score_with, names))
+        for i in range(0, len(names), scorers.at_a_time):
+            score(names[i : i + scorers.at_a_time])
+            if ranks.device != "cpu":
+                torch.cuda.empty_cache()
     barrier()
 
 

@@ -180,7 +180,7 @@ def bench_scorers(what, classes, folder, clip, clip_s, seconds):
     for name, scorer in ((name, make(folder, "cpu")) for name, make in classes.items()):
         waves = 0.1 * torch.randn(5, round(clip_s * scorer.sample_rate_hz))
         known = sides(scorer, [clip], clip_s)
-        together = lambda: scorer(waves, [clip] * 5, known)  # noqa: B023, E731
+        together = lambda: scorer(waves.clone(), [clip] * 5, known)  # noqa: B023, E731
         alone = lambda: [scorer(wave[None], [clip], known) for wave in waves]  # noqa: B023, E731
         compare(f"scorers, five audios together : each alone, {what} {name}", seconds, together, alone)
 

@@ -286,7 +286,7 @@ def refused(capsys):
             common.launch(stage(number).main, lambda: stage(number).parse_args(arguments(run, *flags)))
         end_process()
         error = capsys.readouterr().err
-        lines = [line for line in error.replace("\r", "\n").splitlines() if line.strip()]
+        lines = [line for line in error.replace("\x1b[A", "").replace("\r", "\n").splitlines() if line.strip()]
         said = [line for line in lines if not re.search(r"\d%\|.*\]$|^\d+\w+ \[.*\]$", line)]  # less progress bars
         assert ended.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), error
         return said[0]
