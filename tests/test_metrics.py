@@ -136,7 +136,7 @@ def made_up(n, shift=0.0, seed=0):
     return rng.standard_normal((n, 3)) + shift
 
 
-def results_of(base, better, n):
+def results_of(base, better, n, **against):
     """Result lines of two systems and the ground truth, by the stage's own code."""
     rows, truth = np.arange(n), made_up(n, seed=9)
     means = {"ground_truth": {}, "base": {"ib": base}, "flow_dpo": {"ib": better}}
@@ -145,7 +145,19 @@ def results_of(base, better, n):
         for name, shift, seed in (("base", 2.0, 1), ("flow_dpo", 1.0, 2))
     }
     sets["ground_truth"] = {"fd": (truth, rows), "is": (truth, rows)}
-    return {(row["system"], row["metric"]): row for row in metrics.results_of(means, sets, n)}
+    return {(row["system"], row["metric"]): row for row in metrics.results_of(means, sets, n, **against)}
+
+
+def test_differences_to_another_system_are_those_to_base_turned_round():
+    values = np.random.default_rng(3).standard_normal((2, 60))
+    usual, turned = results_of(*values, 60), results_of(*values, 60, against="flow_dpo")
+    for metric in ("ib", "fd", "is"):
+        to_base, to_ours = usual["flow_dpo", metric], turned["base", metric]
+        assert to_ours["diff"] == pytest.approx(-to_base["diff"]) and turned["flow_dpo", metric]["diff"] is None
+        assert (to_ours["diff_low"], to_ours["diff_high"]) == pytest.approx(
+            (-to_base["diff_high"], -to_base["diff_low"])
+        )
+        assert to_ours["value"] == usual["base", metric]["value"]
 
 
 def test_differences_to_base_are_paired_and_keep_their_sign():
@@ -227,17 +239,19 @@ def test_the_jackknife_of_is_leaves_clips_out_of_one_shuffle():
     assert row["high"] - row["value"] == pytest.approx(2.0930 * error, rel=1e-3)  # t of 19 degrees of freedom
 
 
-def test_p_good_that_differs_by_rounding_is_a_tie(finished, monkeypatch):
+def test_p_good_that_differs_by_rounding_is_a_tie(finished, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    common.save_pt(tmp_path / "02_audioscore.pt", {"audioscore": common.AudioScore(tags=8).state_dict()})
     names = {"imagebind": "ib", "clap": "clap", "synchformer": "desync_s", "pesq": "pesq"}
     base = {name: {key: torch.full((1,), 0.3)} for name, key in names.items()} | {
         "panns": {"logits": torch.zeros(1, 8)}
     }
     base["passt"] = {"logits": torch.zeros(1, 8), "embedding": torch.zeros(1, 64)}
-    found = {"base": base, "same": base | {"imagebind": {"ib": torch.full((1,), 0.3 + 1e-7)}}}
+    found = {"base": base, "same": base | {"imagebind": {"ib": torch.full((1,), 0.3 + 1e-6)}}}
     found["better"] = base | {"imagebind": {"ib": torch.full((1,), 0.5)}}
     monkeypatch.setattr(common, "people_of", lambda run: None)
     measures = common.scorers_of(finished, "weights").measures
-    means, _ = metrics.per_clip(finished, found, [{"id": "a"}], {name: {"a": "a.wav"} for name in found}, measures)
+    means, _ = metrics.per_clip(tmp_path, found, [{"id": "a"}], {name: {"a": "a.wav"} for name in found}, measures)
     assert means["same"]["p_good"] != means["base"]["p_good"]
     assert [means[name]["win_rate"].item() for name in ("base", "same")] == [0.5, 0.5]
     assert means["better"]["win_rate"].item() in (0.0, 1.0)
