@@ -18,9 +18,11 @@ METRICS = {
     "kl_panns": Metric("KL_PANNs", "lower", 2), "kl_passt": Metric("KL_PaSST", "lower", 2),
     "kl": Metric("KL", "lower", 2), "is": Metric("IS", "higher", 2), "ib": Metric("IB x100", "higher", 2, 100),
     "clap": Metric("CLAP x100", "higher", 2, 100), "desync_s": Metric("DeSync s", "lower"),
-    "p_good": Metric("P(Good)"), "win_rate": Metric("wins against base"),
+    "p_good": Metric("P(Good)"), "win_rate": Metric("wins"),
     "audiobox_pq": Metric("audiobox PQ", "higher", 2), "audiobox_pc": Metric("audiobox PC", "lower", 2),
     "audiobox_ce": Metric("audiobox CE", "higher", 2), "audiobox_cu": Metric("audiobox CU", "higher", 2),
+    "judge_semantic": Metric("judge: semantic"), "judge_sync_s": Metric("judge: sync s", "lower", 4),
+    "judge_aesthetic": Metric("judge: aesthetic"),
     "oracle_semantic": Metric("oracle: semantic"), "oracle_sync_s": Metric("oracle: sync s", "lower", 4),
     "oracle_floor_db": Metric("oracle: floor dB", "lower", 2), "oracle_aesthetic": Metric("oracle: aesthetic"),
 }  # fmt: skip
@@ -43,8 +45,8 @@ def describe(metrics):
     return {name: METRICS.get(name, Metric(name)) for name in order}
 
 
-def print_table(results, systems):
-    """Values, then differences to base with 95 % intervals; better and worse mark intervals that exclude 0."""
+def print_table(results, systems, against="base"):
+    """Values, then differences to one of them with 95 % intervals; better and worse mark intervals that exclude 0."""
     cell = {(row["metric"], row["system"]): row for row in results}
     metrics = describe(row["metric"] for row in results)
     print("\n" + f"{'':<18}" + "".join(f"{s[:14]:>15}" for s in systems))
@@ -52,9 +54,9 @@ def print_table(results, systems):
         values = [metric.text(cell[name, s]["value"]) if (name, s) in cell else "" for s in systems]
         label = f"{metric.column} {'^' if metric.better == 'higher' else 'v'}"
         print(f"{label:<18}" + "".join(f"{v:>15}" for v in values))
-    others = [s for s in systems if s not in ("base", "ground_truth")]
-    if "base" in systems and others:
-        print("\nminus base, 95 % interval" + " " * 4 + "".join(f"{s[:24]:>36}" for s in others))
+    others = [s for s in systems if s not in (against, "ground_truth")]
+    if against in systems and others:
+        print(f"\n{f'minus {against[:14]}, 95 % interval':<29}" + "".join(f"{s[:24]:>36}" for s in others))
         for name, metric in metrics.items():
             text = f"{metric.column:<29}"
             for row in (cell.get((name, s)) for s in others):
@@ -64,6 +66,18 @@ def print_table(results, systems):
                 diff, low, high = (metric.text(row[key], "+") for key in ("diff", "diff_low", "diff_high"))
                 text += f"{diff} [{low}, {high}] {row['verdict'] or '':<6}".rjust(36)
             print(text)
+        print("intervals over clips, one training seed: another seed may move a policy by more than they are wide")
+
+
+def hacked(results):
+    """A line for each system that gains on AudioScore and loses by who is no part of it: a judge, the toy's oracle."""
+    said = {}
+    for row in results:
+        said.setdefault(row["system"], {}).setdefault(row["verdict"], []).append(row["metric"])
+    for system, metrics in said.items():
+        lost = [m for m in metrics.get("worse", ()) if m.startswith(("audiobox_", "judge_", "oracle_"))]
+        if lost and "p_good" in metrics.get("better", ()):
+            yield f"warning: {system} gains on AudioScore and loses on {', '.join(lost)}: is it gaming its reward?"
 
 
 def paper_twin(system, run_json):

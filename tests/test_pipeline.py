@@ -152,7 +152,21 @@ def test_both_stages_are_trained_in_order_and_logged(finished):
         assert [row["step"] for row in rows] == list(range(stage("00").DEFAULTS["tiny"][number]["steps"]))
     stages = [row["stage"] for row in log]
     assert stages == sorted(stages) and set(stages) == {1, 2}
-    wanted = {"loss", "accuracy", "gap_w", "gap_l", "gap_w_t", "gap_l_t", "saturated", "grad_norm", "lr", "seconds"}
+    wanted = {
+        "loss",
+        "accuracy",
+        "gap_w",
+        "gap_l",
+        "gap_w_t",
+        "gap_l_t",
+        "saturated",
+        "opposed",
+        "weight",
+        "weight_wrong",
+        "grad_norm",
+        "lr",
+        "seconds",
+    }
     assert all(wanted <= row.keys() and len(row["gap_w_t"]) == 4 for row in log)
     assert all(0 <= row["reward"] <= 1 and row["grad_norm"] >= 0 and row["forwards"] > 0 for row in ddpo)
 
@@ -223,13 +237,33 @@ def test_a_rehearsal_of_07_says_what_audio_there_is_and_makes_nothing(run, tmp_p
     assert "--judge audiobox" in refused("07", run, "--judge", "audiobox")  # the toy world's scorers have none
 
 
+def test_two_systems_are_compared_and_what_their_intervals_leave_out_is_said(run, capsys, refused):
+    before = (run / "07_results.jsonl").read_text()
+    call("07", run, "--against", "flow_dpo")
+    said = capsys.readouterr().out
+    assert "minus flow_dpo, 95 % interval" in said and "intervals over clips, one training seed" in said
+    rows = {(row["system"], row["metric"]): row for row in read(run / "07_results_flow_dpo.jsonl")}
+    assert rows["flow_dpo", "win_rate"]["value"] == 0.5 and rows["flow_dpo", "ib"]["diff"] is None
+    assert rows["ddpo", "ib"]["diff"] == pytest.approx(rows["ddpo", "ib"]["value"] - rows["flow_dpo", "ib"]["value"])
+    assert (run / "07_results.jsonl").read_text() == before and "on the test split" not in said
+    assert "none of the systems (ground_truth, base, flow_dpo, ddpo)" in refused("07", run, "--against", "mine")
+
+
+def test_a_policy_beyond_the_two_that_is_judged_on_test_is_warned_of(run, capsys):
+    shutil.copytree(run / "05_flow_dpo", run / "other")
+    call("07", run, "--split", "val", "--only", "--systems", "base", "other")
+    assert "warning" not in capsys.readouterr().out
+    call("07", run, "--only", "--systems", "base", "other")
+    assert "warning: other on the test split; choose on --split val" in capsys.readouterr().out
+
+
 def test_a_policy_that_gains_on_audioscore_and_loses_by_another_judge_is_said():
     def row(system, metric, verdict):
         return dict(system=system, metric=metric, verdict=verdict)
 
     gains = [row(s, "p_good", "better") for s in ("a", "b")] + [row("c", "p_good", None)]
     judged = [row("a", "audiobox_pq", "worse"), row("b", "fd", "worse"), row("c", "oracle_semantic", "worse")]
-    (line,) = stage("07").hacked(gains + judged)
+    (line,) = common.hacked(gains + judged)
     assert "a gains on AudioScore and loses on audiobox_pq" in line
 
 
