@@ -88,8 +88,7 @@ DEFAULTS = {
         "03": dict(num_human_pairs=180), "04": dict(threshold=0.35),
         "05": dict(lr=7e-5, warmup=20, steps=160, global_batch=32, beta=20.0, save_every=40),
         "06": dict(lr=1e-4, steps=160, prompts=4, group_size=16, sampling_steps=10, updates=8, eta=1.0, micro_batch=32,
-                   save_every=5),
-        "07": dict(guidance=1.5),
+                   save_every=5), "07": dict(guidance=1.5),
     },
     "tiny": {
         "01": dict(guidance=1.5, sampling_steps=8), "02": dict(num_rated_clips=8), "03": dict(num_human_pairs=12),
@@ -98,8 +97,7 @@ DEFAULTS = {
     },
 }  # fmt: skip
 DEFAULTS["large"] = DEFAULTS["default"] | {"02": dict(num_rated_clips=400), "03": dict(num_human_pairs=400)}
-for number in ("05", "06"):  # a mined pair is seen less than four times
-    DEFAULTS["large"][number] = DEFAULTS["default"][number] | dict(steps=250)
+DEFAULTS["large"] |= {x: DEFAULTS["default"][x] | dict(steps=250) for x in ("05", "06")}  # each pair below four times
 OTHER = "made by another version of 00_toy_world.py; make the run folder anew"
 CORPORA = ("train", "val", "test", "pretrain", "scorer", "oracle", "judge")  # the index is part of every clip's seed
 
@@ -267,9 +265,9 @@ def corpus_clip(job):
     """Pool job: one clip that only trains networks, its picture through the same encoder and reader as the files'."""
     seed, corpus, index = job
     script = draw_script(seed, corpus, index)
-    wave = torch.from_numpy(draw_sound(script))
     if corpus == "judge":
-        return dict(wave=wave.numpy(), kind=script["kind"])
+        return dict(wave=draw_sound(script), kind=script["kind"])
+    wave = torch.from_numpy(draw_sound(script))
     noise = np.clip((np.log10(script["noise"]) + 3.2) / 1.7, 0, 1)  # 0 none, 1 the loudest
     row = dict(mel=log_mel(wave[None])[0].numpy(), kind=script["kind"], noise=np.float32(noise))
     if corpus == "oracle":
@@ -313,9 +311,9 @@ def heard(waves):
 
 
 def overlap_add(frames):
-    """(B, F, 1024), one every 320 samples -> (B, (F - 1) * 320 + 1024)."""
-    size = (1, (frames.shape[1] - 1) * HOP + N_FFT)
-    return F.fold(frames.transpose(1, 2), size, (1, N_FFT), stride=(1, HOP))[:, 0, 0]
+    """(B, F, 1024), one every 320 samples -> (B, (F + 3) * 320)."""
+    parts = F.pad(frames, (0, 4 * HOP - N_FFT)).unflatten(2, (4, HOP))
+    return sum(F.pad(parts[:, :, i], (0, 0, i, 3 - i)) for i in range(4)).flatten(1)
 
 
 def griffin_lim(magnitude, steps=4, momentum=0.5):

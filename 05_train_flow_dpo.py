@@ -16,11 +16,10 @@ Writes, in <run>/<--out>:
     checkpoint.pt    step, trained weights, optimizer: the same command resumes from here, exactly
     log.jsonl        per step: stage, loss, accuracy (share of pairs whose winner the implicit reward prefers), gap_w
                      and gap_l (error minus the reference's; also by quarter of t), ref_w (the reference's error of the
-                     winner), saturated (share of logits above 5,
-                     whose gradient is below 1 % of its largest), opposed (below -5, where it is full), weight (of a
-                     pair's gradient, sigmoid(-logit)), weight_wrong (that of pairs with a logit below 0, 0 for others),
-                     grad_norm, lr, seconds, forwards (rows through policy and reference so far), forwards_grad (with a
-                     backward pass), peak_gb
+                     winner), saturated (share of logits above 5, whose gradient is below 1 % of its largest), opposed
+                     (below -5, where it is full), weight (of a pair's gradient, sigmoid(-logit)), weight_wrong (that
+                     of pairs with a logit below 0, 0 for others), grad_norm, lr, seconds, forwards (rows through policy
+                     and reference so far), forwards_grad (with a backward pass), peak_gb
     settings.json    the settings that this folder was made with
 Takes: toy 19 s on 2 cores.
 """
@@ -186,7 +185,7 @@ def log_row(step, stage, sums):
 
 
 def reading(rows):
-    """What the last 50 steps on mined pairs show, in one line; docs/curves.md has a picture of each case."""
+    """What the last 50 steps of the longer stage show, in one line; docs/curves.md has a picture of each case."""
     rows = [row for row in rows if row["stage"] == max((1, 2), key=[row["stage"] for row in rows].count)][-50:]
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in MEASURES[1:]}
     wrong, rise = mean["weight_wrong"] / max(mean["weight"], 1e-12), mean["gap_w"] / max(mean["ref_w"], 1e-12)

@@ -52,7 +52,7 @@ from common import DICT, LIST, NUMBER, TEXT, SkipClip, maybe, number, stop
 LISTEN = 6  # clips in the report's listening section
 REPEATED = 20  # one question of so many is asked twice
 COLOURS = {"better": "#2a7f3f", "worse": "#b3261e", None: "#777777"}
-PAGE = Path(__file__).with_name("08_page.html")
+PAGE = common.ROOT / "plumbing" / "08_page.html"
 
 
 class Mode(NamedTuple):

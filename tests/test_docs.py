@@ -220,5 +220,5 @@ def test_git_holds_nothing_beyond_the_design():
     assert "README.md" in listed
     top = {name.split("/")[0] for name in listed if name}
     extra = {".ci", ".gitignore", "LICENSE", "README.md", "common.py", "pyproject.toml", "requirements.txt"}
-    extra |= {"08_page.html", "adapters", "docs", "plumbing", "tests"}
+    extra |= {"adapters", "docs", "plumbing", "tests"}
     assert top <= extra | {path.name for path in ROOT.glob("0?_*.py")}

@@ -448,6 +448,20 @@ def test_ablations_of_the_curriculum(tmp_path):
     assert stages("--threshold", "0.0")[1] == ["p0", "p1"]
 
 
+@pytest.mark.parametrize("case, accuracy, gap_w, ref_w, saturated, share", [
+    ("healthy", 0.964, 0.226, 0.51, 0.699, 0.51), ("too few pairs", 0.996, 0.959, 0.51, 0.978, 0.59),
+    ("lr too high", 0.962, 2.406, 0.51, 0.924, 0.90), ("beta too large", 0.938, 0.306, 0.51, 0.932, 0.99),
+    ("beta too small", 0.958, 7.710, 0.51, 0.584, 0.42), ("winner's error rises", 0.975, 1.407, 0.51, 0.846, 0.63),
+    ("has hardly learned", 0.52, 0.001, 0.51, 0.0, 0.49),
+])  # fmt: skip
+def test_the_last_line_names_the_case_of_docs_curves(case, accuracy, gap_w, ref_w, saturated, share):
+    row = dict(loss=0.1, accuracy=accuracy, gap_w=gap_w, gap_l=2 * gap_w, ref_w=ref_w, saturated=saturated)
+    row |= dict(opposed=0.0, weight=0.2, weight_wrong=0.2 * share)
+    other = {key: 0.5 for key in row}  # the shorter stage, and steps before the last 50, do not count
+    rows = [other | {"stage": 1}] * 10 + [row | {"stage": 1}] * 50 + [other | {"stage": 2}] * 20
+    assert stage("05").reading(rows).startswith(f"curves: {case}: ")
+
+
 def test_learning_rate_warms_up_once_and_then_stays():
     args = stage("05").parse_args(["--lr", "8", "--warmup", "4", "--run-dir", "none"])
     assert [stage("05").lr_at(step, args) for step in (0, 1, 3, 4, 11_999)] == [2, 4, 8, 8, 8]
