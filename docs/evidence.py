@@ -214,7 +214,7 @@ def judge(job):
 
 def norm_wrong(folder, out, count=128):
     """Of Eq. 5's gradient at a policy, on pairs of stage 1: the norm of what the wrongly ordered ones give, over the
-    sum of both norms."""
+    sum of both norms. None at beta 0, where Eq. 5 has no gradient."""
     sys.path.insert(0, str(ROOT))
     common, training = importlib.import_module("common"), importlib.import_module(STAGES["05"].removesuffix(".py"))
     torch = training.torch
@@ -236,7 +236,7 @@ def norm_wrong(folder, out, count=128):
     for chosen in (logits < 0, logits >= 0):
         gradients = torch.autograd.grad((loss * chosen).sum(), model.trainable_parameters(), retain_graph=True)
         norms.append(sum(g.square().sum() for g in gradients).sqrt().item())
-    return norms[0] / sum(norms)
+    return norms[0] / sum(norms) if any(norms) else None
 
 
 def mean_of(rows, key):
