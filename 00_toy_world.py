@@ -275,7 +275,7 @@ def corpus_clip(job):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         write_mp4(path, draw_picture(script))
-        look = read_moments(path)
+        look = moments(common.read_frames(path, [(FPS, frame_transform)], CLIP_S)[0])
     strike = np.exp(-0.5 * ((np.arange(FRAMES)[:, None] / FPS - script["hits_s"]) / 0.03) ** 2).max(axis=1)
     return dict(row, look=look.numpy(), text=words(script["caption"]).numpy(), strike=strike.astype(np.float32))
 
@@ -412,10 +412,6 @@ def moments(frames):
     return torch.cat([torch.stack(columns, dim=1), 2 * colour], dim=1)
 
 
-def read_moments(path):
-    return moments(common.read_frames(path, [(FPS, frame_transform)], CLIP_S)[0])
-
-
 def words(caption):
     """Bag of words (V,) over the world's captions; unknown words vanish, no caption is all zeros."""
     bag = torch.zeros(len(VOCABULARY))
@@ -548,8 +544,9 @@ class Toy(common.FlowModel):
         self.net.null_vector.requires_grad_(False)
         self.frozen = [encoder.requires_grad_(False), codec]  # in a list: no submodules
 
-    def read(self, clip):
-        return [read_moments(clip["path"])]
+    def read(self, clip, others=()):
+        frames, *more = common.read_frames(clip["path"], [(FPS, frame_transform), *others], CLIP_S)
+        return [moments(frames), *more]
 
     @torch.no_grad()
     def encode(self, clip, seen):

@@ -11,8 +11,8 @@ Reads:
     (any common format); a rerun evaluates again what the last run of this split did
 Writes:
     07_audio/<system>/<clip>.wav     one audio per clip, from the clip's own seed: systems share their noise
-    07_conditions/*.pt               the encoders' features of the split
-    scores/*.pt, heard.json          what every scorer said, by block of 32 clips; the peak of every audio
+    scores/*.pt, heard.json          what every scorer said, by block of 32 clips; the encoders' features of the
+                                     split; the peak of every audio
     07_results.jsonl                 system, metric, better (higher or lower), value, low, high (95 %), n (clips), and
                                      diff, diff_low, diff_high: value minus base's (--against: another's), paired, never
                                      sign-flipped, null for itself; verdict: better or worse where that excludes 0
@@ -23,7 +23,6 @@ With --split val the last two are 07_results_val.jsonl and 07_systems_val.json, 
 Takes: toy 29 s on 2 cores.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ from scipy import stats
 from tqdm import tqdm
 
 import common
-from common import METRICS, PAPER_COLUMNS, AudioScore, Metric, SkipClip, describe, number, stop
+from common import METRICS, PAPER_COLUMNS, AudioScore, Metric, describe, number, stop
 
 DEFAULTS = {"ground_truth": None, "base": None, "flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")
@@ -194,41 +193,16 @@ def block_of(clips):
     return {clip["id"]: f"{clip['split']}_{i // BLOCK_CLIPS:05d}" for i, clip in enumerate(clips)}
 
 
-def encode_clips(model, run, clips, workers, ranks):
-    """Features of these clips, memory-mapped from 07_conditions/, after encoding what is not there yet, its blocks
-    divided over the ranks: {clip id: dict}. They are kept under all that they depend on."""
-    rank, world, _ = ranks
-    blocks, name_of = {}, block_of(clips)
-    key_of = {c["id"]: common.digest_of(model.checkpoint_digest, c["caption"], common.stamp(c["path"])) for c in clips}
-    for clip in clips:
-        blocks.setdefault(run / "07_conditions" / f"{name_of[clip['id']]}.pt", []).append(clip)
-    mine, todo = list(blocks.items())[rank::world], {}
-    for file, block in mine:
-        cached = read_conditions(file, model) if file.exists() else {}
-        todo[file] = [clip for clip in block if key_of[clip["id"]] not in cached]
-    videos = common.read_ahead(model.read, [clip for block in todo.values() for clip in block], workers)
-    for file, block in tqdm(todo.items(), desc="encode", unit="block", disable=rank > 0):
-        new = {}
-        for clip, seen in zip(block, videos):
-            if isinstance(seen, SkipClip):
-                common.stamp(clip["path"])  # gone: no reason of its own
-                tqdm.write(f"{clip['id']}: {seen}; no policy can sound it", file=sys.stderr)
-            else:
-                new[key_of[clip["id"]]] = model.encode(clip, seen)
-        if new:
-            common.save_pt(file, (read_conditions(file, model) if file.exists() else {}) | new)
-    common.barrier()
-    found = {key: value for file in filter(Path.exists, blocks) for key, value in read_conditions(file, model).items()}
-    return {clip: found[key] for clip, key in key_of.items() if key in found}
-
-
-def read_conditions(file, model):
-    """{key: features}, memory-mapped."""
-    cached = common.load_pt(file, mmap=True)
-    fields = common.dict_of(common.dict_of(common.FLOATS))
-    if not fields.holds(cached) or not all(map(model.takes, cached.values())):
-        common.stop(f"{file}: not the features of clips; remove it and run the same command again")
-    return cached
+def encode_clips(model, run, clips, measures, args, ranks):
+    """Features of these clips, memory-mapped from the store, after encoding what is not there yet, groups divided over
+    the ranks: {clip id: dict}. The scorers' video towers see a video in the same pass, so that it is decoded once."""
+    groups = {}
+    for clip, group in zip(clips, block_of(clips).values()):
+        groups.setdefault(group, []).append(clip)
+    names = scorers_asked(measures) if model.reads_video else ()
+    mine = dict(list(groups.items())[ranks.rank :: ranks.world])
+    common.see(run, mine, names, args.weights, ranks, args.workers, model=model)
+    return common.embedded(run, groups, common.MODEL, args.weights, model)
 
 
 def generate(run, name, folder, model, features, clips, args, ranks):
@@ -453,7 +427,7 @@ def main(args):
         model = common.load_base_model(run, ranks.device, args.weights)
         if args.compile:
             model.compile_sampling()
-        features = encode_clips(model, run, clips, args.workers, ranks)
+        features = encode_clips(model, run, clips, measures, args, ranks)
         for name, folder in systems.items():  # base comes before any policy replaces its weights
             if is_policy(name, folder):
                 generate(run, name, folder, model, features, clips, args, ranks)

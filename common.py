@@ -210,6 +210,7 @@ class FlowModel(nn.Module):
     clip_s: float  # seconds of video that one audio belongs to, and of audio that is judged
     checkpoint: Path  # the file that the velocity network came from
     memory: Memory | None = None
+    reads_video = True  # whether `read` decodes the clip's video
 
     # What an adapter fills in -------------------------------------------------------------------------------
 
@@ -218,10 +219,10 @@ class FlowModel(nn.Module):
         """Names below --weights of all that the stages will read of this model."""
         return []
 
-    def read(self, clip):
+    def read(self, clip, others=()):
         """What `encode` needs of a clip's files, a list of CPU tensors: decoded and made small here, where no GPU is
-        used, by a process of its own (`read_ahead`). clip: a line of clips.jsonl with `path`. Raises SkipClip(reason)
-        for a video that cannot be used."""
+        used, by a process of its own (`read_ahead`); then, if it reads the video, what `others` (as `Scorer.frames`)
+        want of it. clip: a line of clips.jsonl with `path`. Raises SkipClip(reason) for a video that cannot be used."""
         return []
 
     def encode(self, clip, seen):
@@ -808,6 +809,7 @@ SILENT_PEAK = 1e-3  # of full scale, -60 dB
 HUMAN_SPEECH_CLASSES = ("child speech, kid speaking", "female speech, woman speaking")
 HUMAN_SPEECH_CLASSES += ("male speech, man speaking", "people whispering")
 AUDIOSCORE_SCORERS = dict(imagebind="ib", clap="clap", synchformer="desync_s", panns="logits", pesq="pesq")  # 1 ... 5
+MODEL = "model"  # where the store holds what scorers say: the backbone's features
 
 
 class Scorer:
@@ -859,7 +861,7 @@ class Scorer:
 
 def unjudged(clip, reason, scorer):
     stamp(clip["path"])  # gone: no reason of its own
-    tqdm.write(f"{clip['id']}: {reason}; {scorer} cannot judge it", file=sys.stderr)
+    tqdm.write(f"{clip['id']}: {reason}; {scorer} cannot use it", file=sys.stderr)
 
 
 class Audio(NamedTuple):
@@ -949,34 +951,41 @@ def add_to_store(run, file, keys, values):
         save_pt(file, {"keys": " ".join(keys), **values})  # one text is read faster than many
 
 
-def see(run, clips, names, weights, ranks, workers, loaded=None):
-    """The first pass of scoring: the video towers among these scorers, loaded together (or, by name, already), embed
-    what the store lacks, so that a video is decoded once. clips: {group: list of clips}."""
+def see(run, clips, names, weights, ranks, workers, loaded=None, model=None):
+    """The first pass: the video towers among these scorers, loaded together (or, by name, already), and a model's
+    encoders embed what the store lacks, so that a video is decoded once. clips: {group: list of clips}."""
     scorers, clip_s = scorers_of(run, weights), read_run(run)["clip_s"]
-    known = {n: embedded(run, clips, n, weights) for n in names if scorers.classes[n].reads == "video"}
+    names = [name for name in names if scorers.classes[name].reads == "video"]
+    known = {name: embedded(run, clips, name, weights, model) for name in ([MODEL] if model else []) + names}
     new = {g: [c for c in part if any(c["id"] not in of for of in known.values())] for g, part in clips.items()}
     todo = [clip for part in new.values() for clip in part]
     load = loaded.get if loaded else lambda name: load_scorer(name, run, ranks.device, weights)
-    towers = {name: load(name) for name in known} if todo else {}
-    keys = {name: video_keys(run, todo, name, weights) for name in towers}
+    towers = {name: load(name) for name in names} if todo else {}
+    keys = {name: video_keys(run, todo, name, weights, model) for name in known}
     wanted = [tower.frames for tower in towers.values()]
-    videos = read_ahead(lambda clip: read_frames(clip["path"], wanted, clip_s), todo, workers)
+    read = model.read if model else lambda clip, wanted: read_frames(clip["path"], wanted, clip_s)
+    videos = read_ahead(lambda clip: read(clip, wanted), todo, workers)
     with tqdm(total=len(todo), desc="see", unit="video", disable=ranks.rank > 0 or not todo) as bar:
         for group, part in new.items():
-            made = {name: {} for name in towers}
+            made = {name: {} for name in known}
             for clip, seen in zip(part, videos):
-                if isinstance(seen, SkipClip):
-                    unjudged(clip, seen, " and ".join(towers))
-                    seen = []
-                for name, frames in zip(towers, seen):
-                    if clip["id"] not in known[name]:
-                        with torch.inference_mode():
-                            made[name][keys[name][clip["id"]]] = towers[name].embed_clip(clip, frames)
                 bar.update()
+                if isinstance(seen, SkipClip):
+                    unjudged(clip, seen, ", ".join(known))
+                    continue
+                lacking = [name for name in known if clip["id"] not in known[name]]
+                own = seen[: len(seen) - len(towers)]
+                if MODEL in lacking:
+                    made[MODEL][keys[MODEL][clip["id"]]] = model.encode(clip, own)
+                for name, frames in zip(towers, seen[len(own) :]):
+                    if name in lacking:
+                        with torch.inference_mode():
+                            made[name][keys[name][clip["id"]]] = {"embedding": towers[name].embed_clip(clip, frames)}
             for name, rows in made.items():
                 if rows:
-                    embedding = torch.stack([*rows.values()])
-                    add_to_store(run, store_file(run, group, f"{name}_video"), [*rows], {"embedding": embedding})
+                    values = [*rows.values()]
+                    values = {key: torch.stack([row[key] for row in values]) for key in values[0]}
+                    add_to_store(run, store_file(run, group, f"{name}_video"), [*rows], values)
     barrier()
 
 
@@ -1049,24 +1058,27 @@ def sides_of(run, scorer, name, clips, weights):
     """{clip id: what `embed_clip` returned} of the clips that a scorer can judge, by `see` where it reads the video.
     clips: {group: clips}."""
     if scorer.reads == "video":
-        return embedded(run, clips, name, weights)
+        return {clip: row["embedding"] for clip, row in embedded(run, clips, name, weights).items()}
     return scorer.embed_clips([clip for part in clips.values() for clip in part])
 
 
-def embedded(run, clips, name, weights):
-    """What the store knows of these videos: {clip id: embedding}, memory-mapped. clips: {group: clips}."""
-    found, key_of = {}, video_keys(run, [clip for part in clips.values() for clip in part], name, weights)
+def embedded(run, clips, name, weights, model=None):
+    """What the store knows of these videos: {clip id: {key: embedding}}, memory-mapped. clips: {group: clips}."""
+    found, key_of = {}, video_keys(run, [clip for part in clips.values() for clip in part], name, weights, model)
     for group, part in clips.items():
         file = store_file(run, group, f"{name}_video")
-        keys, stored = read_store(file, {"embedding": None}) if file.exists() else ([], {})
+        shapes = model.feature_shapes if name == MODEL else {"embedding": None}
+        keys, stored = read_store(file, shapes) if file.exists() else ([], {})
         place = {key: row for row, key in enumerate(keys)}
-        known = [clip["id"] for clip in part if key_of[clip["id"]] in place]
-        found |= {clip: stored["embedding"][place[key_of[clip]]] for clip in known}
+        known = {clip["id"]: place[key_of[clip["id"]]] for clip in part if key_of[clip["id"]] in place}
+        found |= {clip: {key: value[row] for key, value in stored.items()} for clip, row in known.items()}
     return found
 
 
-def video_keys(run, clips, name, weights):
+def video_keys(run, clips, name, weights, model=None):
     """{clip id: digest of what the embedding of its video depends on}."""
+    if name == MODEL:
+        return {c["id"]: digest_of(model.checkpoint_digest, c["caption"], stamp(c["path"])) for c in clips}
     files = weights_digest(run, name, weights)
     return {clip["id"]: digest_of(name, files, stamp(clip["path"])) for clip in clips}
 

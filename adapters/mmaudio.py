@@ -87,11 +87,11 @@ class MMAudio(FlowModel):
 
     # Frozen parts: CLIP and Synchformer; VAE and vocoder ----------------------------------------------------
 
-    def read(self, clip):
+    def read(self, clip, others=()):
         """(64, 3, 384, 384) at 8 fps for CLIP, (200, 3, 224, 224) at 25 fps for Synchformer, uint8."""
         squash = v2.Resize((384, 384), InterpolationMode.BICUBIC)
         crop = v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224)])
-        return read_frames(clip["path"], [(8, squash), (25, crop)], self.clip_s)
+        return read_frames(clip["path"], [(8, squash), (25, crop), *others], self.clip_s)
 
     def encode(self, clip, seen):
         """clip: CLIP's pictures; sync: Synchformer's segments; text: CLIP's text."""

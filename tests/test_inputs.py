@@ -86,7 +86,7 @@ FILES = {
     "05_flow_dpo/policy.pt": ("07", (), {"out.bias": "tensor"}),
     "05_flow_dpo/checkpoint.pt": ("05", (), {"step": "whole", "settings": "text", "model": "weights"} | OPTIMIZER),
     "scores/00000.clap.pt": ("02", (), {"keys": "text", "clap": "tensor"}),
-    "07_conditions/test_00000.pt": ("07", (), {"*": "record", "*/pooled": "tensor"}),
+    "scores/test_00000.model_video.pt": ("07", (), {"keys": "text", "pooled": "tensor", "frames": "tensor"}),
     "00_base.pt": ("05", OUT, dict(kind="word", vocabulary="list", net="weights", encoder="weights", codec="weights")),
     "00_scorers.pt": ("06", OUT, {"kind": "word", "vocabulary": "list", "clap": "weights", "panns": "weights"}),
     "00_oracle.pt": ("02", (), {"classifier": "weights"}, "02_ratings.jsonl"),

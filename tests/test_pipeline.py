@@ -56,7 +56,13 @@ def test_every_file_of_a_run_is_there(finished):
     names += ["02_to_rate.csv", "02_ratings.jsonl", "02_scores.jsonl", "02_audioscore.pt"]
     names += ["03_to_choose.csv", "03_human_choices.jsonl", "03_scores/00000.jsonl", "03_pairs.jsonl"]
     names += ["03_human_pairs.jsonl", "scores/00000.pesq.pt", "04_stage1.jsonl", "04_stage2.jsonl"]
-    names += ["07_results.jsonl", "07_systems.json", "07_audio", "07_conditions", "scores/test_00000.passt.pt"]
+    names += [
+        "07_results.jsonl",
+        "07_systems.json",
+        "07_audio",
+        "scores/test_00000.model_video.pt",
+        "scores/test_00000.passt.pt",
+    ]
     for folder in ("05_flow_dpo", "06_ddpo"):
         names += [f"{folder}/{x}" for x in ("policy.pt", "policy.json", "checkpoint.pt", "log.jsonl", "settings.json")]
     assert [name for name in names if not (finished / name).exists()] == []
@@ -979,8 +985,7 @@ def test_a_test_clip_whose_video_or_sound_cannot_be_read_is_left_out_where_it_mu
     whole = (run / "00_videos" / f"{names[0]}.mp4").read_bytes()
     make_video(run / "00_videos" / f"{names[0]}.mp4", (64, 64), 25, 0.8)  # too short to look at, but it sounds
     (run / "00_videos" / f"{names[1]}.mp4").write_bytes(whole[:700])  # neither
-    for name in ("scores", "07_conditions"):
-        shutil.rmtree(run / name)
+    shutil.rmtree(run / "scores")
     call("07", run, "--allow-missing")
     found, said = results(run), capfd.readouterr().err
     assert f"{names[0]}: too short" in said and f"{names[1]}: unreadable" in said

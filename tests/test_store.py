@@ -192,13 +192,23 @@ def test_what_was_heard_is_remembered_until_the_file_changes(tmp_path, monkeypat
 # Ranks and workers -------------------------------------------------------------------------------------------
 
 
-def test_a_video_is_decoded_once_for_all_towers_and_never_again(run, monkeypatch):
-    shutil.rmtree(run / "scores")
+def test_a_video_is_decoded_once_for_model_and_towers_and_never_again(run, monkeypatch):
+    for name in ("scores", "07_audio"):
+        shutil.rmtree(run / name)
     decoded, original = [], common.read_frames
     monkeypatch.setattr(common, "read_frames", lambda path, *rest: decoded.append(path) or original(path, *rest))
-    for number, flags in (("02", ("--redo",)), ("03", ("--redo",)), ("06", ("--out", "again", "--steps", 2))):
+    for number, flags in (
+        ("02", ("--redo",)),
+        ("03", ("--redo",)),
+        ("06", ("--out", "again", "--steps", 2)),
+        ("07", ()),
+    ):
         call(number, run, "--workers", 0, *flags)
-    assert sorted(decoded) == sorted(clip["path"] for clip in common.read_clips(run, "train"))
+    assert sorted(decoded) == sorted(
+        clip["path"] for split in ("test", "train") for clip in common.read_clips(run, split)
+    )
+    call("07", run, "--workers", 0, "--systems", "again")
+    assert len(decoded) == len({*decoded})
 
 
 def test_bytes_do_not_depend_on_the_workers_and_an_error_of_one_is_the_clips_own_reason(fresh):
@@ -209,7 +219,7 @@ def test_bytes_do_not_depend_on_the_workers_and_an_error_of_one_is_the_clips_own
         call("01", place, "--sampling-steps", 2, "--num-samples", 2, "--workers", workers)
         call("02", place, "--num-rated-clips", 4, "--workers", workers)
         call("07", place, "--only", "--systems", "base", "--workers", workers)
-    names = ("01_samples", "01_audio", "02_scores", "scores/0", "scores/test", "07_con", "07_audio", "07_results")
+    names = ("01_samples", "01_audio", "02_scores", "scores/0", "scores/test", "07_audio", "07_results")
     assert files_of(two, *names) == files_of(fresh, *names)
     (skipped,) = read(two / "01_samples/00000.skipped.jsonl")
     assert skipped["clip"] == broken["id"] and skipped["reason"].startswith("unreadable video")
