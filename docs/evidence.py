@@ -1,7 +1,7 @@
 """The evidence of docs/evidence.md: the paper's claims in toy worlds of size `large`, each judged once (Sec. 3.2).
 
 Run:
-    python docs/evidence.py pilot              # val split, two worlds: which settings, and what explains their spread
+    python docs/evidence.py pilot              # val split, four worlds: settings, and all that is exploratory
     python docs/evidence.py claims             # test split, twelve worlds: Tables 1 and 2 in miniature
     python docs/evidence.py claims --worlds 0  # the tables and figures again, from the csv, in seconds
     python docs/evidence.py curves             # trainings of Flow-DPO, well and ill, for docs/curves.md
@@ -23,6 +23,7 @@ Takes: see docs/evidence.md.
 
 import argparse
 import csv
+import functools
 import importlib
 import json
 import os
@@ -48,20 +49,26 @@ COLUMNS = ("world", "arm", "seed", "budget", "metric", "value", "n")
 class World(NamedTuple):
     seed: int
     noise: float = 1.0  # the simulated people's, times what it usually is
+    round: int = 1  # 2: its base model is what Flow-DPO made of the plain world's
 
     @property
     def name(self):
-        return f"{self.seed}" if self.noise == 1 else f"{self.seed} noise {self.noise:g}"
+        return f"{self.seed}{f' noise {self.noise:g}' * (self.noise != 1)}{' round 2' * (self.round == 2)}"
 
 
 class Arm(NamedTuple):
     name: str
-    stage: str  # 05 or 06
+    stage: str  # 05 or 06; "": base, not trained
     flags: str = ""  # {share:0.45} becomes the threshold at which that share of the mined pairs is easy
     seeds: tuple = (None,)  # of the training; None: the world's
+    guidance: float | None = None  # of the evaluation alone; None: the world's
+
+    @property
+    def label(self):
+        return self.name if self.guidance is None else f"{self.name} at guidance {self.guidance:g}"
 
     def out(self, seed):
-        return f"{self.name}_{seed}"
+        return f"{self.name}_{seed}" if self.stage else self.name
 
 
 # The pilot ---------------------------------------------------------------------------------------------------
@@ -72,7 +79,6 @@ SCALED = [Arm(f"beta{b}_scaled", "05", f"--beta {b} --lr {7e-5 * 60 / b:.2e}", S
 NOISY = [arm for arm in GRID if arm.name in ("beta60_lr7e-05", "beta600_lr7e-05")]
 DDPO = [Arm(f"ddpo_lr{lr:.0e}_clip{clip:.0e}", "06", f"--lr {lr} --clip-range {clip}", (0,))
         for lr in (1e-4, 3e-4, 6e-4) for clip in (1e-3, 5e-3)]  # fmt: skip
-PILOT = {World(0): [*GRID, *SCALED, *DDPO], World(1): GRID, World(0, 0.0): NOISY, World(0, 3.0): NOISY}
 
 # The curves: what is wrong in each, and what makes it so -----------------------------------------------------
 
@@ -97,6 +103,17 @@ ARMS = (
     Arm("share0_no_human", "05", "--no-human --threshold {share:0}"),
     Arm("hard_first_no_human", "05", "--no-human --hard-first"),
 )  # fmt: skip
+TRIED = [arm for arm in ARMS if arm.name in ("flow_dpo", "ddpo", "sft", "beta600")]  # on val too, to compare with
+MORE = [
+    Arm("sum600", "05", "--beta 600000"),  # the sum over the toy's latent of 25 x 40
+    Arm("lora16", "05", "--lora 16"), Arm("lora64", "05", "--lora 64"),
+    *(Arm(f"{arm.name}_steps{n}", arm.stage, f"{arm.flags} --steps {n}") for arm in TRIED[:3] for n in (60, 125, 500)),
+    *(Arm(name, number, "", guidance=guidance) for guidance in (1, 3, 4.5)
+      for name, number in (("base", ""), ("flow_dpo", "05"), ("ddpo", "06"))),
+]  # fmt: skip
+PILOT = {World(0): [*GRID, *TRIED, *MORE, *SCALED, *DDPO]} | {World(w): [*GRID, *TRIED, *MORE] for w in (1, 2, 3)}
+PILOT |= {World(w, noise): [*TRIED[::3], *(NOISY if w == 0 else ())] for noise in (0.0, 3.0) for w in range(4)}
+PILOT |= {World(w, round=2): TRIED[:1] for w in range(4)}
 CLAIMS = {  # table: (claim, system, against, the metric that decides)
     "Table 1": (
         ("Flow-DPO improves on the pre-trained model (Sys. 11 against 9)", "flow_dpo", "base", "fd"),
@@ -168,15 +185,24 @@ def folder_of(args, world):
 
 
 def make_world(job):
-    """Stages 00 to 04. People of another noise answer about the audios of the world that they share."""
+    """Stages 00 to 04. People of another noise answer about the audios of the world that they share. A second round
+    keeps the world's people and AudioScore: its audios come from the tuned policy, and pairs from them."""
     args, world = job
-    folder, plain = folder_of(args, world), folder_of(args, world._replace(noise=1.0))
-    if not (folder / "run.json").exists() and world.noise != 1:
-        skip = shutil.ignore_patterns("0[2-7]*", "scores", "commands.jsonl", "run.json", "beta*", "ddpo*", ".*")
-        shutil.copytree(plain, folder, copy_function=os.link, ignore=skip, dirs_exist_ok=True)
-        about = json.loads((plain / "run.json").read_text()) | {"rater_noise": world.noise}
-        (folder / "run.json").write_text(json.dumps(about))
+    folder, plain = folder_of(args, world), folder_of(args, World(world.seed))
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "run.json").exists() and folder != plain:
+        keep = ("00_*", "clips.jsonl", *(("01_*", "scores") if world.round == 1 else ("02_[as]*",)))
+        for path in (path for pattern in keep for path in plain.glob(pattern)):
+            copy = functools.partial(shutil.copytree, copy_function=os.link, dirs_exist_ok=True)
+            (copy if path.is_dir() else shutil.copy)(path, folder / path.name)
+        about = json.loads((plain / "run.json").read_text()) | {"rater_noise": world.noise}
+        if world.round == 2:
+            common, tuned = stage("common"), plain / Arm("flow_dpo", "05").out(world.seed) / "policy.pt"
+            common.save_pt(base := folder / "00_base.pt", common.load_pt(base) | {"net": common.load_pt(tuned)})
+            about |= {"checkpoint_digest": common.digest(base)}
+            record = json.loads((folder / "02_settings.json").read_text()) | {"inputs": {}}  # of the first round
+            (folder / "02_settings.json").write_text(json.dumps(record))
+        (folder / "run.json").write_text(json.dumps(about))
     steps = [("00", "run.json", f" --size {args.size}"), ("01", "02_to_rate.csv", ""), ("02", "02_audioscore.pt", "")]
     for number, made, more in (*steps, ("03", "03_human_pairs.jsonl", ""), ("04", "04_settings.json", None)):
         if not (folder / made).exists():
@@ -186,37 +212,61 @@ def make_world(job):
 def train(job):
     args, world, arm, seed = job
     folder = folder_of(args, world)
-    if not (folder / arm.out(seed) / "policy.json").exists():
+    if arm.stage and not (folder / arm.out(seed) / "policy.json").exists():
         command(folder, arm.stage, f"--seed {seed} --out {arm.out(seed)} {flags_at(folder, arm.flags)}")
 
 
 def judge(job):
     """All policies of a world by one command of stage 07. Returns the lines of the csv."""
     args, world, arms, split = job
-    folder = folder_of(args, world)
-    names = {arm.out(seed): (arm, seed) for arm, seed in arms}
-    command(folder, "07", f"--split {split} --only --systems ground_truth base {' '.join(names)}")
-    results, rows = lines(folder / f"07_results{'' if split == 'test' else '_val'}.jsonl"), []
-    for result in results:
-        arm, seed = names.get(result["system"], (None, 0))
-        budget = lines(folder / result["system"] / "log.jsonl")[-1]["forwards"] if arm else 0
-        name = arm.name if arm else result["system"]
-        rows.append((world.name, name, seed, budget, result["metric"], result["value"], result["n"]))
-    for out, (arm, seed) in names.items():
-        log = lines(folder / out / "log.jsonl")
-        for key in LOGGED if arm.stage == "05" else ("reward",):
-            rows.append((world.name, arm.name, seed, log[-1]["forwards"], key, mean_of(log[-50:], key), 0))
-        if arm.stage == "05":
-            rows.append((world.name, arm.name, seed, log[-1]["forwards"], "norm_wrong", norm_wrong(folder, out), 0))
-        shutil.rmtree(folder / "07_audio" / out, ignore_errors=True)
+    folder, rows, logs = folder_of(args, world), [], {}
+    for guidance in dict.fromkeys(arm.guidance for arm, _ in arms):
+        names = {arm.out(seed): (arm, seed) for arm, seed in arms if arm.guidance == guidance}
+        names = {"ground_truth": (Arm("ground_truth", ""), 0), "base": (Arm("base", "", guidance=guidance), 0)} | names
+        more = "" if guidance is None else f" --guidance {guidance}"
+        command(folder, "07", f"--split {split} --only --systems {' '.join(names)}{more}")
+        logs |= {out: lines(folder / out / "log.jsonl") for out, (arm, _) in names.items() if arm.stage}
+        budgets = {out: log[-1]["forwards"] for out, log in logs.items()}
+        for result in lines(folder / f"07_results{'' if split == 'test' else '_val'}.jsonl"):
+            arm, seed = names[out := result["system"]]
+            value = result["metric"], result["value"], result["n"]
+            rows.append((world.name, arm.label, seed, budgets.get(out, 0), *value))
+        for out, (arm, seed) in names.items():
+            known = []
+            if arm.stage and guidance is None:
+                keys = LOGGED if arm.stage == "05" else ("reward",)
+                known = [*((key, mean_of(logs[out][-50:], key)) for key in keys), *costs(folder, out)]
+                if arm.stage == "05":
+                    known.append(("norm_wrong", norm_wrong(folder, out)))
+            elif out == "base" and guidance is None:
+                known = costs(folder)
+            rows += [(world.name, arm.label, seed, budgets.get(out, 0), *pair, 0) for pair in known]
+            shutil.rmtree(folder / "07_audio" / f"{out}{f'@{guidance:g}' if guidance else ''}", ignore_errors=True)
     return [row for row in rows if row[5] is not None]
+
+
+def costs(folder, out=None):
+    """(metric, value): CPU seconds of a training; of a world, those of its stages, and the pool of audios that all
+    but DDPO need, with its rows through the network (guidance doubles them)."""
+    spent = [(row["command"], row["cpu_s"]) for row in lines(folder / "commands.jsonl")]
+    if out:
+        return [("cpu_s", sum(seconds for said, seconds in spent if f"--out {out} " in f"{said} "))]
+    stages = {number: sum(seconds for said, seconds in spent if said[:2] == number) for number in STAGES}
+    run = json.loads((folder / "run.json").read_text())
+    audios = sum(len(lines(file)) for file in (folder / "01_samples").glob("?????.jsonl"))
+    pool = dict(pool_audios=audios, pool_forwards=2 * run["sampler"]["steps"] * audios, pool_cpu_s=stages["01"])
+    return [*pool.items(), *((f"cpu_s_{number}", seconds) for number, seconds in stages.items())]
+
+
+def stage(name):
+    sys.path.insert(0, str(ROOT))
+    return importlib.import_module(name)
 
 
 def norm_wrong(folder, out, count=128):
     """Of Eq. 5's gradient at a policy, on pairs of stage 1: the norm of what the wrongly ordered ones give, over the
     sum of both norms. None at beta 0, where Eq. 5 has no gradient."""
-    sys.path.insert(0, str(ROOT))
-    common, training = importlib.import_module("common"), importlib.import_module(STAGES["05"].removesuffix(".py"))
+    common, training = stage("common"), stage(STAGES["05"].removesuffix(".py"))
     torch = training.torch
     settings = json.loads((folder / out / "settings.json").read_text())
     args = argparse.Namespace(seed=settings["settings"]["seed"], global_batch=count)
@@ -265,7 +315,7 @@ def make(args, study, split):
         world: [(arm, seed) for arm in arms for seed in (world.seed if s is None else s for s in arm.seeds)]
         for world, arms in study.items()
     }
-    todo = {w: [(a, s) for a, s in arms if (w.name, a.name, s) not in done] for w, arms in todo.items()}
+    todo = {w: [(a, s) for a, s in arms if (w.name, a.label, s) not in done] for w, arms in todo.items()}
     worlds = [world for world, arms in todo.items() if arms]
     with ProcessPoolExecutor(args.jobs) as pool:
         for some in (worlds[i : i + args.jobs] for i in range(0, len(worlds), args.jobs)):
@@ -303,13 +353,15 @@ def append(path, rows):
 
 
 class Results:
-    """The csv: self[arm, metric] is {world: mean over its seeds}."""
+    """The csv: mean[arm, metric] is {world: mean over its seeds}. What another noise or round made of a world is an arm
+    of that world: `flow_dpo, round 2`."""
 
     def __init__(self, rows):
         found = defaultdict(lambda: defaultdict(list))
         for row in rows:
-            found[row["arm"], row["metric"]][row["world"]].append(row["value"])
-        self.each = found
+            world, _, other = row["world"].partition(" ")
+            found[row["arm"] + f", {other}" * bool(other), row["metric"]][world].append(row["value"])
+        self.rows, self.each = rows, found
         self.mean = {key: {world: float(np.mean(v)) for world, v in worlds.items()} for key, worlds in found.items()}
 
     def gaps(self, system, against, metric):
@@ -397,53 +449,136 @@ def tell_claims(args, results):
     print(difference_table(results, [arm.name for arm in ARMS]), "\n")
     for name, claims in CLAIMS.items():
         print(f"{name}\n\n{claim_table(results, claims)}\n")
+    if len(worlds) > 1:
+        draw_claims(args, results)
 
 
 SHOWN = ("fd", "p_good", "judge_semantic", "judge_sync_s", "judge_aesthetic")
 
 
+def minus_base(results, system, base="base", metrics=SHOWN):
+    """Cells of a table: mean over the worlds of system minus base, with its interval; None if it is not there yet."""
+    gaps = [results.gaps(system, base, metric) for metric in metrics]
+    return [shown(metric, *interval(gap)[:2]) for metric, gap in zip(metrics, gaps)] if len(gaps[0]) > 1 else None
+
+
+def spread(results, arm, metric):
+    """Standard deviation over training seeds, pooled over the worlds."""
+    seeds = [values for values in results.each[arm, metric].values() if len(values) > 1]
+    return float(np.sqrt(np.mean([np.var(values, ddof=1) for values in seeds]))) if seeds else None
+
+
+def logged(results, arm, key):
+    values = results.mean.get((arm, key), {}).values()
+    return f"{np.mean([*values]):.2f}" if values else ""
+
+
 def tell_pilot(args, results):
-    """Mean and spread over the training seeds, minus base, in each world."""
-    for world in PILOT:
-        arms = [arm for arm in PILOT[world] if world.name in results.each.get((arm.name, "fd"), {})]
-        if not arms:
-            continue
-        base = {metric: results.mean["base", metric][world.name] for metric in SHOWN}
-        rows = [["base", *(shown(metric, base[metric], sign="") for metric in SHOWN), "", "", ""]]
-        for arm in arms:
-            value = {key: results.each[arm.name, key].get(world.name) for key in (*SHOWN, *LOGGED, "norm_wrong")}
-            cells = []
-            for metric in SHOWN:
-                gaps = np.array(value[metric]) - base[metric]
-                spread = gaps.std(ddof=1) if len(gaps) > 1 else None
-                cells.append(shown(metric, gaps.mean(), spread))
-            more = ("accuracy", "saturated", "norm_wrong")
-            rows.append([arm.name, *cells, *(f"{np.mean(value[key]):.2f}" if value[key] else "" for key in more)])
-        head = ["", *map(heading, SHOWN), "accuracy", "saturated", "gradient of wrong pairs"]
-        print(f"world {world.name}, val split: minus base, ± standard deviation over training seeds\n")
-        print(table(head, rows), "\n")
+    """Every table of the val split, each of the worlds that have its rows so far."""
+    worlds = sorted(results.mean["base", "fd"])
+    head = [f"worlds {', '.join(worlds)}; val", *map(heading, SHOWN)]
+    values = [[results.mean["base", metric][world] for world in worlds] for metric in SHOWN]
+    base = ["base", *(shown(metric, np.mean(value), sign="") for metric, value in zip(SHOWN, values))]
+    rows = []
+    for arm in [*GRID, *SCALED]:
+        if cells := minus_base(results, arm.name) if len(worlds) > 1 else None:
+            keys = (logged(results, arm.name, key) for key in ("accuracy", "saturated", "norm_wrong"))
+            rows.append([arm.name, *cells, f"{spread(results, arm.name, 'fd'):.0f}", *keys])
+    print("Minus base, mean over worlds with its 95 % interval; seeds: FD's deviation over training seeds\n")
+    more = ("FD, seeds", "accuracy", "saturated", "gradient of wrong pairs")
+    print(table([*head, *more], [base + [""] * len(more), *rows]), "\n")
+
+    rows = []
+    for arm in [*TRIED, *(arm for arm in MORE if arm.guidance is None)]:
+        rows.append((arm.name, arm.name, "base"))
+    for other in ("noise 0", "noise 3"):
+        rows += [(f"{arm.name}, {other}", f"{arm.name}, {other}", f"base, {other}") for arm in TRIED[::3]]
+    rows.append(("flow_dpo, round 2", "flow_dpo, round 2", "base"))
+    told = [(name, minus_base(results, *pair)) for name, *pair in rows]
+    print(table(head, [base, *([name, *cells] for name, cells in told if cells)]), "\n")
+    against = [(name, minus_base(results, system, "flow_dpo")) for name, system, _ in rows if "noise" not in name]
+    print("Minus flow_dpo\n")
+    print(table(head, [[name, *cells] for name, cells in against if cells and name != "flow_dpo"]), "\n")
+
+    rows = []
+    for guidance in (1, 1.5, 3, 4.5):
+        at = "" if guidance == 1.5 else f" at guidance {guidance:g}"
+        if cells := minus_base(results, f"flow_dpo{at}", f"base{at}"):
+            ours = [interval([*results.mean[f"base{at}", metric].values()])[:2] for metric in SHOWN]
+            rows.append([f"base, guidance {guidance:g}", *(shown(m, *pair, sign="") for m, pair in zip(SHOWN, ours))])
+            rows.append(["flow_dpo minus base", *cells])
+            rows.append(["ddpo minus base", *minus_base(results, f"ddpo{at}", f"base{at}")])
+    print(table(head, rows), "\n")
     draw_pilot(args, results)
+    if ("flow_dpo_steps60", "fd") in results.mean:
+        print(compute_table(results), "\n")
+        draw_compute(args, results)
+
+
+STEPS = (60, 125, 250, 500)
+POOLED = ("flow_dpo", "sft")  # arms whose training needs the pool of audios
+
+
+def cost_of(results, arm, steps):
+    """Rows through the network and CPU seconds: (training, with the pool where it needs it), means over the worlds."""
+    name = arm if steps == 250 else f"{arm}_steps{steps}"
+    budget = [row for row in results.rows if row["arm"] == name and row["metric"] == "fd" and " " not in row["world"]]
+    if not budget:
+        return None
+    mean = lambda key, of: float(np.mean([*results.mean[of, key].values()]))  # noqa: E731
+    rows, seconds = np.mean([float(row["budget"]) for row in budget]), mean("cpu_s", name)
+    pool = np.array([mean("pool_forwards", "base"), mean("pool_cpu_s", "base") + mean("cpu_s_03", "base")])
+    pool = pool * (arm in POOLED)
+    return name, rows, rows + pool[0], seconds, seconds + pool[1]
+
+
+def compute_table(results):
+    rows = []
+    for arm in (arm.name for arm in TRIED[:3]):
+        for steps in STEPS:
+            if found := cost_of(results, arm, steps):
+                name, *costs = found
+                rows.append([arm, steps, *(f"{cost:,.0f}" for cost in costs), *(minus_base(results, name) or [])])
+    head = ["", "steps", "rows in training", "with the pool", "CPU s in training", "with the pool and its scoring"]
+    return table([*head, *map(heading, SHOWN)], rows)
+
+
+def draw_compute(args, results):
+    figure, axes = canvas(1, 3, figsize=(11, 3.4))
+    for axis, metric in zip(axes, ("fd", "judge_semantic", "judge_sync_s")):
+        for color, arm in zip(("C0", "C1", "C2"), TRIED):
+            found = [x for x in (cost_of(results, arm.name, steps) for steps in STEPS) if x]
+            at, gaps = [x[-1] for x in found], [results.gaps(x[0], "base", metric) * METRICS[metric][3] for x in found]
+            bars, style = [interval(gap)[1] for gap in gaps], dict(marker="o", markersize=4, capsize=2)
+            axis.errorbar(at, [gap.mean() for gap in gaps], bars, color=color, label=arm.name, **style)
+            axis.plot(at, gaps, color=color, lw=0.5, alpha=0.4)
+        axis.axhline(0, color="#444", lw=0.8)
+        axis.set(
+            xscale="log", xlabel="CPU seconds, pool and scoring counted", title=f"{heading(metric)} minus base"
+        )
+        if METRICS[metric][1] < 0:
+            axis.invert_yaxis()  # up is better everywhere
+    axes[0].legend(fontsize=7)
+    figure.savefig(args.csv.with_name("compute.png"), dpi=110)
 
 
 def draw_pilot(args, results):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), constrained_layout=True)
+    figure, axes = canvas(1, 3, figsize=(11, 3.2))
+    worlds = sorted(results.mean["base", "fd"])
     for axis, metric in zip(axes, ("fd", "judge_semantic", "judge_sync_s")):
-        for w, world in enumerate((World(0), World(1))):
-            base = results.mean["base", metric].get(world.name)
-            for r, rate in enumerate(RATES if base is not None else ()):
-                points = [(beta, results.each.get((f"beta{beta}_lr{rate:.0e}", metric), {}).get(world.name, []))
-                          for beta in BETAS]  # fmt: skip
-                style = dict(color=f"C{r}", marker="os"[w], fillstyle=("full", "none")[w])
-                at = [b * (0.94 + 0.08 * w + 0.04 * r) for b, values in points for _ in values]
-                gaps = [(v - base) * METRICS[metric][3] for _, values in points for v in values]
-                axis.plot(at, gaps, linestyle="", markersize=5, label=f"world {world.name}, lr {rate:.0e}", **style)
-                means = [(b, np.mean(v) - base) for b, v in points if v]
-                axis.plot([b for b, _ in means], [m * METRICS[metric][3] for _, m in means], color=f"C{r}", lw=0.8)
+        base = results.mean["base", metric]
+        for r, rate in enumerate(RATES):
+            points = {beta: results.each.get((f"beta{beta}_lr{rate:.0e}", metric), {}) for beta in BETAS}
+            means = []
+            for beta, found in points.items():
+                gaps = {w: (np.array(v) - base[w]) * METRICS[metric][3] for w, v in found.items()}
+                for world, values in gaps.items():
+                    place = worlds.index(world)
+                    at = np.full(len(values), beta * (0.9 + 0.05 * place + 0.025 * r))
+                    label = f"lr {rate:.0e}, world {world}" if beta == BETAS[0] else None
+                    axis.plot(at, values, f"C{r}{'osD^'[place]}", markersize=4, fillstyle="none", label=label)
+                means += [(beta, np.mean([*map(np.mean, gaps.values())]))] if gaps else []
+            axis.plot([b for b, _ in means], [m for _, m in means], color=f"C{r}", lw=1)
         axis.axhline(0, color="#444", lw=0.8)
         axis.set(xscale="log", xticks=BETAS, xticklabels=BETAS, xlabel="beta", title=f"{heading(metric)} minus base")
         axis.minorticks_off()
@@ -451,18 +586,44 @@ def draw_pilot(args, results):
     figure.savefig(args.csv.with_suffix(".png"), dpi=110)
 
 
-def draw_curves(args):
-    """Every training of CURVES: smoothed logs as a figure, means of the last 50 steps as a table."""
+def draw_claims(args, results):
+    """Every claim's difference in units of its deviation over worlds, up = as the paper says; a dot per world."""
+    tables = {name: [c for c in claims if len(results.gaps(*c[1:])) > 1] for name, claims in CLAIMS.items()}
+    counts = [len(claims) for claims in tables.values()]
+    figure, axes = canvas(len(tables), 1, figsize=(9, 1.2 + 0.36 * sum(counts)), height_ratios=counts)
+    for axis, (name, claims) in zip(axes, tables.items()):
+        for place, (_, system, against, metric) in enumerate(reversed(claims)):
+            gaps = results.gaps(system, against, metric) * METRICS[metric][1]
+            gaps = gaps / (gaps.std(ddof=1) or 1)
+            mean, half, _ = interval(gaps)
+            axis.plot(gaps, np.full(len(gaps), place), "o", ms=3, color="#999", mfc="none")
+            axis.errorbar(mean, place, xerr=half, color="C0" if mean > 0 else "C3", marker="o", ms=5, capsize=3, lw=1.5)
+        axis.axvline(0, color="#444", lw=0.8)
+        texts = [f"{text} [{METRICS[metric][0]}]" for text, _, _, metric in reversed(claims)]
+        axis.set_yticks(range(len(claims)), texts, fontsize=8)
+        axis.set_title(name, fontsize=9, loc="left")
+    axes[-1].set_xlabel("difference in the claim's direction, in standard deviations over worlds")
+    figure.savefig(args.csv.with_suffix(".png"), dpi=110)
+
+
+def canvas(rows, columns, **layout):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    if heights := layout.pop("height_ratios", None):
+        layout["gridspec_kw"] = {"height_ratios": heights}
+    return plt.subplots(rows, columns, constrained_layout=True, **layout)
+
+
+def draw_curves(args):
+    """Every training of CURVES: smoothed logs as a figure, means of the last 50 steps as a table."""
     arms = [Arm(f"curve{i}", "05", flags) for i, flags in enumerate(CURVES.values())]
     make_world((args, World(0)))
     with ProcessPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(train, [(args, World(0), arm, 0) for arm in arms]), "curves", total=len(arms)))
-    figure, axes = plt.subplots(3, len(arms), figsize=(15, 6), sharex="col", constrained_layout=True)
+    figure, axes = canvas(3, len(arms), figsize=(15, 6), sharex="col")
     rows = []
     for column, (title, arm) in zip(axes.T, zip(CURVES, arms)):
         log = lines(folder_of(args, World(0)) / arm.out(0) / "log.jsonl")

@@ -1,5 +1,6 @@
 """docs/evidence.py: its intervals, verdicts and tables, on numbers worked out by hand."""
 
+import json
 import shutil
 import types
 
@@ -99,20 +100,43 @@ def test_every_claim_is_of_arms_that_are_made_and_of_one_metric_that_is_judged()
             assert {system, against} <= made and metric in evidence.METRICS, text
 
 
+def test_what_another_noise_or_round_made_is_an_arm_of_its_world():
+    rows = [dict(world=world, arm="flow_dpo", seed=0, metric="fd", value=value)
+            for world, value in (("0", 1.0), ("0 round 2", 4.0), ("0 noise 3", 7.0))]  # fmt: skip
+    results = evidence.Results(rows)
+    assert results.gaps("flow_dpo, round 2", "flow_dpo", "fd") == [3]
+    assert results.gaps("flow_dpo, noise 3", "flow_dpo, round 2", "fd") == [3]
+    assert evidence.World(0, 3.0).name == "0 noise 3" and evidence.World(0, round=2).name == "0 round 2"
+
+
 def test_a_world_is_judged_and_never_made_again(finished, tmp_path, monkeypatch):
-    """Two trainings in a world that is there up to stage 04, one in its twin with unsteadier people."""
+    """Trainings in a world that is there up to stage 04, in its twin with unsteadier people, and in a second round."""
     skip = shutil.ignore_patterns("0[5-8]*", ".*", "test_*", "val_*")
     shutil.copytree(finished, tmp_path / "tiny_0", ignore=skip)
-    arms = [evidence.Arm("beta20", "05", "--beta 20 --steps 3", (0,)), evidence.Arm("ddpo", "06", "--steps 2", (0,))]
+    flow_dpo, sft = evidence.Arm("flow_dpo", "05", "--steps 3"), evidence.Arm("sft", "05", "--beta 0 --sft-weight 1")
+    arms = [flow_dpo, evidence.Arm("ddpo", "06", "--steps 2"), sft._replace(flags=f"{sft.flags} --steps 3")]
+    arms.append(flow_dpo._replace(guidance=3))
     args = types.SimpleNamespace(runs=tmp_path, csv=tmp_path / "e.csv", jobs=1, size="tiny")
-    study = {evidence.World(0): arms, evidence.World(0, 3.0): arms[:1]}
+    study = {evidence.World(0): arms, evidence.World(0, 3.0): arms[:1], evidence.World(0, round=2): arms[:1]}
+    (tmp_path / "tiny_0/commands.jsonl").write_text(json.dumps({"command": "01_generate.py --seed 0", "cpu_s": 7.5}))
+    with open(tmp_path / "tiny_0/commands.jsonl", "a") as log:
+        log.write("\n")
     evidence.make(args, study, "val")
     rows = evidence.read(args.csv)
     assert {(row["world"], row["arm"]) for row in rows if row["metric"] == "fd"} == {
-        ("0", "base"), ("0", "beta20"), ("0", "ddpo"), ("0 noise 3", "base"), ("0 noise 3", "beta20"),
+        ("0", "base"), ("0", "flow_dpo"), ("0", "ddpo"), ("0", "sft"), ("0", "base at guidance 3"),
+        ("0", "flow_dpo at guidance 3"), ("0 noise 3", "base"), ("0 noise 3", "flow_dpo"), ("0 round 2", "base"),
+        ("0 round 2", "flow_dpo"),
     }  # fmt: skip
-    logged = {row["metric"] for row in rows if row["arm"] == "beta20" and row["n"] == "0"}
-    assert {*evidence.LOGGED, "norm_wrong"} == logged and not (tmp_path / "tiny_0/07_audio/beta20").exists()
+    logged = {row["metric"] for row in rows if (row["world"], row["arm"], row["n"]) == ("0", "flow_dpo", "0")}
+    assert {*evidence.LOGGED, "norm_wrong", "cpu_s"} == logged
+    assert not (tmp_path / "tiny_0/07_audio/flow_dpo_0").exists()
+    assert not [row for row in rows if row["arm"] == "sft" and row["metric"] == "norm_wrong"]  # Eq. 5 has no gradient
+    value = {(row["world"], row["arm"], row["metric"]): row["value"] for row in rows}
+    assert value["0", "base", "pool_audios"] == 5 * 20 and value["0", "base", "pool_forwards"] == 2 * 8 * 5 * 20
+    assert value["0", "base", "pool_cpu_s"] == 7.5
+    assert value["0 round 2", "base", "fd"] == pytest.approx(value["0", "flow_dpo", "fd"], rel=1e-4)  # begins there
+    assert value["0 round 2", "base", "fd"] != value["0", "base", "fd"]
     ratings = [(tmp_path / name / "02_ratings.jsonl").read_text() for name in ("tiny_0", "tiny_0_noise_3")]
     assert ratings[0] != ratings[1]
     before = args.csv.read_text()
