@@ -257,6 +257,7 @@ def open_page(browser, path, rater=None, hurry=True):
     if hurry:
         browser.execute_script("audio.defaultPlaybackRate = 16")
     if rater:
+        browser.execute_script("document.getElementById('name').focus(); document.getElementById('name').select()")
         press(browser, rater, ENTER)
         press(browser, str(wait(browser, "beeps")), ENTER)
         wait(browser, "!document.querySelector('main').hidden")
@@ -350,6 +351,30 @@ def test_a_blind_pack_half_done_is_saved_and_counted(packed, browser):
     assert asked_for(browser, page) == ([page.as_uri()], [])
 
 
+def test_what_was_skipped_is_asked_before_the_end_a_correction_leads_back_and_a_reload_shows_the_end(packed, browser):
+    page = packed / "08_blind" / "00001.html"
+    open_page(browser, page, "Eve")
+    keys = [heard(browser)[2]]
+    press(browser, RIGHT, RIGHT)  # past both sounds of the first
+    keys.append(heard(browser)[2])
+    press(browser, "t")
+    keys.append(heard(browser)[2])
+    press(browser, LEFT, LEFT, "a")  # the second again, which is heard
+    assert wait(browser, f"state.items['{keys[1]}'].answer") != "tie"
+    assert heard(browser)[2] == keys[2]
+    press(browser, "b")
+    while (key := heard(browser)[2]) not in keys:
+        keys.append(key)
+        press(browser, "t")
+    assert key == keys[0] and len(keys) == ask(browser, "questions.length")
+    press(browser, "t")
+    for _ in range(2):
+        assert wait(browser, "!document.getElementById('end').hidden")
+        assert f"all {len(keys)} are answered" in browser.find_element("id", "rest").text
+        open_page(browser, page)
+        press(browser, ENTER)
+
+
 def test_a_caption_with_markup_is_text(packed, browser):
     open_page(browser, packed / "08_rate" / "00001.html")
     captions = [e.get_attribute("textContent") for e in browser.find_elements("class name", "caption")]
@@ -391,6 +416,8 @@ def test_a_name_and_the_right_number_of_beeps_come_first_and_every_rater_has_an_
     n = wait(browser, "beeps")
     press(browser, str(2 if n == 3 else 3))
     assert "That is not it" in browser.find_element("id", "hello").text
+    press(browser, str(n))  # no second guess at the same sound
+    assert "Play it first" in browser.find_element("id", "hello").text
     assert browser.find_element("id", "start").is_enabled() is False
     for name in ("Cy", "Di"):
         open_page(browser, page, name)
