@@ -236,7 +236,7 @@ def main(args):
     if args.lora and args.reference_precision != "auto":
         stop("--reference-precision: with --lora the reference is the policy's own network; give one of the two")
     if args.lora:
-        model.add_lora(args.lora, args.seed)
+        model.add_lora(args.lora, args.seed, bf16)
     reference = model.reference(bf16 and args.reference_precision != "fp32")
     if args.gradient_checkpointing:
         model.checkpoint_blocks()

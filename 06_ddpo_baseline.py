@@ -291,7 +291,7 @@ def main(args):
     unseen = dict(list(by_shard(drawn.values()).items())[rank::world])  # by stage 03
     common.see(run, unseen, reward.scorers, args.weights, ranks, args.workers, reward.scorers)
     if args.lora:
-        model.add_lora(args.lora, args.seed)
+        model.add_lora(args.lora, args.seed, common.in_bf16(device, args.precision))
     if args.gradient_checkpointing:
         model.checkpoint_blocks()
     optimizer = torch.optim.AdamW(

@@ -298,9 +298,10 @@ class FlowModel(nn.Module):
     def trained_state(self):
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
-    def add_lora(self, rank, seed):
+    def add_lora(self, rank, seed, bf16=False):
         """From now on adapters of this rank are trained, one on every linear and convolution layer, and nothing else.
-        They begin at zero: the network is what it was."""
+        They begin at zero: the network is what it was. bf16 halves the memory of the weights below them, as in
+        `reference`; the float32 ones wait on the CPU to be merged."""
         from peft import LoraConfig, inject_adapter_in_model  # seconds
 
         self.requires_grad_(False)
@@ -308,6 +309,10 @@ class FlowModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "lora"))
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), self)
+        self.unrounded = {}
+        for name, layer in self.lora_layers() if bf16 else ():
+            self.unrounded[name] = {key: value.cpu() for key, value in layer.get_base_layer().state_dict().items()}
+            layer.get_base_layer().to(torch.bfloat16)
 
     def lora_layers(self):
         return [(name, layer) for name, layer in self.named_modules() if hasattr(layer, "lora_A")]
@@ -323,9 +328,11 @@ class FlowModel(nn.Module):
     def merge_lora(self):
         """Adds the adapters to the weights below them: the network is of its upstream's form again."""
         for name, layer in self.lora_layers():
+            parent, base = name.rpartition(".")[0], layer.get_base_layer()
+            if name in self.unrounded:
+                base.float().load_state_dict(self.unrounded.pop(name))
             layer.merge()
-            parent, _, own = name.rpartition(".")
-            setattr(self.get_submodule(parent), own, layer.get_base_layer())
+            setattr(self.get_submodule(parent), name.rpartition(".")[2], base)
 
     def reference(self, bf16=False):
         """u_ref: the network without its adapters if it has some, else a frozen copy. bf16 halves the copy's memory: of
@@ -705,7 +712,7 @@ def say_memory(model, args, device, trained=0, sampled=0, reference=None, frozen
     row = memory.recomputed if vars(args).get("gradient_checkpointing") else memory.row
     needs = dict(weights=gib(model.parameters()), reference=gib(reference.parameters()) if reference else 0)
     needs["gradients and AdamW"] = 3 * gib(model.trainable_parameters()) * (trained > 0)
-    needs["bf16 copies"] = needs["weights"] / 2 * bf16
+    needs["bf16 copies"] = gib(p for p in model.parameters() if p.dtype == torch.float32) / 2 * bf16
     needs["activations"] = max(trained * row, sampled * memory.sampled) * (1 if bf16 else 2)
     needs["other networks"] = sum(getattr(memory, part) for part in frozen) + others
     needs["CUDA"] = CUDA_GIB * (device != "cpu")

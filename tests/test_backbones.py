@@ -358,11 +358,11 @@ def test_gradients_reach_every_trainable_parameter_and_recomputed_blocks_give_th
         assert plain["model.diffusion_model.pos_emb.weight"][:257].abs().amax(dim=1).min() > 0
 
 
-def through_adapters(model, given, file, rank):
+def through_adapters(model, given, file, rank, bf16=False):
     """Trains adapters and merges them into `file`. Returns u before, u after, and then u of the reference."""
     with torch.no_grad():
         before = model(*given)
-    model.add_lora(rank, seed=0)
+    model.add_lora(rank, seed=0, bf16=bf16)
     for _ in range(2):  # in the first, one half of every adapter is zero and stops the other half's gradient
         model.zero_grad()
         (model(*given) - given[0]).square().mean().backward()
@@ -387,6 +387,16 @@ def test_adapters_on_every_layer_merge_into_a_policy_of_upstreams_form(side, mod
     assert len(model.lora_layers()) == len(kinds) and len(model.trainable_parameters()) == 2 * len(kinds)
     model.merge_lora()
     assert set(model.state_dict()) == side.names
+
+
+def test_weights_rounded_below_adapters_change_no_bit_of_training_and_merging_under_autocast(side, model, tmp_path):
+    given, found = (noise(2, *side.shape), torch.tensor([0.2, 0.8]), side.features(2)), []
+    for bf16 in (False, True):
+        twin, file = copy.deepcopy(model), tmp_path / f"{bf16}.pt"
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append([*through_adapters(twin, given, file, rank=2, bf16=bf16), *twin.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and len(found[1]) == 3 + len(side.names)
+    assert not torch.equal(found[1][0], found[1][1]) and all(value.dtype != torch.bfloat16 for value in found[1][3:])
 
 
 def test_reference_keeps_its_own_network_and_shares_the_frozen_parts(side, model):

@@ -163,6 +163,10 @@ def test_a_reference_costs_its_own_bytes_and_a_model_without_account_says_nothin
     args, model = SimpleNamespace(precision="fp32", lora=0), Card()
     common.say_memory(model, args, "cpu", trained=1, reference=copy.deepcopy(model).to(torch.bfloat16))
     assert capsys.readouterr().out.startswith("expected peak: 5.5 GiB")  # 1, .5, 3, one row of twice .5
+    for dtype, total in ((torch.float32, 5.0), (torch.bfloat16, 2.5)):  # 1, .5 of copies, 3, .5; .5, 1.5, .5
+        model, args.precision = Card().to(dtype), "bf16"
+        common.say_memory(model, args, "cpu", trained=1)
+        assert capsys.readouterr().out.startswith(f"expected peak: {total} GiB")
     model.memory = None
     common.say_memory(model, args, "cpu")
     assert capsys.readouterr().out == ""
