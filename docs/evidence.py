@@ -1,7 +1,8 @@
 """The evidence of docs/evidence.md: the paper's claims in toy worlds of size `large`, each judged once (Sec. 3.2).
 
 Run:
-    python docs/evidence.py pilot              # val split, four worlds: settings, and all that is exploratory
+    python docs/evidence.py pilot              # val split, four worlds: which settings, and what explains their spread
+    python docs/evidence.py explore            # val split, four worlds: budgets, guidance, noise, a second round, LoRA
     python docs/evidence.py claims             # test split, twelve worlds: Tables 1 and 2 in miniature
     python docs/evidence.py claims --worlds 0  # the tables and figures again, from the csv, in seconds
     python docs/evidence.py curves             # trainings of Flow-DPO, well and ill, for docs/curves.md
@@ -15,9 +16,9 @@ is a mean over worlds, its 95 % interval Student's t over them; differences are 
 and noise. The p values of one table are Holm's, corrected for their number.
 
 Writes:
-    docs/pilot.csv, docs/evidence.csv    world, arm, seed, budget (rows through the network in training), metric, value,
-                                         n (clips; 0: from the training's log): every number, a world at a time
-    docs/pilot.png, docs/curves.png      the figures; the tables are printed, for docs/evidence.md and docs/curves.md
+    docs/evidence.csv, pilot.csv, explored.csv  world, arm, seed, budget (rows through the network in training), metric,
+                                                value, n (clips; 0: of the training): every number, a world at a time
+    docs/evidence.png, pilot.png, compute.png, curves.png  the figures; the tables are printed, for docs/*.md
 Takes: see docs/evidence.md.
 """
 
@@ -79,6 +80,8 @@ SCALED = [Arm(f"beta{b}_scaled", "05", f"--beta {b} --lr {7e-5 * 60 / b:.2e}", S
 NOISY = [arm for arm in GRID if arm.name in ("beta60_lr7e-05", "beta600_lr7e-05")]
 DDPO = [Arm(f"ddpo_lr{lr:.0e}_clip{clip:.0e}", "06", f"--lr {lr} --clip-range {clip}", (0,))
         for lr in (1e-4, 3e-4, 6e-4) for clip in (1e-3, 5e-3)]  # fmt: skip
+PILOT = {World(0): [*GRID, *SCALED, *DDPO]} | {World(w): GRID for w in (1, 2, 3)}
+PILOT |= {World(0, 0.0): NOISY, World(0, 3.0): NOISY}
 
 # The curves: what is wrong in each, and what makes it so -----------------------------------------------------
 
@@ -111,9 +114,8 @@ MORE = [
     *(Arm(name, number, "", guidance=guidance) for guidance in (1, 3, 4.5)
       for name, number in (("base", ""), ("flow_dpo", "05"), ("ddpo", "06"))),
 ]  # fmt: skip
-PILOT = {World(0): [*GRID, *TRIED, *MORE, *SCALED, *DDPO]} | {World(w): [*GRID, *TRIED, *MORE] for w in (1, 2, 3)}
-PILOT |= {World(w, noise): [*TRIED[::3], *(NOISY if w == 0 else ())] for noise in (0.0, 3.0) for w in range(4)}
-PILOT |= {World(w, round=2): TRIED[:1] for w in range(4)}
+EXPLORED = {World(w): [*TRIED, *MORE] for w in range(4)} | {World(w, round=2): TRIED[:1] for w in range(4)}
+EXPLORED |= {World(w, noise): TRIED[::3] for noise in (0.0, 3.0) for w in range(4)}
 CLAIMS = {  # table: (claim, system, against, the metric that decides)
     "Table 1": (
         ("Flow-DPO improves on the pre-trained model (Sys. 11 against 9)", "flow_dpo", "base", "fd"),
@@ -150,14 +152,15 @@ LOGGED = ("loss", "accuracy", "gap_w", "gap_l", "ref_w", "saturated", "opposed",
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("study", choices=("pilot", "claims", "curves"))
+    parser.add_argument("study", choices=("pilot", "explore", "claims", "curves"))
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder of all runs")
     parser.add_argument("--csv", type=Path, help="default docs/pilot.csv or docs/evidence.csv")
     parser.add_argument("--worlds", type=int, help="how many of the study's worlds; 0: what the csv holds. Claims: 12")
     parser.add_argument("--jobs", type=int, default=2, help="worlds, then trainings, at a time; one core each")
     parser.add_argument("--size", choices=("large", "default", "tiny"), default="large", help="of the toy worlds")
     args = parser.parse_args(argv)
-    args.csv = args.csv or ROOT / "docs" / ("evidence.csv" if args.study == "claims" else f"{args.study}.csv")
+    named = {"claims": "evidence.csv", "explore": "explored.csv"}.get(args.study, f"{args.study}.csv")
+    args.csv = args.csv or ROOT / "docs" / named
     return args
 
 
@@ -473,22 +476,28 @@ def logged(results, arm, key):
     return f"{np.mean([*values]):.2f}" if values else ""
 
 
-def tell_pilot(args, results):
-    """Every table of the val split, each of the worlds that have its rows so far."""
+def head_and_base(results):
     worlds = sorted(results.mean["base", "fd"])
-    head = [f"worlds {', '.join(worlds)}; val", *map(heading, SHOWN)]
     values = [[results.mean["base", metric][world] for world in worlds] for metric in SHOWN]
     base = ["base", *(shown(metric, np.mean(value), sign="") for metric, value in zip(SHOWN, values))]
-    rows = []
+    return [f"worlds {', '.join(worlds)}; val", *map(heading, SHOWN)], base
+
+
+def tell_pilot(args, results):
+    """Tables of the worlds that have their rows so far."""
+    (head, base), rows = head_and_base(results), []
     for arm in [*GRID, *SCALED]:
-        if cells := minus_base(results, arm.name) if len(worlds) > 1 else None:
+        if cells := minus_base(results, arm.name):
             keys = (logged(results, arm.name, key) for key in ("accuracy", "saturated", "norm_wrong"))
             rows.append([arm.name, *cells, f"{spread(results, arm.name, 'fd'):.0f}", *keys])
     print("Minus base, mean over worlds with its 95 % interval; seeds: FD's deviation over training seeds\n")
     more = ("FD, seeds", "accuracy", "saturated", "gradient of wrong pairs")
-    print(table([*head, *more], [base + [""] * len(more), *rows]), "\n")
+    print(table([*head, *more], [base + [""] * len(more), *rows]))
+    draw_pilot(args, results)
 
-    rows = []
+
+def tell_explored(args, results):
+    (head, base), rows = head_and_base(results), []
     for arm in [*TRIED, *(arm for arm in MORE if arm.guidance is None)]:
         rows.append((arm.name, arm.name, "base"))
     for other in ("noise 0", "noise 3"):
@@ -509,7 +518,6 @@ def tell_pilot(args, results):
             rows.append(["flow_dpo minus base", *cells])
             rows.append(["ddpo minus base", *minus_base(results, f"ddpo{at}", f"base{at}")])
     print(table(head, rows), "\n")
-    draw_pilot(args, results)
     if ("flow_dpo_steps60", "fd") in results.mean:
         print(compute_table(results), "\n")
         draw_compute(args, results)
@@ -553,9 +561,7 @@ def draw_compute(args, results):
             axis.errorbar(at, [gap.mean() for gap in gaps], bars, color=color, label=arm.name, **style)
             axis.plot(at, gaps, color=color, lw=0.5, alpha=0.4)
         axis.axhline(0, color="#444", lw=0.8)
-        axis.set(
-            xscale="log", xlabel="CPU seconds, pool and scoring counted", title=f"{heading(metric)} minus base"
-        )
+        axis.set(xscale="log", xlabel="CPU seconds, pool and scoring counted", title=f"{heading(metric)} minus base")
         if METRICS[metric][1] < 0:
             axis.invert_yaxis()  # up is better everywhere
     axes[0].legend(fontsize=7)
@@ -657,13 +663,16 @@ def main(args):
     args.runs = args.runs.resolve()
     if args.study == "curves":
         return draw_curves(args)
-    study = PILOT if args.study == "pilot" else {World(seed): ARMS for seed in range(12)}
+    claims = {World(seed): ARMS for seed in range(12)}
+    study, tell = dict(pilot=(PILOT, tell_pilot), explore=(EXPLORED, tell_explored)).get(
+        args.study, (claims, tell_claims)
+    )
     count = len(study) if args.worlds is None else args.worlds
-    make(args, dict(list(study.items())[:count]), "val" if args.study == "pilot" else "test")
+    make(args, dict(list(study.items())[:count]), "test" if args.study == "claims" else "val")
     rows = read(args.csv)
     if not rows:
         raise RuntimeError(f"{args.csv}: is not there yet; give --worlds 1 or more")
-    (tell_pilot if args.study == "pilot" else tell_claims)(args, Results(rows))
+    tell(args, Results(rows))
 
 
 if __name__ == "__main__":
