@@ -393,7 +393,7 @@ def test_weights_rounded_below_adapters_change_no_bit_of_training_and_merging_un
     given, found = (noise(2, *side.shape), torch.tensor([0.2, 0.8]), side.features(2)), []
     for bf16 in (False, True):
         twin, file = copy.deepcopy(model), tmp_path / f"{bf16}.pt"
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # the cache would outlive an update
             found.append([*through_adapters(twin, given, file, rank=2, bf16=bf16), *twin.state_dict().values()])
     assert all(torch.equal(a, b) for a, b in zip(*found)) and len(found[1]) == 3 + len(side.names)
     assert not torch.equal(found[1][0], found[1][1]) and all(value.dtype != torch.bfloat16 for value in found[1][3:])
