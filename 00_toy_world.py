@@ -522,6 +522,7 @@ class Toy(common.FlowModel):
 
     sample_rate_hz, clip_s, latent_shape = RATE_HZ, CLIP_S, (TOKENS, CHANNELS)
     feature_shapes = {"frames": (TOKENS, 2 * EMBED), "pooled": (EMBED,), "text": (len(VOCABULARY),)}
+    reads_video = True
 
     def __init__(self, variant, checkpoint, weights):
         super().__init__()

@@ -210,7 +210,7 @@ class FlowModel(nn.Module):
     clip_s: float  # seconds of video that one audio belongs to, and of audio that is judged
     checkpoint: Path  # the file that the velocity network came from
     memory: Memory | None = None
-    reads_video = True  # whether `read` decodes the clip's video
+    reads_video = False  # whether `read` decodes the clip's video, and what `others` want of it
 
     # What an adapter fills in -------------------------------------------------------------------------------
 
@@ -221,9 +221,13 @@ class FlowModel(nn.Module):
 
     def read(self, clip, others=()):
         """What `encode` needs of a clip's files, a list of CPU tensors: decoded and made small here, where no GPU is
-        used, by a process of its own (`read_ahead`); then, if it reads the video, what `others` (as `Scorer.frames`)
-        want of it. clip: a line of clips.jsonl with `path`. Raises SkipClip(reason) for a video that cannot be used."""
+        used, by a process of its own (`read_ahead`); then, if `reads_video`, what `others` (as `Scorer.frames`) want of
+        it. clip: a line of clips.jsonl with `path`. Raises SkipClip(reason) for a video that cannot be used."""
         return []
+
+    def stamp_of(self, clip):
+        """Changes with the file that `read` reads."""
+        return stamp(clip["path"])
 
     def encode(self, clip, seen):
         """Frozen encoders, once per clip. seen: what `read` returned. Returns a dict of float32 CPU tensors without
@@ -327,6 +331,8 @@ class FlowModel(nn.Module):
 
     def merge_lora(self):
         """Adds the adapters to the weights below them: the network is of its upstream's form again."""
+        if self.lora_layers() and self.unrounded:
+            self.cpu()  # where the weights below are, so that no GPU needs room for them
         for name, layer in self.lora_layers():
             parent, base = name.rpartition(".")[0], layer.get_base_layer()
             if name in self.unrounded:
@@ -816,7 +822,7 @@ SILENT_PEAK = 1e-3  # of full scale, -60 dB
 HUMAN_SPEECH_CLASSES = ("child speech, kid speaking", "female speech, woman speaking")
 HUMAN_SPEECH_CLASSES += ("male speech, man speaking", "people whispering")
 AUDIOSCORE_SCORERS = dict(imagebind="ib", clap="clap", synchformer="desync_s", panns="logits", pesq="pesq")  # 1 ... 5
-MODEL = "model"  # where the store holds what scorers say: the backbone's features
+MODEL = "model"  # beside the video towers' embeddings the store keeps a backbone's features, under this name
 
 
 class Scorer:
@@ -962,32 +968,34 @@ def see(run, clips, names, weights, ranks, workers, loaded=None, model=None):
     """The first pass: the video towers among these scorers, loaded together (or, by name, already), and a model's
     encoders embed what the store lacks, so that a video is decoded once. clips: {group: list of clips}."""
     scorers, clip_s = scorers_of(run, weights), read_run(run)["clip_s"]
-    names = [name for name in names if scorers.classes[name].reads == "video"]
-    known = {name: embedded(run, clips, name, weights, model) for name in ([MODEL] if model else []) + names}
-    new = {g: [c for c in part if any(c["id"] not in of for of in known.values())] for g, part in clips.items()}
+    names = [MODEL] * bool(model) + [name for name in names if scorers.classes[name].reads == "video"]
+    known = {name: embedded(run, clips, name, weights, model) for name in names}
+    lacks = {name: {c["id"] for part in clips.values() for c in part} - of.keys() for name, of in known.items()}
+    names = [name for name in names if lacks[name]]
+    new = {group: [c for c in part if any(c["id"] in lacks[name] for name in names)] for group, part in clips.items()}
     todo = [clip for part in new.values() for clip in part]
     load = loaded.get if loaded else lambda name: load_scorer(name, run, ranks.device, weights)
-    towers = {name: load(name) for name in names} if todo else {}
-    keys = {name: video_keys(run, todo, name, weights, model) for name in known}
-    wanted = [tower.frames for tower in towers.values()]
-    read = model.read if model else lambda clip, wanted: read_frames(clip["path"], wanted, clip_s)
-    videos = read_ahead(lambda clip: read(clip, wanted), todo, workers)
+    towers = {name: load(name) for name in names if name != MODEL}
+    keys = {name: video_keys(run, todo, name, weights, model) for name in names}
+    frames = [tower.frames for tower in towers.values()]
+    alone = lambda clip, others: read_frames(clip["path"], others, clip_s)  # noqa: E731
+    read = model.read if MODEL in names else alone
+    videos = read_ahead(lambda clip: read(clip, frames), todo, workers)
     with tqdm(total=len(todo), desc="see", unit="video", disable=ranks.rank > 0 or not todo) as bar:
         for group, part in new.items():
-            made = {name: {} for name in known}
+            made = {name: {} for name in names}
             for clip, seen in zip(part, videos):
                 bar.update()
                 if isinstance(seen, SkipClip):
-                    unjudged(clip, seen, ", ".join(known))
+                    unjudged(clip, seen, ", ".join(name for name in names if clip["id"] in lacks[name]))
                     continue
-                lacking = [name for name in known if clip["id"] not in known[name]]
-                own = seen[: len(seen) - len(towers)]
-                if MODEL in lacking:
+                own, others = seen[: len(seen) - len(towers)], seen[len(seen) - len(towers) :]
+                if clip["id"] in lacks.get(MODEL, ()):
                     made[MODEL][keys[MODEL][clip["id"]]] = model.encode(clip, own)
-                for name, frames in zip(towers, seen[len(own) :]):
-                    if name in lacking:
+                for name, pictures in zip(towers, others):
+                    if clip["id"] in lacks[name]:
                         with torch.inference_mode():
-                            made[name][keys[name][clip["id"]]] = {"embedding": towers[name].embed_clip(clip, frames)}
+                            made[name][keys[name][clip["id"]]] = {"embedding": towers[name].embed_clip(clip, pictures)}
             for name, rows in made.items():
                 if rows:
                     values = [*rows.values()]
@@ -1085,7 +1093,7 @@ def embedded(run, clips, name, weights, model=None):
 def video_keys(run, clips, name, weights, model=None):
     """{clip id: digest of what the embedding of its video depends on}."""
     if name == MODEL:
-        return {c["id"]: digest_of(model.checkpoint_digest, c["caption"], stamp(c["path"])) for c in clips}
+        return {c["id"]: digest_of(model.checkpoint_digest, c["caption"], model.stamp_of(c)) for c in clips}
     files = weights_digest(run, name, weights)
     return {clip["id"]: digest_of(name, files, stamp(clip["path"])) for clip in clips}
 

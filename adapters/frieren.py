@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import FlowModel, Memory, SkipClip, load_pt, stop, upstream, weight_file
+from common import FlowModel, Memory, SkipClip, load_pt, stamp, stop, upstream, weight_file
 
 
 @functools.cache
@@ -58,7 +58,7 @@ class Frieren(FlowModel):
     latent_shape, sample_rate_hz, clip_s = (256, 20), 16000, 8.0
     memory = Memory(row=0.082, recomputed=0.027, sampled=0.005, codec=2.6, encoders=0.0)  # tests/account.py
     frames, cavp_width, latent_scale = 32, 512, 0.18215
-    feature_shapes, reads_video = {"cavp": (frames, cavp_width)}, False
+    feature_shapes = {"cavp": (frames, cavp_width)}
     dit_config = dict(in_channels=20, context_dim=768, hidden_size=576, num_heads=8, depth=4, max_len=1000)
     vae_config = dict(double_z=True, in_channels=80, out_ch=80, z_channels=20, kernel_size=5, ch=384, ch_mult=[1, 2, 4])
     vae_config |= dict(num_res_blocks=2, attn_layers=[3], down_layers=[0], dropout=0.0)
@@ -106,11 +106,18 @@ class Frieren(FlowModel):
         trained = {name: value.cpu() for name, value in self.state_dict().items()}
         return {"state_dict": self.base()["state_dict"] | trained, "global_step": self.base().get("global_step", 0)}
 
+    def cavp_file(self, clip):
+        names = [f"{clip['cavp']}{suffix}" for suffix in ("", ".npz", ".npy")]
+        return next((name for name in names if name.endswith((".npz", ".npy")) and os.path.isfile(name)), None)
+
+    def stamp_of(self, clip):
+        file = self.cavp_file(clip)
+        return file and stamp(file)
+
     def read(self, clip, others=()):
         if not clip.get("cavp"):
             stop(f"clip {clip.get('id')}: Frieren reads CAVP features; give stage 01 their folder with --cavp")
-        names = [f"{clip['cavp']}{suffix}" for suffix in ("", ".npz", ".npy")]
-        file = next((name for name in names if name.endswith((".npz", ".npy")) and os.path.isfile(name)), None)
+        file = self.cavp_file(clip)
         if file is None:
             raise SkipClip("no CAVP features (.npz or .npy)")
         try:

@@ -28,6 +28,7 @@ class MMAudio(FlowModel):
 
     clip_s = 8.0
     feature_shapes = {"clip": (64, 1024), "sync": (192, 768), "text": (77, 1024)}
+    reads_video = True
 
     @classmethod
     def files(cls, variant):
