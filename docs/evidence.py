@@ -8,8 +8,9 @@ Run:
     python docs/evidence.py curves             # trainings of Flow-DPO, well and ill, for docs/curves.md
     python docs/evidence.py claims --worlds 2 --size tiny --runs DIR --csv FILE      # a try, minutes
 A world is `00_toy_world.py --seed w --size large`: its clips, base model, scorers and people are its own, and what
-follows has its seed. Everything is a stage's own command, noted with its CPU seconds in the run's commands.jsonl. What
-the csv holds is not made again; audio is deleted once it is judged; an interrupted command goes on.
+follows has its seed. What a stage does is a command of that stage, noted with its CPU seconds in the
+run's commands.jsonl. What the csv holds is not made again; audio is deleted once it is judged; an interrupted command
+goes on.
 
 What is claimed, and by which one metric it is decided, stands in CLAIMS, written before the worlds were made. A value
 is a mean over worlds, its 95 % interval Student's t over them; differences are taken within a world, on the same clips
@@ -24,7 +25,6 @@ Takes: see docs/evidence.md.
 
 import argparse
 import csv
-import functools
 import importlib
 import json
 import os
@@ -96,8 +96,9 @@ CURVES = {
 
 # The claims --------------------------------------------------------------------------------------------------
 
+FLOW_DPO = Arm("flow_dpo", "05")
 ARMS = (
-    Arm("flow_dpo", "05"), Arm("ddpo", "06"), Arm("no_human", "05", "--no-human"),
+    FLOW_DPO, Arm("ddpo", "06"), Arm("no_human", "05", "--no-human"),
     Arm("sft", "05", "--beta 0 --sft-weight 1"), Arm("dpo_sft", "05", "--sft-weight 2"),
     Arm("beta600", "05", "--beta 600"), Arm("beta1000", "05", "--beta 1000"),
     Arm("share81", "05", "--threshold {share:0.81}"), Arm("share0", "05", "--threshold {share:0}"),
@@ -109,7 +110,8 @@ ARMS = (
 TRIED = [arm for arm in ARMS if arm.name in ("flow_dpo", "ddpo", "sft", "beta600")]  # on val too, to compare with
 MORE = [
     Arm("sum600", "05", "--beta 600000"),  # the sum over the toy's latent of 25 x 40
-    Arm("lora16", "05", "--lora 16"), Arm("lora64", "05", "--lora 64"),
+    *(Arm(f"lora{rank}{name}", "05", f"--lora {rank}{lr}") for rank in (16, 64)
+      for name, lr in (("", ""), ("_lr1e-03", " --lr 1e-3"))),
     *(Arm(f"{arm.name}_steps{n}", arm.stage, f"{arm.flags} --steps {n}") for arm in TRIED[:3] for n in (60, 125, 500)),
     *(Arm(name, number, "", guidance=guidance) for guidance in (1, 3, 4.5)
       for name, number in (("base", ""), ("flow_dpo", "05"), ("ddpo", "06"))),
@@ -154,7 +156,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("study", choices=("pilot", "explore", "claims", "curves"))
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder of all runs")
-    parser.add_argument("--csv", type=Path, help="default docs/pilot.csv or docs/evidence.csv")
+    parser.add_argument("--csv", type=Path, help="default: the study's, in docs")
     parser.add_argument("--worlds", type=int, help="how many of the study's worlds; 0: what the csv holds. Claims: 12")
     parser.add_argument("--jobs", type=int, default=2, help="worlds, then trainings, at a time; one core each")
     parser.add_argument("--size", choices=("large", "default", "tiny"), default="large", help="of the toy worlds")
@@ -192,24 +194,34 @@ def make_world(job):
     keeps the world's people and AudioScore: its audios come from the tuned policy, and pairs from them."""
     args, world = job
     folder, plain = folder_of(args, world), folder_of(args, World(world.seed))
+    if folder != plain and not (folder / "run.json").exists():
+        copy_world(world, plain, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "run.json").exists() and folder != plain:
-        keep = ("00_*", "clips.jsonl", *(("01_*", "scores") if world.round == 1 else ("02_[as]*",)))
-        for path in (path for pattern in keep for path in plain.glob(pattern)):
-            copy = functools.partial(shutil.copytree, copy_function=os.link, dirs_exist_ok=True)
-            (copy if path.is_dir() else shutil.copy)(path, folder / path.name)
-        about = json.loads((plain / "run.json").read_text()) | {"rater_noise": world.noise}
-        if world.round == 2:
-            common, tuned = stage("common"), plain / Arm("flow_dpo", "05").out(world.seed) / "policy.pt"
-            common.save_pt(base := folder / "00_base.pt", common.load_pt(base) | {"net": common.load_pt(tuned)})
-            about |= {"checkpoint_digest": common.digest(base)}
-            record = json.loads((folder / "02_settings.json").read_text()) | {"inputs": {}}  # of the first round
-            (folder / "02_settings.json").write_text(json.dumps(record))
-        (folder / "run.json").write_text(json.dumps(about))
     steps = [("00", "run.json", f" --size {args.size}"), ("01", "02_to_rate.csv", ""), ("02", "02_audioscore.pt", "")]
     for number, made, more in (*steps, ("03", "03_human_pairs.jsonl", ""), ("04", "04_settings.json", None)):
         if not (folder / made).exists():
             command(folder, number, "" if more is None else f"--seed {world.seed}{more}")
+
+
+def copy_world(world, plain, folder):
+    """What a twin shares with the plain world; its run.json comes last."""
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted copy
+    folder.mkdir()
+    keep = ("00_*", "clips.jsonl", *(("01_*", "scores") if world.round == 1 else ("02_[as]*",)))
+    for path in (path for pattern in keep for path in plain.glob(pattern)):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, copy_function=os.link)
+        else:
+            shutil.copy(path, folder)
+    about = json.loads((plain / "run.json").read_text()) | {"rater_noise": world.noise}
+    if world.round == 2:
+        common, base = stage("common"), folder / "00_base.pt"
+        tuned = common.load_pt(plain / FLOW_DPO.out(world.seed) / "policy.pt")
+        common.save_pt(base, common.load_pt(base) | {"net": tuned})
+        about |= {"checkpoint_digest": common.digest(base)}
+        record = json.loads((folder / "02_settings.json").read_text()) | {"inputs": {}}  # of the first round
+        (folder / "02_settings.json").write_text(json.dumps(record))
+    (folder / "run.json").write_text(json.dumps(about))
 
 
 def train(job):
@@ -220,12 +232,12 @@ def train(job):
 
 
 def judge(job):
-    """All policies of a world by one command of stage 07. Returns the lines of the csv."""
+    """All policies of a world, by one command of stage 07 for each guidance. Returns the lines of the csv."""
     args, world, arms, split = job
     folder, rows, logs = folder_of(args, world), [], {}
     for guidance in dict.fromkeys(arm.guidance for arm, _ in arms):
         names = {arm.out(seed): (arm, seed) for arm, seed in arms if arm.guidance == guidance}
-        names = {"ground_truth": (Arm("ground_truth", ""), 0), "base": (Arm("base", "", guidance=guidance), 0)} | names
+        names = {x: (Arm(x, "", guidance=guidance), 0) for x in ("ground_truth", "base")} | names
         more = "" if guidance is None else f" --guidance {guidance}"
         command(folder, "07", f"--split {split} --only --systems {' '.join(names)}{more}")
         logs |= {out: lines(folder / out / "log.jsonl") for out, (arm, _) in names.items() if arm.stage}
@@ -238,27 +250,31 @@ def judge(job):
             known = []
             if arm.stage and guidance is None:
                 keys = LOGGED if arm.stage == "05" else ("reward",)
-                known = [*((key, mean_of(logs[out][-50:], key)) for key in keys), *costs(folder, out)]
+                known = [*((key, mean_of(logs[out][-50:], key)) for key in keys), ("cpu_s", training_cost(folder, out))]
                 if arm.stage == "05":
                     known.append(("norm_wrong", norm_wrong(folder, out)))
             elif out == "base" and guidance is None:
-                known = costs(folder)
+                known = world_costs(folder).items()
             rows += [(world.name, arm.label, seed, budgets.get(out, 0), *pair, 0) for pair in known]
             shutil.rmtree(folder / "07_audio" / f"{out}{f'@{guidance:g}' if guidance else ''}", ignore_errors=True)
     return [row for row in rows if row[5] is not None]
 
 
-def costs(folder, out=None):
-    """(metric, value): CPU seconds of a training; of a world, those of its stages, and the pool of audios that all
-    but DDPO need, with its rows through the network (guidance doubles them)."""
-    spent = [(row["command"], row["cpu_s"]) for row in lines(folder / "commands.jsonl")]
-    if out:
-        return [("cpu_s", sum(seconds for said, seconds in spent if f"--out {out} " in f"{said} "))]
-    stages = {number: sum(seconds for said, seconds in spent if said[:2] == number) for number in STAGES}
-    run = json.loads((folder / "run.json").read_text())
+def training_cost(folder, out):
+    """CPU seconds, if it was not interrupted: what a stopped command spent is not known."""
+    spent = lines(folder / "commands.jsonl")
+    return sum(row["cpu_s"] for row in spent if f"--out {out} " in f"{row['command']} ")
+
+
+def world_costs(folder):
+    """CPU seconds of the stages; the pool of audios, its rated ones, and its rows through the network, which guidance
+    doubles."""
+    spent = lines(folder / "commands.jsonl")
+    stages = {f"cpu_s_{n}": sum(row["cpu_s"] for row in spent if row["command"][:2] == n) for n in STAGES}
+    steps = json.loads((folder / "run.json").read_text())["sampler"]["steps"]
     audios = sum(len(lines(file)) for file in (folder / "01_samples").glob("?????.jsonl"))
-    pool = dict(pool_audios=audios, pool_forwards=2 * run["sampler"]["steps"] * audios, pool_cpu_s=stages["01"])
-    return [*pool.items(), *((f"cpu_s_{number}", seconds) for number, seconds in stages.items())]
+    rated = len(lines(folder / "02_scores.jsonl"))
+    return dict(pool_audios=audios, pool_rated=rated, pool_forwards=2 * steps * audios) | stages
 
 
 def stage(name):
@@ -322,10 +338,18 @@ def make(args, study, split):
     worlds = [world for world, arms in todo.items() if arms]
     with ProcessPoolExecutor(args.jobs) as pool:
         for some in (worlds[i : i + args.jobs] for i in range(0, len(worlds), args.jobs)):
-            trainings = [(args, world, *arm) for world in some for arm in todo[world]]
-            for work, jobs in ((make_world, [(args, world) for world in some]), (train, trainings)):
+            plain = [World(seed) for seed in dict.fromkeys(world.seed for world in some)]
+            twins = [world for world in some if world not in plain]
+            tuned = [world for world in plain if any((w.seed, w.round) == (world.seed, 2) for w in some)]
+            arms = {(w, a.out(seed)): (args, w, a, seed) for w in some for a, seed in todo[w]}  # one for all guidances
+            for work, jobs in (
+                (make_world, [(args, world) for world in plain]),
+                (train, [(args, world, FLOW_DPO, world.seed) for world in tuned]),
+                (make_world, [(args, world) for world in twins]),
+                (train, [*arms.values()]),
+            ):
                 title = f"{work.__name__} {', '.join(world.name for world in some)}"
-                list(tqdm(pool.map(work, jobs, chunksize=1), title, total=len(jobs)))
+                list(tqdm(pool.map(work, jobs, chunksize=1), title, total=len(jobs), disable=not jobs))
             for rows in pool.map(judge, [(args, world, todo[world], split) for world in some]):
                 append(args.csv, rows)
 
@@ -392,10 +416,12 @@ def holm(p_values):
 
 
 def worlds_needed(values, alpha=0.05, power=0.8):
-    """How many worlds like these decide a difference of this size with this power (paired t, normal quantiles)."""
+    """How many worlds like these, more than there are, would decide a difference of this size with this power (paired
+    t, normal quantiles and two worlds more)."""
     values = np.asarray(values, float)
     effect = max(abs(values.mean()) / values.std(ddof=1), 0.01)
-    return int(np.ceil(((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) / effect) ** 2)) + 2
+    needed = int(np.ceil(((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) / effect) ** 2)) + 2
+    return max(needed, len(values) + 1)
 
 
 def shown(metric, mean, half=None, sign="+"):
@@ -422,7 +448,7 @@ def claim_table(results, claims):
         right = mean * METRICS[metric][1] > 0
         verdict = "holds" if right else "does not hold"
         if p > 0.05:
-            verdict = f"not decidable: {worlds_needed(gaps):,} worlds would"
+            verdict = f"not decidable: {worlds_needed(gaps, 0.05 / len(found)):,} worlds would"
         agree = int((np.sign(gaps) == np.sign(mean)).sum())
         difference = f"{METRICS[metric][0]} {shown(metric, mean, half)}"
         rows.append([text, f"{system} - {against}", difference, f"{agree}/{len(gaps)}", f"{p:.3f}", verdict])
@@ -459,10 +485,13 @@ def tell_claims(args, results):
 SHOWN = ("fd", "p_good", "judge_semantic", "judge_sync_s", "judge_aesthetic")
 
 
-def minus_base(results, system, base="base", metrics=SHOWN):
-    """Cells of a table: mean over the worlds of system minus base, with its interval; None if it is not there yet."""
-    gaps = [results.gaps(system, base, metric) for metric in metrics]
-    return [shown(metric, *interval(gap)[:2]) for metric, gap in zip(metrics, gaps)] if len(gaps[0]) > 1 else None
+def minus_base(results, system, base="base"):
+    """Cells of a table: mean over the worlds of system minus base, with its interval; of one world, with the deviation
+    over training seeds; None if it is not there yet."""
+    gaps = [results.gaps(system, base, metric) for metric in SHOWN]
+    if len(gaps[0]) == 1:
+        return [shown(metric, gap[0], spread(results, system, metric)) for metric, gap in zip(SHOWN, gaps)]
+    return [shown(metric, *interval(gap)[:2]) for metric, gap in zip(SHOWN, gaps)] if len(gaps[0]) else None
 
 
 def spread(results, arm, metric):
@@ -485,14 +514,20 @@ def head_and_base(results):
 
 def tell_pilot(args, results):
     """Tables of the worlds that have their rows so far."""
-    (head, base), rows = head_and_base(results), []
-    for arm in [*GRID, *SCALED]:
-        if cells := minus_base(results, arm.name):
-            keys = (logged(results, arm.name, key) for key in ("accuracy", "saturated", "norm_wrong"))
-            rows.append([arm.name, *cells, f"{spread(results, arm.name, 'fd'):.0f}", *keys])
+    (head, base), more = head_and_base(results), ("FD, seeds", "accuracy", "saturated", "gradient of wrong pairs")
+
+    def row(name, other=""):
+        if cells := minus_base(results, name + other, f"base{other}"):
+            seeds = spread(results, name + other, "fd")
+            keys = (logged(results, name + other, key) for key in ("accuracy", "saturated", "norm_wrong"))
+            yield [name + other, *cells, "" if seeds is None else f"{seeds:.0f}", *keys]
+
     print("Minus base, mean over worlds with its 95 % interval; seeds: FD's deviation over training seeds\n")
-    more = ("FD, seeds", "accuracy", "saturated", "gradient of wrong pairs")
-    print(table([*head, *more], [base + [""] * len(more), *rows]))
+    print(table([*head, *more], [base + [""] * len(more), *(line for arm in GRID for line in row(arm.name))]), "\n")
+    alone = [line for arm in [*SCALED, *DDPO] for line in row(arm.name)]
+    alone += [line for other in (", noise 0", ", noise 3") for arm in NOISY for line in row(arm.name, other)]
+    print("World 0 alone: minus base, with the deviation over training seeds\n")
+    print(table(["", *map(heading, SHOWN), *more], alone))
     draw_pilot(args, results)
 
 
@@ -523,21 +558,21 @@ def tell_explored(args, results):
         draw_compute(args, results)
 
 
-STEPS = (60, 125, 250, 500)
-POOLED = ("flow_dpo", "sft")  # arms whose training needs the pool of audios
+STEPS = (60, 125, 250, 500)  # the third: a large world's own
 
 
 def cost_of(results, arm, steps):
-    """Rows through the network and CPU seconds: (training, with the pool where it needs it), means over the worlds."""
-    name = arm if steps == 250 else f"{arm}_steps{steps}"
+    """(name of the arm; rows through the network in training, and with the pool of audios; CPU seconds likewise), means
+    over the worlds. All need AudioScore and the audios that were rated for it; DDPO alone needs no others."""
+    name = arm if steps == STEPS[2] else f"{arm}_steps{steps}"
     budget = [row for row in results.rows if row["arm"] == name and row["metric"] == "fd" and " " not in row["world"]]
     if not budget:
         return None
-    mean = lambda key, of: float(np.mean([*results.mean[of, key].values()]))  # noqa: E731
+    mean = lambda key, of="base": float(np.mean([*results.mean[of, key].values()]))  # noqa: E731
+    share = mean("pool_rated") / mean("pool_audios") if arm == "ddpo" else 1
     rows, seconds = np.mean([float(row["budget"]) for row in budget]), mean("cpu_s", name)
-    pool = np.array([mean("pool_forwards", "base"), mean("pool_cpu_s", "base") + mean("cpu_s_03", "base")])
-    pool = pool * (arm in POOLED)
-    return name, rows, rows + pool[0], seconds, seconds + pool[1]
+    pool_s = share * mean("cpu_s_01") + mean("cpu_s_02") + mean("cpu_s_03") * (arm != "ddpo")
+    return name, rows, rows + share * mean("pool_forwards"), seconds, seconds + pool_s
 
 
 def compute_table(results):
@@ -546,8 +581,8 @@ def compute_table(results):
         for steps in STEPS:
             if found := cost_of(results, arm, steps):
                 name, *costs = found
-                rows.append([arm, steps, *(f"{cost:,.0f}" for cost in costs), *(minus_base(results, name) or [])])
-    head = ["", "steps", "rows in training", "with the pool", "CPU s in training", "with the pool and its scoring"]
+                rows.append([arm, steps, *(f"{cost:,.0f}" for cost in costs), *minus_base(results, name)])
+    head = ["", "steps", "rows in training", "with the pool", "CPU s in training", "with pool and scoring"]
     return table([*head, *map(heading, SHOWN)], rows)
 
 
