@@ -89,7 +89,9 @@ def test_a_policy_folder_without_log_and_a_run_without_audioscore_make_a_page(ru
 def test_a_copied_run_makes_its_page_from_its_own_files(finished, run):
     audio = json.loads((run / "07_systems.json").read_text())["systems"][1]["audio"]
     assert all(path == f"07_audio/base/{clip}.wav" for clip, path in audio.items())
-    assert page_of(run) == (finished / "08_report.html").read_text(encoding="utf-8")
+    pages = page_of(run), (finished / "08_report.html").read_text(encoding="utf-8")
+    ours, theirs = (re.sub(r"data:video/mp4;base64,[^\"]+", "a video", page) for page in pages)
+    assert ours == theirs and "a video" in ours  # x264's bytes differ from call to call on some processors
 
 
 def test_what_is_missing_is_named_in_one_line(run, without_pictures):
