@@ -587,8 +587,9 @@ def compute_table(results):
 
 
 def draw_compute(args, results):
-    figure, axes = canvas(1, 3, figsize=(11, 3.4))
-    for axis, metric in zip(axes, ("fd", "judge_semantic", "judge_sync_s")):
+    figure, axes = canvas(2, 3, figsize=(11, 6), sharex=True)
+    metrics = ("fd", "judge_semantic", "judge_sync_s", "p_good", "oracle_semantic", "oracle_sync_s")
+    for axis, metric in zip(axes.flat, metrics):
         for color, arm in zip(("C0", "C1", "C2"), TRIED):
             found = [x for x in (cost_of(results, arm.name, steps) for steps in STEPS) if x]
             at, gaps = [x[-1] for x in found], [results.gaps(x[0], "base", metric) * METRICS[metric][3] for x in found]
@@ -596,10 +597,14 @@ def draw_compute(args, results):
             axis.errorbar(at, [gap.mean() for gap in gaps], bars, color=color, label=arm.name, **style)
             axis.plot(at, gaps, color=color, lw=0.5, alpha=0.4)
         axis.axhline(0, color="#444", lw=0.8)
-        axis.set(xscale="log", xlabel="CPU seconds, pool and scoring counted", title=f"{heading(metric)} minus base")
+        axis.set(
+            xscale="log", xticks=(100, 200, 300), xticklabels=(100, 200, 300), title=f"{heading(metric)} minus base"
+        )
+        axis.minorticks_off()
         if METRICS[metric][1] < 0:
             axis.invert_yaxis()  # up is better everywhere
-    axes[0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=7)
+    figure.supxlabel("CPU seconds of a training, with its share of the pool of audios and of scoring", fontsize=9)
     figure.savefig(args.csv.with_name("compute.png"), dpi=110)
 
 
