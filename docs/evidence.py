@@ -628,6 +628,7 @@ def draw_pilot(args, results):
         axis.axhline(0, color="#444", lw=0.8)
         axis.set(xscale="log", xticks=BETAS, xticklabels=BETAS, xlabel="beta", title=f"{heading(metric)} minus base")
         axis.minorticks_off()
+        axis.tick_params(axis="x", labelsize=7)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.savefig(args.csv.with_suffix(".png"), dpi=110)
 
