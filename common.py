@@ -334,11 +334,11 @@ class FlowModel(nn.Module):
         if self.lora_layers() and self.unrounded:
             self.cpu()  # where the weights below are, so that no GPU needs room for them
         for name, layer in self.lora_layers():
-            parent, base = name.rpartition(".")[0], layer.get_base_layer()
+            (parent, _, own), base = name.rpartition("."), layer.get_base_layer()
             if name in self.unrounded:
                 base.float().load_state_dict(self.unrounded.pop(name))
             layer.merge()
-            setattr(self.get_submodule(parent), name.rpartition(".")[2], base)
+            setattr(self.get_submodule(parent), own, base)
 
     def reference(self, bf16=False):
         """u_ref: the network without its adapters if it has some, else a frozen copy. bf16 halves the copy's memory: of

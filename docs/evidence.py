@@ -34,6 +34,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -154,15 +155,14 @@ LOGGED = ("loss", "accuracy", "gap_w", "gap_l", "ref_w", "saturated", "opposed",
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("study", choices=("pilot", "explore", "claims", "curves"))
+    parser.add_argument("study", choices=(*STUDIES, "curves"))
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder of all runs")
     parser.add_argument("--csv", type=Path, help="default: the study's, in docs")
     parser.add_argument("--worlds", type=int, help="how many of the study's worlds; 0: what the csv holds. Claims: 12")
     parser.add_argument("--jobs", type=int, default=2, help="worlds, then trainings, at a time; one core each")
     parser.add_argument("--size", choices=("large", "default", "tiny"), default="large", help="of the toy worlds")
     args = parser.parse_args(argv)
-    named = {"claims": "evidence.csv", "explore": "explored.csv"}.get(args.study, f"{args.study}.csv")
-    args.csv = args.csv or ROOT / "docs" / named
+    args.csv = args.csv or ROOT / "docs" / (STUDIES[args.study].csv if args.study in STUDIES else "curves.csv")
     return args
 
 
@@ -700,20 +700,30 @@ def draw_curves(args):
     print(table(["", "flags, stage 1's last 50 steps", *head], rows))
 
 
+class Study(NamedTuple):
+    worlds: dict  # {World: arms}
+    split: str
+    tell: Callable
+    csv: str
+
+
+STUDIES = {
+    "pilot": Study(PILOT, "val", tell_pilot, "pilot.csv"),
+    "explore": Study(EXPLORED, "val", tell_explored, "explored.csv"),
+    "claims": Study({World(seed): ARMS for seed in range(12)}, "test", tell_claims, "evidence.csv"),
+}
+
+
 def main(args):
     args.runs = args.runs.resolve()
     if args.study == "curves":
         return draw_curves(args)
-    claims = {World(seed): ARMS for seed in range(12)}
-    study, tell = dict(pilot=(PILOT, tell_pilot), explore=(EXPLORED, tell_explored)).get(
-        args.study, (claims, tell_claims)
-    )
-    count = len(study) if args.worlds is None else args.worlds
-    make(args, dict(list(study.items())[:count]), "test" if args.study == "claims" else "val")
+    study = STUDIES[args.study]
+    make(args, dict(list(study.worlds.items())[: args.worlds]), study.split)
     rows = read(args.csv)
     if not rows:
         raise RuntimeError(f"{args.csv}: is not there yet; give --worlds 1 or more")
-    tell(args, Results(rows))
+    study.tell(args, Results(rows))
 
 
 if __name__ == "__main__":

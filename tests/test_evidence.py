@@ -110,11 +110,12 @@ def test_what_another_noise_or_round_made_is_an_arm_of_its_world():
 
 
 def test_a_world_is_judged_and_never_made_again(finished, tmp_path, monkeypatch):
-    """Trainings in a world that is there up to stage 04, and in a second round."""
+    """Trainings in a world that is there up to stage 04, and in a second round; and its twin with unsteadier people."""
     skip = shutil.ignore_patterns("0[5-8]*", ".*", "test_*", "val_*")
     shutil.copytree(finished, tmp_path / "tiny_0", ignore=skip)
     flow_dpo, sft = evidence.Arm("flow_dpo", "05", "--steps 3"), evidence.Arm("sft", "05", "--beta 0 --sft-weight 1")
-    arms = [flow_dpo, sft._replace(flags=f"{sft.flags} --steps 3"), flow_dpo._replace(guidance=3)]
+    arms = [flow_dpo, sft._replace(flags=f"{sft.flags} --steps 3"), evidence.Arm("ddpo", "06", "--steps 2")]
+    arms.append(flow_dpo._replace(guidance=3))
     args = types.SimpleNamespace(runs=tmp_path, csv=tmp_path / "e.csv", jobs=1, size="tiny")
     study = {evidence.World(0): arms, evidence.World(0, round=2): arms[:1]}
     write(tmp_path / "tiny_0/commands.jsonl", [{"command": "01_generate.py --seed 0", "cpu_s": 7.5}])
@@ -123,8 +124,8 @@ def test_a_world_is_judged_and_never_made_again(finished, tmp_path, monkeypatch)
     evidence.make(args, study, "val")
     rows = evidence.read(args.csv)
     assert {(row["world"], row["arm"]) for row in rows if row["metric"] == "fd"} == {
-        ("0", "base"), ("0", "flow_dpo"), ("0", "sft"), ("0", "base at guidance 3"), ("0", "flow_dpo at guidance 3"),
-        ("0 round 2", "base"), ("0 round 2", "flow_dpo"),
+        ("0", "base"), ("0", "flow_dpo"), ("0", "sft"), ("0", "ddpo"), ("0", "base at guidance 3"),
+        ("0", "flow_dpo at guidance 3"), ("0 round 2", "base"), ("0 round 2", "flow_dpo"),
     }  # fmt: skip
     logged = {row["metric"] for row in rows if (row["world"], row["arm"], row["n"]) == ("0", "flow_dpo", "0")}
     assert {*evidence.LOGGED, "norm_wrong", "cpu_s"} == logged
@@ -135,12 +136,13 @@ def test_a_world_is_judged_and_never_made_again(finished, tmp_path, monkeypatch)
     assert value["0", "base", "cpu_s_01"] == 7.5 and value["0", "base", "pool_rated"] == 5 * 8
     assert value["0 round 2", "base", "fd"] == pytest.approx(value["0", "flow_dpo", "fd"], rel=1e-4)  # begins there
     assert value["0 round 2", "base", "fd"] != value["0", "base", "fd"]
-    before, told = args.csv.read_text(), []
-    monkeypatch.setattr(evidence, "command", lambda *command: told.append(command))
+    before, told, command = args.csv.read_text(), [], evidence.command
+    monkeypatch.setattr(evidence, "command", lambda *words: told.append(words) or words[1] == "02" and command(*words))
     evidence.make(args, study, "val")
     assert args.csv.read_text() == before and not told
     evidence.make_world((args, evidence.World(0, 3.0)))  # other people, of the same audios
     twin = tmp_path / "tiny_0_noise_3"
     assert [number for _, number, _ in told] == ["01", "02", "03", "04"]
     assert json.loads((twin / "run.json").read_text())["rater_noise"] == 3
+    assert (twin / "02_ratings.jsonl").read_text() != (tmp_path / "tiny_0/02_ratings.jsonl").read_text()
     assert files_of(twin, "01_audio", "01_samples") == files_of(tmp_path / "tiny_0", "01_audio", "01_samples")
