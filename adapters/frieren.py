@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import FlowModel, Memory, SkipClip, load_pt, stamp, stop, upstream, weight_file
+from common import NUMPY, FlowModel, Memory, SkipClip, load_pt, stamp, stop, upstream, weight_file
 
 
 @functools.cache
@@ -84,10 +84,8 @@ class Frieren(FlowModel):
     def load_policy(self, path):
         """Replaces the velocity network's weights by those of a file that save_policy, or upstream by Lightning 1.4,
         wrote. Returns the file's content and its VAE, both mapped: not read before they are used."""
-        # learning rates are numpy scalars, callbacks are keyed by their class
-        names = ["numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"]
-        names += ["pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"]
-        file = load_pt(path, mmap=True, ignore=names)
+        callbacks = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # keyed by their class
+        file = load_pt(path, mmap=True, ignore=[*NUMPY, callbacks])
         if not isinstance(file, dict) or not isinstance(file.get("state_dict"), dict):
             stop(f"{path}: no checkpoint of Frieren, which is a dict with a 'state_dict'")
         recorded = [callback.get("dirpath") or "" for callback in file.get("callbacks", {}).values()]

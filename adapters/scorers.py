@@ -23,6 +23,7 @@ from common import (
     ANY,
     HUMAN_SPEECH_CLASSES,
     NUMBER,
+    NUMPY,
     TENSOR,
     NoAudio,
     Scorer,
@@ -38,7 +39,6 @@ from common import (
 )
 
 JUDGED_S = 8.0
-IGNORE = [f"numpy.{name}" for name in ("dtype", "ndarray", "core.multiarray.scalar", "core.multiarray._reconstruct")]
 
 
 def judged(waves, sample_rate_hz, centred=False):
@@ -165,7 +165,7 @@ class ClapScorer(Scorer):
             net, _ = factory.create_model("HTSAT-base", "roberta", device="cpu", enable_fusion=False)
         finally:
             model.RobertaModel = RobertaModel
-        state = load_pt(path, ignore=IGNORE)  # learning rates
+        state = load_pt(path, ignore=NUMPY)  # learning rates
         state = state.get("state_dict", state) if isinstance(state, dict) else {}
         state = {key.removeprefix("module."): value for key, value in state.items()}
         state.pop("text_branch.embeddings.position_ids", None)  # a constant that newer transformers do not store
@@ -241,7 +241,7 @@ class PannsScorer(Scorer):
         path = weight_file(weights, self.files[0])
         with without_init("panns_inference"):
             from panns_inference.models import Cnn14
-        state = load_pt(path, ignore=IGNORE)  # the state of its sampler
+        state = load_pt(path, ignore=NUMPY)  # the state of its sampler
         state = state.get("model") if isinstance(state, dict) else None
         net = Cnn14(sample_rate=self.sample_rate_hz, mel_bins=64, classes_num=527, **self.stft)
         self.device, self.net = device, load_weights(net, state, path, device)
@@ -341,7 +341,7 @@ class AudioboxScorer(Scorer):
             from audiobox_aesthetics.model.aes import AesMultiOutput
         scale = dict_of(with_fields(mean=NUMBER, std=NUMBER))
         fields = dict(state_dict=dict_of(TENSOR), model_cfg=with_fields(**dict.fromkeys(self.shape, ANY)))
-        state = load_pt(path, dict(fields, target_transform=scale), ignore=IGNORE)
+        state = load_pt(path, dict(fields, target_transform=scale), ignore=NUMPY)
         net = AesMultiOutput(**{key: state["model_cfg"][key] for key in self.shape})
         weights = {key.removeprefix("model."): value for key, value in state["state_dict"].items()}
         self.device, self.net = device, load_weights(net, weights, path, device)

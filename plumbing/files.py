@@ -133,6 +133,10 @@ class Ignored:
         pass
 
 
+NUMPY = ["numpy.dtype", "numpy.ndarray"]  # learning rates, samplers; by the names of numpy 1 and of numpy 2
+NUMPY += [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
+
+
 def load_pt(path, fields=None, mmap=False, ignore=()):
     """The only torch.load of this repository. path: a .pt of plain tensors, numbers, strings, lists, dicts; fields:
     {name: Kind} that it must hold; ignore: names of types that may occur in it, and are left out."""

@@ -47,9 +47,7 @@ from conftest import make_video, read, shell, sides, stage  # noqa: E402
 import common  # noqa: E402
 from adapters import mmaudio, scorers  # noqa: E402
 
-# One clip of stage 01 with large_44k, in TFLOP (--count): CLIP, Synchformer, five times sampling and codec; at 40 % of
-# an H100's 989 TFLOP/s in bf16.
-GPU_S = (64.4 + 9.5 + 5 * (26.05 + 2.66)) / 400
+GPU_S = 1.65  # of one clip in stage 01 with large_44k, N = 5, on an H100 (docs/cost.md)
 TABLE = []
 
 
@@ -264,7 +262,7 @@ def main(args):
             clip = dict(id="film", path=files.film(folder / "film.mp4"), caption="a man talks", label=label)
             if args.real:
                 (folder / "real").mkdir()
-                files.write_small_16k(folder / "real")
+                files.write_real(folder / "real", "small_16k")
                 model = common.load_model("mmaudio:small_16k", weights=folder / "real")
                 bench_05("small_16k", folder / "05_real", model, s)
                 bench_01("small_16k", folder / "01_real", model, s, rounds=2)

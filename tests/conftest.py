@@ -133,6 +133,18 @@ def files_of(run, *numbers):
     return {name: path.read_bytes() for name, path in found.items() if name.startswith(numbers)}
 
 
+def answer(sheet, to, column, answers):
+    """What a person does with a sheet: {row number: answer}."""
+    with open(sheet, newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    for number, row in enumerate(rows):
+        row[column] = answers.get(number, "")
+    with open(to, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def make_video(
     path, size=(64, 64), fps=25, seconds=2.2, codec="libx264", pixels="yuv420p", sound=True, voice="aac",
     rate_hz=44_100, times=None, hold_s=None, late_s=0.0, options=None,

@@ -386,6 +386,13 @@ def test_a_malicious_pickle_is_refused_and_not_run(name, run, refused):
     assert not (run / "mark").exists()
 
 
+class Scalar:
+    build = None
+
+    def __reduce__(self):
+        return self.build, (np.dtype("f8"), np.float64(0.1).tobytes())
+
+
 class Crafted:
     """A file whose numpy dtype gets a state, and whose array a shape, of the attacker's choice."""
 
@@ -393,14 +400,21 @@ class Crafted:
         return np.dtype, ("O", False, True), (3, "<", None, None, None, -1, -1, 0)
 
 
-@pytest.mark.parametrize("names", [(), ("numpy.dtype", "numpy.core.multiarray.scalar")], ids=["refused", "left out"])
-def test_a_numpy_object_of_a_third_party_file_is_never_built(names, tmp_path, monkeypatch):
-    torch.save({"weight": torch.ones(2), "lr": np.float64(0.1), "dtype": Crafted()}, tmp_path / "x.pt")
+@pytest.mark.parametrize("ignore", [(), common.NUMPY], ids=["refused", "left out"])
+@pytest.mark.parametrize("core", ["core", "_core"], ids=["numpy 1", "numpy 2"])
+def test_a_numpy_object_of_a_third_party_file_is_never_built(core, ignore, tmp_path, monkeypatch):
+    def scalar(*_):
+        """Pickled by the name that this numpy gives its own."""
+
+    scalar.__module__, scalar.__qualname__ = f"numpy.{core}.multiarray", "scalar"
+    monkeypatch.setattr(f"{scalar.__module__}.scalar", scalar)
+    monkeypatch.setattr(Scalar, "build", staticmethod(scalar))
+    torch.save({"weight": torch.ones(2), "lr": Scalar(), "dtype": Crafted()}, tmp_path / "x.pt")
     monkeypatch.setattr(common.Ignored, "__init__", lambda self, *args: None)
-    if not names:
+    if not ignore:
         assert "plain tensors (it holds numpy" in stopped(common.load_pt, tmp_path / "x.pt")
         return
-    file = common.load_pt(tmp_path / "x.pt", ignore=names)
+    file = common.load_pt(tmp_path / "x.pt", ignore=ignore)
     assert {type(file[key]) for key in ("lr", "dtype")} == {common.Ignored} and torch.equal(
         file["weight"], torch.ones(2)
     )

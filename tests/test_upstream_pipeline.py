@@ -5,7 +5,6 @@ scorers, fed by VGGSound's csv with MMAudio's own test list and by a .jsonl with
 """
 
 import contextlib
-import csv
 import io
 import json
 import math
@@ -20,7 +19,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import STAGES, call, read, write
+from conftest import STAGES, answer, call, read, write
 from pretended_gpu import pretended_gpu
 from upstream_files import (
     film,
@@ -62,18 +61,6 @@ def weights(tmp_path_factory):
         write_panns(folder)
         yield folder
     shutil.rmtree(folder)  # 1 GB
-
-
-def answer(sheet, to, column, answers):
-    """What a person does with a sheet: {row number: answer}."""
-    with open(sheet, newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    for number, row in enumerate(rows):
-        row[column] = answers.get(number, "")
-    with open(to, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def pipeline(run, weights, *source):

@@ -1,8 +1,8 @@
 """Upstream's own code, with what it cannot import here stood in for, and weight files of exactly the real form (names,
-keys, wrapping), made by upstream's own classes at tiny size.
+keys, wrapping), made by upstream's own classes at tiny or at real size.
 
-Every `write_...` puts files into a --weights folder; those that take a `patch` (a MonkeyPatch) also make networks of
-that size be built, by upstream and by us, for as long as it lasts.
+Every `write_...` puts files into a --weights folder. With a `patch` (a MonkeyPatch) networks are tiny, and for as long
+as it lasts upstream and we build them so; without one they have their real size.
 """
 
 import contextlib
@@ -154,10 +154,17 @@ BIGVGAN = dict(
 )  # fmt: skip
 BIGVGAN_16K = dict(BIGVGAN, num_mels=80, upsample_rates=[4, 4, 2, 2, 2, 2], upsample_kernel_sizes=[8, 8, 4, 4, 4, 4])
 BIGVGAN_44K = dict(BIGVGAN, num_mels=128, upsample_rates=[8, 4, 2, 2, 2, 2], upsample_kernel_sizes=[16, 8, 4, 4, 4, 4])
+BIGVGAN_44K_REAL = BIGVGAN_44K | dict(
+    resblock_kernel_sizes=[3, 7, 11], resblock_dilation_sizes=[[1, 3, 5]] * 3, upsample_initial_channel=1536
+)  # fmt: skip
 CLIP = dict(
     embed_dim=1024, quick_gelu=True,
     vision_cfg=dict(image_size=384, patch_size=128, width=64, layers=1, head_width=64),
     text_cfg=dict(context_length=77, vocab_size=49408, width=1024, heads=16, layers=1),
+)  # fmt: skip
+CLIP_REAL = dict(
+    CLIP, vision_cfg=dict(image_size=384, patch_size=14, width=1280, layers=32, head_width=80),
+    text_cfg=dict(CLIP["text_cfg"], layers=24),
 )  # fmt: skip
 
 
@@ -225,8 +232,6 @@ def shrink_motionformer(module, patch):
 
 def write_mmaudio(folder, patch):
     """MMAudio's files in `folder` and CLIP in a Hugging Face cache below it."""
-    import huggingface_hub
-    import open_clip
     from omegaconf import OmegaConf
 
     upstream = mmaudio_modules()
@@ -241,56 +246,69 @@ def write_mmaudio(folder, patch):
         return upstream.vae.VAE(data_dim=sizes[mode][0], embed_dim=sizes[mode][1], hidden_dim=16)
 
     patch.setattr(upstream.autoencoder, "get_my_vae", vae)
-    for mode in sizes:
-        torch.save(vae(mode).state_dict(), folder / f"v1-{mode[:2]}.pth")
-
     OmegaConf.save(BIGVGAN_16K, folder / "tiny.yml")
     with_tiny = functools.partial(upstream.autoencoder.BigVGAN, config_path=folder / "tiny.yml")
     patch.setattr(upstream.autoencoder, "BigVGAN", with_tiny)
-    generator = upstream.bigvgan.BigVGANVocoder(OmegaConf.create(BIGVGAN_16K))
-    wake_vocoder(generator, volume=1e-4)
-    torch.save({"generator": generator.state_dict()}, folder / "best_netG.pt")
-    vocoder = folder / mmaudio.VOCODER
-    vocoder.mkdir(parents=True)
-    (vocoder / "config.json").write_text(json.dumps(BIGVGAN_44K))
-    generator = upstream.bigvgan_v2.BigVGAN(upstream.bigvgan_v2.AttrDict(BIGVGAN_44K))
-    torch.save({"generator": generator.state_dict()}, vocoder / "bigvgan_generator.pt")
-
+    write_codec(folder, "16", vae("16k"), BIGVGAN_16K)
+    write_codec(folder, "44", vae("44k"), BIGVGAN_44K)
     shrink_motionformer(upstream.motionformer, patch)
     torch.save(upstream.synchformer.Synchformer().state_dict(), folder / "synchformer_state_dict.pth")
+    write_clip(folder, patch, CLIP)
+
+
+def write_codec(folder, rate, vae, sizes):
+    from omegaconf import OmegaConf
+
+    upstream = mmaudio_modules()
+    torch.save(vae.state_dict(), folder / f"v1-{rate}.pth")
+    if rate == "16":
+        generator, file = upstream.bigvgan.BigVGANVocoder(OmegaConf.create(sizes)), folder / "best_netG.pt"
+    else:
+        generator = upstream.bigvgan_v2.BigVGAN(upstream.bigvgan_v2.AttrDict(sizes))
+        file = folder / mmaudio.VOCODER / "bigvgan_generator.pt"
+        file.parent.mkdir(parents=True)
+        file.with_name("config.json").write_text(json.dumps(sizes))
+    wake_vocoder(generator, volume=1e-4)
+    torch.save({"generator": generator.state_dict()}, file)
+
+
+def write_clip(folder, patch, sizes):
+    import huggingface_hub
+    import open_clip
 
     cache = folder / "hub"
     snapshot = cache / f"models--{mmaudio.CLIP.replace('/', '--')}" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    (snapshot / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP, "preprocess_cfg": {}}))
-    torch.save(open_clip.CLIP(**CLIP).state_dict(), snapshot / "open_clip_pytorch_model.bin")
+    (snapshot / "open_clip_config.json").write_text(json.dumps({"model_cfg": sizes, "preprocess_cfg": {}}))
+    torch.save(open_clip.CLIP(**sizes).state_dict(), snapshot / "open_clip_pytorch_model.bin")
     patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
 
 
-def write_small_16k(folder):
-    """Network, VAE and vocoder of small_16k at their real size, with random weights; 1.7 GB."""
+def write_real(folder, variant):
+    """Network, VAE and vocoder of a variant of MMAudio at their real size: 1.7 GB of small_16k, 5.8 of large_44k."""
     from omegaconf import OmegaConf
 
-    upstream = mmaudio_modules()
-    torch.save(random_state(upstream.networks.get_my_mmaudio("small_16k"), 0), folder / "mmaudio_small_16k.pth")
-    torch.save(upstream.vae.get_my_vae("16k").state_dict(), folder / "v1-16.pth")
-    config = OmegaConf.load(Path(upstream.bigvgan.__file__).with_name("bigvgan_vocoder.yml"))
-    torch.save({"generator": upstream.bigvgan.BigVGANVocoder(config).state_dict()}, folder / "best_netG.pt")
+    upstream, rate = mmaudio_modules(), variant.split("_")[1][:2]
+    torch.save(random_state(upstream.networks.get_my_mmaudio(variant), 0), folder / f"mmaudio_{variant}.pth")
+    config = Path(upstream.bigvgan.__file__).with_name("bigvgan_vocoder.yml")
+    sizes = OmegaConf.to_container(OmegaConf.load(config)) if rate == "16" else BIGVGAN_44K_REAL
+    write_codec(folder, rate, upstream.vae.get_my_vae(f"{rate}k"), sizes)
 
 
 # The scorers -----------------------------------------------------------------------------------------------
 
 
-def write_imagebind(folder, patch):
-    """Upstream's class at small width and its checkpoint's real name and keys."""
+def write_imagebind(folder, patch=None):
+    """Upstream's class and its checkpoint's real name and keys."""
     with common.upstream("ImageBind"), scorers.without_init("imagebind"):
         from imagebind.models import imagebind_model as upstream
     small = dict(out_embed_dim=16)
     for m, width in dict(vision=32, audio=32, text=16, depth=16, thermal=16, imu=16).items():
         small |= {f"{m}_embed_dim": width, f"{m}_num_blocks": 2, f"{m}_num_heads": 2}
-    patch.setattr(upstream, "imagebind_huge", lambda pretrained: upstream.ImageBindModel(**small))
+    if patch:
+        patch.setattr(upstream, "imagebind_huge", lambda pretrained: upstream.ImageBindModel(**small))
     torch.manual_seed(0)
     net = upstream.imagebind_huge(False).eval()
     for p in net.parameters():  # the real initialisation hides the pictures behind nearly equal class tokens
@@ -299,7 +317,7 @@ def write_imagebind(folder, patch):
     return net
 
 
-def write_clap(folder, patch):
+def write_clap(folder, patch=None):
     """The official checkpoint's form (prefix, position_ids, optimizer with numpy learning rates), tokenizer files."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import RobertaConfig, RobertaModel
@@ -309,8 +327,11 @@ def write_clap(folder, patch):
     tokenizer.train_from_iterator(words, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     (folder / "roberta-base").mkdir()
     tokenizer.save_model(str(folder / "roberta-base"))
-    roberta = dict(scorers.ClapScorer.roberta, num_hidden_layers=1, intermediate_size=64)
-    roberta["vocab_size"] = tokenizer.get_vocab_size()
+    roberta, vocab = dict(scorers.ClapScorer.roberta), tokenizer.get_vocab()
+    if patch:
+        roberta |= dict(num_hidden_layers=1, intermediate_size=64, vocab_size=len(vocab))
+    vocab |= {f"<unused{i}>": i for i in range(len(vocab), roberta["vocab_size"])}
+    (folder / "roberta-base/vocab.json").write_text(json.dumps(vocab))
     with scorers.without_init("laion_clap"):
         from laion_clap.clap_module import factory, model
     torch.manual_seed(0)
@@ -323,7 +344,8 @@ def write_clap(folder, patch):
     optimizer = {"state": {}, "param_groups": [{"lr": np.float64(1e-4), "betas": (0.9, 0.99), "params": [0, 1]}]}
     official = {"epoch": 15, "name": "clap", "state_dict": state, "optimizer": optimizer}
     torch.save(official, folder / "music_speech_audioset_epoch_15_esc_89.98.pt")
-    patch.setattr(scorers.ClapScorer, "roberta", roberta)
+    if patch:
+        patch.setattr(scorers.ClapScorer, "roberta", roberta)
 
 
 def shrink_cnn14(patch):
@@ -355,13 +377,14 @@ def write_panns(folder):
         torch.save(file, folder / scorer.files[0], _use_new_zipfile_serialization=False)
 
 
-def write_passt(folder, patch):
-    """One block of 96 channels; upstream's function, which prints the network, builds it."""
+def write_passt(folder, patch=None):
+    """Tiny: one block of 96 channels; upstream's function, which prints the network, builds it."""
     from hear21passt.models import passt
 
     tiny = dict(patch_size=16, embed_dim=96, depth=1, num_heads=2, distilled=True)
     build = functools.partial(passt._create_vision_transformer, "passt_s_swa_p16_128_ap476", **tiny)
-    patch.setattr(passt, "passt_s_swa_p16_128_ap476", build)
+    if patch:
+        patch.setattr(passt, "passt_s_swa_p16_128_ap476", build)
     torch.manual_seed(0)
     with contextlib.redirect_stdout(None):
         net = passt.get_model(arch="passt_s_swa_p16_128_ap476", pretrained=False)
@@ -369,20 +392,23 @@ def write_passt(folder, patch):
     torch.save(net.state_dict(), folder / "passt-s-f128-p16-s10-ap.476-swa.pt")
 
 
-def write_synchformer(folder, patch):
-    """The one file that MMAudio (its video tower) and DeSync (all of it) read; both see 16 patches a frame."""
+def write_synchformer(folder, patch=None):
+    """The one file that MMAudio (its video tower) and DeSync (all of it) read; tiny ones see 16 patches a frame."""
     with common.upstream("av-benchmark"):
         from av_bench.synchformer import ast, motionformer, synchformer
-    shrink_motionformer(motionformer, patch)
-    patch.setattr(ast, "ASTConfig", functools.partial(ast.ASTConfig, num_hidden_layers=1, intermediate_size=64))
-    whole = synchformer.GlobalTransformer
-    patch.setattr(synchformer, "GlobalTransformer", lambda **sizes: whole(**(sizes | {"n_layer": 1})))
+    if patch:
+        shrink_motionformer(motionformer, patch)
+        patch.setattr(ast, "ASTConfig", functools.partial(ast.ASTConfig, num_hidden_layers=1, intermediate_size=64))
+        whole = synchformer.GlobalTransformer
+        patch.setattr(synchformer, "GlobalTransformer", lambda **sizes: whole(**(sizes | {"n_layer": 1})))
     torch.manual_seed(0)
     net = synchformer.Synchformer().eval()
     for p in net.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
     file = folder / "synchformer_state_dict.pth"
     torch.save(net.state_dict(), file)
+    if not patch:
+        return
 
     # Random weights give every clip and sound the same offset: centre the logits on what some of them give.
     logits, clip = [], dict(id="a", path=film(folder / "a.mp4"))
@@ -422,9 +448,7 @@ def count():
         from imagebind.models import imagebind_model
     with common.upstream("av-benchmark"):
         from av_bench.synchformer.synchformer import Synchformer
-    huge = dict(CLIP, vision_cfg=dict(image_size=384, patch_size=14, width=1280, layers=32, head_width=80))
-    big = dict(resblock_kernel_sizes=[3, 7, 11], resblock_dilation_sizes=[[1, 3, 5]] * 3, upsample_initial_channel=1536)
-    vocoder = functools.partial(upstream.bigvgan_v2.BigVGAN, upstream.bigvgan_v2.AttrDict(BIGVGAN_44K | big))
+    vocoder = functools.partial(upstream.bigvgan_v2.BigVGAN, upstream.bigvgan_v2.AttrDict(BIGVGAN_44K_REAL))
 
     def vae():
         made = upstream.vae.get_my_vae("44k")
@@ -432,7 +456,7 @@ def count():
         return made
 
     parts = {
-        "CLIP, 64 pictures": (lambda: open_clip.CLIP(**huge), lambda n: n.encode_image(zeros(64, 3, 384, 384))),
+        "CLIP, 64 pictures": (lambda: open_clip.CLIP(**CLIP_REAL), lambda n: n.encode_image(zeros(64, 3, 384, 384))),
         "Synchformer, video": (Synchformer, lambda n: n.extract_vfeats(zeros(24, 1, 16, 3, 224, 224))),
         "Synchformer, audio": (Synchformer, lambda n: n.extract_afeats(zeros(1, 24, 1, 128, 66))),
         "ImageBind, video": (imagebind_model.imagebind_huge, lambda n: n({"vision": zeros(1, 9, 3, 2, 224, 224)})),

@@ -1,0 +1,275 @@
+"""What MMAudio costs on a GPU: every stage, and its parts, with all networks at their real size and random weights.
+
+Run:   UPSTREAM_DIR=<clones> python tests/real_size.py --videos DIR        # one GPU of 80 GB, 15 minutes, 30 GB of disk
+       UPSTREAM_DIR=<clones> python tests/real_size.py --videos DIR --tiny     # does this script work? Anywhere
+
+Stages run as a user runs them, one after the other in this process: so many train clips (each a name for one of DIR's
+videos), five audios each, a test clip for each eight. The last lines are two tables in markdown.
+    stages  seconds, loading and saving included; of those with an inner loop, of a turn of it in its stride, and in
+            training its share of the GPU's peak arithmetic; peak GiB of tensors, GiB of the GPU in use at the end (what
+            nvidia-smi shows: with the allocator's gaps and the context), GiB that the stage said it would need
+    parts   seconds on the GPU, each a median: encoders, sampler and codec of one clip, also compiled; upstream's
+            generate() in bf16 as its demo runs it, with frames that are there, for the same; each scorer
+"""
+
+import argparse
+import contextlib
+import gc
+import io
+import itertools
+import os
+import random
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import upstream_files as files  # noqa: E402
+from conftest import answer, call, read, stage, write  # noqa: E402
+
+import common  # noqa: E402
+from adapters import scorers  # noqa: E402
+
+SPEECH = common.HUMAN_SPEECH_CLASSES[0]
+TFLOP = dict(pair=4.166, row=26.05 / 50, clip=64.4, sync=9.5, audio=26.05, codec=2.66)  # docs/cost.md, of large_44k
+PEAK = 989.0  # TFLOP/s of an H100 or H200, dense bf16
+STAGES, PARTS = [], []
+
+
+def row(table, *cells):
+    table.append(f"| {' | '.join(cells)} |")
+    print(table[-1], flush=True)
+
+
+def clean():
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def spend(what, number, run, *flags, stride=lambda: ""):
+    """Runs a stage and adds its row. stride: what its loop did, from its log."""
+    clean()
+    began, said = time.perf_counter(), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        call(number, run, *flags)
+    took, peak, used = time.perf_counter() - began, 0.0, 0.0
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        peak, used = (x / 2**30 for x in (torch.cuda.max_memory_allocated(), total - free))
+    expected = re.search(r"expected peak: (\S+) GiB", said.getvalue())
+    cells = f"{took:.0f}", stride(), f"{peak:.1f}", f"{used:.1f}", expected[1] if expected else ""
+    row(STAGES, what, *cells)
+
+
+def seconds(calls, repeats=5):
+    """Median seconds of a call on the device, the first one left out."""
+    found = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        calls()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - began)
+    return median(found[1:])
+
+
+def part(what, calls, tflop=None, repeats=5):
+    took = seconds(calls, repeats)
+    row(PARTS, what, f"{took:.4g}", f"{tflop / took:.0f}" if tflop else "")
+    return took
+
+
+# Stages ------------------------------------------------------------------------------------------------------
+
+
+def generate(run, what, args, source, weights):
+    """Stage 01; a shard's stride is the time from its predecessor's end to its own."""
+    sampling, ends = stage("01"), []
+
+    def generate_shard(*given):
+        plain(*given)
+        ends.append(time.perf_counter())
+
+    def stride():
+        per_clip = (ends[-1] - ends[0]) / (args.clips - args.shard)
+        return f"{per_clip:.2f} s per clip, {5 / per_clip:.2f} audios/s"
+
+    with pytest.MonkeyPatch.context() as patch:
+        plain = sampling.generate_shard
+        patch.setattr(sampling, "generate_shard", generate_shard)
+        patch.setattr(sampling, "SHARD_CLIPS", args.shard)
+        spend(what, "01", run, "--num-samples", 5, *source, *weights, stride=stride)
+
+
+def train(number, run, what, *flags, unit=1, tflop=None, keep=False):
+    """A training; a turn is `unit` steps, the first of them left out. No checkpoint is saved, a policy if kept."""
+    names = {"05": "05_flow_dpo", "06": "06_ddpo"}
+    out = names[number] if keep else f"{number}_{len(STAGES)}"
+
+    def stride():
+        log = [line["seconds"] for line in read(run / out / "log.jsonl")]
+        turn = median(sum(log[i : i + unit]) for i in range(unit, len(log) - unit + 1, unit))
+        share = f", {tflop / turn / PEAK:.1%} of the peak" if tflop and torch.cuda.is_available() else ""
+        return f"{turn:.3f} s per {'step' if unit == 1 else 'round'}{share}"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "save_training", lambda *_: None)  # 12 GB each
+        if not keep:
+            patch.setattr(common, "save_policy", lambda *_, **__: None)
+        spend(what, number, run, "--out", out, *flags, stride=stride)
+
+
+def run_stages(folder, args, model, weights):
+    run, steps = folder / "run", 12 if not args.tiny else 3
+    videos = itertools.cycle(sorted(args.videos.glob("*.mp4")))
+    splits = ["train"] * args.clips + ["test"] * (args.clips // 8)
+    clips = [dict(id=f"clip{i:05d}", video=next(videos).name, split=split) for i, split in enumerate(splits)]
+    about = itertools.cycle([("a man talks", SPEECH), ("a car passes by", "car passing by")])
+    write(folder / "clips.jsonl", [dict(clip, **dict(zip(("caption", "label"), next(about)))) for clip in clips])
+    source = ("--clips", folder / "clips.jsonl", "--videos", args.videos, "--model", model)
+
+    generate(run, f"01, {args.clips} clips", args, source, weights)
+    rated = ("--num-rated-clips", args.clips // 4)
+    call("02", run, *weights, *rated)
+    ratings, words = folder / "ratings.csv", random.Random(0).choices(common.RATINGS, k=5 * args.clips)
+    answer(run / "02_to_rate.csv", ratings, "rating", dict(enumerate(words)))
+    spend(f"02, {args.clips // 4} clips", "02", run, *weights, *rated, "--ratings", ratings)
+    spend(f"03, {args.clips - args.clips // 4} clips", "03", run, *weights)
+    call("04", run)
+
+    dpo, eight = ("--steps", steps, "--warmup", 0, *weights), 8 * TFLOP["pair"]
+    train("05", run, "05, 8 pairs", *dpo, "--global-batch", 8, tflop=eight, keep=True)
+    train("05", run, "05, 1 pair", *dpo, "--global-batch", 1, tflop=TFLOP["pair"])
+    train("05", run, "05, 32 pairs", *dpo, "--global-batch", 32, tflop=4 * eight)
+    checkpointing = ("--gradient-checkpointing",)
+    train("05", run, "05 --gradient-checkpointing, 8 pairs", *dpo, "--global-batch", 8, *checkpointing)
+    train("05", run, "05 --lora 16, 8 pairs", *dpo, "--global-batch", 8, "--lora", 16)
+    train("05", run, "05 --lora 16, 1 pair", *dpo, "--global-batch", 1, "--lora", 16)
+
+    # 64 audios: 10 steps with two rows each, 8 updates of two rows forward and backward
+    ddpo, one_round = ("--steps", 16, *weights), 64 * 2 * (10 + 8 * 3) * TFLOP["row"]
+    if args.tiny:
+        ddpo += ("--prompts", 1, "--group-size", 2)
+    train("06", run, "06, 64 audios", *ddpo, unit=8, tflop=one_round, keep=True)
+    train("06", run, "06 --lora 16 --gradient-checkpointing", *ddpo, *checkpointing, "--lora", 16, unit=8)
+    spend(f"07, {args.clips // 8} clips, 3 systems", "07", run, *weights)
+
+
+# Parts -------------------------------------------------------------------------------------------------------
+
+
+def first_clip(args):
+    return dict(id="clip", path=sorted(args.videos.glob("*.mp4"))[0], caption="a man talks", label=SPEECH)
+
+
+def run_model(args, name, weights):
+    device, few, clip = common.setup_ranks().device, 3, first_clip(args)
+    model = common.load_model(name, device=device, weights=weights)
+    part("reading a video, CPU", lambda: model.read(clip), repeats=few)
+    squashed, cropped = (frames.to(device).float()[None] / 255 for frames in model.read(clip))
+    cropped, encoders = 2 * cropped - 1, model.encoders()
+    part("CLIP, 64 pictures", lambda: encoders.encode_video_with_clip(squashed), TFLOP["clip"], few)
+    part("Synchformer, video", lambda: encoders.encode_video_with_sync(cropped, batch_size=8), TFLOP["sync"], few)
+    features = model.encode(clip, model.read(clip))
+    batch = {key: value[None].repeat(4, *[1] * value.dim()).to(device) for key, value in features.items()}
+    sample = lambda: common.sample(model, batch, range(20), 25, 4.5)  # noqa: E731
+    latents = sample()
+    part("sampling 20 audios of 4 clips", sample, 20 * TFLOP["audio"], few)
+    part("codec, 8 audios", lambda: model.decode(latents[:8]), 8 * TFLOP["codec"], few)
+
+    code, utils = files.mmaudio_modules(), SimpleNamespace(device=device, dtype=torch.bfloat16)
+    with torch.inference_mode():  # upstream's parts, cast as its demo casts them
+        net = code.networks.get_my_mmaudio(model.variant)
+        net.load_state_dict(model.net.state_dict())
+        net, half = net.to(device, torch.bfloat16).eval(), [x.bfloat16() for x in (encoders, model.codec())]
+        for kind in ("encode_video_with_clip", "encode_video_with_sync", "encode_text"):
+            setattr(utils, kind, getattr(half[0], kind))
+        utils.decode, utils.vocode = half[1].decode, half[1].vocode
+    settings = dict(feature_utils=utils, net=net, cfg_strength=4.5, rng=torch.Generator(device=device).manual_seed(0))
+    settings["fm"] = code.flow_matching.FlowMatching(0, "euler", 25)
+
+    @torch.inference_mode()
+    def upstream(count):
+        frames = squashed.expand(count, *squashed.shape[1:]), cropped.expand(count, *cropped.shape[1:])
+        code.eval_utils.generate(*frames, [clip["caption"]] * count, **settings)
+
+    part("generate(), one audio, bf16", lambda: upstream(1), repeats=few)
+    part("generate(), five audios of a clip, bf16", lambda: upstream(5), repeats=few)
+    if not args.tiny:
+        model.compile_sampling()
+        part("sampling 20 audios of 4 clips, compiled", sample, 20 * TFLOP["audio"], few)
+
+
+def run_scorers(args, weights):
+    device, few, clip = common.setup_ranks().device, 3, first_clip(args)
+    for key in [key for key in scorers.SCORERS if key not in scorers.JUDGES]:
+        clean()
+        scorer = scorers.SCORERS[key](weights, device)
+        waves = 0.1 * torch.randn(20, round(8 * scorer.sample_rate_hz))
+        if scorer.reads == "video":
+            pictures = common.read_frames(clip["path"], [scorer.frames], 8.0)
+            part(f"{key}, video of a clip", lambda: scorer.embed_clip(clip, *pictures), repeats=few)  # noqa: B023
+            known = {"clip": scorer.embed_clip(clip, *pictures)}
+        else:
+            known = scorer.embed_clips([clip])
+        part(f"{key}, 20 audios", lambda: scorer(waves, [clip] * 20, known), repeats=few)  # noqa: B023
+        if torch.cuda.is_available():
+            print(f"{key}: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; the account says {scorer.gib}")
+
+
+def main(args):
+    variant, name = args.variant, f"mmaudio:{args.variant}"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory(prefix="real", dir=args.folder) as folder, pytest.MonkeyPatch.context() as patch:
+        folder, weights = Path(folder), Path(folder) / "weights"
+        weights.mkdir()
+        began = time.perf_counter()
+        if args.tiny:
+            files.write_mmaudio(weights, patch)
+            for make in (files.write_synchformer, files.write_imagebind, files.write_passt):
+                make(weights, patch)
+            files.shrink_htsat(patch)
+            files.write_clap(weights, patch)
+            files.shrink_cnn14(patch)
+        else:
+            with torch.device(device):
+                files.write_real(weights, variant)
+                files.write_clip(weights, patch, files.CLIP_REAL)
+                for make in (files.write_synchformer, files.write_imagebind, files.write_passt, files.write_clap):
+                    make(weights)
+        files.write_panns(weights)
+        print(f"weights written in {time.perf_counter() - began:.0f} s", flush=True)
+        if args.only != "stages":
+            run_model(args, name, weights)
+            run_scorers(args, weights)
+        if args.only != "parts":
+            run_stages(folder, args, name, ("--weights", weights))
+    about = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"{about}, torch {torch.__version__}, {os.cpu_count()} cores, {name}")
+    print("| stage | s | in its stride | tensors, GiB | GPU, GiB | said, GiB |", f"|{6 * '---|'}", sep="\n")
+    print(*STAGES, "", "| part | s | TFLOP/s |", "|---|---|---|", *PARTS, sep="\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--videos", type=Path, required=True, help="a folder of .mp4 of 8 s or more, with sound")
+    parser.add_argument("--variant", default="large_44k", help="of MMAudio")
+    parser.add_argument("--clips", type=int, default=32, help="train clips")
+    parser.add_argument("--shard", type=int, default=8, help="clips that stage 01 writes together")
+    parser.add_argument("--only", choices=("stages", "parts"), help="one of the two tables")
+    parser.add_argument("--folder", help="for the temporary folder")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks, small_16k")
+    given = parser.parse_args()
+    if given.tiny:
+        given.variant, given.clips, given.shard = "small_16k", 8, 4
+    main(given)
