@@ -42,6 +42,14 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
+def pytest_collection_modifyitems(items):
+    """Of two processes one begins with the first test, and makes the finished run, the other in the middle: with tests
+    that need not wait for it."""
+    waiting = [item for item in items if "finished" in item.fixturenames]
+    free, middle = [item for item in items if "finished" not in item.fixturenames], len(items) // 2
+    items[:] = waiting[:middle] + free + waiting[middle:]
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
