@@ -669,7 +669,7 @@ def setup_ranks():
     return Ranks(rank, world, device)
 
 
-CUDA_GIB = 1.5  # context, kernels' workspaces, what the allocator cannot use: our allowance (docs/cost.md#on-an-h100)
+CUDA_GIB = 1.5  # context, kernels' workspaces, what the allocator cannot use: our allowance (docs/cost.md)
 HELD, STORE = [], threading.Lock()  # locks that live as long as the process; one thread at a time writes to the store
 
 

@@ -1,7 +1,7 @@
 """What the code costs beside the least that it could cost, and beside upstream's own code: ratios, each of one run.
 
 Run:   python tests/bench.py                                           # about 4 minutes on 2 cores
-       UPSTREAM_DIR=<clones> python tests/bench.py --clips VIDEOS      # every row but the next one's, 12 minutes
+       UPSTREAM_DIR=<clones> python tests/bench.py --clips VIDEOS      # every row but the next one's, 8 minutes
        UPSTREAM_DIR=<clones> python tests/bench.py --real              # and small_16k at its real size: 2 hours
        UPSTREAM_DIR=<clones> python tests/bench.py --count             # only counts the arithmetic of docs/cost.md
 
@@ -47,7 +47,7 @@ from conftest import make_video, read, shell, sides, stage  # noqa: E402
 import common  # noqa: E402
 from adapters import mmaudio, scorers  # noqa: E402
 
-GPU_S = 1.65  # of one clip in stage 01 with large_44k, N = 5, on an H100 (docs/cost.md)
+GPU_S = 1.65  # of one clip; an H100 takes 1.87 in stage 01 with large_44k, N = 5 (docs/cost.md)
 TABLE = []
 
 

@@ -1,15 +1,15 @@
 """What MMAudio costs on a GPU: every stage, and its parts, with all networks at their real size and random weights.
 
-Run:   UPSTREAM_DIR=<clones> python tests/real_size.py --videos DIR        # one GPU of 80 GB, 15 minutes, 30 GB of disk
+Run:   UPSTREAM_DIR=<clones> python tests/real_size.py --videos DIR        # one GPU of 80 GB, 15 minutes, 30 GB
        UPSTREAM_DIR=<clones> python tests/real_size.py --videos DIR --tiny     # does this script work? Anywhere
 
-Stages run as a user runs them, one after the other in this process: so many train clips (each a name for one of DIR's
-videos), five audios each, a test clip for each eight. The last lines are two tables in markdown.
+Stages run as a user runs them, one after the other in this process, on --clips train clips (names for DIR's videos, in
+turn) of five audios, and a test clip for every eight. The last lines are two tables in markdown.
     stages  seconds, loading and saving included; of those with an inner loop, of a turn of it in its stride, and in
             training its share of the GPU's peak arithmetic; peak GiB of tensors, GiB of the GPU in use at the end (what
             nvidia-smi shows: with the allocator's gaps and the context), GiB that the stage said it would need
-    parts   seconds on the GPU, each a median: encoders, sampler and codec of one clip, also compiled; upstream's
-            generate() in bf16 as its demo runs it, with frames that are there, for the same; each scorer
+    parts   median seconds: encoders (one clip), sampler (20 audios, also compiled), codec (8 audios); upstream's
+            generate() in bf16 as its demo runs it, its frames decoded beforehand; each scorer (20 audios)
 """
 
 import argparse
@@ -71,28 +71,23 @@ def spend(what, number, run, *flags, stride=lambda: ""):
     row(STAGES, what, *cells)
 
 
-def seconds(calls, repeats=5):
-    """Median seconds of a call on the device, the first one left out."""
+def part(what, call, tflop=None):
+    """Median seconds of three calls after a first one."""
     found = []
-    for _ in range(repeats + 1):
+    for _ in range(4):
         began = time.perf_counter()
-        calls()
+        call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         found.append(time.perf_counter() - began)
-    return median(found[1:])
-
-
-def part(what, calls, tflop=None, repeats=5):
-    took = seconds(calls, repeats)
-    row(PARTS, what, f"{took:.4g}", f"{tflop / took:.0f}" if tflop else "")
-    return took
+    took = median(found[1:])
+    row(PARTS, what, f"{took:.4g}", f"{tflop / took:.0f}" if tflop and torch.cuda.is_available() else "")
 
 
 # Stages ------------------------------------------------------------------------------------------------------
 
 
-def generate(run, what, args, source, weights):
+def generate(what, run, args, source, weights):
     """Stage 01; a shard's stride is the time from its predecessor's end to its own."""
     sampling, ends = stage("01"), []
 
@@ -100,8 +95,8 @@ def generate(run, what, args, source, weights):
         plain(*given)
         ends.append(time.perf_counter())
 
-    def stride():
-        per_clip = (ends[-1] - ends[0]) / (args.clips - args.shard)
+    def stride():  # up to the last shard but one: beside the last one nothing is encoded
+        per_clip = (ends[-2] - ends[0]) / ((len(ends) - 2) * args.shard)
         return f"{per_clip:.2f} s per clip, {5 / per_clip:.2f} audios/s"
 
     with pytest.MonkeyPatch.context() as patch:
@@ -111,7 +106,7 @@ def generate(run, what, args, source, weights):
         spend(what, "01", run, "--num-samples", 5, *source, *weights, stride=stride)
 
 
-def train(number, run, what, *flags, unit=1, tflop=None, keep=False):
+def train(what, number, run, *flags, unit=1, tflop=None, keep=False):
     """A training; a turn is `unit` steps, the first of them left out. No checkpoint is saved, a policy if kept."""
     names = {"05": "05_flow_dpo", "06": "06_ddpo"}
     out = names[number] if keep else f"{number}_{len(STAGES)}"
@@ -138,7 +133,7 @@ def run_stages(folder, args, model, weights):
     write(folder / "clips.jsonl", [dict(clip, **dict(zip(("caption", "label"), next(about)))) for clip in clips])
     source = ("--clips", folder / "clips.jsonl", "--videos", args.videos, "--model", model)
 
-    generate(run, f"01, {args.clips} clips", args, source, weights)
+    generate(f"01, {args.clips} clips", run, args, source, weights)
     rated = ("--num-rated-clips", args.clips // 4)
     call("02", run, *weights, *rated)
     ratings, words = folder / "ratings.csv", random.Random(0).choices(common.RATINGS, k=5 * args.clips)
@@ -148,20 +143,20 @@ def run_stages(folder, args, model, weights):
     call("04", run)
 
     dpo, eight = ("--steps", steps, "--warmup", 0, *weights), 8 * TFLOP["pair"]
-    train("05", run, "05, 8 pairs", *dpo, "--global-batch", 8, tflop=eight, keep=True)
-    train("05", run, "05, 1 pair", *dpo, "--global-batch", 1, tflop=TFLOP["pair"])
-    train("05", run, "05, 32 pairs", *dpo, "--global-batch", 32, tflop=4 * eight)
+    train("05, 8 pairs", "05", run, *dpo, "--global-batch", 8, tflop=eight, keep=True)
+    train("05, 1 pair", "05", run, *dpo, "--global-batch", 1, tflop=TFLOP["pair"])
+    train("05, 32 pairs", "05", run, *dpo, "--global-batch", 32, tflop=4 * eight)
     checkpointing = ("--gradient-checkpointing",)
-    train("05", run, "05 --gradient-checkpointing, 8 pairs", *dpo, "--global-batch", 8, *checkpointing)
-    train("05", run, "05 --lora 16, 8 pairs", *dpo, "--global-batch", 8, "--lora", 16)
-    train("05", run, "05 --lora 16, 1 pair", *dpo, "--global-batch", 1, "--lora", 16)
+    train("05 --gradient-checkpointing, 8 pairs", "05", run, *dpo, "--global-batch", 8, *checkpointing)
+    train("05 --lora 16, 8 pairs", "05", run, *dpo, "--global-batch", 8, "--lora", 16)
+    train("05 --lora 16, 1 pair", "05", run, *dpo, "--global-batch", 1, "--lora", 16)
 
     # 64 audios: 10 steps with two rows each, 8 updates of two rows forward and backward
-    ddpo, one_round = ("--steps", 16, *weights), 64 * 2 * (10 + 8 * 3) * TFLOP["row"]
+    ddpo, one_round = ("--steps", 24, *weights), 64 * 2 * (10 + 8 * 3) * TFLOP["row"]
     if args.tiny:
         ddpo += ("--prompts", 1, "--group-size", 2)
-    train("06", run, "06, 64 audios", *ddpo, unit=8, tflop=one_round, keep=True)
-    train("06", run, "06 --lora 16 --gradient-checkpointing", *ddpo, *checkpointing, "--lora", 16, unit=8)
+    train("06, 64 audios", "06", run, *ddpo, unit=8, tflop=one_round, keep=True)
+    train("06 --lora 16 --gradient-checkpointing", "06", run, *ddpo, *checkpointing, "--lora", 16, unit=8)
     spend(f"07, {args.clips // 8} clips, 3 systems", "07", run, *weights)
 
 
@@ -173,19 +168,19 @@ def first_clip(args):
 
 
 def run_model(args, name, weights):
-    device, few, clip = common.setup_ranks().device, 3, first_clip(args)
+    device, clip = common.setup_ranks().device, first_clip(args)
     model = common.load_model(name, device=device, weights=weights)
-    part("reading a video, CPU", lambda: model.read(clip), repeats=few)
+    part("reading a video, CPU", lambda: model.read(clip))
     squashed, cropped = (frames.to(device).float()[None] / 255 for frames in model.read(clip))
     cropped, encoders = 2 * cropped - 1, model.encoders()
-    part("CLIP, 64 pictures", lambda: encoders.encode_video_with_clip(squashed), TFLOP["clip"], few)
-    part("Synchformer, video", lambda: encoders.encode_video_with_sync(cropped, batch_size=8), TFLOP["sync"], few)
+    part("CLIP, 64 pictures", lambda: encoders.encode_video_with_clip(squashed), TFLOP["clip"])
+    part("Synchformer, video", lambda: encoders.encode_video_with_sync(cropped, batch_size=8), TFLOP["sync"])
     features = model.encode(clip, model.read(clip))
     batch = {key: value[None].repeat(4, *[1] * value.dim()).to(device) for key, value in features.items()}
     sample = lambda: common.sample(model, batch, range(20), 25, 4.5)  # noqa: E731
     latents = sample()
-    part("sampling 20 audios of 4 clips", sample, 20 * TFLOP["audio"], few)
-    part("codec, 8 audios", lambda: model.decode(latents[:8]), 8 * TFLOP["codec"], few)
+    part("sampling 20 audios of 4 clips", sample, 20 * TFLOP["audio"])
+    part("codec, 8 audios", lambda: model.decode(latents[:8]), 8 * TFLOP["codec"])
 
     code, utils = files.mmaudio_modules(), SimpleNamespace(device=device, dtype=torch.bfloat16)
     with torch.inference_mode():  # upstream's parts, cast as its demo casts them
@@ -203,32 +198,33 @@ def run_model(args, name, weights):
         frames = squashed.expand(count, *squashed.shape[1:]), cropped.expand(count, *cropped.shape[1:])
         code.eval_utils.generate(*frames, [clip["caption"]] * count, **settings)
 
-    part("generate(), one audio, bf16", lambda: upstream(1), repeats=few)
-    part("generate(), five audios of a clip, bf16", lambda: upstream(5), repeats=few)
+    part("generate(), one audio, bf16", lambda: upstream(1))
+    part("generate(), five audios of a clip, bf16", lambda: upstream(5))
     if not args.tiny:
         model.compile_sampling()
-        part("sampling 20 audios of 4 clips, compiled", sample, 20 * TFLOP["audio"], few)
+        part("sampling 20 audios of 4 clips, compiled", sample, 20 * TFLOP["audio"])
 
 
 def run_scorers(args, weights):
-    device, few, clip = common.setup_ranks().device, 3, first_clip(args)
+    device, clip = common.setup_ranks().device, first_clip(args)
     for key in [key for key in scorers.SCORERS if key not in scorers.JUDGES]:
         clean()
         scorer = scorers.SCORERS[key](weights, device)
         waves = 0.1 * torch.randn(20, round(8 * scorer.sample_rate_hz))
         if scorer.reads == "video":
             pictures = common.read_frames(clip["path"], [scorer.frames], 8.0)
-            part(f"{key}, video of a clip", lambda: scorer.embed_clip(clip, *pictures), repeats=few)  # noqa: B023
+            part(f"{key}, video of a clip", lambda: scorer.embed_clip(clip, *pictures))  # noqa: B023
             known = {"clip": scorer.embed_clip(clip, *pictures)}
         else:
             known = scorer.embed_clips([clip])
-        part(f"{key}, 20 audios", lambda: scorer(waves, [clip] * 20, known), repeats=few)  # noqa: B023
+        part(f"{key}, 20 audios", lambda: scorer(waves, [clip] * 20, known))  # noqa: B023
         if torch.cuda.is_available():
             print(f"{key}: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; the account says {scorer.gib}")
 
 
 def main(args):
-    variant, name = args.variant, f"mmaudio:{args.variant}"
+    variant = "small_16k" if args.tiny else "large_44k"
+    name = f"mmaudio:{variant}"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="real", dir=args.folder) as folder, pytest.MonkeyPatch.context() as patch:
         folder, weights = Path(folder), Path(folder) / "weights"
@@ -263,7 +259,6 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--videos", type=Path, required=True, help="a folder of .mp4 of 8 s or more, with sound")
-    parser.add_argument("--variant", default="large_44k", help="of MMAudio")
     parser.add_argument("--clips", type=int, default=32, help="train clips")
     parser.add_argument("--shard", type=int, default=8, help="clips that stage 01 writes together")
     parser.add_argument("--only", choices=("stages", "parts"), help="one of the two tables")
@@ -271,5 +266,5 @@ if __name__ == "__main__":
     parser.add_argument("--tiny", action="store_true", help="tiny networks, small_16k")
     given = parser.parse_args()
     if given.tiny:
-        given.variant, given.clips, given.shard = "small_16k", 8, 4
+        given.clips, given.shard = 8, 2
     main(given)
