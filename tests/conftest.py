@@ -153,6 +153,13 @@ def answer(sheet, to, column, answers):
         writer.writerows(rows)
 
 
+def utilisation(flops):
+    """Model FLOPs utilisation of the GPU that is here, as text, of so many FLOP/s; dense bf16 is the peak."""
+    peaks = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return "".join(f", MFU {flops / peak:.1%}" for key, peak in peaks.items() if key in name)
+
+
 def make_video(
     path, size=(64, 64), fps=25, seconds=2.2, codec="libx264", pixels="yuv420p", sound=True, voice="aac",
     rate_hz=44_100, times=None, hold_s=None, late_s=0.0, options=None,

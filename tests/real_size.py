@@ -33,14 +33,13 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import upstream_files as files  # noqa: E402
-from conftest import answer, call, read, stage, write  # noqa: E402
+from conftest import answer, call, read, stage, utilisation, write  # noqa: E402
 
 import common  # noqa: E402
 from adapters import scorers  # noqa: E402
 
 SPEECH = common.HUMAN_SPEECH_CLASSES[0]
 TFLOP = dict(pair=4.166, row=26.05 / 50, clip=64.4, sync=9.5, audio=26.05, codec=2.66)  # docs/cost.md, of large_44k
-PEAK = 989.0  # TFLOP/s of an H100 or H200, dense bf16
 STAGES, PARTS = [], []
 
 
@@ -114,7 +113,7 @@ def train(what, number, run, *flags, unit=1, tflop=None, keep=False):
     def stride():
         log = [line["seconds"] for line in read(run / out / "log.jsonl")]
         turn = median(sum(log[i : i + unit]) for i in range(unit, len(log) - unit + 1, unit))
-        share = f", {tflop / turn / PEAK:.1%} of the peak" if tflop and torch.cuda.is_available() else ""
+        share = utilisation(tflop * 1e12 / turn) if tflop else ""
         return f"{turn:.3f} s per {'step' if unit == 1 else 'round'}{share}"
 
     with pytest.MonkeyPatch.context() as patch:

@@ -387,6 +387,8 @@ def test_a_malicious_pickle_is_refused_and_not_run(name, run, refused):
 
 
 class Scalar:
+    """What a numpy scalar is in a pickle: a function of numpy's and its arguments."""
+
     build = None
 
     def __reduce__(self):
