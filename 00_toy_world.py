@@ -53,7 +53,9 @@ from tqdm import tqdm
 
 import common
 
-torch.set_num_threads(1)  # networks so small that a second thread triples the CPU time
+# Networks so small that a second thread pays in training alone, where no other work is waiting for the cores.
+THREADS = min(2, torch.get_num_threads())
+torch.set_num_threads(1)
 RATE_HZ, CLIP_S, FPS = 16000, 2.0, 25
 SAMPLES, FRAMES = int(RATE_HZ * CLIP_S), int(FPS * CLIP_S)
 PIXELS = 64  # on file; the moments are taken at half of it, where yuv420p has kept all colour
@@ -561,6 +563,7 @@ class Toy(common.FlowModel):
         return self.net.null(conditions)
 
     def predict(self, a_t, t, conditions):
+        torch.set_num_threads(THREADS if torch.is_grad_enabled() else 1)
         return self.net(a_t, t, conditions)
 
     def decode(self, latents):
@@ -827,7 +830,7 @@ class Passt(Panns):
 
 class Pesq(ToyScorer):
     """pesq: wide-band PESQ against the clip's own sound (B,), by the real package; nan where it does not apply: no
-    speech, no audio track, no utterance in the reference. 1, the scale's floor, where the audio is silent or broken.
+    speech, no audio track, no utterance in the reference.
 
     The reference goes through the codec: against the untouched original, Griffin-Lim's phases alone cost so much that
     nothing else would be heard.
@@ -838,13 +841,6 @@ class Pesq(ToyScorer):
     def build(self):
         return Codec()
 
-    @staticmethod
-    def measure(reference, wave):
-        import pesq  # a C extension, needed for this score only
-
-        value = pesq.pesq(RATE_HZ, reference.numpy(), wave.numpy(), "wb", on_error=pesq.PesqError.RETURN_VALUES)
-        return float(value) if math.isfinite(value) and value > 0 else None
-
     def embed_clip(self, clip):
         if clip["label"] != LABELS[SPEECH]:
             return None
@@ -853,18 +849,10 @@ class Pesq(ToyScorer):
         except common.NoAudio:  # a silent film
             return None
         reference = self.net.decode(self.net.encode(log_mel(wave[None])))[0]
-        return reference if reference.abs().max() > 1e-3 and self.measure(reference, reference) else None
+        return reference if reference.abs().max() > 1e-3 else None
 
     def score_audio(self, waves, clips, sides):
-        values = []
-        for wave, reference in zip(waves, sides):
-            if reference is None:
-                values.append(math.nan)
-            elif not wave.isfinite().all() or wave.abs().max() < 1e-3:
-                values.append(1.0)
-            else:
-                values.append(self.measure(reference, common.fit_length(wave, SAMPLES)) or 1.0)
-        return {"pesq": torch.tensor(values)}
+        return {"pesq": common.pesq_scores(sides, waves, self.workers)}
 
 
 SCORERS = {"imagebind": ImageBind, "clap": Clap, "synchformer": Synchformer, "panns": Panns, "pesq": Pesq}

@@ -140,20 +140,20 @@ def by_shard(clips):
 class Reward:
     """P(Good) of generated audio. Audio towers stay loaded; embeddings of the videos come from the store."""
 
-    def __init__(self, run, device, weights):
+    def __init__(self, run, device, weights, workers):
         self.run, self.weights, self.audioscore = run, weights, AudioScore.load(run / "02_audioscore.pt")
         names = common.AUDIOSCORE_SCORERS
-        self.scorers = {name: common.load_scorer(name, run, device, weights) for name in names}
-        self.pool, self.ahead = ThreadPoolExecutor(common.scorers_of(run, weights).at_a_time), ThreadPoolExecutor(1)
+        self.scorers = {name: common.load_scorer(name, run, device, weights, workers) for name in names}
+        self.at_a_time = common.scorers_of(run, weights).at_a_time
 
     def look(self, clips):
         """Takes in what the scorers need of the next round's clips."""
         groups, run, weights = by_shard(clips), self.run, self.weights
         self.sides = {n: common.sides_of(run, scorer, n, groups, weights) for n, scorer in self.scorers.items()}
 
-    def __call__(self, model, a_0, clips):
+    def __call__(self, model, a_0, clips, pool):
         """a_0: (B, T, C), clips: B lines of clips.jsonl -> (B,) float32 in [0, 1]; 0 for audio that is not finite."""
-        waves = torch.cat(list(self.pool.map(model.decode, a_0.chunk(2))))
+        waves = torch.cat(list(pool.map(model.decode, a_0.chunk(2))))
         finite = waves.isfinite().all(dim=1)
         waves = torch.nan_to_num(waves, 0.0, 0.0, 0.0).clamp(-1, 1)
 
@@ -165,7 +165,7 @@ class Reward:
         def judge(name):
             return self.scorers[name](heard[self.scorers[name].sample_rate_hz], clips, self.sides[name])
 
-        found = dict(zip(self.scorers, self.pool.map(judge, self.scorers)))
+        found = dict(zip(self.scorers, pool.map(judge, self.scorers)))
         return self.audioscore(common.five_scores(found, self.audioscore))[:, 0].float() * finite
 
 
@@ -210,15 +210,17 @@ def collect(model, reward, shards, clips, number, guidance, args, device):
     batches, sums, waiting = [], torch.zeros(4, dtype=torch.float64), []
     per_batch = max(1, args.micro_batch // args.group_size)
     reward.look(clips)
-    for start in range(0, len(clips), per_batch):
-        part = clips[start : start + per_batch]
-        features = shards.features([clip["id"] for clip in part])
-        features = {k: v.to(device, non_blocking=True) for k, v in features.items()}
-        names = [(clip["id"], k) for k in range(args.group_size) for clip in part]
-        seeds = [common.seed_of(args.seed, "ddpo", number, name, k) for name, k in names]
-        states, log_probs, a_0 = rollout(model, features, seeds, guidance, args, device)
-        rewards = reward.ahead.submit(reward, model, a_0, part * args.group_size)  # while the next batch is sampled
-        waiting.append((part, seeds, features, states, log_probs, rewards))
+    # These threads end with the round: as long as one lives, OpenMP's own fall asleep between two operations.
+    with ThreadPoolExecutor(reward.at_a_time) as pool, ThreadPoolExecutor(1) as ahead:
+        for start in range(0, len(clips), per_batch):
+            part = clips[start : start + per_batch]
+            features = shards.features([clip["id"] for clip in part])
+            features = {k: v.to(device, non_blocking=True) for k, v in features.items()}
+            names = [(clip["id"], k) for k in range(args.group_size) for clip in part]
+            seeds = [common.seed_of(args.seed, "ddpo", number, name, k) for name, k in names]
+            states, log_probs, a_0 = rollout(model, features, seeds, guidance, args, device)
+            rewards = ahead.submit(reward, model, a_0, part * args.group_size, pool)  # while the next is sampled
+            waiting.append((part, seeds, features, states, log_probs, rewards))
     for part, seeds, features, states, log_probs, rewards in waiting:
         rewards = rewards.result()  # on the CPU
         advantages, std = group_advantages(rewards, len(part))
@@ -285,7 +287,7 @@ def main(args):
     guidance = run_json["sampler"]["guidance"]  # guidance is inside the policy
 
     # -- model
-    reward = Reward(run, device, args.weights)
+    reward = Reward(run, device, args.weights, args.workers)
     rounds = range(-(-args.steps // args.updates))
     drawn = {clip["id"]: clip for number in rounds for clip in draw_prompts(clips, number, args)}
     unseen = dict(list(by_shard(drawn.values()).items())[rank::world])  # by stage 03

@@ -396,7 +396,7 @@ def one_line(error, args):
         return f"{error.filename or 'system'}: {error.strerror or error}; mend that, then run the command again"
     if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in said:
         return f"{said[:80]} ...: more than the GPU has; {less_memory(args)}"
-    if re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)", said):
+    if re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)|A process in the process pool was", said):
         return f"{said[:80]} ...: perhaps the machine's memory is full; lower --workers, then run the command again"
     return None
 
@@ -590,7 +590,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def workers_flag(parser):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0  # elsewhere a fork is not safe
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    described = "processes that decode video, by default the cores per rank; 0: none besides this one"
+    described = "processes that decode video or compute PESQ, by default the cores per rank; 0: none besides this one"
     parser.engineering.add_argument("--workers", type=number(int, 0), default=share, help=described)
 
 
@@ -834,6 +834,7 @@ class Scorer:
     reads = None  # what of a clip its score depends on: None, "caption", "video" or "reference" (its sound and label)
     frames: tuple  # of one that reads "video": (frames per second, transform of a (3, H, W) uint8 picture)
     gives: str  # the one score of a scorer that reads the clip
+    workers = 0  # processes that it may have
 
     def __init__(self, weights, device):
         """weights: folder of `files`."""
@@ -1006,7 +1007,7 @@ def see(run, clips, names, weights, ranks, workers, loaded=None, model=None):
 
 def fill_store(run, audios, names, weights, ranks=Ranks(), workers=0):  # noqa: B008, a constant
     """Scores what the store lacks, one network in memory at a time (tiny ones together), groups divided over the ranks.
-    A failure is never stored. audios: list of Audio; names: scorers; workers: processes that decode video."""
+    A failure is never stored. audios: list of Audio; names: scorers; workers: processes for video and PESQ."""
     scorers, clip_s, work = scorers_of(run, weights), read_run(run)["clip_s"], defaultdict(dict)
     groups, clips = list(dict.fromkeys(audio.group for audio in audios))[ranks.rank :: ranks.world], {}
     for name in names:
@@ -1027,7 +1028,7 @@ def fill_store(run, audios, names, weights, ranks=Ranks(), workers=0):  # noqa: 
 
     def score(names):
         """By these scorers side by side: what they hear is read once for each of their sample rates."""
-        loaded, parts = {name: load_scorer(name, run, ranks.device, weights) for name in names}, []
+        loaded, parts = {name: load_scorer(name, run, ranks.device, weights, workers) for name in names}, []
         key_of = {name: {a.path: key for new in work[name].values() for key, a in new.items()} for name in names}
         for group in groups:
             lacking = [*{a.path: a for name in names for a in work[name].get(group, {}).values()}.values()]
@@ -1247,9 +1248,11 @@ def scorer_set(name, root):
     return ScorerSet(classes, measures, judges, min(module.AT_A_TIME for module in modules), root)
 
 
-def load_scorer(name, run, device="cpu", weights="weights"):
+def load_scorer(name, run, device="cpu", weights="weights", workers=0):
     scorers = scorers_of(run, weights)
-    return scorers.classes[name](scorers.root, device)
+    scorer = scorers.classes[name](scorers.root, device)
+    scorer.workers = workers
+    return scorer
 
 
 def weight_file(weights, name):

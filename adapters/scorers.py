@@ -13,7 +13,6 @@ import sys
 import types
 import warnings
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio
@@ -30,6 +29,7 @@ from common import (
     dict_of,
     fit_length,
     load_pt,
+    pesq_scores,
     read_audio,
     read_json,
     stop,
@@ -289,9 +289,8 @@ class PasstScorer(Scorer):
 
 
 class PesqScorer(Scorer):
-    """score_5, `pesq`: wide-band PESQ (P.862.2, 1.0 to 4.64) at 16 kHz against the clip's own audio, both cut to the
-    shorter, at most 8 s. nan where it does not apply: another class, no audio track, a reference without utterance.
-    A silent (below -80 dB of full scale) or non-finite generated audio is 1.0, the scale's floor."""
+    """score_5, `pesq`: wide-band PESQ at 16 kHz against the clip's own audio, both cut to the shorter, at most 8 s. nan
+    where it does not apply: another class, no audio track, a reference without utterance."""
 
     sample_rate_hz, reads, gives = 16000, "reference", "pesq"
 
@@ -304,25 +303,7 @@ class PesqScorer(Scorer):
             return None
 
     def score_audio(self, waves, clips, sides):
-        scores = [math.nan if side is None else self.score(side, wave) for side, wave in zip(sides, waves, strict=True)]
-        return {"pesq": torch.tensor(scores)}
-
-    @staticmethod
-    def score(reference, wave):
-        from pesq import NoUtterancesError, PesqError, pesq
-
-        samples = min(len(reference), len(wave))
-        reference, wave = reference[:samples].numpy(), wave[:samples].float().cpu().numpy()
-        if samples < 4000 or np.abs(reference).max() < 1e-4:
-            return math.nan
-        if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
-            return 1.0
-        try:
-            return pesq(16000, reference, wave, "wb")
-        except NoUtterancesError:  # depends on the reference alone
-            return math.nan
-        except (PesqError, ValueError):  # ValueError: its result is nan, as for silence
-            return 1.0
+        return {"pesq": pesq_scores(sides, waves, self.workers)}
 
 
 class AudioboxScorer(Scorer):

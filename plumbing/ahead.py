@@ -1,10 +1,13 @@
-"""Reading ahead: worker processes that decode video, threads that read audio."""
+"""Work beside the main thread: processes that decode video or compute PESQ, threads that read audio."""
 
+import itertools
+import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import torch
 import torch.utils.data
@@ -66,3 +69,22 @@ def in_threads(function, items, threads):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+POOLS = {}
+
+
+def start_worker(parent):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one ends it
+    end_with(parent)
+
+
+def in_processes(function, jobs, workers):
+    """[function(*job) for job in jobs] by so many processes, eight at most, kept for the next call; by this one without
+    any. For what keeps Python's lock. jobs: tuples of numpy arrays and the like; a fork must leave torch alone."""
+    if not workers:
+        return list(itertools.starmap(function, jobs))
+    if workers not in POOLS:
+        fork = multiprocessing.get_context("fork")
+        POOLS[workers] = ProcessPoolExecutor(min(workers, 8), fork, start_worker, (os.getpid(),))
+    return list(POOLS[workers].map(function, *zip(*jobs)))

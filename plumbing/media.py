@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torchaudio
 from av.stream import Disposition
 
+from plumbing.ahead import in_processes
 from plumbing.files import NoAudio, SkipClip, digest, replacing
 
 FINEST_FPS = 25  # the finest consumer's grid, Synchformer's: on it a video is too short for all of them, or for none
@@ -201,3 +202,31 @@ def write_audio(path, wave, sample_rate_hz):
         soundfile.write(temporary, heard.numpy(), sample_rate_hz, subtype="PCM_16")
     about = dict(digest=digest(path), finite=bool(wave.isfinite().all()), peak=round(level.max().item(), 6))
     return dict(about, clipped=round((level >= 0.999).float().mean().item(), 6))
+
+
+def wide_band_pesq(reference, wave):
+    """P.862.2 at 16 kHz, 1.0 to 4.64, of two (S,) float32 arrays, cut to the shorter. nan where the reference has no
+    utterance; 1.0, the scale's floor, where the other is silent (below -80 dB of full scale) or not finite."""
+    from pesq import NoUtterancesError, PesqError, pesq  # a C extension, for this score alone
+
+    samples = min(len(reference), len(wave))
+    reference, wave = reference[:samples], wave[:samples]
+    if samples < 4000 or np.abs(reference).max() < 1e-4:
+        return math.nan
+    if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
+        return 1.0
+    try:
+        return pesq(16000, reference, wave, "wb")
+    except NoUtterancesError:  # depends on the reference alone
+        return math.nan
+    except (PesqError, ValueError):  # ValueError: its result is nan, as for silence
+        return 1.0
+
+
+def pesq_scores(references, waves, workers):
+    """waves (B, S) at 16 kHz, each against its reference, (S,) or None, by so many processes -> (B,), nan for None."""
+    rows = [i for i, reference in enumerate(references) if reference is not None]
+    jobs = [(references[i].numpy(), waves[i].float().cpu().numpy()) for i in rows]
+    scores = torch.full((len(waves),), math.nan)
+    scores[rows] = torch.tensor(in_processes(wide_band_pesq, jobs, workers))
+    return scores

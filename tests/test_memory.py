@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import signal
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -16,6 +17,7 @@ from upstream_files import mmaudio_modules, random_state
 import adapters.frieren
 import adapters.mmaudio
 import common
+import plumbing.ahead
 
 LORA = ("--lora", 4, "--lr", 1e-3, "--steps", 8)
 
@@ -189,6 +191,14 @@ def test_a_lack_of_memory_is_one_line_that_says_what_to_change(
     monkeypatch.setattr(stage(number), "main", Mock(side_effect=error))
     line = refused(number, finished, *flags)
     assert all(part in line for part in parts), line
+
+
+def test_a_process_for_pesq_that_is_killed_is_one_line(finished, refused, monkeypatch):
+    monkeypatch.setattr(plumbing.ahead, "POOLS", {})
+    killed = Mock(side_effect=lambda args: common.in_processes(signal.raise_signal, [(signal.SIGKILL,)], 1))
+    monkeypatch.setattr(stage("03"), "main", killed)
+    line = refused("03", finished)
+    assert "process in the process pool was terminated" in line and "lower --workers" in line, line
 
 
 def test_ddpo_warns_when_rounding_alone_moves_the_ratios(run, monkeypatch, capfd):

@@ -413,6 +413,8 @@ def test_pesq_rules(tmp_path):
     assert score[0] == pytest.approx(4.6439, abs=1e-3)  # the scale's top: identical
     assert 1.0 < score[2] < score[1] < 4.6
     assert 1.0 <= score[3] < 1.5 and score[4:].tolist() == [1.0] * 4
+    scorer.workers = 2
+    assert torch.equal(judged(scorer, torch.stack(sounds), [clip] * len(sounds))["pesq"], score)  # in two processes
     for other in (dict(label="dog barking"), dict(label=None), dict(path=quiet), dict(path=mute)):
         assert torch.isnan(judged(scorer, own[None], [dict(clip, id=str(other), **other)])["pesq"]).all(), other
     assert judged(scorer, own[None, : 16000 * 5], [clip])["pesq"].item() == pytest.approx(
