@@ -1075,7 +1075,7 @@ def start_worker(parent):
 
 
 def build(run, pool, size, seed):
-    """All that is not there yet, the longest training beside the rest. Returns lines of clips.jsonl, of the truth."""
+    """All that is not there yet, the longest training first. Returns lines of clips.jsonl, of the truth."""
     began, data = time.monotonic(), {}
 
     def each(function, jobs, title):
@@ -1098,15 +1098,15 @@ def build(run, pool, size, seed):
         codec = Codec.fit(data["pretrain"]["mel"])
         print(f"pre-training clips: {size['pretrain']} ({time.monotonic() - began:.0f} s)", flush=True)
         train(train_base, [base], "pretrain")
-    jobs = [(run / "00_videos", seed, split, i) for split in ("train", "val", "test") for i in range(size[split])]
-    clips = each(write_clip, jobs, "videos")
-    print(f"videos: {len(clips)} files in {run / '00_videos'} ({time.monotonic() - began:.0f} s)", flush=True)
-    if todo:
         draw("scorer", "oracle", "judge")
         train(train_scorers, [scorers, oracle], "scorer", "oracle")
         train(train_judge, [judged], "judge")
-        for training in running:
-            training.result()
+    jobs = [(run / "00_videos", seed, split, i) for split in ("train", "val", "test") for i in range(size[split])]
+    clips = each(write_clip, jobs, "videos")  # small jobs last, for whichever process has no training left
+    print(f"videos: {len(clips)} files in {run / '00_videos'} ({time.monotonic() - began:.0f} s)", flush=True)
+    for training in running:
+        training.result()
+    if todo:
         print(f"networks: base model, scorers, oracle, judge ({time.monotonic() - began:.0f} s)", flush=True)
     return clips
 
