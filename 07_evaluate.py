@@ -109,8 +109,8 @@ def bootstrap(values, resamples=2000, seed=0):
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return None, None
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    rng, n = np.random.default_rng(seed), len(values)
+    means = [values[rng.integers(0, n, (100, n))].mean(axis=1) for _ in range(resamples // 100)]
     return tuple(float(q) for q in np.percentile(means, (2.5, 97.5)))
 
 

@@ -978,9 +978,8 @@ def see(run, clips, names, weights, ranks, workers, loaded=None, model=None):
     load = loaded.get if loaded else lambda name: load_scorer(name, run, ranks.device, weights)
     towers = {name: load(name) for name in names if name != MODEL}
     keys = {name: video_keys(run, todo, name, weights, model) for name in names}
-    frames = [tower.frames for tower in towers.values()]
-    alone = lambda clip, others: read_frames(clip["path"], others, clip_s)  # noqa: E731
-    read = model.read if MODEL in names else alone
+    frames = [*dict.fromkeys(tower.frames for tower in towers.values())]  # once for towers that want the same
+    read = model.read if MODEL in names else lambda clip, others: read_frames(clip["path"], others, clip_s)
     videos = read_ahead(lambda clip: read(clip, frames), todo, workers)
     with tqdm(total=len(todo), desc="see", unit="video", disable=ranks.rank > 0 or not todo) as bar:
         for group, part in new.items():
@@ -990,13 +989,14 @@ def see(run, clips, names, weights, ranks, workers, loaded=None, model=None):
                 if isinstance(seen, SkipClip):
                     unjudged(clip, seen, ", ".join(name for name in names if clip["id"] in lacks[name]))
                     continue
-                own, others = seen[: len(seen) - len(towers)], seen[len(seen) - len(towers) :]
+                own, shown = seen[: len(seen) - len(frames)], dict(zip(frames, seen[len(seen) - len(frames) :]))
                 if clip["id"] in lacks.get(MODEL, ()):
                     made[MODEL][keys[MODEL][clip["id"]]] = model.encode(clip, own)
-                for name, pictures in zip(towers, others):
+                for name, tower in towers.items():
                     if clip["id"] in lacks[name]:
                         with torch.inference_mode():
-                            made[name][keys[name][clip["id"]]] = {"embedding": towers[name].embed_clip(clip, pictures)}
+                            embedding = tower.embed_clip(clip, shown[tower.frames])
+                        made[name][keys[name][clip["id"]]] = {"embedding": embedding}
             for name, rows in made.items():
                 if rows:
                     values = [*rows.values()]
