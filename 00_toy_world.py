@@ -565,8 +565,11 @@ class Toy(common.FlowModel):
     def null_conditions(self, conditions):
         return self.net.null(conditions)
 
-    def predict(self, a_t, t, conditions):
+    def velocity(self, *given):
         torch.set_num_threads(THREADS if torch.is_grad_enabled() else 1)
+        return super().velocity(*given)
+
+    def predict(self, a_t, t, conditions):
         return self.net(a_t, t, conditions)
 
     def decode(self, latents):

@@ -21,6 +21,7 @@ import pytest
 import torch
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
 
 import common
 
@@ -274,6 +275,13 @@ def browser(tmp_path_factory):
     driver.downloads = downloads
     yield driver
     driver.quit()
+
+
+def shown(browser, page):
+    """The browser with a page of the disk, whole: `get` may return while one of many megabytes is still read."""
+    browser.get(page.as_uri())
+    WebDriverWait(browser, 60).until(lambda seen: seen.execute_script("return document.readyState") == "complete")
+    return browser
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from conftest import asked_for, call, cells, read, stage, write
+from conftest import asked_for, call, cells, read, shown, stage, write
 from selenium.webdriver import ActionChains, Keys
 
 import common
@@ -253,7 +253,7 @@ def wait(browser, script, seconds=30):
 
 def open_page(browser, path, rater=None, hurry=True):
     """By keys alone: the name, the check of the level, the start. hurry: sounds play sixteen times as fast."""
-    browser.get(path.as_uri())
+    shown(browser, path)
     if hurry:
         browser.execute_script("audio.defaultPlaybackRate = 16")
     if rater:

@@ -8,7 +8,7 @@ import re
 import av
 import numpy as np
 import pytest
-from conftest import asked_for, call, read, stage, write
+from conftest import asked_for, call, read, shown, stage, write
 from selenium.webdriver.common.by import By
 
 import common
@@ -178,8 +178,7 @@ const video = button.closest(".card").querySelector("video");
 
 @pytest.fixture(scope="module")
 def page(browser, finished):
-    browser.get((finished / "08_report.html").as_uri())
-    return browser
+    return shown(browser, finished / "08_report.html")
 
 
 def buttons(page):
