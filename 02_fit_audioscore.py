@@ -20,7 +20,7 @@ Writes:
     02_elsewhere.jsonl          the same of the audios from elsewhere, k being the file, which no later stage reads
     02_audioscore.pt            audioscore: the state dict of common.AudioScore (MLP, standardiser, marginal p(y));
                                 heldout: p (n, 3) float32 and rating (n,) int64 of the cross-validated report
-Takes: toy 12 s on 2 cores.
+Takes: toy 11 s on 2 cores.
 """
 
 import random

@@ -16,7 +16,7 @@ Writes:
     03_pairs.jsonl              clip, winner, loser (k), p_winner, p_loser: [Good, Medium, Bad]
     03_to_choose.csv            pairs of equally rated audios for people: clip, a, b, wav_a, wav_b, video, choice
     03_human_choices.jsonl, 03_human_pairs.jsonl   the answers, validated; the pairs they make, as 03_pairs.jsonl
-Takes: toy 23 s on 2 cores.
+Takes: toy 16 s on 2 cores.
 """
 
 import random

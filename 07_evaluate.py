@@ -20,7 +20,7 @@ Writes:
                                      audio of each clip; how it is shown: metrics (column, better, decimals, times, by),
                                      in the table's order, paper (columns, rows, remark: Table 1's rows)
 With --split val the last two are 07_results_val.jsonl and 07_systems_val.json, with --against NAME ..._NAME.
-Takes: toy 23 s on 2 cores.
+Takes: toy 20 s on 2 cores.
 """
 
 from pathlib import Path

@@ -7,13 +7,14 @@ Run:   python tests/bench.py                                           # about 4
 
 Random weights, on the CPU, no file of a real model. What is compared runs in turn, once to warm up; a row has medians,
 the ratio of the seconds (below 1: ours is faster) and, in brackets, the quartiles of the ratios of neighbours. All but
-the workers' rows are CPU seconds of one thread, which other work on the machine disturbs little.
+the workers' and PESQ's rows are CPU seconds of one thread, which other work on the machine disturbs little.
     05        a step of stage 05 as its main makes it (batch, times and noise, features and latents from the shards,
               train_step, the log's row, clipping, AdamW) against a bare loop on tensors that lie ready: reference
               without gradient, policy, loss, backward, AdamW; the stage's own batch and micro-batch
     01        five audios of a clip by generate_shard, against MMAudio's generate() called five times, and once for
               five; what the encoders give is given to both (generate() would see the video five times)
     scorers   five audios of a clip in one call, against a call for each
+    pesq      that of 20 audios of 8 s in two processes, against this one, by the clock
     metrics   FD, IS and KL of stage 07 against av-benchmark's functions on the same arrays: seconds, memory beyond
               the arrays, difference of the values
     workers   clips through read_ahead with MMAudio's `read`, into a GPU that is a sleep of GPU_S for each, by the
@@ -214,6 +215,17 @@ def bench_metrics(n, seconds):
         row(f"metrics, {name} of {n} clips : av-benchmark's", *cells, said)
 
 
+def bench_pesq(repeats=5):
+    voice, took = torch.from_numpy(files.bursts(8.0, 16000)).float(), {0: [], 2: []}
+    waves = voice + 0.01 * torch.randn(20, len(voice))
+    for workers in (2, 0) * (repeats + 1):
+        began = time.perf_counter()
+        common.pesq_scores([voice] * len(waves), waves, workers)
+        took[workers].append(time.perf_counter() - began)
+    ours, other = took[2][1:], took[0][1:]  # the first starts the processes
+    row("PESQ of 20 audios, two processes : one", *(f"{median(x):.3g} s" for x in (ours, other)), ratio(ours, other))
+
+
 # Workers -----------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +264,7 @@ def main(args):
         clip = dict(read(folder / "toy/clips.jsonl")[0], label="person speaking")
         clip["path"] = folder / "toy/00_videos" / clip["video"]
         bench_scorers("toy", world.SCORERS, folder / "toy", clip, world.CLIP_S, s / 4)
+        bench_pesq()
         if args.clips:
             bench_workers(sorted(args.clips.glob("*.mp4")), f"{args.clips.name}/*.mp4", args.videos)
         else:
