@@ -1075,11 +1075,6 @@ def oracle_scores(run, audios):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def start_worker(parent):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    common.end_with(parent)
-
-
 def build(run, pool, size, seed):
     """All that is not there yet, the longest training first. Returns lines of clips.jsonl, of the truth."""
     began, data = time.monotonic(), {}
@@ -1122,7 +1117,8 @@ def main(args):
     settings = {"seed": args.seed, "size": args.size, **size}
     common.hold(run, "00", common.Ranks())
     common.claim(run, "00_settings.json", settings, advice="use another --run-dir")
-    spawn = dict(mp_context=multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(os.getpid(),))
+    spawn = dict(mp_context=multiprocessing.get_context("spawn"), initializer=common.start_worker)
+    spawn |= dict(initargs=(os.getpid(), signal.SIG_DFL))
     kind = functools.partial(ProcessPoolExecutor, **spawn) if size["processes"] else ThreadPoolExecutor
     with kind(max(1, size["processes"])) as pool:
         clips, truths = zip(*build(run, pool, size, args.seed))

@@ -74,8 +74,9 @@ def in_threads(function, items, threads):
 POOLS = {}
 
 
-def start_worker(parent):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one ends it
+def start_worker(parent, on_ctrl_c):
+    """The beginning of a pool's process; on_ctrl_c: SIG_IGN for short work, SIG_DFL where nobody would wait for it."""
+    signal.signal(signal.SIGINT, on_ctrl_c)
     end_with(parent)
 
 
@@ -86,5 +87,5 @@ def in_processes(function, jobs, workers):
         return list(itertools.starmap(function, jobs))
     if workers not in POOLS:
         fork = multiprocessing.get_context("fork")
-        POOLS[workers] = ProcessPoolExecutor(min(workers, 8), fork, start_worker, (os.getpid(),))
+        POOLS[workers] = ProcessPoolExecutor(min(workers, 8), fork, start_worker, (os.getpid(), signal.SIG_IGN))
     return list(POOLS[workers].map(function, *zip(*jobs)))

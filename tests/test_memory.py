@@ -195,7 +195,7 @@ def test_a_lack_of_memory_is_one_line_that_says_what_to_change(
 
 def test_a_process_for_pesq_that_is_killed_is_one_line(finished, refused, monkeypatch):
     monkeypatch.setattr(plumbing.ahead, "POOLS", {})
-    killed = Mock(side_effect=lambda args: common.in_processes(signal.raise_signal, [(signal.SIGKILL,)], 1))
+    killed = lambda args: common.in_processes(signal.raise_signal, [(signal.SIGKILL,)], 1)  # noqa: E731
     monkeypatch.setattr(stage("03"), "main", killed)
     line = refused("03", finished)
     assert "process in the process pool was terminated" in line and "lower --workers" in line, line
