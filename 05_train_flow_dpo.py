@@ -12,7 +12,8 @@ Reads:
     04_stage1.jsonl, 04_stage2.jsonl   clip, winner, loser (k), score_c, source
 Writes, in <run>/<--out>:
     policy.pt        the tuned network in its upstream's own format, nothing else
-    policy.json      model, digest of the base checkpoint, method, steps, commit of this code (null outside of git)
+    policy.json      model, digest of the base checkpoint, method, steps, commit of this code (null outside of git),
+                     the CPU, and the kernels that were asked for (docs/toy.md)
     checkpoint.pt    step, trained weights, optimizer: the same command resumes from here, exactly
     log.jsonl        per step: stage, loss, accuracy (share of pairs whose winner the implicit reward prefers), gap_w
                      and gap_l (error minus the reference's; also by quarter of t), ref_w (the reference's error of the

@@ -50,11 +50,14 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from tqdm import tqdm
 
+from plumbing import digits
 from plumbing.ahead import *  # noqa: F403, what stages need of these they find here
 from plumbing.files import *  # noqa: F403
 from plumbing.media import *  # noqa: F403
 from plumbing.people import *  # noqa: F403
 from plumbing.tables import *  # noqa: F403
+
+digits.same_on_every_cpu()  # before torch computes anything
 
 RATINGS = ("Good", "Medium", "Bad")  # the order of every probability vector (Eq. 1)
 SCORES = ("ib", "clap", "desync_s", "is_nats", "pesq")  # score_1 ... score_5 (Sec. 2.1)
@@ -805,7 +808,7 @@ def save_policy(run, out, model, run_json, **about):
     file = Path(run) / out / "policy.pt"
     model.save_policy(file)
     about = dict(model=run_json["model"], base_digest=run_json["checkpoint_digest"], **about, commit=commit())
-    write_json(file.with_suffix(".json"), about)
+    write_json(file.with_suffix(".json"), about | digits.used())
     seal(run, f"{out}/settings.json", [f"{out}/policy.pt"])
     asked = "" if out in ("05_flow_dpo", "06_ddpo") else f" --systems {out}"
     print(f"wrote {file}\nnext: python 07_evaluate.py --run-dir {run}{asked}")
