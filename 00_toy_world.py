@@ -194,7 +194,8 @@ def draw_sound(script):
         room *= script["wet"] / np.sqrt((room**2).sum())
         wave = wave + np.fft.irfft(np.fft.rfft(wave, size) * np.fft.rfft(room, size), size)[:SAMPLES]
     wave = wave + script["noise"] * rng.standard_normal(SAMPLES)
-    return (wave / max(1.0, np.abs(wave).max() / 0.95)).astype(np.float32)
+    wave = wave / max(1.0, np.abs(wave).max() / 0.95)
+    return np.round(wave * 2**15).astype(np.float32) / 2**15  # of 16 bits: below them sin and exp differ between CPUs
 
 
 def draw_picture(script):

@@ -69,14 +69,17 @@ def parse_args(argv=None):
 def frechet_distance(a, b):
     """FD between Gaussians fitted to a (n, d) and b (m, d): |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), unbiased
     covariances, float64. Fewer audios than dimensions: defined, biased upwards. None below two audios."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a = torch.as_tensor(a).double()
+    b = torch.as_tensor(b).double()
     if len(a) < 2 or len(b) < 2:
         return None
-    cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(0)).sum()  # tr (A B)^(1/2), by similarity
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    cov_a = a.T.cov().reshape(a.shape[1], a.shape[1])
+    cov_b = b.T.cov().reshape(b.shape[1], b.shape[1])
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()  # tr (A B)^(1/2), by similarity
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return distance.item()
 
 
 def kl_divergence(truth, generated):
