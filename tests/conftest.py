@@ -32,6 +32,30 @@ STAGES = {path.name[:2]: path for path in sorted(ROOT.glob("0?_*.py"))}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""  # not in os.environ: a process that has met CUDA so never finds a GPU again
 TORCHRUN = Path(sys.executable).with_name("torchrun")
+NOISE = ROOT / "tests" / "noise"
+
+# How far apart floats may be that are equal but for rounding, by kind. Bits are compared only where both sides come
+# from one computation of one shape: resumed, repeated, divided over ranks or workers, copied, or written and read.
+SCORES = {"rtol": 1e-5, "atol": 1e-5}  # of a network, in batches of other sizes or by upstream's own code
+PROBABILITIES = {"rtol": 0.0, "atol": 1e-4}  # AudioScore's, of such scores: 4e-6 of every score moved them by 4e-5
+LATENTS = {"rtol": 0.0, "atol": 1e-4}  # sampled in several steps, in batches of other sizes or compiled
+
+
+def pytest_addoption(parser):
+    about = "multiply every score of a network by 1 ± 2e-6, by the size of its batch (tests/noise/score_noise.py)"
+    parser.addoption("--score-noise", action="store_true", help=about)
+
+
+def pytest_configure(config):
+    """With --score-noise: here, and by PYTHONPATH in every process that is started, pytest's own included."""
+    if config.getoption("--score-noise") and not hasattr(common.Scorer, "noisy"):
+        paths = [str(NOISE)]
+        if os.environ.get("PYTHONPATH"):
+            paths.append(os.environ["PYTHONPATH"])
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        ENVIRONMENT["PYTHONPATH"] = os.environ["PYTHONPATH"]
+        sys.path.insert(0, str(NOISE))
+        importlib.import_module("score_noise").add_to(common)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -130,6 +154,25 @@ def cells(path):
     """The rows of a .csv, as dicts."""
     with open(path, newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
+
+
+def close(ours, theirs, within):
+    """Whether two tensors or (lists of) numbers are of one shape and equal but for rounding, nan to nan."""
+    ours, theirs = (torch.as_tensor(values, dtype=torch.float64) for values in (ours, theirs))
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, **within, equal_nan=True)
+
+
+def same_rows(ours, theirs, within):
+    """Whether two rows of a .jsonl, or lists of them, are equal, their floats but for rounding."""
+    if isinstance(theirs, dict):
+        same_keys = ours.keys() == theirs.keys()
+        return same_keys and all(same_rows(ours[key], theirs[key], within) for key in theirs)
+    if isinstance(theirs, list):
+        same_length = len(ours) == len(theirs)
+        return same_length and all(same_rows(our, their, within) for our, their in zip(ours, theirs))
+    if isinstance(theirs, float):
+        return isinstance(ours, float) and close(ours, theirs, within)
+    return ours == theirs
 
 
 def write(path, rows):

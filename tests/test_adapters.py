@@ -8,7 +8,7 @@ import types
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, STAGES, call, make_video, read, stopped
+from conftest import LATENTS, ROOT, SCORES, STAGES, call, close, make_video, read, stopped
 
 import common
 
@@ -76,7 +76,7 @@ def test_stage_01_generates_with_a_backbone_of_ones_own(modules, tmp_path):
     rows, shard = (read(tmp_path / "run/01_samples/00000.jsonl"), common.load_pt(tmp_path / "run/01_samples/00000.pt"))
     for row, latent in zip(rows, shard["latents"]):  # u is 4.5 times the 4 letters, all the way from noise to data
         noise = torch.randn(50, 1, generator=torch.Generator().manual_seed(row["seed"]))
-        assert torch.allclose(latent, noise - 18, atol=1e-4)
+        assert close(latent, noise - 18, LATENTS)
         wave, rate = soundfile.read(tmp_path / "run" / row["wav"])
         assert (len(wave), rate) == (8000, 8000) and wave[-1] == pytest.approx(0.01 * latent[-1, 0].item(), abs=1e-4)
 
@@ -86,7 +86,7 @@ def test_stage_07_shows_the_metric_of_a_scorer_of_ones_own(modules, run, capsys)
     (row,) = [row for row in read(run / "07_results.jsonl") if row["metric"] == "loudness"]
     named = [clip["id"] for clip in read(run / "clips.jsonl") if clip["split"] == "test" and clip["caption"]]
     peaks = [abs(soundfile.read(run / "07_audio" / "base" / f"{name}.wav")[0]).max() for name in named]
-    assert row["value"] == pytest.approx(sum(peaks) / len(peaks), abs=1e-6) and row["n"] == len(named)
+    assert close(row["value"], sum(peaks) / len(peaks), SCORES) and row["n"] == len(named)
     assert re.search(rf"\nloudness \^ +{row['value']:.3f}\n", capsys.readouterr().out)
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {file: file.read_text(encoding="utf-8") for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 SCRIPTS = {file.name: file for file in sorted(ROOT.glob("0?_*.py"))} | {"docs/evidence.py": ROOT / "docs/evidence.py"}
-OTHERS = {"--no-deps", "--local-dir"}  # of pip, pytest, git and hf, where the pages name them in a sentence
+OTHERS = {"--no-deps", "--local-dir", "--score-noise"}  # of pip, hf and pytest, where a sentence names them
 
 
 # Commands -----------------------------------------------------------------------------------------------------

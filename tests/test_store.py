@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, call, files_of, read, stage, torchrun
+from conftest import PROBABILITIES, ROOT, SCORES, call, close, files_of, read, same_rows, stage, torchrun
 
 import common
 
@@ -122,7 +122,7 @@ def test_other_weights_score_anew_and_the_old_ones_are_not_forgotten(run, finish
     call("03", run)
     assert len(heard) == len(set(heard)) == 20 * 5 * 5
     ours, theirs = (read(place / "03_scores" / "00000.jsonl") for place in (run, finished))
-    assert [row["ib"] for row in ours] == [row["ib"] for row in theirs]
+    assert close([row["ib"] for row in ours], [row["ib"] for row in theirs], SCORES)  # beside other audios this time
     assert all(a["is_nats"] != b["is_nats"] for a, b in zip(ours, theirs))
     (run / "00_scorers.pt").write_bytes(whole)
     call("03", run)
@@ -147,9 +147,10 @@ def test_a_video_that_cannot_be_read_leaves_no_score_behind(run, finished, capsy
     shutil.rmtree(run / "scores")
     broken = stored(bytes(len(whole)))
     assert f"{clip['id']}: unreadable video" in capsys.readouterr().err
-    assert broken["imagebind"]["ib"].isnan().all() and broken["panns"]["logits"].equal(expected["panns"]["logits"])
+    assert broken["imagebind"]["ib"].isnan().all()
+    assert close(broken["panns"]["logits"], expected["panns"]["logits"], SCORES)  # of 5 audios, and of 20
     assert not (run / "scores" / "00000.imagebind.pt").exists()
-    assert stored(whole)["imagebind"]["ib"].equal(expected["imagebind"]["ib"])
+    assert close(stored(whole)["imagebind"]["ib"], expected["imagebind"]["ib"], SCORES)
 
 
 def test_a_video_moved_away_while_scoring_stops_the_stage_and_back_again_nothing_is_lost(
@@ -171,7 +172,8 @@ def test_a_video_moved_away_while_scoring_stops_the_stage_and_back_again_nothing
     (run / "moved.mp4").rename(moved)
     call("03", run)
     call("02", run)
-    assert scores(run) == scores(finished)
+    for name in ("02_scores.jsonl", "03_scores/00000.jsonl"):  # no pairs: rounding could turn a tie
+        assert same_rows(read(run / name), read(finished / name), PROBABILITIES)
 
 
 def test_what_was_heard_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
