@@ -350,6 +350,21 @@ def test_advantages_are_per_prompt():
     assert stage("06").group_advantages(torch.full((4,), 0.3), 2)[0].tolist() == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("rewards, expected", [
+    ((0.3 - 6e-8, 0.3, 0.3 + 6e-8), (0, 0, 0)),  # what rounding makes of three equal rewards
+    ((0.30, 0.30, 0.30), (0, 0, 0)),
+    ((0.3 - 0.9e-4, 0.3, 0.3 + 0.9e-4), (0, 0, 0)),  # std 0.9e-4, just below the floor
+    ((0.3 - 1.1e-4, 0.3, 0.3 + 1.1e-4), (-1, 0, 1)),  # std 1.1e-4, just above it
+])  # fmt: skip
+def test_a_prompt_without_spread_has_no_advantage_and_its_neighbour_keeps_its_own(rewards, expected):
+    assert stage("06").MIN_SPREAD == 1e-4
+    both = torch.tensor([rewards, (0.2, 0.4, 0.6)], dtype=torch.float64).T.flatten()  # std 0.2
+    advantages, std = stage("06").group_advantages(both, 2)
+    assert advantages[0::2].tolist() == pytest.approx(expected, abs=1e-6)
+    assert advantages[1::2].tolist() == pytest.approx((-1, 0, 1)) and std[1].item() == pytest.approx(0.2)
+    assert expected[0] or not advantages[0::2].any()  # exactly 0
+
+
 def test_ppo_loss_by_hand():
     ratio, advantage = torch.tensor([1.3, 0.7, 1.3, 0.7, 1.0]), torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0])
     # min(1.3, 1.1); min(0.7, 0.9); min(-1.3, -1.1); min(-0.7, -0.9); 2
