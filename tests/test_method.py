@@ -477,6 +477,26 @@ def test_the_last_line_names_the_case_of_docs_curves(case, accuracy, gap_w, ref_
     assert stage("05").reading(rows).startswith(f"curves: {case}: ")
 
 
+@pytest.mark.parametrize("backwards, accuracy, case", [
+    (0.0, 0.96, "healthy"), (0.01, 0.96, "some pairs are backwards"), (1.0, 0.96, "pairs are backwards"),
+    (0.01, 0.52, "has hardly learned"), (1.0, 0.52, "pairs are backwards"),
+])  # fmt: skip
+def test_curves_on_pairs_whose_winner_is_the_worse_audio_are_never_called_healthy(backwards, accuracy, case):
+    row = dict(stage=2, loss=0.1, accuracy=accuracy, gap_w=0.2, gap_l=0.5, ref_w=0.5, saturated=0.6)
+    row |= dict(opposed=0.0, weight=0.2, weight_wrong=0.1)
+    line = stage("05").reading([row] * 50, backwards)
+    assert line.startswith(f"curves: {case}: ") and (f"{backwards:.0%}" in line) == (case.endswith("backwards"))
+
+
+def test_only_mined_pairs_can_be_backwards():
+    def pair(score_c, source="auto"):
+        return {"score_c": score_c, "source": source}
+
+    stages = [pair(0.9)], [pair(-0.1), pair(0.0), pair(0.1), pair(0.0, "human"), pair(0.0, "human")]
+    assert stage("05").share_backwards(stages) == 0.25
+    assert stage("05").share_backwards(([], [pair(0.0, "human")])) == 0
+
+
 def test_learning_rate_warms_up_once_and_then_stays():
     args = stage("05").parse_args(["--lr", "8", "--warmup", "4", "--run-dir", "none"])
     assert [stage("05").lr_at(step, args) for step in (0, 1, 3, 4, 11_999)] == [2, 4, 8, 8, 8]

@@ -565,6 +565,39 @@ def test_a_round_without_spread_changes_nothing_also_after_a_resume_and_on_two_r
     assert largest_difference(weights(run, "two"), weights(run, "whole")) < 1e-4
 
 
+def exchange_winners_and_losers(run):
+    """What another program's idea of the columns makes of 03_pairs.jsonl."""
+    rows = read(run / "03_pairs.jsonl")
+    other = dict(winner="loser", loser="winner", p_winner="p_loser", p_loser="p_winner", clip="clip")
+    write(run / "03_pairs.jsonl", [{other[key]: value for key, value in row.items()} for row in rows])
+    common.seal(run, "03_settings.json", ["03_pairs.jsonl"])
+    return len(rows)
+
+
+def test_pairs_whose_winner_is_the_worse_audio_are_named_by_04_and_05(run, capsys):
+    count = exchange_winners_and_losers(run)
+    call("04", run, "--redo")
+    said = capsys.readouterr().out
+    assert f"warning: {count} of {count} mined pairs have a negative score_c" in said and "exchanged" in said
+    assert "stage 1 is empty: no score_c is above the threshold 0.1, so 05 trains on stage 2 alone" in said
+    call("05", run, "--out", "backwards", "--steps", 3)
+    said = capsys.readouterr().out
+    assert "stage 1 (easy): no pairs, so all steps are the other stage's" in said
+    assert "curves: pairs are backwards: score_c is negative for 100% of the mined pairs" in said and "healthy" not in said
+
+
+def test_mined_pairs_are_named_backwards_where_min_score_c_lets_them_in(run, capsys, monkeypatch):
+    original = common.score_c
+    monkeypatch.setattr(common, "score_c", lambda p_w, p_l: -original(p_w, p_l))
+    call("03", run, "--redo", "--min-score-c", -1)
+    count = len(read(run / "03_pairs.jsonl"))
+    assert f"warning: {count} of {count} pairs have a negative score_c" in capsys.readouterr().out
+
+
+def test_pairs_that_are_as_they_should_be_are_not_warned_of(finished):
+    assert "negative score_c" not in finished.with_suffix(".log").read_text()
+
+
 def test_two_nodes_equal_two_ranks_of_one_node(run):
     torchrun("05", run, "--out", "ranks", "--steps", 3)
     torchrun("05", run, "--out", "nodes", "--steps", 3, nodes=2)
