@@ -4,7 +4,7 @@ Run:
     python 01_generate.py                                    # the toy world of stage 00
     python 01_generate.py --run-dir runs/vgg --model mmaudio:large_44k --clips vggsound.csv --videos DIR \\
         --test-list MMAudio/sets/vgg-test.tsv                # the paper's
-    torchrun --nproc_per_node 8 01_generate.py ...           # shards are divided over the GPUs
+    torchrun --standalone --nproc_per_node 8 01_generate.py ...           # shards are divided over the GPUs
 
 Reads:
     clips        the toy's clips.jsonl; or a .jsonl (id, and if known video, caption, label, split); VGGSound's csv

@@ -3,8 +3,8 @@
 Run:
     python 02_fit_audioscore.py                               # toy world: simulated raters answer
     python 02_fit_audioscore.py --run-dir runs/vgg                # writes 02_to_rate.csv; rate it, then run again with
-    python 02_fit_audioscore.py --run-dir runs/vgg --ratings ann.csv packs/*.csv
-    torchrun --nproc_per_node 8 02_fit_audioscore.py ...      # audios are divided over the GPUs for scoring
+    python 02_fit_audioscore.py --run-dir runs/vgg --ratings ann.csv packs/rate_*.csv
+    torchrun --standalone --nproc_per_node 8 02_fit_audioscore.py ...    # scoring is divided over the GPUs
 
 Reads:
     01_samples/, 01_audio/      stage 01's audios

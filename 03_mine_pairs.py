@@ -3,8 +3,8 @@
 Run:
     python 03_mine_pairs.py                                   # toy world: simulated choices
     python 03_mine_pairs.py --run-dir runs/vgg                    # writes 03_to_choose.csv for people, goes on without
-    python 03_mine_pairs.py --run-dir runs/vgg --choices ann.csv packs/*.csv --redo
-    torchrun --nproc_per_node 8 03_mine_pairs.py ...          # audios are divided over the GPUs for scoring
+    python 03_mine_pairs.py --run-dir runs/vgg --choices ann.csv packs/choose_*.csv --redo
+    torchrun --standalone --nproc_per_node 8 03_mine_pairs.py ...        # scoring is divided over the GPUs
 
 Reads:
     01_samples/, 02_audioscore.pt, 02_scores.jsonl (the ratings), scores/; 01_audio/ for what is not scored yet
@@ -241,6 +241,12 @@ def main(args):
     values = torch.tensor([common.score_c(pair["p_winner"], pair["p_loser"]) for pair in pairs])
     low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     print(f"score_c: median {median:.3f}, 90 % between {low:.3f} and {high:.3f}")
+    negative = int((values < 0).sum())
+    if negative:
+        print(
+            f"warning: {negative} of {len(pairs)} pairs have a negative score_c: AudioScore likes their winner "
+            "less than their loser; give --min-score-c 0"
+        )
     print(f"  --min-score-c {values.quantile(0.08):.3f} would drop 8 %, the paper's share (50K to about 46K)")
     if counted:
         common.report_raters(heard, compared, chosen, "nominal")

@@ -56,6 +56,18 @@ def print_shares(score_c, num_human):
         print(f"{threshold:>9}   {share:>6.1f} % ({with_human:.1f} %) {paper:>22} % {here:>25}")
 
 
+def warn_of_backwards(score_c):
+    """Names mined pairs whose winner is the worse audio: on them Flow-DPO learns what nobody wants, and its curves look
+    healthy. score_c: of the mined pairs; human pairs have none of their own."""
+    negative = sum(value < 0 for value in score_c)
+    if negative:
+        print(
+            f"warning: {negative} of {len(score_c)} mined pairs have a negative score_c: AudioScore likes their winner "
+            "less than their loser; in 03_pairs.jsonl winner and loser are exchanged, or Good and Bad in p_winner and "
+            "p_loser, or 03 was given a negative --min-score-c"
+        )
+
+
 def main(args):
     run = Path(args.run_dir)
     common.read_run(run)
@@ -74,9 +86,16 @@ def main(args):
     hard = len(stage2) - len(people)
     print(f"pairs: {len(scored)} in; stage 1: {len(stage1)} easy; stage 2: {hard} hard + {len(people)} human")
     if pairs:
-        print_shares(torch.tensor([p["score_c"] for p in scored if p["source"] == "auto"]), len(people))
+        mined = [pair["score_c"] for pair in scored if pair["source"] == "auto"]
+        print_shares(torch.tensor(mined), len(people))
+        warn_of_backwards(mined)
+    if not stage1:
+        print(
+            f"stage 1 is empty: no score_c is above the threshold {args.threshold}, so 05 trains on stage 2 alone, "
+            "without a curriculum"
+        )
     print(f"next: python 05_train_flow_dpo.py --run-dir {run}")
-    print(f"      torchrun --nproc_per_node 8 05_train_flow_dpo.py --run-dir {run}")
+    print(f"      torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py --run-dir {run}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Stage 05: Flow-DPO with the two-stage curriculum (Sec. 2.3, Eq. 5).
 
 Run:
-    python 05_train_flow_dpo.py                                                # toy world, CPU
-    torchrun --nproc_per_node 8 05_train_flow_dpo.py --run-dir runs/vgg         # one node, the paper's 8 GPUs
+    torchrun --nproc_per_node 8 05_train_flow_dpo.py                 # one node, the paper's 8 GPUs
+    python 05_train_flow_dpo.py                                      # toy world, CPU
+    torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py --run-dir runs/vgg    # beside another torchrun
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        05_train_flow_dpo.py --run-dir runs/vgg                                # two nodes, a shared run folder
-The global batch is the same on any number of GPUs, and so are the batches, times and noise.
+        05_train_flow_dpo.py --run-dir runs/vgg                      # two nodes, a shared run folder
+Without --standalone torchrun waits at port 29500, which one job of a node can have. The global batch is the same on
+any number of GPUs that divides it, and so are the batches, times and noise.
 
 Reads:
     01_samples/                    latents and features, memory-mapped
@@ -185,24 +187,46 @@ def log_row(step, stage, sums):
     return {"step": step, "stage": stage, **means}
 
 
-def reading(rows):
+def share_backwards(stages):
+    """Of the pairs that AudioScore chose, the share whose winner it likes less than their loser."""
+    mined = [pair["score_c"] for pair in stages[0] + stages[1] if pair["source"] == "auto"]
+    return sum(score_c < 0 for score_c in mined) / max(1, len(mined))
+
+
+def diagnosis(mean, rise, wrong, backwards):
+    """The case of docs/curves.md, and what to do. mean: of each of MEASURES; rise: the winner's error gap as a share of
+    the reference's error; wrong: the share of the gradient's weight on wrongly ordered pairs; backwards: see
+    `share_backwards`."""
+    negative = f"score_c is negative for {backwards:.0%} of the mined pairs, whose winner is the worse audio"
+    if backwards > 0.5:  # then the better the curves, the worse the policy
+        return "pairs are backwards", f"{negative}; exchange winner and loser, then rerun 04"
+    if mean["accuracy"] < 0.6:
+        return "has hardly learned", "give more --steps or a higher --lr"
+    if rise > 10:
+        return "beta too small", "nothing holds the policy; raise --beta"
+    if wrong > 0.85 and rise > 1:
+        return "lr too high", "lower --lr"
+    if wrong > 0.85:
+        return "beta too large", "the few wrong pairs alone steer; lower --beta or --lr"
+    if mean["saturated"] > 0.95:
+        return "too few pairs", "they are learned by heart; give fewer --steps or more pairs"
+    if rise > 2:
+        return "winner's error rises", "lower --lr, raise --beta, or give --sft-weight 2"
+    if backwards > 0:
+        return "some pairs are backwards", f"{negative}; drop them, or rerun 03 with --min-score-c 0"
+    return "healthy", "nothing to change"
+
+
+def reading(rows, backwards=0.0):
     """What the last 50 steps of the longer stage show, in one line; docs/curves.md has a picture of each case."""
     rows = [row for row in rows if row["stage"] == max((1, 2), key=[row["stage"] for row in rows].count)][-50:]
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in MEASURES[1:]}
-    wrong, rise = mean["weight_wrong"] / max(mean["weight"], 1e-12), mean["gap_w"] / max(mean["ref_w"], 1e-12)
+    rise = mean["gap_w"] / max(mean["ref_w"], 1e-12)
+    wrong = mean["weight_wrong"] / max(mean["weight"], 1e-12)
+    case, advice = diagnosis(mean, rise, wrong, backwards)
     says = f"loss {mean['loss']:.2f}, accuracy {mean['accuracy']:.2f}, saturated {mean['saturated']:.2f}"
     says += f", {wrong:.0%} of the gradient's weight on wrongly ordered pairs, winner's error {rise:+.0%}"
-    for case, it_is, advice in (
-        ("has hardly learned", mean["accuracy"] < 0.6, "give more --steps or a higher --lr"),
-        ("beta too small", rise > 10, "nothing holds the policy; raise --beta"),
-        ("lr too high", wrong > 0.85 and rise > 1, "lower --lr"),
-        ("beta too large", wrong > 0.85, "the few wrong pairs alone steer; lower --beta or --lr"),
-        ("too few pairs", mean["saturated"] > 0.95, "they are learned by heart; give fewer --steps or more pairs"),
-        ("winner's error rises", rise > 2, "lower --lr, raise --beta, or give --sft-weight 2"),
-        ("healthy", True, "nothing to change"),
-    ):
-        if it_is:
-            return f"curves: {case}: {advice} ({says}; docs/curves.md)"
+    return f"curves: {case}: {advice} ({says}; docs/curves.md)"
 
 
 def main(args):
@@ -213,7 +237,7 @@ def main(args):
     run_json = common.read_run(run)
     folder = common.output_folder(run, args.out)
     if args.global_batch % world:
-        stop(f"--global-batch {args.global_batch} cannot be divided over {world} processes")
+        stop(f"--global-batch {args.global_batch} cannot be divided over {world} processes; start as many as divide it")
     inputs = ("01_samples", "04_stage1.jsonl", "04_stage2.jsonl")
     common.hold(run, args.out, ranks)
     common.require(run, *inputs)
@@ -250,7 +274,10 @@ def main(args):
     if rank == 0:
         names = ["hard + human", "easy"] if args.hard_first else ["easy", "hard + human"]
         for i, (name, pairs, steps) in enumerate(zip(names, stages, stage_steps), 1):
-            print(f"stage {i} ({name}): {len(pairs)} pairs, {steps} steps with {args.global_batch} each")
+            if pairs:
+                print(f"stage {i} ({name}): {len(pairs)} pairs, {steps} steps with {args.global_batch} each")
+            else:
+                print(f"stage {i} ({name}): no pairs, so all steps are the other stage's")
         size = model.latent_shape[0] * model.latent_shape[1]
         print(f"beta {args.beta:g} on errors averaged over {size} latent values (as a sum: beta {args.beta / size:g})")
         trained = sum(p.numel() for p in model.trainable_parameters())
@@ -295,7 +322,7 @@ def main(args):
             if last:
                 mean = {key: sum(row[key] for row in last) / len(last) for key in shown[1:]}
                 print(f"stage {i}, last {len(last)} steps: " + ", ".join(f"{k} {v:.4f}" for k, v in mean.items()))
-        print(reading(rows))
+        print(reading(rows, share_backwards(stages)))
         common.save_policy(run, args.out, model, run_json, method="flow_dpo", steps=args.steps)
         print(f"next: python 06_ddpo_baseline.py --run-dir {run}, for the paper's baseline")
 

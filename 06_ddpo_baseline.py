@@ -2,7 +2,7 @@
 
 Run:
     python 06_ddpo_baseline.py                                             # toy world, CPU
-    torchrun --nproc_per_node 8 06_ddpo_baseline.py --run-dir runs/vgg
+    torchrun --standalone --nproc_per_node 8 06_ddpo_baseline.py --run-dir runs/vgg
 Each round draws --prompts clips, samples --group-size audios of each with an SDE whose marginals are the ODE's, scores
 them, and makes --updates optimizer steps on the stored transitions; one step = one optimizer update, as in stage 05.
 
@@ -14,8 +14,10 @@ Reads:
 Writes, in <run>/<--out>:
     policy.pt, policy.json, checkpoint.pt, settings.json     as stage 05; a rerun resumes at the last whole round
     log.jsonl             per step: round, reward (mean P(Good) of the round's samples), reward_std (within
-                          prompts), ratio, clipped (share), approx_kl, grad_norm, lr, seconds, forwards (rows through
-                          the network so far, sampling and training), forwards_grad (with a backward pass), peak_gb
+                          prompts), no_spread (share of the round's prompts whose audios all have one reward, up to
+                          rounding; at 1 the round changes nothing), ratio, clipped (share), approx_kl, grad_norm, lr,
+                          seconds, forwards (rows through the network so far, sampling and training), forwards_grad
+                          (with a backward pass), peak_gb
 Takes: toy 35 s on 2 cores.
 """
 
@@ -32,6 +34,12 @@ from tqdm import tqdm
 
 import common
 from common import AudioScore, number, stop
+
+# Of P(Good): audios of a prompt whose rewards have a smaller standard deviation are equally good.
+# Rounding alone makes a network's scores differ by a factor of 1 +- 2e-6 between batches and machines,
+# which moves P(Good) by up to 2e-5 (measured in the toy world). Divided by its own deviation, such
+# noise would become advantages of +-1.
+MIN_SPREAD = 1e-4
 
 
 def parse_args(argv=None):
@@ -152,7 +160,7 @@ class Reward:
         self.sides = {n: common.sides_of(run, scorer, n, groups, weights) for n, scorer in self.scorers.items()}
 
     def __call__(self, model, a_0, clips, pool):
-        """a_0: (B, T, C), clips: B lines of clips.jsonl -> (B,) float32 in [0, 1]; 0 for audio that is not finite."""
+        """a_0: (B, T, C), clips: B lines of clips.jsonl -> (B,) float64 in [0, 1]; 0 for audio that is not finite."""
         waves = torch.cat(list(pool.map(model.decode, a_0.chunk(2))))
         finite = waves.isfinite().all(dim=1)
         waves = torch.nan_to_num(waves, 0.0, 0.0, 0.0).clamp(-1, 1)
@@ -166,14 +174,20 @@ class Reward:
             return self.scorers[name](heard[self.scorers[name].sample_rate_hz], clips, self.sides[name])
 
         found = dict(zip(self.scorers, pool.map(judge, self.scorers)))
-        return self.audioscore(common.five_scores(found, self.audioscore))[:, 0].float() * finite
+        p_good = self.audioscore(common.five_scores(found, self.audioscore))[:, 0]
+        return p_good * finite
 
 
 def group_advantages(rewards, groups):
-    """(r - mean) / std over the audios of one prompt; rewards: (R * B,), B = groups, row r * B + b is prompt b's."""
+    """How much better an audio is than the others of its prompt, in standard deviations of their rewards.
+
+    rewards: (R * B,) float64, B = groups; row r * B + b is prompt b's. Returns advantages (R * B,), (r - mean) / std, 0
+    where std is below MIN_SPREAD; and std (B,).
+    """
     rewards = rewards.view(-1, groups)
     std, mean = torch.std_mean(rewards, dim=0)
-    return ((rewards - mean) / (std + 1e-4)).flatten(), std
+    advantages = torch.where(std < MIN_SPREAD, 0.0, (rewards - mean) / std)
+    return advantages.flatten(), std
 
 
 def ppo_loss(ratio, advantage, clip_range):
@@ -205,9 +219,10 @@ def collect(model, reward, shards, clips, number, guidance, args, device):
     """Samples and scores this rank's prompts, as many clips at a time as --micro-batch allows.
 
     Returns a list of batches: features (B rows), states, log_probs, advantages (R * B), chosen (updates, R * B); and
-    sums: reward, within-prompt std, audios, prompts.
+    this rank's sums for the log: reward over its audios; reward_std and no_spread over its prompts.
     """
-    batches, sums, waiting = [], torch.zeros(4, dtype=torch.float64), []
+    batches, waiting = [], []
+    sums = {"reward": 0.0, "reward_std": 0.0, "no_spread": 0.0}
     per_batch = max(1, args.micro_batch // args.group_size)
     reward.look(clips)
     # These threads end with the round: as long as one lives, OpenMP's own fall asleep between two operations.
@@ -224,9 +239,18 @@ def collect(model, reward, shards, clips, number, guidance, args, device):
     for part, seeds, features, states, log_probs, rewards in waiting:
         rewards = rewards.result()  # on the CPU
         advantages, std = group_advantages(rewards, len(part))
-        batches.append((features, states, log_probs, advantages.to(device), draw_times(seeds, args).to(device)))
-        sums += torch.tensor([rewards.sum().item(), std.sum().item(), len(rewards), len(part)], dtype=torch.float64)
+        advantages = advantages.float().to(device)
+        batches.append((features, states, log_probs, advantages, draw_times(seeds, args).to(device)))
+        sums["reward"] += rewards.sum().item()
+        sums["reward_std"] += std.sum().item()
+        sums["no_spread"] += (std < MIN_SPREAD).sum().item()
     return batches, sums
+
+
+def over_all_ranks(sums, device):
+    """The same sums over the prompts of all ranks: every rank then knows whether the round teaches anything."""
+    values = torch.tensor([*sums.values()], dtype=torch.float64, device=device)
+    return dict(zip(sums, common.sum_over_ranks(values).tolist()))
 
 
 def train_step(policy, batches, update, times, guidance, world, args, device):
@@ -265,7 +289,7 @@ def main(args):
     run_json = common.read_run(run)
     folder = common.output_folder(run, args.out)
     if args.prompts % world:
-        stop(f"--prompts {args.prompts} cannot be divided over {world} processes")
+        stop(f"--prompts {args.prompts} cannot be divided over {world} processes; start as many as divide it")
     inputs = ("01_samples", "02_audioscore.pt", "02_scores.jsonl")
     common.hold(run, args.out, ranks)
     common.require(run, *inputs)
@@ -299,7 +323,7 @@ def main(args):
     optimizer = torch.optim.AdamW(
         model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
     )
-    done = common.resume_training(folder, model, optimizer, args.steps, rank, ("reward",))
+    done = common.resume_training(folder, model, optimizer, args.steps, rank, ("reward", "no_spread"))
     policy = common.data_parallel(model, device)
     times = torch.tensor(grid(model, args.sampling_steps), device=device)
     audios, rows = args.prompts * args.group_size, 2 if guidance != 1 else 1  # rows of one guided evaluation
@@ -319,7 +343,7 @@ def main(args):
         if update == 0:
             prompts = draw_prompts(clips, number, args)[rank::world]
             batches, rewards = collect(model, reward, shards, prompts, number, guidance, args, device)
-            rewards = common.sum_over_ranks(rewards.to(device)).cpu()
+            rewards = over_all_ranks(rewards, device)
         optimizer.zero_grad(set_to_none=True)
         sums = train_step(policy, batches, update, times, guidance, world, args, device)
         sums = common.sum_over_ranks(sums).cpu()
@@ -328,11 +352,14 @@ def main(args):
             stop(f"step {step}: the ratio is not finite; {folder}/checkpoint.pt holds the last good round; lower --lr")
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args)
-        optimizer.step()
+        # Without any spread all gradients are 0, but AdamW's momentum and weight decay would still move the weights.
+        if rewards["no_spread"] < args.prompts:
+            optimizer.step()
 
         if rank == 0:
-            row = {"step": step, "round": number, "reward": (rewards[0] / rewards[2]).item()}
-            row["reward_std"] = (rewards[1] / rewards[3]).item()
+            row = {"step": step, "round": number, "reward": rewards["reward"] / audios}
+            row["reward_std"] = rewards["reward_std"] / args.prompts
+            row["no_spread"] = rewards["no_spread"] / args.prompts
             row.update(zip(("ratio", "clipped", "approx_kl"), (sums / audios).tolist()))
             row.update(grad_norm=grad_norm.item(), lr=lr_at(step, args), seconds=time.time() - began)
             row["forwards_grad"] = rows * audios * (step + 1)
@@ -352,6 +379,13 @@ def main(args):
         fifth = max(1, len(log) // 5)
         first, last = (sum(row["reward"] for row in part) / fifth for part in (log[:fifth], log[-fifth:]))
         print(f"reward while training: first fifth {first:.3f}, last fifth {last:.3f}")
+        no_spread = sum(row["no_spread"] for row in log) / len(log)
+        if no_spread > 0.5:
+            print(
+                f"warning: {no_spread:.0%} of the prompts taught nothing, since all their audios had one reward "
+                "(no_spread in log.jsonl): see in 02's report whether AudioScore tells audios apart, or give a "
+                "larger --group-size"
+            )
         common.save_policy(run, args.out, model, run_json, method="ddpo", steps=args.steps)
 
 

@@ -4,7 +4,7 @@ Run:
     python 07_evaluate.py                                      # ground truth, base, Flow-DPO, DDPO on the test split
     python 07_evaluate.py --split val --systems no_human=05_no_human      # another policy folder of the run
     python 07_evaluate.py --run-dir runs/vgg --only --systems ground_truth thinksound=DIR   # a folder of audio files
-    torchrun --nproc_per_node 8 07_evaluate.py --run-dir runs/vgg
+    torchrun --standalone --nproc_per_node 8 07_evaluate.py --run-dir runs/vgg
 
 Reads:
     clips.jsonl, 01_missing.jsonl, 02_audioscore.pt, policy folders of the run, and folders of audio named by clip id

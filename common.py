@@ -320,6 +320,17 @@ class FlowModel(nn.Module):
         for name, layer in self.lora_layers() if bf16 else ():
             self.unrounded[name] = {key: value.cpu() for key, value in layer.get_base_layer().state_dict().items()}
             layer.get_base_layer().to(torch.bfloat16)
+        trained = [p.requires_grad for name, p in self.named_parameters() if "lora_" in name]
+        if not trained or not all(trained):
+            stop(f"--lora: {nothing_is_trained()}")
+
+    def check_lora_moved(self):
+        """For after the first optimizer steps: every lora_B begins at zero, and until one moves the adapters add
+        nothing."""
+        layers = self.lora_layers()
+        moved = [p.any() for _, layer in layers for p in layer.lora_B.parameters()]
+        if layers and not any(moved):
+            stop(f"--lora: {nothing_is_trained()}")
 
     def lora_layers(self):
         return [(name, layer) for name, layer in self.named_modules() if hasattr(layer, "lora_A")]
@@ -371,6 +382,16 @@ class FlowModel(nn.Module):
         save_pt(path, self.policy_state())
 
 
+def nothing_is_trained():
+    """What is said where adapters do not learn: the usual reason is another version of peft than the tested one."""
+    import peft
+
+    pins = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    tested = re.search(r"^peft==(.+)$", pins, flags=re.MULTILINE)[1]
+    here = f"peft {peft.__version__} is installed, {tested} is tested"
+    return f"the adapters are frozen, or do not move; {here}: pip install peft=={tested}"
+
+
 def tile(rows, repeats):
     """Repeats every tensor of a dict along its batch: (B, ...) -> (repeats * B, ...)."""
     return {key: value.repeat(repeats, *[1] * (value.dim() - 1)) for key, value in rows.items()}
@@ -399,6 +420,8 @@ def one_line(error, args):
         return f"{error.filename or 'system'}: {error.strerror or error}; mend that, then run the command again"
     if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in said:
         return f"{said[:80]} ...: more than the GPU has; {less_memory(args)}"
+    if getattr(args, "lora", 0) and "does not require grad" in said:  # torch, of a loss that no weight has a part in
+        return f"--lora: {nothing_is_trained()}"
     if re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)|A process in the process pool was", said):
         return f"{said[:80]} ...: perhaps the machine's memory is full; lower --workers, then run the command again"
     return None
@@ -757,6 +780,8 @@ def made_with(folder):
 
 def save_training(folder, step, model, optimizer):
     """checkpoint.pt: everything that the next step depends on besides the settings, which it is bound to."""
+    if optimizer.state and optimizer.param_groups[0]["lr"] > 0:
+        model.check_lora_moved()
     with open(Path(folder) / "log.jsonl", "rb") as stream:
         os.fsync(stream.fileno())  # the log never lacks what the checkpoint has
     state = dict(step=step, settings=made_with(folder))

@@ -114,6 +114,53 @@ def test_every_command_line_parses(source, words):
     assert complaint(words) is None
 
 
+CARD = "torchrun --nproc_per_node 8 05_train_flow_dpo.py"  # as the design card types it
+
+
+def torchruns(text):
+    """Every torchrun command line of a text: of a page, a docstring, or what a stage prints."""
+    return [line.strip() for line in re.findall(r"torchrun --.*", text)]
+
+
+def meets_at_the_common_port(line):
+    """Whether a second such command on the node would find torchrun's default port taken."""
+    return "--standalone" not in line and "--rdzv_endpoint" not in line
+
+
+@pytest.mark.parametrize("line, taken", [
+    (CARD, True), ("torchrun --nnodes 1 --nproc_per_node 8 05_train_flow_dpo.py", True),
+    ("torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py", False),
+    ("torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:29500 05_train_flow_dpo.py", False),
+])  # fmt: skip
+def test_a_command_that_takes_the_common_port_is_found(line, taken):
+    assert [meets_at_the_common_port(found) for found in torchruns(f"as in\n    {line}\n")] == [taken]
+
+
+def test_torchrun_can_run_twice_on_a_node_by_every_command_but_the_design_cards():
+    texts = [*PAGES.values(), *(file.read_text(encoding="utf-8") for file in SCRIPTS.values())]
+    lines = [line for text in texts for line in torchruns(text)]
+    assert len(lines) > 10
+    bare = [line.split("  ")[0] for line in lines if meets_at_the_common_port(line)]
+    assert bare == [CARD]
+    assert torchruns(docstring_of("05_train_flow_dpo.py"))[0].startswith(CARD)
+
+
+SHEETS = {"--ratings": "rate", "--choices": "choose", "--answers": "blind"}  # whose saved answers a flag takes
+
+
+@pytest.mark.parametrize("flag", SHEETS)
+def test_a_pattern_of_saved_answers_takes_those_of_one_kind_of_page_alone(flag):
+    patterns = []
+    for _, words in COMMANDS:
+        if flag in words:
+            given = words[words.index(flag) + 1 :]
+            patterns += [word for word in given if "*" in word]
+    saved = [f"packs/{what}_00001_ann.csv" for what in SHEETS.values()]  # as pages of stage 08 name them
+    assert patterns
+    for pattern in patterns:
+        assert fnmatch.filter(saved, pattern) == [f"packs/{SHEETS[flag]}_00001_ann.csv"], pattern
+
+
 def test_the_readme_shows_a_command_of_every_stage():
     said = {word for source, words in COMMANDS for word in words if source == "README.md"}
     assert {script for script in SCRIPTS if "/" not in script} <= said | {"00_toy_world.py"}
@@ -219,6 +266,6 @@ def test_git_holds_nothing_beyond_the_design():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     assert "README.md" in listed
     top = {name.split("/")[0] for name in listed if name}
-    extra = {".ci", ".gitignore", "LICENSE", "README.md", "common.py", "pyproject.toml", "requirements.txt"}
-    extra |= {"adapters", "docs", "plumbing", "tests"}
+    extra = {".ci", ".gitignore", ".python-version", "LICENSE", "README.md", "common.py", "pyproject.toml"}
+    extra |= {"adapters", "docs", "plumbing", "requirements.txt", "tests"}
     assert top <= extra | {path.name for path in ROOT.glob("0?_*.py")}

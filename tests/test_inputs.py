@@ -72,7 +72,7 @@ FILES = {
     "04_stage2.jsonl": ("05", OUT, PAIR | dict(score_c="number", source="word")),
     "05_flow_dpo/policy.json": ("07", (), dict(model="text", base_digest="text")),
     "05_flow_dpo/log.jsonl": ("05", (), dict(step="whole", stage="number", loss="number", accuracy="number")),
-    "06_ddpo/log.jsonl": ("06", (), dict(step="whole", reward="number")),
+    "06_ddpo/log.jsonl": ("06", (), dict(step="whole", reward="number", no_spread="number")),
     "02_settings.json": ("03", (), RECORD),
     "04_settings.json": ("05", OUT, RECORD),
     "05_flow_dpo/settings.json": ("05", (), {"settings": "dict", "inputs": "dict"}),

@@ -6,6 +6,7 @@ import signal
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import peft
 import pytest
 import torch
 from account import account
@@ -97,6 +98,51 @@ def test_adapters_and_full_training_never_go_on_from_each_other(tuned, refused):
         assert f"{out}/checkpoint.pt: is not of this model" in refused("05", tuned, *flags, "--out", out)
         here.write_bytes(kept)
     assert "--reference-precision" in refused("05", tuned, "--out", "x", *LORA, "--reference-precision", "fp32")
+
+
+def frozen_when_made(patch):
+    inject = peft.inject_adapter_in_model
+
+    def freezing(config, model):
+        inject(config, model)
+        model.requires_grad_(False)
+
+    patch.setattr(peft, "inject_adapter_in_model", freezing)
+
+
+def frozen_when_switched_on(patch):
+    switch = peft.tuners.lora.LoraLayer.enable_adapters
+
+    def freezing(layer, enabled):
+        switch(layer, enabled)
+        layer.requires_grad_(False)
+
+    patch.setattr(peft.tuners.lora.LoraLayer, "enable_adapters", freezing)
+
+
+def without_effect(patch):
+    inject = peft.inject_adapter_in_model
+
+    def powerless(config, model):
+        inject(config, model)
+        for _, layer in model.lora_layers():
+            layer.scaling["default"] = 0.0
+
+    patch.setattr(peft, "inject_adapter_in_model", powerless)
+
+
+@pytest.mark.parametrize("number, shim", [
+    ("05", frozen_when_made), ("06", frozen_when_made), ("05", frozen_when_switched_on),
+    ("05", without_effect), ("06", without_effect),
+])  # fmt: skip
+def test_adapters_that_a_peft_leaves_untrained_are_said_in_one_line(number, shim, tuned, refused, monkeypatch):
+    shim(monkeypatch)
+    monkeypatch.setattr(peft, "__version__", "9.9.9")
+    out = f"untrained_{number}_{shim.__name__}"
+    line = refused(number, tuned, "--out", out, "--lora", 4, "--steps", 2)
+    assert "--lora: the adapters are frozen, or do not move" in line
+    assert "peft 9.9.9 is installed" in line and "pip install peft==0.17.1" in line
+    assert not (tuned / out / "policy.pt").exists()
 
 
 @pytest.mark.upstream

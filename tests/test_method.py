@@ -350,6 +350,21 @@ def test_advantages_are_per_prompt():
     assert stage("06").group_advantages(torch.full((4,), 0.3), 2)[0].tolist() == [0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("rewards, expected", [
+    ((0.3 - 6e-8, 0.3, 0.3 + 6e-8), (0, 0, 0)),  # what rounding makes of three equal rewards
+    ((0.30, 0.30, 0.30), (0, 0, 0)),
+    ((0.3 - 0.9e-4, 0.3, 0.3 + 0.9e-4), (0, 0, 0)),  # std 0.9e-4, just below the floor
+    ((0.3 - 1.1e-4, 0.3, 0.3 + 1.1e-4), (-1, 0, 1)),  # std 1.1e-4, just above it
+])  # fmt: skip
+def test_a_prompt_without_spread_has_no_advantage_and_its_neighbour_keeps_its_own(rewards, expected):
+    assert stage("06").MIN_SPREAD == 1e-4
+    both = torch.tensor([rewards, (0.2, 0.4, 0.6)], dtype=torch.float64).T.flatten()  # std 0.2
+    advantages, std = stage("06").group_advantages(both, 2)
+    assert advantages[0::2].tolist() == pytest.approx(expected, abs=1e-6)
+    assert advantages[1::2].tolist() == pytest.approx((-1, 0, 1)) and std[1].item() == pytest.approx(0.2)
+    assert expected[0] or not advantages[0::2].any()  # exactly 0
+
+
 def test_ppo_loss_by_hand():
     ratio, advantage = torch.tensor([1.3, 0.7, 1.3, 0.7, 1.0]), torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0])
     # min(1.3, 1.1); min(0.7, 0.9); min(-1.3, -1.1); min(-0.7, -0.9); 2
@@ -460,6 +475,26 @@ def test_the_last_line_names_the_case_of_docs_curves(case, accuracy, gap_w, ref_
     other = {key: 0.5 for key in row}  # the shorter stage, and steps before the last 50, do not count
     rows = [other | {"stage": 1}] * 10 + [row | {"stage": 1}] * 50 + [other | {"stage": 2}] * 20
     assert stage("05").reading(rows).startswith(f"curves: {case}: ")
+
+
+@pytest.mark.parametrize("backwards, accuracy, case", [
+    (0.0, 0.96, "healthy"), (0.01, 0.96, "some pairs are backwards"), (1.0, 0.96, "pairs are backwards"),
+    (0.01, 0.52, "has hardly learned"), (1.0, 0.52, "pairs are backwards"),
+])  # fmt: skip
+def test_curves_on_pairs_whose_winner_is_the_worse_audio_are_never_called_healthy(backwards, accuracy, case):
+    row = dict(stage=2, loss=0.1, accuracy=accuracy, gap_w=0.2, gap_l=0.5, ref_w=0.5, saturated=0.6)
+    row |= dict(opposed=0.0, weight=0.2, weight_wrong=0.1)
+    line = stage("05").reading([row] * 50, backwards)
+    assert line.startswith(f"curves: {case}: ") and (f"{backwards:.0%}" in line) == (case.endswith("backwards"))
+
+
+def test_only_mined_pairs_can_be_backwards():
+    def pair(score_c, source="auto"):
+        return {"score_c": score_c, "source": source}
+
+    stages = [pair(0.9)], [pair(-0.1), pair(0.0), pair(0.1), pair(0.0, "human"), pair(0.0, "human")]
+    assert stage("05").share_backwards(stages) == 0.25
+    assert stage("05").share_backwards(([], [pair(0.0, "human")])) == 0
 
 
 def test_learning_rate_warms_up_once_and_then_stays():

@@ -19,8 +19,11 @@ import torch
 from conftest import (
     LATENTS,
     PROBABILITIES,
+    ROOT,
     SCORES,
     STAGES,
+    TORCHRUN,
+    arguments,
     call,
     cells,
     close,
@@ -29,6 +32,7 @@ from conftest import (
     make_video,
     read,
     same_rows,
+    shell,
     stage,
     start,
     stopped,
@@ -496,6 +500,107 @@ def test_two_ranks_match_one(run, number, flags):
         one, two = ([row[name] for row in log[:rows]] for log in logs)
         assert one == pytest.approx(two, abs=1e-3)
     assert logs[0][0]["grad_norm"] == pytest.approx(logs[1][0]["grad_norm"], rel=1e-2)
+
+
+def spread_of_some(self, model, a_0, clips, pool):
+    """Rewards in the place of stage 06's: for every second clip they differ, for the others by rounding alone."""
+    repeat = torch.arange(len(clips)) // len({clip["id"] for clip in clips})  # 0, 1, 2: row r * B + b is clip b's
+    half_width = torch.tensor([0.1 if int(clip["id"][-1]) % 2 else 6e-8 for clip in clips], dtype=torch.float64)
+    return 0.3 + (repeat - 1) * half_width
+
+
+def spread_of_none(self, model, a_0, clips, pool):
+    return spread_of_some(self, model, a_0, [dict(clip, id=clip["id"] + "0") for clip in clips], pool)
+
+
+DDPO_OF_SOME = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import common, test_pipeline
+ddpo = test_pipeline.stage("06")
+ddpo.Reward.__call__ = test_pipeline.spread_of_some
+common.launch(ddpo.main, ddpo.parse_args)
+"""
+
+
+def test_ddpo_on_equal_rewards_leaves_the_policy_as_it_was_and_says_so(run, capsys, monkeypatch):
+    monkeypatch.setattr(stage("06").Reward, "__call__", spread_of_none)
+    call("06", run, "--out", "none", "--steps", 4)
+    base = common.load_pt(run / "00_base.pt")["net"]
+    assert largest_difference(weights(run, "none"), base) == 0
+    assert common.load_pt(run / "none/checkpoint.pt")["optimizer"]["state"] == {}
+    log = read(run / "none/log.jsonl")
+    assert [row["step"] for row in log] == [0, 1, 2, 3]
+    assert [(row["no_spread"], row["grad_norm"]) for row in log] == [(1, 0)] * 4
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert "100% of the prompts taught nothing" in warning and "02's report" in warning and "--group-size" in warning
+
+
+def test_a_round_without_spread_changes_nothing_also_after_a_resume_and_on_two_ranks(run, tmp_path, monkeypatch):
+    flags = ("--steps", 12, "--save-every", 1, "--lr", 3e-5)
+    monkeypatch.setattr(stage("06").Reward, "__call__", spread_of_some)
+    kept, save = {}, common.save_training
+
+    def keeping(folder, step, model, optimizer):
+        moments = [moment.clone() for state in optimizer.state.values() for moment in state.values()]
+        kept[step] = [value.clone() for value in model.trained_state().values()] + moments
+        save(folder, step, model, optimizer)
+
+    monkeypatch.setattr(common, "save_training", keeping)
+    call("06", run, "--out", "whole", *flags)
+    log = read(run / "whole/log.jsonl")
+    by_round = [row["no_spread"] for row in log[::2]]
+    assert set(by_round) == {0, 0.5, 1}  # on two ranks, one prompt each: both, one of them, none
+    for number in range(1, 6):
+        before, after = kept[2 * number], kept[2 * number + 2]
+        same = len(before) == len(after) and all(torch.equal(*pair) for pair in zip(before, after))
+        assert same == (by_round[number] == 1)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, stage("06"), "train_step", 7)
+        call("06", run, "--out", "stopped", *flags)
+    call("06", run, "--out", "stopped", *flags)
+    assert largest_difference(weights(run, "stopped"), weights(run, "whole")) == 0
+
+    (tmp_path / "ddpo.py").write_text(DDPO_OF_SOME)
+    shell(TORCHRUN, "--standalone", "--nproc_per_node", 2, tmp_path / "ddpo.py", *arguments(run, "--out", "two", *flags))
+    two = read(run / "two/log.jsonl")
+    assert [row["no_spread"] for row in two] == [row["no_spread"] for row in log]
+    assert [row["grad_norm"] for row in two] == pytest.approx([row["grad_norm"] for row in log], rel=1e-2)
+    assert largest_difference(weights(run, "two"), weights(run, "whole")) < 1e-4
+
+
+def exchange_winners_and_losers(run):
+    """What another program's idea of the columns makes of 03_pairs.jsonl."""
+    rows = read(run / "03_pairs.jsonl")
+    other = dict(winner="loser", loser="winner", p_winner="p_loser", p_loser="p_winner", clip="clip")
+    write(run / "03_pairs.jsonl", [{other[key]: value for key, value in row.items()} for row in rows])
+    common.seal(run, "03_settings.json", ["03_pairs.jsonl"])
+    return len(rows)
+
+
+def test_pairs_whose_winner_is_the_worse_audio_are_named_by_04_and_05(run, capsys):
+    count = exchange_winners_and_losers(run)
+    call("04", run, "--redo")
+    said = capsys.readouterr().out
+    assert f"warning: {count} of {count} mined pairs have a negative score_c" in said and "exchanged" in said
+    assert "stage 1 is empty: no score_c is above the threshold 0.1, so 05 trains on stage 2 alone" in said
+    call("05", run, "--out", "backwards", "--steps", 3)
+    said = capsys.readouterr().out
+    assert "stage 1 (easy): no pairs, so all steps are the other stage's" in said
+    assert "curves: pairs are backwards: score_c is negative for 100% of the mined pairs" in said and "healthy" not in said
+
+
+def test_mined_pairs_are_named_backwards_where_min_score_c_lets_them_in(run, capsys, monkeypatch):
+    original = common.score_c
+    monkeypatch.setattr(common, "score_c", lambda p_w, p_l: -original(p_w, p_l))
+    call("03", run, "--redo", "--min-score-c", -1)
+    count = len(read(run / "03_pairs.jsonl"))
+    assert f"warning: {count} of {count} pairs have a negative score_c" in capsys.readouterr().out
+
+
+def test_pairs_that_are_as_they_should_be_are_not_warned_of(finished):
+    assert "negative score_c" not in finished.with_suffix(".log").read_text()
 
 
 def test_two_nodes_equal_two_ranks_of_one_node(run):
