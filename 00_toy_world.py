@@ -35,13 +35,13 @@ import functools
 import math
 import multiprocessing
 import os
-import signal
 import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -74,6 +74,9 @@ OPENINGS = ("", "the sound of ", "we hear ", "close-up: ")
 LABELS = [label for label, _ in CLASSES]
 SPEECH = LABELS.index("person speaking")
 VOCABULARY = sorted({w for _, text in CLASSES for w in text.split()} | {w for o in OPENINGS for w in o.split()})
+
+# Whether the stage ends before its trainings have: they run beside the main thread, which would wait for them.
+ENDS = SimpleNamespace(value=False)
 
 # Clips and optimizer steps of each size; processes besides the main one.
 SIZES = {
@@ -601,6 +604,8 @@ def fit(net, loss, rows, batch, steps, seed, title, place=0, after=lambda: None)
     generator, lr = torch.Generator().manual_seed(seed), 2e-3
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
     for step in tqdm(range(steps), title, position=place, disable=None, mininterval=1):
+        if ENDS.value:
+            common.stop(f"{title}: interrupted")
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         value = loss(torch.randint(rows, (min(batch, rows),), generator=generator), generator)
         optimizer.zero_grad(set_to_none=True)
@@ -1113,16 +1118,40 @@ def build(run, pool, size, seed):
     return clips
 
 
+def begin(parent, ends):
+    """In a process of the pool."""
+    global ENDS
+    ENDS = ends
+    common.end_with(parent)
+
+
+def start_pool(processes):
+    """Of so many processes, or of a thread where there are none."""
+    global ENDS
+    ENDS = SimpleNamespace(value=False)
+    if not processes:
+        return ThreadPoolExecutor(1)
+    spawn = multiprocessing.get_context("spawn")
+    ENDS = spawn.RawValue("b", False)  # in memory that the processes share
+    pool = ProcessPoolExecutor(processes, spawn, begin, (os.getpid(), ENDS))
+    with common.deaf_to_ctrl_c():
+        for _ in range(processes):
+            pool.submit(os.getpid)  # each starts one
+    return pool
+
+
 def main(args):
     run, size = Path(args.run_dir), SIZES[args.size]
     settings = {"seed": args.seed, "size": args.size, **size}
     common.hold(run, "00", common.Ranks())
     common.claim(run, "00_settings.json", settings, advice="use another --run-dir")
-    spawn = dict(mp_context=multiprocessing.get_context("spawn"), initializer=common.start_worker)
-    spawn |= dict(initargs=(os.getpid(), signal.SIG_DFL))
-    kind = functools.partial(ProcessPoolExecutor, **spawn) if size["processes"] else ThreadPoolExecutor
-    with kind(max(1, size["processes"])) as pool:
-        clips, truths = zip(*build(run, pool, size, args.seed))
+    with start_pool(size["processes"]) as pool:
+        try:
+            clips, truths = zip(*build(run, pool, size, args.seed))
+        except BaseException:
+            ENDS.value = True
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for name, rows in (("00_truth.jsonl", truths), ("clips.jsonl", clips)):
         if not (run / name).exists():
             common.write_jsonl(run / name, rows)

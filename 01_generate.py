@@ -29,6 +29,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -95,7 +96,8 @@ def listed_clips(args):
         names = [n for n in names if n.suffix.lower() in VIDEO_SUFFIXES and not any(p[0] == "." for p in n.parts)]
         if not names:
             stop(f"--videos {args.videos}: no video ({', '.join(VIDEO_SUFFIXES[::2])}) in this folder")
-        return [{"id": "_".join(n.with_suffix("").parts), "video": str(n), "split": "train"} for n in names]
+        clips = [{"id": "_".join(n.with_suffix("").parts), "video": str(n), "split": "train"} for n in names]
+        return without_odd_names(clips, args.strict)
     path = Path(args.clips)
     if path.suffix.lower() == ".jsonl":
         clips = common.read_jsonl(path, LISTED | {"split": common.maybe(common.CLIP["split"])})
@@ -106,6 +108,18 @@ def listed_clips(args):
     if path.suffix.lower() not in (".csv", ".tsv"):
         stop(f"--clips {path}: expected a .jsonl, VGGSound's .csv or MMAudio's .tsv")
     return clips_of_table(path)
+
+
+def without_odd_names(clips, strict):
+    """Those that can be named by their videos. The others are said, or with `strict` refused."""
+    odd = [clip["video"] for clip in clips if not common.NAME.holds(clip["id"])]
+    if odd:
+        rule = "not in UTF-8, of more than 200 bytes, or with a backslash or a line break"
+        said = f"{len(odd)} videos have names that no clip can have ({rule}), first {odd[0]!a}"
+        if strict or len(odd) == len(clips):
+            stop(f"{said}; rename them")
+        print(f"{said}; they are left out until they are renamed")
+    return [clip for clip in clips if common.NAME.holds(clip["id"])]
 
 
 def check_clips(clips, where):
@@ -166,18 +180,26 @@ def prepare_run(run, known, own_clips, model, args):
     """run.json, clips.jsonl and 01_missing.jsonl, or the proof that those of this run are of the same settings."""
     found, missing = ([], []) if own_clips else gather_clips(args)
     given = args.checkpoint and Path(args.checkpoint).resolve()
-    checkpoint = str(given) if given else known.get("checkpoint", "upstream")
-    settings = dict(model=args.model, checkpoint=checkpoint, checkpoint_digest=model.checkpoint_digest)
+    settings = dict(model=args.model, checkpoint_digest=model.checkpoint_digest)
     settings |= dict(latent_shape=list(model.latent_shape), sample_rate_hz=model.sample_rate_hz, clip_s=model.clip_s)
     settings |= dict(sampler=dict(steps=args.sampling_steps, guidance=args.guidance), num_samples=args.num_samples)
     settings |= dict(seed=args.seed, max_clips=args.max_clips)
+    # Where things lie is kept for the stages to come and for people; what has moved is still the same.
     about = {f"{key}_root": str(Path(x).resolve()) for key, x in (("video", args.videos), ("cavp", args.cavp)) if x}
+    if given:
+        about["checkpoint"] = str(given)
+    elif not own_clips:
+        about["checkpoint"] = "upstream"
     if given and (beside := given.with_name("run.json")).is_file():  # a world's model keeps its scorers
         world = common.read_json(beside, {key: common.WORLD[key] for key in ("defaults", "scorers")})
         about |= {key: world[key] for key in ("defaults", "scorers") if key in world}
         about |= {"scorers_root": str(given.parent)} if "scorers" in world else {}
 
     advice, listed = "use another --run-dir, or remove this one", run / "clips.jsonl"
+    if (run / "01_settings.json").exists():
+        before = common.read_json(run / "01_settings.json", common.RECORD)["settings"]
+        if before.get("model") == args.model and before.get("checkpoint_digest") != model.checkpoint_digest:
+            stop(f"{model.checkpoint}: not the checkpoint that {run} was made with; give that one, or {advice}")
     prepared = known.get("max_clips") == 0  # a run that --max-clips 0 prepared may get its train clips later
     if prepared:
         may_change = {key: known.get(key) for key in ("max_clips", "clips_digest")}
@@ -305,7 +327,9 @@ def main(args):
                 stop(f"--strict: {len(bad)} clips of shard {i:05d} cannot be used, first {bad[0][0]}: {bad[0][1]}")
             generate_shard(model, blocks[i], encoded, folder, f"{i:05d}", args)
     finally:
-        ahead.shutdown(wait=False, cancel_futures=True)  # Ctrl-C need not wait for the clips that queue
+        ahead.shutdown(cancel_futures=True)  # Ctrl-C need not wait for the clips that queue
+        with suppress(ValueError):  # Ctrl-C as that thread starts: it is not waited for, and may still read
+            videos.close()
     common.barrier()
 
     # -- report

@@ -27,7 +27,6 @@ Takes: toy report 6 s, a pack 1 s on 2 shared cores.
 
 import base64
 import io
-import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -435,7 +434,7 @@ def write_packs(run, what, args):
         )
         return file.stat().st_size / 1e6
 
-    pool = ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))))
+    pool = ThreadPoolExecutor(min(8, common.cores()))
     try:
         sizes = [*tqdm(pool.map(make, todo), desc=folder.name, total=len(todo), unit="pack")]
     finally:

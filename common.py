@@ -24,7 +24,6 @@ Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 
 import argparse
 import copy
-import fcntl
 import functools
 import hashlib
 import importlib
@@ -38,7 +37,7 @@ import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +51,7 @@ from tqdm import tqdm
 
 from plumbing import digits
 from plumbing.ahead import *  # noqa: F403, what stages need of these they find here
+from plumbing.cores import *  # noqa: F403
 from plumbing.files import *  # noqa: F403
 from plumbing.media import *  # noqa: F403
 from plumbing.people import *  # noqa: F403
@@ -416,6 +416,8 @@ def one_line(error, args):
     said = " ".join(str(error).split())
     if isinstance(error, Stop):
         return str(error)
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object[:200]!a}: a name that is not UTF-8, which some libraries cannot open; rename it"
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}; mend that, then run the command again"
     if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in said:
@@ -427,14 +429,28 @@ def one_line(error, args):
     return None
 
 
+def start_in_utf8():
+    """Starts this program again, with names of files in UTF-8, as the run's own files have them. Python reads them in
+    the terminal's encoding where it is told to (latin-1, LC_ALL=C with PYTHONUTF8=0), and cannot change that later."""
+    if os.environ.get("PYTHONUTF8") != "1":
+        environment = os.environ | dict(PYTHONUTF8="1", PYTHONIOENCODING=sys.stdout.encoding)  # the terminal's stays
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
 def launch(main, parse_args):
     """A stage's entry. A user error, or one of the system, ends in one line and exit code 2, Ctrl-C in a line; what is
     written is kept."""
+    if main.__module__ == "__main__" and sys.getfilesystemencoding() != "utf-8":
+        start_in_utf8()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no stage
+    if torch.get_num_threads() > cores():
+        torch.set_num_threads(cores())  # torch knows nothing of a container's share
     args = None
     try:
         args = parse_args()
         main(args)
-    except (Stop, OSError, RuntimeError) as error:
+    except (Stop, OSError, RuntimeError, UnicodeEncodeError) as error:
         line = one_line(error, args)
         if line is None:
             raise
@@ -614,9 +630,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def workers_flag(parser):
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0  # elsewhere a fork is not safe
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    described = "processes that decode video or compute PESQ, by default the cores per rank; 0: none besides this one"
+    share = min(MOST_WORKERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if sys.platform != "linux":
+        share = 0  # a fork is not safe
+    described = "processes that decode video or compute PESQ, by default the cores per rank, at most "
+    described += f"{MOST_WORKERS}; 0: none besides this one"
     parser.engineering.add_argument("--workers", type=number(int, 0), default=share, help=described)
 
 
@@ -641,6 +659,8 @@ def parse(parser, argv, stage):
     """parser.parse_args. A run's `defaults` (of run.json, or of the one beside --checkpoint) replace the paper's
     numbers, which is said; an explicit flag wins over both."""
     args = parser.parse_args(argv)
+    if not printable(args.run_dir):
+        stop(f"--run-dir {args.run_dir}: its name is not UTF-8, so that not every library can open it; use another")
     checkpoint = getattr(args, "checkpoint", None)
     folders = [Path(args.run_dir)] + ([Path(checkpoint).parent] if checkpoint else [])
     files = [folder / "run.json" for folder in folders if (folder / "run.json").is_file()]
@@ -702,10 +722,10 @@ HELD, STORE = [], threading.Lock()  # locks that live as long as the process; on
 def hold(run, name, ranks):
     """Takes this run's lock of a stage, or of a training's output folder, for as long as the process lives; a second
     process is refused. What killed ones left half written is removed. Only processes that see each other's POSIX locks
-    are kept apart: on a network file system without them, nothing is."""
+    are kept apart: on a file system without them, nothing is (`take`)."""
     if ranks.rank == 0:
         Path(run).mkdir(parents=True, exist_ok=True)
-        HELD.append(take(Path(run) / f".{name}.lock", f"{run}: {name} is being made by", fcntl.LOCK_NB))
+        HELD.append(take(run, f".{name}.lock", f"{run}: {name} is being made by", wait=False))
         own = (".run*", ".clips*") if name in ("00", "01") else ()
         for pattern in (f".{name}*", f"{name}/**/.*", f"{name}_*/**/.*" if len(name) == 2 else ".", *own):
             for file in Path(run).glob(f"{pattern}.tmp*"):
@@ -920,7 +940,8 @@ def stamp(path):
     try:
         about = os.stat(path)
     except OSError:
-        stop(f"{path}: gone, though stage 01 found it; put it back and run the same command again")
+        moved = ", or tell stage 01 by --videos where it is now"
+        stop(f"{path}: gone, though stage 01 found it; put it back and run the same command again{moved}")
     return f"{about.st_size}-{about.st_mtime_ns}"
 
 
@@ -929,7 +950,7 @@ def remembered(run, name, paths, fields, find=None):
     size and time stay; of a file that is gone, for good. None is not kept; without find, all that is new is None."""
     memory, keys = Path(run) / "scores" / f"{name}.json", {path: str(Path(path).resolve()) for path in paths}
     now = {path: stamp(path) for path in keys if os.path.exists(path)}
-    kind = dict_of(with_fields(stamp=TEXT, **fields))
+    kind = dict_of(with_fields(stamp=TEXT, **fields), short_path)
 
     def look():
         known = check({name: read_json(memory)}, {name: kind}, memory)[name] if memory.exists() else {}
@@ -938,7 +959,7 @@ def remembered(run, name, paths, fields, find=None):
 
     known, new, about = look()  # the file is whole at any time: only who adds to it need wait for the others
     if find and new:
-        with store_of(run), ThreadPoolExecutor() as readers:
+        with store_of(run), ThreadPoolExecutor(8) as readers:  # they wait for the disk more than for a core
             known, new, about = look()  # another process may have added them meanwhile
             about |= zip(new, tqdm(readers.map(find, new), desc=name, total=len(new), unit="file", disable=not new))
             found = {keys[path]: {"stamp": now[path], **about[path]} for path in new if about[path]}
@@ -951,9 +972,10 @@ def store_of(run):
     """While this process alone writes to the store."""
     folder = Path(run) / "scores"
     folder.mkdir(parents=True, exist_ok=True)
-    with STORE, take(folder / ".lock", "the store is used by"):
-        for file in folder.glob(".*.tmp*"):
-            file.unlink(missing_ok=True)
+    with STORE, take(run, "scores/.lock", "the store is used by"):
+        if Path(run) not in UNLOCKED:  # else another process may be at work on such a file
+            for file in folder.glob(".*.tmp*"):
+                file.unlink(missing_ok=True)
         yield
 
 
@@ -1009,7 +1031,8 @@ def see(run, clips, names, weights, ranks, workers, loaded=None, model=None):
     frames = [*dict.fromkeys(tower.frames for tower in towers.values())]  # once for towers that want the same
     read = model.read if MODEL in names else lambda clip, others: read_frames(clip["path"], others, clip_s)
     videos = read_ahead(lambda clip: read(clip, frames), todo, workers)
-    with tqdm(total=len(todo), desc="see", unit="video", disable=ranks.rank > 0 or not todo) as bar:
+    bar = tqdm(total=len(todo), desc="see", unit="video", disable=ranks.rank > 0 or not todo)
+    with closing(videos), bar:
         for group, part in new.items():
             made = {name: {} for name in names}
             for clip, seen in zip(part, videos):
@@ -1245,8 +1268,12 @@ def load_model(name, checkpoint=None, device="cpu", weights="weights"):
 def load_base_model(run, device="cpu", weights="weights"):
     """The model that stage 01 sampled from, its weights checked against run.json."""
     run_json = read_run(run)
-    checkpoint = run_json["checkpoint"]
-    model = load_model(run_json["model"], None if checkpoint == "upstream" else Path(run) / checkpoint, device, weights)
+    checkpoint = None
+    if run_json["checkpoint"] != "upstream":
+        checkpoint = Path(run) / run_json["checkpoint"]
+        if not checkpoint.exists():
+            stop(f"{checkpoint}: gone; put it back, or give 01_generate.py the --checkpoint that has moved")
+    model = load_model(run_json["model"], checkpoint, device, weights)
     if model.checkpoint_digest != run_json["checkpoint_digest"]:
         stop(f"{model.checkpoint}: not the file that stage 01 sampled from (its digest differs); put that one back")
     return model

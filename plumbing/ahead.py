@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 import torch.utils.data
@@ -41,14 +42,27 @@ def end_with(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
+@contextmanager
+def deaf_to_ctrl_c():
+    """Around the start of processes. A terminal sends Ctrl-C to all of them, and each would answer with a traceback:
+    these inherit that it waits, and are ended by the process that started them, which alone says so."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def read_ahead(read, items, workers):
-    """An iterator over read(item), a list of CPU tensors, or the SkipClip that it raised, in the order of the items;
-    two for each of so many worker processes are read ahead. With 0 workers they are read when asked for."""
+    """A generator of read(item), a list of CPU tensors, or the SkipClip that it raised, in the order of the items; two
+    for each of so many worker processes are read ahead. With 0 workers they are read when asked for. Who has asked for
+    it closes it, which ends the workers: left to the garbage collector, they would end in the midst of other work."""
     parent = os.getpid()
     fork = dict(num_workers=workers, multiprocessing_context="fork") if workers and items else {}
     fork |= dict(worker_init_fn=lambda _: end_with(parent))
     options = dict(batch_size=None, collate_fn=lambda x: x, generator=torch.Generator())  # leaves the global one alone
-    found = iter(torch.utils.data.DataLoader(Reading(read, items), **options, **fork))  # workers start here
+    with deaf_to_ctrl_c():
+        found = iter(torch.utils.data.DataLoader(Reading(read, items), **options, **fork))  # workers start here
 
     def each():
         for seen in found:
@@ -74,12 +88,6 @@ def in_threads(function, items, threads):
 POOLS = {}
 
 
-def start_worker(parent, on_ctrl_c):
-    """The beginning of a pool's process; on_ctrl_c: SIG_IGN for short work, SIG_DFL where nobody would wait for it."""
-    signal.signal(signal.SIGINT, on_ctrl_c)
-    end_with(parent)
-
-
 def in_processes(function, jobs, workers):
     """[function(*job) for job in jobs] by so many processes, eight at most, kept for the next call; by this one without
     any. For what keeps Python's lock. jobs: tuples of numpy arrays and the like; a fork must leave torch alone."""
@@ -87,5 +95,7 @@ def in_processes(function, jobs, workers):
         return list(itertools.starmap(function, jobs))
     if workers not in POOLS:
         fork = multiprocessing.get_context("fork")
-        POOLS[workers] = ProcessPoolExecutor(min(workers, 8), fork, start_worker, (os.getpid(), signal.SIG_IGN))
-    return list(POOLS[workers].map(function, *zip(*jobs)))
+        POOLS[workers] = ProcessPoolExecutor(min(workers, 8), fork, end_with, (os.getpid(),))
+    with deaf_to_ctrl_c():  # the pool's processes start with its first job
+        scores = POOLS[workers].map(function, *zip(*jobs))
+    return list(scores)

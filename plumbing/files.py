@@ -4,7 +4,6 @@ Everything that a person or another run brings is checked here, where it is read
 """
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -12,11 +11,18 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    print("error: this needs Linux or macOS; on Windows use WSL, the Linux that comes with it", file=sys.stderr)
+    raise SystemExit(2) from None
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,7 +71,13 @@ def file_name(x):
 
 
 def short_path(x):
-    return printable(x) and 0 < len(x) < 4000 and max(len(part.encode()) for part in x.split("/")) <= 255
+    """A path is bytes of the file system: those that are no UTF-8 Python carries as lone surrogates."""
+    try:
+        path = os.fsencode(x)
+    except (TypeError, UnicodeEncodeError):
+        return False
+    longest = max(map(len, path.split(b"/")))
+    return 0 < len(path) < 4000 and longest <= 255 and b"\0" not in path
 
 
 def between(least, most, *kinds):
@@ -98,7 +110,8 @@ def maybe(kind):
 
 
 TEXT, NAME = Kind("text", printable), Kind("a name that a file can have, of at most 200 bytes", file_name)
-PATH, SHARE = Kind("a path, no part of it longer than 255 bytes", short_path), between(0, 1)
+PATH = Kind("a path that a file can have: below 4000 bytes, none of its names above 255", short_path)
+SHARE = between(0, 1)
 NUMBER = between(-1e300, 1e300)._replace(words="a finite number")
 INDEX, COUNT = between(0, 2**63 - 1, int), between(1, 10**9, int)
 THREE = Kind("three probabilities", lambda x: list_of(SHARE).holds(x) and len(x) == 3 and abs(sum(x) - 1) < 1e-3)
@@ -175,10 +188,19 @@ def writing(path):
 
 
 def sync(path):
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    """Waits until a file's content is on the disk."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(path):
+    """Waits until a folder's list of names is on the disk, where that can be asked for: SMB, shared folders of virtual
+    machines and Windows' drives under WSL refuse it, and the files in such a folder are whole all the same."""
+    with suppress(OSError):
+        sync(path)
 
 
 @contextmanager
@@ -193,7 +215,7 @@ def replacing(path):
             yield temporary
             sync(temporary)
             os.replace(temporary, path)
-            sync(path.parent)
+            sync_folder(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -205,8 +227,9 @@ def save_pt(path, value):
 
 
 def write_text(path, text):
+    """In UTF-8; what has no UTF-8, a byte in the name of a file, is written as JSON writes it, \\udcXX."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path, value):
@@ -309,7 +332,8 @@ def write_sheet(path, header, rows, answer):
     if path.exists() and any(row[answer] for _, row in read_csv(path, (answer,))):
         print(f"{path}: holds answers and is left as it is")
         return
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+    options = dict(newline="", encoding="utf-8", errors="backslashreplace")  # the last as in `write_text`
+    with replacing(path) as temporary, open(temporary, "w", **options) as stream:
         csv.writer(stream).writerows([header, *rows])
 
 
@@ -427,14 +451,24 @@ def commit():
         return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def take(path, wanted, patience=0):
-    """Locks a file (not inherited by child processes); its text says who has it. patience: fcntl.LOCK_NB for none."""
-    stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115, held until the process ends or the caller closes it
+UNLOCKED = set()  # run folders on whose disk locks do not work
+
+
+def take(run, name, wanted, wait=True):
+    """Locks run / name, a file whose text says who has it (not inherited by child processes), and returns it open.
+    wait: until another process has let go; otherwise it is named. Where locks do not work (Lustre without flock, some
+    NFS), that is said once for a run, and the work goes on."""
+    stream = open(Path(run) / name, "a+", encoding="utf-8")  # noqa: SIM115, held until the process ends or it is closed
     try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | patience)
-    except OSError:
+        fcntl.lockf(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         stream.seek(0)
         stop(f"{wanted} {stream.read() or 'another process'}; wait for it, or stop it")
+    except OSError as error:
+        if Path(run) not in UNLOCKED:
+            UNLOCKED.add(Path(run))
+            unprotected = "nothing keeps two commands from writing to it at the same time: run one after the other"
+            print(f"warning: {run}: files cannot be locked here ({error.strerror}); {unprotected}", file=sys.stderr)
     stream.truncate(0)
     stream.write(f"process {os.getpid()} on {socket.gethostname()}")
     stream.flush()

@@ -1,0 +1,266 @@
+"""Other people's disks, terminals and processors: what fails there is told apart from what merely is not there."""
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, STAGES, arguments, call, end_process, make_video, read, stage, start, stopped
+
+import common
+import plumbing.cores
+import plumbing.files
+
+# Disks -------------------------------------------------------------------------------------------------------
+
+
+def failing(*codes):
+    """A system call that fails with each of these errors in turn, the last one for good."""
+    left = [*codes]
+
+    def call(*_):
+        code = left.pop(0) if len(left) > 1 else left[0]
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EACCES, errno.EIO, errno.EOPNOTSUPP])
+def test_where_locks_do_not_work_that_is_said_once_for_a_run_and_the_work_goes_on(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fcntl, "lockf", failing(code))
+    monkeypatch.setattr(plumbing.files, "UNLOCKED", set())
+    monkeypatch.setattr(common, "UNLOCKED", plumbing.files.UNLOCKED)
+    for name in ("01", "02"):
+        common.hold(tmp_path / "run", name, common.Ranks())
+    foreign = tmp_path / "run" / "scores" / ".00000.pesq.pt.71.tmp.pt"
+    with common.store_of(tmp_path / "run"):
+        foreign.touch()
+    with common.store_of(tmp_path / "run"):
+        assert foreign.exists()  # perhaps another process is writing it
+    end_process()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith(f"warning: {tmp_path / 'run'}: ") and os.strerror(code) in said[0]
+    assert "two commands" in said[0]
+    common.hold(tmp_path / "another", "01", common.Ranks())
+    end_process()
+    assert str(tmp_path / "another") in capsys.readouterr().err
+
+
+def test_only_a_lock_that_another_holds_means_another_process(tmp_path, monkeypatch):
+    (tmp_path / ".01.lock").write_text("process 71 on elsewhere")
+    monkeypatch.setattr(fcntl, "lockf", failing(errno.EAGAIN))
+    assert "being made by process 71 on elsewhere" in stopped(common.hold, tmp_path, "01", common.Ranks())
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP])
+def test_a_folder_that_cannot_be_synced_is_no_error_and_a_file_is(code, tmp_path, monkeypatch):
+    original, refused = os.fsync, failing(code)
+
+    def fsync(handle):
+        is_folder = os.path.isdir(f"/proc/self/fd/{handle}")
+        return refused(handle) if is_folder == folders else original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folders = True
+    common.write_text(tmp_path / "x.txt", "whole")
+    assert (tmp_path / "x.txt").read_text() == "whole"
+    folders = False
+    line = stopped(common.write_text, tmp_path / "y.txt", "lost")
+    assert f"{tmp_path / 'y.txt'}: cannot be written ({os.strerror(code)})" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+# Moved things ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generated(finished, tmp_path, toy):
+    """A run on two videos of its own, with the toy model from a folder elsewhere, and its flags."""
+    for i in range(2):
+        make_video(tmp_path / "videos" / f"{i}.mp4")
+    flags = (*toy, "--videos", tmp_path / "videos", "--workers", 0)
+    call("01", tmp_path / "run", *flags)
+    return tmp_path / "run", flags
+
+
+def world_at(folder, finished):
+    """The toy model and what must lie beside it, elsewhere."""
+    folder.mkdir()
+    for name in ("00_scorers.pt", "run.json", "00_base.pt"):
+        moved = shutil.copy(finished / name, folder / name)
+    return moved
+
+
+def replaced(flags, name, value):
+    flags = [*flags]
+    flags[flags.index(name) + 1] = value
+    return flags
+
+
+def test_the_same_checkpoint_and_videos_elsewhere_go_on_and_the_run_may_be_renamed(generated, finished, tmp_path):
+    run, flags = generated
+    before = {path: path.stat().st_mtime_ns for path in (run / "01_samples").iterdir()}
+    moved = world_at(tmp_path / "copy", finished)
+    call("01", run, *replaced(flags, "--checkpoint", moved))
+    (tmp_path / "videos").rename(tmp_path / "films")
+    call("01", run, *replaced(replaced(flags, "--checkpoint", moved), "--videos", tmp_path / "films"))
+    assert {path: path.stat().st_mtime_ns for path in (run / "01_samples").iterdir()} == before
+    run = run.rename(tmp_path / "renamed")
+    known = common.read_run(run)
+    assert (known["checkpoint"], known["video_root"]) == (str(moved), str(tmp_path / "films"))
+    assert all(clip["path"].is_file() for clip in common.read_clips(run))
+    common.load_base_model(run)
+    os.remove(moved)
+    line = stopped(common.load_base_model, run)
+    assert str(moved) in line and "--checkpoint" in line
+
+
+def test_a_checkpoint_of_another_content_is_refused_by_its_name(generated, finished, tmp_path, refused):
+    run, flags = generated
+    other = world_at(tmp_path / "other", finished)
+    state = common.load_pt(other)
+    next(iter(state["net"].values())).add_(1)
+    torch.save(state, other)
+    line = refused("01", run, *replaced(flags, "--checkpoint", other))
+    assert line.startswith(f"error: {other}: not the checkpoint that") and "another --run-dir" in line
+
+
+# Processors --------------------------------------------------------------------------------------------------
+
+V2 = "0::/work/job\n"
+V1 = "5:memory:/work\n4:cpu,cpuacct:/work/job\n1:name=systemd:/work\n"
+
+
+@pytest.mark.parametrize("listed, files, expected", [
+    ("", {}, 128),
+    (V2, {"cpu.max": "200000 100000"}, 2),  # a container sees its own group as the top one
+    (V2, {"work/job/cpu.max": "150000 100000"}, 2),
+    (V2, {"work/job/cpu.max": "1000 100000"}, 1),
+    (V2, {"work/job/cpu.max": "max 100000", "work/cpu.max": "300000 100000"}, 3),  # the group above has the limit
+    (V2, {"work/job/cpu.max": "max 100000"}, 128),
+    (V2, {"unified/work/cpu.max": "500000 100000"}, 5),
+    (V2, {"work/job/cpu.max": "90000000 100000"}, 128),
+    (V1, {"cpu,cpuacct/work/job/cpu.cfs_quota_us": "250000", "cpu,cpuacct/work/job/cpu.cfs_period_us": "100000"}, 3),
+    (V1, {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+    (V1, {"cpu/work/job/cpu.cfs_quota_us": "-1", "cpu/work/job/cpu.cfs_period_us": "100000"}, 128),
+    (V1, {"memory/work/cpu.cfs_quota_us": "100000", "memory/work/cpu.cfs_period_us": "100000"}, 128),
+])  # fmt: skip
+def test_the_cores_are_those_that_the_control_groups_leave(listed, files, expected, tmp_path, monkeypatch):
+    for name, text in {"proc/self/cgroup": listed, **{f"sys/fs/cgroup/{name}": x for name, x in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(plumbing.cores, "SYSTEM", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(128))
+    assert common.cores() == expected
+
+
+@pytest.mark.parametrize("cores, ranks, expected", [(128, 1, 16), (128, 8, 16), (128, 16, 8), (2, 1, 2), (2, 8, 0)])
+def test_the_workers_are_the_cores_of_a_rank_and_at_most_16(cores, ranks, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert stage("03").parse_args(arguments(tmp_path)).workers == expected
+
+
+def test_torch_takes_no_more_threads_than_the_container_has_cores(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(common, "cores", lambda: 2)
+    common.launch(lambda args: None, lambda: None)
+    assert threads == [2]
+
+
+def test_without_affinity_the_pages_are_made_all_the_same(run, monkeypatch, without_pictures):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    call("08", run, "rate")
+    assert common.cores() >= 1 and (run / "08_rate" / "00001.html").exists()
+
+
+@pytest.mark.parametrize("number", ["00", "01", "08"])  # they differ in what they import first
+def test_without_fcntl_as_on_windows_a_stage_is_one_line(number):
+    code = "import runpy, sys; sys.modules['fcntl'] = None; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, STAGES[number].name, "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert ended.stderr.startswith("error: ") and "WSL" in ended.stderr
+
+
+# Terminals and names -----------------------------------------------------------------------------------------
+
+
+def in_terminal(number, run, *flags, **environment):
+    """A stage as another terminal would start it: (exit code, stdout, stderr), bytes."""
+    command = [sys.executable, STAGES[number].name, *arguments(run, *flags)]
+    ended = subprocess.run(command, capture_output=True, cwd=ROOT, env=ENVIRONMENT | environment, timeout=300)
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize("environment", [
+    {"PYTHONIOENCODING": "latin-1"},
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+], ids=["latin-1", "ascii", "C"])  # fmt: skip
+def test_any_terminal_shows_what_it_can_and_names_of_files_are_utf_8(environment, tmp_path, toy):
+    for name in ("弹琴", "café"):
+        make_video(tmp_path / "ビデオ" / f"{name}.mp4")
+    (tmp_path / "ビデオ" / "坏.mp4").write_bytes(bytes(1000))  # its name is in the report
+    flags = (*toy, "--videos", tmp_path / "ビデオ", "--workers", 1)
+    code, out, error = in_terminal("01", tmp_path / "è", *flags, **environment)
+    assert (code, b"Traceback" in error) == (0, False), error.decode(errors="replace")
+    assert b"3 in, 2 used, 1 skipped" in out and rb"\u574f" in out and "坏".encode() not in out
+    assert [clip["id"] for clip in read(tmp_path / "è" / "clips.jsonl")] == ["café", "坏", "弹琴"]
+    assert (tmp_path / "è" / "01_audio" / "弹琴_1.wav").exists()
+
+
+def test_a_video_whose_name_is_no_clips_is_left_out_and_said_and_refused_when_strict(tmp_path, toy, refused, capsys):
+    videos = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")  # a folder's name is bytes, these are no UTF-8
+    good = make_video(tmp_path / "good.mp4")
+    os.mkdir(videos)
+    for name in ("good.mp4", os.fsdecode(b"caf\xe9.mp4"), "two\nlines.mp4"):
+        shutil.copy(good, os.path.join(videos, name))
+    flags = (*toy, "--videos", videos, "--workers", 0)
+    line = refused("01", tmp_path / "strict", *flags, "--strict")
+    assert "2 videos have names" in line and r"caf\udce9.mp4" in line and "rename them" in line
+    call("01", tmp_path / "run", *flags)
+    assert "2 videos have names" in capsys.readouterr().out
+    assert [clip["id"] for clip in read(tmp_path / "run" / "clips.jsonl")] == ["good"]
+    assert common.read_run(tmp_path / "run")["video_root"] == os.path.realpath(videos)
+    line = refused("01", os.fsdecode(b"caf\xe9"), *flags)
+    assert "--run-dir" in line and "not UTF-8" in line
+
+
+@pytest.mark.parametrize("path, fits", [
+    ("a/b.mp4", True), ("é" * 127 + "/a", True), ("é" * 128, False), ("a" * 255, True), ("a" * 256, False),
+    ("", False), ("a\0b", False), ("a\udce9", True), ("a\ud800", False), (7, False),
+    ("a/" * 1999, True), ("a/" * 2000, False),
+])  # fmt: skip
+def test_a_path_is_bytes_of_the_file_system(path, fits):
+    assert common.PATH.holds(path) == fits
+
+
+# Ctrl-C ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, flags, begun", [
+    ("00", (), "00_videos"), ("00", ("--size", "tiny"), "00_settings.json"), ("01", ("--workers", 2), "run.json"),
+])  # fmt: skip
+def test_ctrl_c_is_one_line_and_exit_code_130(number, flags, begun, tmp_path, toy):
+    if number == "01":
+        film = make_video(tmp_path / "videos" / "0.mp4")
+        for i in range(1, 40):
+            shutil.copy(film, film.with_stem(str(i)))
+        flags = (*toy, *flags, "--videos", tmp_path / "videos", "--sampling-steps", 500)
+    started = start(number, tmp_path / "run", *flags)
+    while not (tmp_path / "run" / begun).exists() and started.poll() is None:
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    errors = started.communicate(timeout=120)[1].replace("\r", "\n").splitlines()
+    said = [line for line in errors if line.strip() and "%|" not in line]
+    assert (started.returncode, said) == (130, ["interrupted; run the same command again to go on"])
