@@ -394,6 +394,8 @@ def one_line(error, args):
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}; mend that, then run the command again"
+    if isinstance(error, MemoryError) or NO_MEMORY in said:
+        return "the machine's memory is full; lower --workers or make room, then run the command again"
     if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in said:
         return f"{said[:80]} ...: more than the GPU has; {less_memory(args)}"
     if re.match(r"DataLoader worker .*(killed by signal|exited unexpectedly)|A process in the process pool was", said):
@@ -408,7 +410,7 @@ def launch(main, parse_args):
     try:
         args = parse_args()
         main(args)
-    except (Stop, OSError, RuntimeError) as error:
+    except (Stop, OSError, MemoryError, RuntimeError) as error:
         line = one_line(error, args)
         if line is None:
             raise
@@ -874,7 +876,8 @@ class Scorer:
 
 
 def unjudged(clip, reason, scorer):
-    stamp(clip["path"])  # gone: no reason of its own
+    if isinstance(reason, NoFile):
+        gone(clip["path"])
     tqdm.write(f"{clip['id']}: {reason}; {scorer} cannot use it", file=sys.stderr)
 
 
@@ -887,12 +890,16 @@ class Audio(NamedTuple):
     group: str
 
 
+def gone(path):
+    stop(f"{path}: gone, though stage 01 found it; put it back and run the same command again")
+
+
 def stamp(path):
     """Size and time of a file that an earlier stage has used: enough to know it by, without opening it."""
     try:
         about = os.stat(path)
-    except OSError:
-        stop(f"{path}: gone, though stage 01 found it; put it back and run the same command again")
+    except FileNotFoundError:
+        gone(path)
     return f"{about.st_size}-{about.st_mtime_ns}"
 
 
@@ -900,7 +907,7 @@ def remembered(run, name, paths, fields, find=None):
     """{path: what find(path) says of it, a dict of `fields`}, kept in <run>/scores/<name>.json for as long as a file's
     size and time stay; of a file that is gone, for good. None is not kept; without find, all that is new is None."""
     memory, keys = Path(run) / "scores" / f"{name}.json", {path: str(Path(path).resolve()) for path in paths}
-    now = {path: stamp(path) for path in keys if os.path.exists(path)}
+    now = {path: stamp(path) for path in keys if Path(path).exists()}
     kind = dict_of(with_fields(stamp=TEXT, **fields))
 
     def look():
@@ -1152,9 +1159,10 @@ def listen(run, paths, seconds, ranks):
     stops no evaluation."""
 
     def peak(path):
-        stamp(path)  # gone: no reason of its own
         try:
             return {"peak": decode_audio(path, seconds)[0].nan_to_num().abs().max().item()}
+        except NoFile:
+            gone(path)
         except NoAudio:
             return {"peak": None}  # a silent film
         except SkipClip as reason:
