@@ -18,13 +18,15 @@ Writes:
     01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row (= k-th of clip row // N), digest of the
                                 wav, finite, peak (of full scale), clipped (share of samples at full scale)
     01_samples/00012.pt         latents (rows, T, C) float32 normalised; features: dict of (rows // N, ...) float32;
-                                digests: those of the rows, which bind the two files
+                                digests: those of the rows, which bind the two files; crc32: by name, of the bytes of
+                                each row of latents and of each feature, checked whenever a row is read
     01_samples/00012.skipped.jsonl   clips of the shard that could not be used: clip, reason
     01_audio/<clip>_<k>.wav     what a person listens to
 Takes: toy 29 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in all.
 """
 
 import difflib
+import os
 import random
 import re
 from collections import Counter, defaultdict

@@ -36,6 +36,7 @@ import re
 import sys
 import threading
 import time
+import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -503,8 +504,23 @@ def read_pairs(path, hint, **fields):
     return pairs
 
 
+def crc32(row):
+    """Of a tensor's bytes, as an integer."""
+    return zlib.crc32(row.contiguous().view(torch.uint8).numpy())
+
+
+def save_shard(file, latents, features, digests):
+    """Of stage 01. latents: (rows, T, C); features: dict of (clips, ...); digests: of the rows' wavs.
+    Every row gets its CRC-32, since nobody reads such a file as a whole."""
+    checksums = {"latents": [crc32(row) for row in latents]}
+    for name, values in features.items():
+        checksums[name] = [crc32(row) for row in values]
+    save_pt(file, dict(latents=latents, features=features, digests=digests, crc32=checksums))
+
+
 class Shards:
-    """Stage 01's latents and features, memory-mapped: memory does not grow with the data set."""
+    """Stage 01's latents and features, memory-mapped: memory does not grow with the data set. A row
+    is checked whenever it is read: a disk that loses a part of a file says nothing."""
 
     def __init__(self, run, samples, model):
         self.folder, self.num_samples, self.open = Path(run) / "01_samples", read_run(run)["num_samples"], {}
@@ -517,23 +533,47 @@ class Shards:
     def shard(self, name):
         if name not in self.open:
             path, made = self.folder / f"{name}.pt", self.made[name]
-            file = load_pt(path, dict(latents=FLOATS, features=dict_of(FLOATS), digests=LIST), mmap=True)
+            fields = dict(latents=FLOATS, features=dict_of(FLOATS), digests=LIST, crc32=maybe(dict_of(LIST)))
+            file = load_pt(path, fields, mmap=True)
+            if "crc32" not in file:
+                stop(f"{path}: made by an older version, without checksums; {self.again(name)}")
+            clips = len(made) // self.num_samples
+            rows = {"latents": len(made), **dict.fromkeys(file["features"], clips)}
             fits = file["digests"] == made and file["latents"].shape == (len(made), *self.latent_shape)
-            if not fits or not self.takes(file["features"], len(made) // self.num_samples):
-                stop(f"{path}: not of the audios in {name}.jsonl; remove both, rerun 01_generate.py")
+            fits = fits and {key: len(sums) for key, sums in file["crc32"].items()} == rows
+            if not fits or not self.takes(file["features"], clips):
+                stop(f"{path}: not of the audios in {name}.jsonl; {self.again(name)}")
             self.open[name] = file
         return self.open[name]
 
+    def again(self, name):
+        return f"remove both {name}.pt and {name}.jsonl, rerun 01_generate.py"
+
+    def checked(self, clip, name, key, row):
+        """A row of a shard's latents or of one of its features."""
+        shard = self.shard(name)
+        value = shard["latents"][row] if key == "latents" else shard["features"][key][row]
+        if crc32(value) != shard["crc32"][key][row]:
+            wrong = f"{key} of clip {clip} are not what stage 01 wrote (a bad disk or copy)"
+            stop(f"{self.folder / name}.pt: {wrong}; {self.again(name)}")
+        return value
+
     def latents(self, audios):
         """[(clip, k), ...] -> (B, T, C) float32."""
-        places = [self.place[audio] for audio in audios]
-        return torch.stack([self.shard(name)["latents"][row] for name, row in places]).float()
+        rows = []
+        for clip, k in audios:
+            name, row = self.place[clip, k]
+            rows.append(self.checked(clip, name, "latents", row))
+        return torch.stack(rows).float()
 
     def features(self, clips):
         """[clip id, ...] -> dict of (B, ...) float32."""
-        places = [self.place[clip, 0] for clip in clips]
-        found = [(self.shard(name)["features"], row // self.num_samples) for name, row in places]
-        return {key: torch.stack([features[key][row] for features, row in found]) for key in found[0][0]}
+        rows = defaultdict(list)
+        for clip in clips:
+            name, row = self.place[clip, 0]
+            for key in self.shard(name)["features"]:
+                rows[key].append(self.checked(clip, name, key, row // self.num_samples))
+        return {key: torch.stack(values) for key, values in rows.items()}
 
 
 def people_of(run):

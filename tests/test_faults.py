@@ -327,3 +327,66 @@ def test_stage_07_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(run,
     assert (run / "07_results.jsonl").read_bytes() == (undisturbed / "07_results.jsonl").read_bytes()
 
 
+# What a disk loses of the tensors ----------------------------------------------------------------------------
+
+
+def zeroed(path, start, end):
+    """A part of a file, as shares of its length."""
+    content = bytearray(path.read_bytes())
+    start, end = round(start * len(content)), round(end * len(content))
+    content[start:end] = bytes(end - start)
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def shards(run):
+    def of():
+        return common.Shards(run, common.read_samples(run), common.load_base_model(run))
+
+    return of
+
+
+@pytest.mark.parametrize("start, end", [(0.1, 0.35), (0.4, 0.65), (0.65, 0.9)])
+def test_a_shard_of_which_a_quarter_was_lost_is_not_trained_on(start, end, run, refused):
+    zeroed(run / "01_samples/00000.pt", start, end)
+    line = refused("05", run, "--out", "again")
+    assert "01_samples/00000.pt" in line and "of clip train" in line
+    assert "remove both 00000.pt and 00000.jsonl, rerun 01_generate.py" in line
+
+
+def test_a_shard_without_its_end_is_not_trained_on(run, refused):
+    zeroed(run / "01_samples/00000.pt", 0.9, 1)
+    line = refused("05", run, "--out", "again")
+    assert "01_samples/00000.pt: cannot be read" in line
+
+
+def test_a_single_bit_is_noticed_when_its_row_is_read_and_only_then(run, shards):
+    clips = [*common.read_samples(run)]
+    whole = shards().latents([(clips[0], 0)])
+    place = (run / "01_samples/00000.pt").read_bytes().index(shards().latents([(clips[2], 1)]).numpy().tobytes())
+    with open(run / "01_samples/00000.pt", "r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    assert torch.equal(shards().latents([(clips[0], 0)]), whole)
+    shards().features([clips[2]])
+    line = stopped(shards().latents, [(clips[2], 1)])
+    assert f"00000.pt: latents of clip {clips[2]} are not what stage 01 wrote" in line
+
+
+def test_a_shard_of_an_older_version_is_said_to_be_one(run, shards):
+    file = common.load_pt(run / "01_samples/00000.pt")
+    del file["crc32"]
+    common.save_pt(run / "01_samples/00000.pt", file)
+    assert "made by an older version" in stopped(shards().latents, [(next(iter(common.read_samples(run))), 0)])
+
+
+@pytest.mark.parametrize("left", [0, 0.5, 0.999])
+def test_stage_01_makes_a_shard_again_that_has_been_cut(left, fresh, monkeypatch):
+    monkeypatch.setattr(stage("01"), "SHARD_CLIPS", 8)
+    call("01", fresh, *SMALL)
+    whole, file = files_of(fresh, "01"), fresh / "01_samples/00001.pt"
+    os.truncate(file, round(left * file.stat().st_size))
+    call("01", fresh, *SMALL)
+    assert files_of(fresh, "01") == whole
