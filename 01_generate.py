@@ -18,13 +18,15 @@ Writes:
     01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row (= k-th of clip row // N), digest of the
                                 wav, finite, peak (of full scale), clipped (share of samples at full scale)
     01_samples/00012.pt         latents (rows, T, C) float32 normalised; features: dict of (rows // N, ...) float32;
-                                digests: those of the rows, which bind the two files
+                                digests: those of the rows, which bind the two files; crc32: by name, of the bytes of
+                                each row of latents and of each feature, checked whenever a row is read
     01_samples/00012.skipped.jsonl   clips of the shard that could not be used: clip, reason
     01_audio/<clip>_<k>.wav     what a person listens to
 Takes: toy 29 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in all.
 """
 
 import difflib
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -89,11 +91,23 @@ def clips_of_table(path):
     return [common.check(clip, LISTED, f"{path}, line {line}") for line, clip in clips]
 
 
+def files_below(root):
+    """Paths relative to root, sorted, without hidden ones. A folder that cannot be read stops the
+    stage: pathlib would leave it out."""
+
+    def refuse(error):
+        raise error
+
+    names = []
+    for folder, _, files in os.walk(root, onerror=refuse):
+        names += [Path(folder, file).relative_to(root) for file in files]
+    return [name for name in sorted(names) if not any(part[0] == "." for part in name.parts)]
+
+
 def listed_clips(args):
     """The clips that --clips or --videos name, each with id, caption, label, split and, from a .jsonl, video."""
     if args.clips is None:
-        names = [file.relative_to(args.videos) for file in sorted(Path(args.videos).rglob("*"))]
-        names = [n for n in names if n.suffix.lower() in VIDEO_SUFFIXES and not any(p[0] == "." for p in n.parts)]
+        names = [n for n in files_below(args.videos) if n.suffix.lower() in VIDEO_SUFFIXES]
         if not names:
             stop(f"--videos {args.videos}: no video ({', '.join(VIDEO_SUFFIXES[::2])}) in this folder")
         clips = [{"id": "_".join(n.with_suffix("").parts), "video": str(n), "split": "train"} for n in names]
@@ -227,14 +241,30 @@ def encode(model, clip, videos):
     return str(seen) if isinstance(seen, SkipClip) else model.encode(clip, seen)
 
 
+def holds_tensors(file, rows):
+    """Whether a shard's .pt is the one that was written with these lines. Its directory is at its
+    end, so one that was cut cannot be opened. Rows are checked when they are read (`common.Shards`)."""
+    if not file.exists():
+        return False
+    try:
+        shard = common.load_pt(file, mmap=True)  # 3 ms, however large it is
+    except common.Stop:
+        return False
+    return "crc32" in shard and shard["digests"] == [row["digest"] for row in rows]
+
+
 def is_whole(folder, shard, clips, heard):
     """Whether each clip of a shard is used or skipped, its latents and wavs there. heard: names of the run's wavs."""
     lines, skipped = folder / f"{shard}.jsonl", folder / f"{shard}.skipped.jsonl"
-    rows = common.read_jsonl(lines, common.SAMPLE) if lines.exists() else []
+    if not lines.exists():
+        return False
+    rows = common.read_jsonl(lines, common.SAMPLE)
     unused = common.read_jsonl(skipped, common.SKIPPED) if skipped.exists() else []
-    done = {row["clip"] for row in rows + unused}
-    there = {Path(row["wav"]).name for row in rows} <= heard and (not rows or (folder / f"{shard}.pt").exists())
-    return lines.exists() and there and done == {clip["id"] for clip in clips}
+    if {row["clip"] for row in rows + unused} != {clip["id"] for clip in clips}:
+        return False
+    if not {Path(row["wav"]).name for row in rows} <= heard:
+        return False
+    return not rows or holds_tensors(folder / f"{shard}.pt", rows)
 
 
 def generate_shard(model, clips, encoded, folder, shard, args):
@@ -263,10 +293,9 @@ def generate_shard(model, clips, encoded, folder, shard, args):
                     rows.append({"clip": clip["id"], "k": k, "seed": seed, "wav": wav, "row": len(rows)})
             waiting.append(codec.submit(write, rows[-len(a_0) :], a_0))
     if usable:
-        latents = [a_0.result() for a_0 in waiting]
+        latents = torch.cat([a_0.result() for a_0 in waiting])
         features = {key: torch.stack([f[key] for _, f in usable]) for key in usable[0][1]}
-        made = {"latents": torch.cat(latents), "features": features, "digests": [row["digest"] for row in rows]}
-        common.save_pt(folder / f"{shard}.pt", made)
+        common.save_shard(folder / f"{shard}.pt", latents, features, [row["digest"] for row in rows])
     unused = folder / f"{shard}.skipped.jsonl"
     if skipped or unused.exists():  # of an earlier, damaged shard
         common.write_jsonl(unused, skipped)

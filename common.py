@@ -35,6 +35,7 @@ import re
 import sys
 import threading
 import time
+import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -420,6 +421,8 @@ def one_line(error, args):
         return f"{error.object[:200]!a}: a name that is not UTF-8, which some libraries cannot open; rename it"
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}; mend that, then run the command again"
+    if isinstance(error, MemoryError) or NO_MEMORY in said:
+        return "the machine's memory is full; lower --workers or make room, then run the command again"
     if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in said:
         return f"{said[:80]} ...: more than the GPU has; {less_memory(args)}"
     if getattr(args, "lora", 0) and "does not require grad" in said:  # torch, of a loss that no weight has a part in
@@ -450,7 +453,7 @@ def launch(main, parse_args):
     try:
         args = parse_args()
         main(args)
-    except (Stop, OSError, RuntimeError, UnicodeEncodeError) as error:
+    except (Stop, OSError, MemoryError, RuntimeError, UnicodeEncodeError) as error:
         line = one_line(error, args)
         if line is None:
             raise
@@ -543,8 +546,23 @@ def read_pairs(path, hint, **fields):
     return pairs
 
 
+def crc32(row):
+    """Of a tensor's bytes, as an integer."""
+    return zlib.crc32(row.contiguous().view(torch.uint8).numpy())
+
+
+def save_shard(file, latents, features, digests):
+    """Of stage 01. latents: (rows, T, C); features: dict of (clips, ...); digests: of the rows' wavs.
+    Every row gets its CRC-32, since nobody reads such a file as a whole."""
+    checksums = {"latents": [crc32(row) for row in latents]}
+    for name, values in features.items():
+        checksums[name] = [crc32(row) for row in values]
+    save_pt(file, dict(latents=latents, features=features, digests=digests, crc32=checksums))
+
+
 class Shards:
-    """Stage 01's latents and features, memory-mapped: memory does not grow with the data set."""
+    """Stage 01's latents and features, memory-mapped: memory does not grow with the data set. A row
+    is checked whenever it is read: a disk that loses a part of a file says nothing."""
 
     def __init__(self, run, samples, model):
         self.folder, self.num_samples, self.open = Path(run) / "01_samples", read_run(run)["num_samples"], {}
@@ -557,23 +575,47 @@ class Shards:
     def shard(self, name):
         if name not in self.open:
             path, made = self.folder / f"{name}.pt", self.made[name]
-            file = load_pt(path, dict(latents=FLOATS, features=dict_of(FLOATS), digests=LIST), mmap=True)
+            fields = dict(latents=FLOATS, features=dict_of(FLOATS), digests=LIST, crc32=maybe(dict_of(LIST)))
+            file = load_pt(path, fields, mmap=True)
+            if "crc32" not in file:
+                stop(f"{path}: made by an older version, without checksums; {self.again(name)}")
+            clips = len(made) // self.num_samples
+            rows = {"latents": len(made), **dict.fromkeys(file["features"], clips)}
             fits = file["digests"] == made and file["latents"].shape == (len(made), *self.latent_shape)
-            if not fits or not self.takes(file["features"], len(made) // self.num_samples):
-                stop(f"{path}: not of the audios in {name}.jsonl; remove both, rerun 01_generate.py")
+            fits = fits and {key: len(sums) for key, sums in file["crc32"].items()} == rows
+            if not fits or not self.takes(file["features"], clips):
+                stop(f"{path}: not of the audios in {name}.jsonl; {self.again(name)}")
             self.open[name] = file
         return self.open[name]
 
+    def again(self, name):
+        return f"remove both {name}.pt and {name}.jsonl, rerun 01_generate.py"
+
+    def checked(self, clip, name, key, row):
+        """A row of a shard's latents or of one of its features."""
+        shard = self.shard(name)
+        value = shard["latents"][row] if key == "latents" else shard["features"][key][row]
+        if crc32(value) != shard["crc32"][key][row]:
+            wrong = f"{key} of clip {clip} are not what stage 01 wrote (a bad disk or copy)"
+            stop(f"{self.folder / name}.pt: {wrong}; {self.again(name)}")
+        return value
+
     def latents(self, audios):
         """[(clip, k), ...] -> (B, T, C) float32."""
-        places = [self.place[audio] for audio in audios]
-        return torch.stack([self.shard(name)["latents"][row] for name, row in places]).float()
+        rows = []
+        for clip, k in audios:
+            name, row = self.place[clip, k]
+            rows.append(self.checked(clip, name, "latents", row))
+        return torch.stack(rows).float()
 
     def features(self, clips):
         """[clip id, ...] -> dict of (B, ...) float32."""
-        places = [self.place[clip, 0] for clip in clips]
-        found = [(self.shard(name)["features"], row // self.num_samples) for name, row in places]
-        return {key: torch.stack([features[key][row] for features, row in found]) for key in found[0][0]}
+        rows = defaultdict(list)
+        for clip in clips:
+            name, row = self.place[clip, 0]
+            for key in self.shard(name)["features"]:
+                rows[key].append(self.checked(clip, name, key, row // self.num_samples))
+        return {key: torch.stack(values) for key, values in rows.items()}
 
 
 def people_of(run):
@@ -922,7 +964,8 @@ class Scorer:
 
 
 def unjudged(clip, reason, scorer):
-    stamp(clip["path"])  # gone: no reason of its own
+    if isinstance(reason, NoFile):
+        gone(clip["path"])
     tqdm.write(f"{clip['id']}: {reason}; {scorer} cannot use it", file=sys.stderr)
 
 
@@ -935,13 +978,17 @@ class Audio(NamedTuple):
     group: str
 
 
+def gone(path):
+    moved = "or tell stage 01 by --videos where it is now"
+    stop(f"{path}: gone, though stage 01 found it; put it back and run the same command again, {moved}")
+
+
 def stamp(path):
     """Size and time of a file that an earlier stage has used: enough to know it by, without opening it."""
     try:
         about = os.stat(path)
-    except OSError:
-        moved = ", or tell stage 01 by --videos where it is now"
-        stop(f"{path}: gone, though stage 01 found it; put it back and run the same command again{moved}")
+    except FileNotFoundError:
+        gone(path)
     return f"{about.st_size}-{about.st_mtime_ns}"
 
 
@@ -949,7 +996,7 @@ def remembered(run, name, paths, fields, find=None):
     """{path: what find(path) says of it, a dict of `fields`}, kept in <run>/scores/<name>.json for as long as a file's
     size and time stay; of a file that is gone, for good. None is not kept; without find, all that is new is None."""
     memory, keys = Path(run) / "scores" / f"{name}.json", {path: str(Path(path).resolve()) for path in paths}
-    now = {path: stamp(path) for path in keys if os.path.exists(path)}
+    now = {path: stamp(path) for path in keys if Path(path).exists()}
     kind = dict_of(with_fields(stamp=TEXT, **fields), short_path)
 
     def look():
@@ -1203,9 +1250,10 @@ def listen(run, paths, seconds, ranks):
     stops no evaluation."""
 
     def peak(path):
-        stamp(path)  # gone: no reason of its own
         try:
             return {"peak": decode_audio(path, seconds)[0].nan_to_num().abs().max().item()}
+        except NoFile:
+            gone(path)
         except NoAudio:
             return {"peak": None}  # a silent film
         except SkipClip as reason:

@@ -1,7 +1,7 @@
 """Frieren (Wang et al., NeurIPS 2024, https://arxiv.org/abs/2406.00320) as a FlowModel (docs/frieren.md)."""
 
 import functools
-import os
+import io
 import sys
 import types
 from pathlib import Path
@@ -10,7 +10,19 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import NUMPY, FlowModel, Memory, SkipClip, load_pt, stamp, stop, upstream, weight_file
+from common import (
+    NUMPY,
+    FlowModel,
+    Memory,
+    SkipClip,
+    load_pt,
+    memory_or_content,
+    reading,
+    stamp,
+    stop,
+    upstream,
+    weight_file,
+)
 
 
 @functools.cache
@@ -105,8 +117,11 @@ class Frieren(FlowModel):
         return {"state_dict": self.base()["state_dict"] | trained, "global_step": self.base().get("global_step", 0)}
 
     def cavp_file(self, clip):
-        names = [f"{clip['cavp']}{suffix}" for suffix in ("", ".npz", ".npy")]
-        return next((name for name in names if name.endswith((".npz", ".npy")) and os.path.isfile(name)), None)
+        for suffix in ("", ".npz", ".npy"):
+            file = Path(f"{clip['cavp']}{suffix}")
+            if file.suffix in (".npz", ".npy") and file.is_file():
+                return file
+        return None
 
     def stamp_of(self, clip):
         file = self.cavp_file(clip)
@@ -118,10 +133,14 @@ class Frieren(FlowModel):
         file = self.cavp_file(clip)
         if file is None:
             raise SkipClip("no CAVP features (.npz or .npy)")
+        with reading(file), open(file, "rb") as stream:
+            content = io.BytesIO(stream.read())  # whole, so that all that goes wrong below is wrong with the content
         try:
-            cavp = np.load(file, allow_pickle=False)
-            cavp = torch.from_numpy(np.array(cavp["feat"] if file.endswith(".npz") else cavp, dtype=np.float32))
+            cavp = np.load(content, allow_pickle=False)
+            cavp = torch.from_numpy(np.array(cavp["feat"] if file.suffix == ".npz" else cavp, dtype=np.float32))
         except Exception as error:  # numpy, zipfile and zlib have types of their own for a broken file
+            if isinstance(error, MemoryError):
+                memory_or_content()
             raise SkipClip(f"unreadable CAVP features ({type(error).__name__})") from None
         if cavp.dim() != 2 or cavp.shape[1] != self.cavp_width or len(cavp) < self.frames:
             raise SkipClip(f"CAVP features are {tuple(cavp.shape)}, not (at least {self.frames}, {self.cavp_width})")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from common import FlowModel, Memory, load_pt, read_frames, stop, upstream, weight_file
+from common import FlowModel, Memory, load_pt, of_system, read_frames, reading, stop, upstream, weight_file
 
 VARIANTS = ("small_16k", "small_44k", "medium_44k", "large_44k", "large_44k_v2")  # the paper's is large_44k
 CONDITIONS = ("clip_f", "sync_f", "text_f", "clip_f_c", "text_f_c")  # upstream's PreprocessedConditions
@@ -144,11 +144,13 @@ class MMAudio(FlowModel):
         """Upstream's FeaturesUtils with these parts; it looks for its 44.1 kHz vocoder below the working folder."""
         with upstream("MMAudio"):
             from mmaudio.model.utils.features_utils import FeaturesUtils
+        files = ", ".join(str(value) for value in parts.values() if isinstance(value, Path))
         try:
-            with chdir(self.weights):
+            with reading(files), chdir(self.weights):
                 utils = FeaturesUtils(mode=self.mode, **parts)
         except Exception as error:  # upstream's loaders raise a dozen types for a truncated or foreign file
-            files = ", ".join(str(value) for value in parts.values() if isinstance(value, Path))
+            if of_system(error):
+                raise
             reason = " ".join(str(error).split())[:160]
             stop(f"{files}: MMAudio cannot load it ({type(error).__name__}: {reason}); download it again")
         return utils.to(self.device).eval().requires_grad_(False)

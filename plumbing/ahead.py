@@ -26,7 +26,7 @@ class Reading(torch.utils.data.Dataset):
     def __getitem__(self, i):
         try:  # numpy's arrays come back through a pipe; tensors would need as much of /dev/shm
             return [x.numpy() for x in self.read(self.items[i])]
-        except (SkipClip, Stop, OSError) as reason:
+        except (SkipClip, Stop, OSError, MemoryError) as reason:
             return reason
 
 
@@ -66,7 +66,7 @@ def read_ahead(read, items, workers):
 
     def each():
         for seen in found:
-            if isinstance(seen, (Stop, OSError)):
+            if isinstance(seen, (Stop, OSError, MemoryError)):
                 raise seen
             yield seen if isinstance(seen, SkipClip) else [*map(torch.from_numpy, seen)]
 

@@ -4,6 +4,7 @@ Everything that a person or another run brings is checked here, where it is read
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -38,6 +39,10 @@ class Stop(Exception):
 
 class SkipClip(Exception):
     """A video or audio that cannot be used; the text is the reason that stage 01 counts and lists."""
+
+
+class NoFile(SkipClip):
+    """A file that is not there: stage 01 skips it, for later stages it is gone."""
 
 
 class NoAudio(SkipClip):
@@ -146,8 +151,36 @@ class Ignored:
         pass
 
 
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # as torch words it, in a RuntimeError
 NUMPY = ["numpy.dtype", "numpy.ndarray"]  # learning rates, samplers; by the names of numpy 1 and of numpy 2
 NUMPY += [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
+
+
+@contextmanager
+def reading(path):
+    """Around what reads `path`: an error of the system names the file, as Python does only where
+    it opens one. No reader takes such an error for what is wrong with the file's content: it ends
+    the stage (`common.launch`)."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+def of_system(error):
+    """Whether what went wrong in a reader is the system's (a disk, a right, memory), not the
+    file's content. EINVAL is the content's: a damaged file sends its reader to before its start."""
+    if isinstance(error, OSError):
+        return error.errno not in (None, errno.EINVAL)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error)
+
+
+def memory_or_content():
+    """After a MemoryError: raises one where memory is short. Else a damaged file has asked for far
+    more than there is."""
+    bytearray(2**28)
 
 
 def load_pt(path, fields=None, mmap=False, ignore=()):
@@ -157,10 +190,16 @@ def load_pt(path, fields=None, mmap=False, ignore=()):
     if not path.is_file():
         stop(f"{path}: no such file")
     try:
-        with torch.serialization.safe_globals([(Ignored, name) for name in ignore]):
+        with reading(path), torch.serialization.safe_globals([(Ignored, name) for name in ignore]):
             value = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a truncated or foreign file
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if of_system(error):
+            raise
+        # What torch cannot map it says in a text alone: "unable to mmap ...: Cannot allocate memory (12)".
+        told = re.search(r": ([^:]+) \((\d+)\)$", reason)
+        if told and told[1] == os.strerror(int(told[2])):
+            raise OSError(int(told[2]), told[1], str(path)) from None
         refused = re.findall(r"GLOBAL (\S+)", str(error))  # a pickle may run code: only plain types are let in
         reason = f"it holds {refused[0]}" if refused else reason[:160]
         stop(f"{path}: cannot be read as a .pt file of plain tensors ({reason}); make it anew or copy it again")
@@ -250,7 +289,8 @@ def read_text(path, hint=""):
     path = Path(path)
     if not path.is_file():
         stop(f"{path}: no such file{hint}")
-    content = path.read_bytes()
+    with reading(path), open(path, "rb") as stream:
+        content = stream.read()
     if content[:2] == b"PK":
         stop(f"{path}: is a workbook (.xlsx) or another zip file; export it as .csv, UTF-8")
     try:
@@ -368,7 +408,7 @@ def digest(path):
     if not path.exists():
         stop(f"{path}: no such file")
     for file in sorted(path.glob("[!.]*.jsonl")) if path.is_dir() else [path]:
-        with open(file, "rb") as stream:
+        with reading(file), open(file, "rb") as stream:
             while block := stream.read(1 << 22):
                 total.update(block)
     return total.hexdigest()[:16]

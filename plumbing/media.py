@@ -1,9 +1,11 @@
 """Video and audio through PyAV: one reader for every model, scorer and page."""
 
+import errno
 import math
 import re
 from contextlib import contextmanager, suppress
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -14,26 +16,79 @@ import torchaudio
 from av.stream import Disposition
 
 from plumbing.ahead import in_processes
-from plumbing.files import NoAudio, SkipClip, digest, replacing
+from plumbing.files import NoAudio, NoFile, SkipClip, digest, memory_or_content, reading, replacing
 
 FINEST_FPS = 25  # the finest consumer's grid, Synchformer's: on it a video is too short for all of them, or for none
 
 
-def open_media(path):
-    """A video or audio file through PyAV; a title in another encoding than UTF-8 is no reason to refuse it."""
-    return av.open(str(path), metadata_errors="ignore")
+class Source:
+    """A file as FFmpeg reads it. FFmpeg would report an error of the disk as damaged content, or
+    take it for the file's end: the error is kept here, and FFmpeg is told that the file ends."""
+
+    def __init__(self, path, file):
+        self.name, self.file, self.error = str(path), file, None
+
+    def __str__(self):
+        return self.name
+
+    def read(self, size):
+        try:
+            return self.file.read(size)
+        except OSError as error:
+            self.error = self.error or error
+            return b""
+
+    def seek(self, offset, whence=0):
+        try:
+            return self.file.seek(offset, whence)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # which is before the start of an empty file
+                self.error = self.error or error
+            return -1
+
+    def tell(self):
+        return self.file.tell()
+
+
+# FFmpeg says these of damaged content too; as it reads through `Source`, of nothing else.
+SAID_OF_CONTENT = (errno.EIO, errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ERANGE, errno.EDOM)
 
 
 @contextmanager
-def skipping(kind):
-    """What can go wrong in a file becomes the reason to skip it."""
+def open_media(path):
+    """A video or audio file through PyAV; a title in another encoding than UTF-8 is no reason to
+    refuse it. Raises FFmpegError for what is wrong with the content, a plain OSError for what is
+    wrong with the system."""
+    with reading(path), open(path, "rb") as file:
+        source = Source(path, file)
+        try:
+            with av.open(source, metadata_errors="ignore") as container:
+                yield container
+        except av.error.MemoryError:
+            memory_or_content()
+            raise
+        except av.error.FFmpegError as error:
+            if error.errno in errno.errorcode and error.errno not in SAID_OF_CONTENT:
+                raise OSError(error.errno, error.strerror) from None
+            raise
+        finally:
+            if source.error:
+                raise source.error
+
+
+@contextmanager
+def skipping(kind, path):
+    """What is wrong with a file's content becomes the reason to skip it, and so does its absence."""
     try:
         yield
     except FileNotFoundError:
-        raise SkipClip("no such file") from None
-    except (av.error.FFmpegError, soundfile.SoundFileError, OSError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise SkipClip(f"unreadable {kind} ({reason})") from None
+        if not Path(path).parent.is_dir():  # a whole folder is gone: a disk that is not mounted
+            raise
+        raise NoFile("no such file") from None
+    except av.error.FFmpegError as error:
+        raise SkipClip(f"unreadable {kind} ({error.strerror or type(error).__name__})") from None
+    except IndexError:  # PyAV's, where a packet is of none of the streams
+        raise SkipClip(f"unreadable {kind} (a stream that its header does not name)") from None
 
 
 def film(container):
@@ -81,7 +136,7 @@ def read_frames(path, wanted, duration_s):
                 out[k] = shown.new_empty(counts[k], *shown.shape) if out[k] is None else out[k]
                 out[k][done[k] : end], done[k] = shown, end
 
-    with skipping("video"), open_media(path) as container:
+    with skipping("video", path), open_media(path) as container:
         stream = film(container)
         for frame in container.decode(stream):
             if frame.pts is None:
@@ -113,18 +168,18 @@ def read_audio(path, sample_rate_hz, duration_s=None, pad=True):
     return fit_length(wave, samples) if pad else wave[:samples]
 
 
-@skipping("audio")
 def decode_audio(path, duration_s=None):
     """(S,) float32 mono and its rate; of a longer file duration_s, and 0.1 s more for the filter of `resample`."""
     need_s, wave = math.inf if duration_s is None else duration_s + 0.1, None
-    with open(path, "rb") as file:
-        is_wav = re.match(rb"RIFF....WAVE", file.read(12), re.DOTALL)
-    if is_wav:  # ten times faster than through ffmpeg, which is left what soundfile does not know
-        with suppress(soundfile.SoundFileError), soundfile.SoundFile(path) as file:
-            samples = -1 if duration_s is None else math.ceil(need_s * file.samplerate)
-            wave, rate = file.read(samples, "float32", always_2d=True).mean(axis=1), file.samplerate
-    if wave is None:
-        wave, rate = decode_stream(path, need_s)
+    with skipping("audio", path):
+        with reading(path), open(path, "rb") as file:
+            is_wav = re.match(rb"RIFF....WAVE", file.read(12), re.DOTALL)
+        if is_wav:  # ten times faster than through ffmpeg, which is left what soundfile does not know or cannot read
+            with suppress(soundfile.SoundFileError), reading(path), soundfile.SoundFile(path) as file:
+                samples = -1 if duration_s is None else math.ceil(need_s * file.samplerate)
+                wave, rate = file.read(samples, "float32", always_2d=True).mean(axis=1), file.samplerate
+        if wave is None:
+            wave, rate = decode_stream(path, need_s)
     if not len(wave):
         raise SkipClip("empty audio stream")
     return torch.from_numpy(wave), rate

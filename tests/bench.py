@@ -98,8 +98,8 @@ def made_up_run(run, model, clips=40, n=2, **more):
         dict(clip=f"c{i}", k=k, row=n * i + k, shard="0", digest=f"{i}_{k}") for i in range(clips) for k in range(n)
     ]
     features = {key: torch.randn(clips, *shape) for key, shape in model.feature_shapes.items()}
-    made = dict(features=features, digests=[line["digest"] for line in lines])
-    common.save_pt(run / "01_samples/0.pt", made | dict(latents=torch.randn(len(lines), *model.latent_shape)))
+    latents = torch.randn(len(lines), *model.latent_shape)
+    common.save_shard(run / "01_samples/0.pt", latents, features, [line["digest"] for line in lines])
     samples = {f"c{i}": lines[n * i : n * i + n] for i in range(clips)}
     return common.Shards(run, samples, model), [dict(clip=clip, winner=0, loser=1) for clip in samples]
 

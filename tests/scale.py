@@ -60,9 +60,10 @@ def enlarge(run, count):
             path.touch()
             rows.append(dict(usable, clip=clip["id"], k=k, wav=wav, row=len(rows), digest=common.digest_of(wav)))
             audios.append(common.Audio(clip | {"path": path, "label": None}, wav, rows[-1]["digest"], shard))
-        made = dict(latents=torch.randn(len(rows), *model.latent_shape), digests=[row["digest"] for row in rows])
-        made["features"] = {name: torch.randn(len(part), *shape) for name, shape in model.feature_shapes.items()}
-        common.save_pt(run / "01_samples" / f"{shard}.pt", made)
+        latents = torch.randn(len(rows), *model.latent_shape)
+        features = {name: torch.randn(len(part), *shape) for name, shape in model.feature_shapes.items()}
+        digests = [row["digest"] for row in rows]
+        common.save_shard(run / "01_samples" / f"{shard}.pt", latents, features, digests)
         common.write_jsonl(run / "01_samples" / f"{shard}.jsonl", rows)
         for name, score in common.AUDIOSCORE_SCORERS.items():
             keys, tags = common.score_keys(run, audios, name, "weights"), [527] * (name == "panns")

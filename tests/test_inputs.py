@@ -42,6 +42,7 @@ CLIP = {"id": "name", "video": "path", "caption": "text or null", "label": "text
 ASIDES = {"repeat": "repeat or null", "seconds": "seconds or null", "comment": "text or null"}
 PAIR = dict(clip="name", winner="whole", loser="whole")
 RECORD = {"settings": "dict", "inputs": "dict", "inputs/*": "text or null", "outputs": "record"}
+SHARD = {"latents": "tensor", "digests": "list", "features": "record", "crc32": "record", "crc32/latents": "list"}
 FEATURES = dict.fromkeys(("features/frames", "features/pooled", "features/text"), "tensor")
 OPTIMIZER = {"optimizer": "weights", "optimizer/state": "weights", "optimizer/state/0/exp_avg": "tensor"}
 WRONG["record"] = (7, "ab", [[]], {"x": 7}, {NUL: "x"})
@@ -81,7 +82,7 @@ FILES = {
     "scores/weights.json": ("02", (), {"*": "record", "*/stamp": "text", "*/digest": "text"}),
     "scores/heard.json": ("07", (), {"*": "record", "*/stamp": "text", "*/peak": "number or null"}),
     "00_truth.jsonl": ("02", (), {"id": "name", "class": "whole", "hits_s": "list"}, "02_ratings.jsonl"),
-    "01_samples/00000.pt": ("05", OUT, {"latents": "tensor", "digests": "list", "features": "record"} | FEATURES),
+    "01_samples/00000.pt": ("05", OUT, SHARD | FEATURES),
     "02_audioscore.pt": ("03", (), {"audioscore": "weights", "audioscore/p_y": "tensor", "audioscore/mean": "tensor"}),
     "05_flow_dpo/policy.pt": ("07", (), {"out.bias": "tensor"}),
     "05_flow_dpo/checkpoint.pt": ("05", (), {"step": "whole", "settings": "text", "model": "weights"} | OPTIMIZER),

@@ -1,0 +1,392 @@
+"""Faults of the system: one stops the stage in a line that names the file and is never a result; a file's content alone
+is a reason to skip. And what a disk loses of stage 01's tensors is noticed."""
+
+import builtins
+import errno
+import os
+import shutil
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import call, files_of, make_video, read, stage, stopped
+
+import common
+from adapters.frieren import Frieren
+
+CODES = (errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
+
+# An ill disk -------------------------------------------------------------------------------------------------
+
+
+class Ill:
+    """An open file that cannot be read beyond some byte."""
+
+    def __init__(self, file, code, end):
+        self.file, self.code, self.end = file, code, end
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def read(self, size=-1):
+        if size < 0 or self.file.tell() + size > self.end:
+            raise OSError(self.code, os.strerror(self.code))
+        return self.file.read(size)
+
+    def readinto(self, buffer):
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def not_opened(patch, path, code):
+    original = builtins.open
+
+    def opened(file, *rest, **options):
+        if str(file) == str(path):
+            raise OSError(code, os.strerror(code), str(file))
+        return original(file, *rest, **options)
+
+    patch.setattr(builtins, "open", opened)
+
+
+def not_read(patch, path, code, share=0.0):
+    original = builtins.open
+
+    def opened(file, *rest, **options):
+        found = original(file, *rest, **options)
+        return Ill(found, code, share * os.path.getsize(file)) if str(file) == str(path) else found
+
+    patch.setattr(builtins, "open", opened)
+
+
+def cut_off(patch, path, code):
+    not_read(patch, path, code, share=0.9)
+
+
+def not_opened_by_pyav(patch, path, code):
+    original = av.open
+
+    def opened(file, *rest, **options):
+        if str(file) == str(path):
+            raise OSError(code, os.strerror(code), str(file))
+        return original(file, *rest, **options)
+
+    patch.setattr(av, "open", opened)
+
+
+def said_by_ffmpeg(patch, path, code):
+    original = av.open
+
+    def opened(file, *rest, **options):
+        if str(file) == str(path):
+            av.error.err_check(-code, str(file))
+        return original(file, *rest, **options)
+
+    patch.setattr(av, "open", opened)
+
+
+def not_opened_by_libsndfile(patch, path, code):
+    original = soundfile.SoundFile
+
+    def opened(file, *rest, **options):
+        if str(file) == str(path):
+            raise OSError(code, os.strerror(code))
+        return original(file, *rest, **options)
+
+    patch.setattr(soundfile, "SoundFile", opened)
+
+
+# Readers -----------------------------------------------------------------------------------------------------
+
+
+def frames(path):
+    return common.read_frames(path, [(8, torch.clone)], 1.0)
+
+
+def sound(path):
+    return common.read_audio(path, 16_000)
+
+
+def cavp(path):
+    return Frieren.read(Frieren.__new__(Frieren), {"id": "x", "cavp": str(path)})
+
+
+READERS = [(frames, "a.mp4"), (sound, "a.mp4"), (sound, "a.wav"), (cavp, "a.npy"), (cavp, "a.npz")]
+READERS += [(common.load_pt, "a.pt"), (common.digest, "a.pt"), (common.read_text, "a.json")]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    make_video(folder / "a.mp4")
+    soundfile.write(folder / "a.wav", np.zeros(4000), 8000)
+    np.save(folder / "a.npy", np.zeros((40, 512), np.float32))
+    np.savez(folder / "a.npz", feat=np.zeros((40, 512), np.float32))
+    common.save_pt(folder / "a.pt", {"x": torch.zeros(500)})
+    common.write_json(folder / "a.json", {"x": "y" * 1000})
+    return folder
+
+
+BY_PYTHON = [(reader, name) for reader, name in READERS if name != "a.wav"]  # libsndfile reads by itself
+FAULTS = [(fault, *reader) for fault in (not_opened, not_read) for reader in READERS]
+FAULTS += [(cut_off, *reader) for reader in BY_PYTHON]
+FAULTS += [(not_opened_by_pyav, frames, "a.mp4"), (not_opened_by_pyav, sound, "a.mp4")]
+FAULTS += [(not_opened_by_libsndfile, sound, "a.wav")]
+
+
+@pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
+@pytest.mark.parametrize("fault, reader, name", FAULTS)
+def test_no_reader_takes_an_error_of_the_system_for_the_files_content(fault, reader, name, code, files, monkeypatch):
+    fault(monkeypatch, files / name, code)
+    with pytest.raises(OSError) as raised:
+        reader(files / name)
+    assert not isinstance(raised.value, av.error.FFmpegError)
+    line = common.one_line(raised.value, None)
+    assert line == f"{files / name}: {os.strerror(code)}; mend that, then run the command again"
+
+
+def test_sound_is_not_shifted_where_the_first_picture_cannot_be_read(files, monkeypatch):
+    """The second time that the file is opened, for the time of its first picture."""
+    opened, original = [], av.open
+
+    def open_once(file, **options):
+        opened.append(file)
+        if len(opened) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(file, **options)
+
+    monkeypatch.setattr(av, "open", open_once)
+    with pytest.raises(OSError, match="a.mp4"):
+        sound(files / "a.mp4")
+    assert len(opened) == 2
+
+
+def test_a_wav_that_libsndfile_cannot_read_is_read_by_ffmpeg(tmp_path, monkeypatch):
+    wave = np.random.default_rng(0).uniform(-0.9, 0.9, 4000)
+    soundfile.write(tmp_path / "a.wav", wave, 8000)
+    expected = sound(tmp_path / "a.wav")
+
+    def system_error(path):
+        raise soundfile.LibsndfileError(2)
+
+    monkeypatch.setattr(soundfile, "SoundFile", system_error)
+    torch.testing.assert_close(sound(tmp_path / "a.wav"), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("reader", [frames, sound])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL, errno.EPERM, errno.ENOMEM], ids=errno.errorcode.get)
+def test_what_ffmpeg_says_of_a_file_that_can_be_read_is_said_of_its_content(reader, code, files, monkeypatch):
+    said_by_ffmpeg(monkeypatch, files / "a.mp4", code)
+    with pytest.raises(common.SkipClip, match=os.strerror(code)):
+        reader(files / "a.mp4")
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EMFILE, errno.EACCES], ids=errno.errorcode.get)
+def test_what_ffmpeg_never_says_of_content_is_an_error_of_the_system(code, files, monkeypatch):
+    said_by_ffmpeg(monkeypatch, files / "a.mp4", code)
+    with pytest.raises(OSError, match=os.strerror(code)) as raised:
+        frames(files / "a.mp4")
+    assert raised.value.filename == str(files / "a.mp4")
+
+
+def test_a_matroska_file_that_was_cut_is_skipped_though_ffmpeg_says_input_output_error(tmp_path):
+    whole = make_video(tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "a.mkv").write_bytes(whole[:300])
+    with pytest.raises(common.SkipClip, match=r"unreadable video \(Input/output error\)"):
+        frames(tmp_path / "a.mkv")
+
+
+def test_a_file_that_is_gone_is_a_reason_and_a_folder_that_is_gone_is_not(tmp_path):
+    with pytest.raises(common.NoFile, match="no such file"):
+        frames(tmp_path / "a.mp4")
+    with pytest.raises(FileNotFoundError):
+        frames(tmp_path / "disk" / "a.mp4")
+
+
+@pytest.mark.parametrize("error, line", [
+    (RuntimeError("unable to mmap 9 bytes from file <a.pt>: Cannot allocate memory (12)"), "a.pt: Cannot allocate memory"),
+    (RuntimeError("unable to open file <a.pt> in read-only mode: Too many open files (24)"), "a.pt: Too many open files"),
+    (RuntimeError(f"[enforce fail] {common.NO_MEMORY}: you tried to allocate 9 bytes."), "the machine's memory is full"),
+    (MemoryError(), "the machine's memory is full"),
+])  # fmt: skip
+def test_torch_out_of_memory_or_files_asks_for_no_other_copy_of_the_file(error, line, files, monkeypatch):
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises((OSError, MemoryError, RuntimeError)) as raised:
+        common.load_pt(files / "a.pt")
+    said = common.one_line(raised.value, None)
+    assert line in said and "run the command again" in said and "copy it" not in said
+
+
+def test_a_stamp_that_cannot_be_had_is_not_called_gone(files, monkeypatch):
+    original = os.stat
+
+    def stat(path, **options):
+        if str(path) == str(files / "a.mp4"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return original(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(OSError, match="Input/output error"):
+        common.stamp(files / "a.mp4")
+    monkeypatch.undo()
+    assert "gone" in stopped(common.stamp, files / "none.mp4")
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_system_comes_back_from_a_worker_with_its_file_and_reason(workers):
+    error = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "a.mp4")
+    with pytest.raises(OSError) as raised:
+        next(common.read_ahead(fail, [error], workers))
+    assert (raised.value.errno, raised.value.filename) == (errno.ESTALE, "a.mp4")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_full_memory_comes_back_from_a_worker(workers):
+    with pytest.raises(MemoryError) as raised:
+        next(common.read_ahead(fail, [MemoryError()], workers))
+    assert "memory is full" in common.one_line(raised.value, None)
+
+
+# Stages ------------------------------------------------------------------------------------------------------
+
+SMALL = ("--sampling-steps", 2, "--num-samples", 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stage_01_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(workers, fresh, refused):
+    undisturbed, flags = shutil.copytree(fresh, fresh.with_name("undisturbed")), (*SMALL, "--workers", workers)
+    videos = [clip["video"] for clip in read(fresh / "clips.jsonl") if clip["split"] == "train"]
+    clip = fresh / "00_videos" / videos[3]
+    for fault in (not_opened, not_read, cut_off, not_opened_by_pyav):
+        with pytest.MonkeyPatch.context() as patch:
+            fault(patch, clip, errno.EIO)
+            line = refused("01", fresh, *flags)
+        assert line == f"error: {clip}: Input/output error; mend that, then run the command again"
+    for place in (undisturbed, fresh):
+        call("01", place, *flags)
+    assert files_of(fresh, "01") == files_of(undisturbed, "01")
+    assert not [*fresh.glob("01_samples/*.skipped.jsonl")]
+
+
+def test_a_folder_of_videos_that_cannot_be_read_is_not_left_out(tmp_path, toy, refused, monkeypatch):
+    make_video(tmp_path / "videos/a.mp4")
+    make_video(tmp_path / "videos/more/b.mp4")
+    original = os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("more"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return original(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert "more: Permission denied" in refused("01", tmp_path / "run", "--videos", tmp_path / "videos", *toy)
+
+
+def test_stage_03_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(run, finished, refused):
+    shutil.rmtree(run / "scores")
+    clip = common.read_clips(run, "train")[0]
+    wav = run / "01_audio" / f"{clip['id']}_1.wav"
+    for fault, path in ((not_read, clip["path"]), (not_opened_by_libsndfile, wav), (not_opened, wav)):
+        with pytest.MonkeyPatch.context() as patch:
+            fault(patch, path, errno.ESTALE)
+            assert f"{path}: {os.strerror(errno.ESTALE)}; mend that" in refused("03", run, "--redo", "--workers", 2)
+        assert not (run / "03_pairs.jsonl").exists()
+    call("03", run, "--redo", "--workers", 2)
+    for name in ("03_scores/00000.jsonl", "03_pairs.jsonl", "03_human_pairs.jsonl"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_stage_07_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(run, refused):
+    shutil.rmtree(run / "scores")
+    undisturbed = shutil.copytree(run, run.with_name("undisturbed"))
+    flags = ("--only", "--systems", "base", "--workers", 2)
+    clip = common.read_clips(run, "test")[1]
+    wav = run / "07_audio" / "base" / f"{clip['id']}.wav"
+    for fault, path in ((cut_off, clip["path"]), (not_opened_by_pyav, clip["path"]), (not_opened, wav)):
+        with pytest.MonkeyPatch.context() as patch:
+            fault(patch, path, errno.EMFILE)
+            assert f"{path}: Too many open files; mend that" in refused("07", run, *flags)
+    for place in (undisturbed, run):
+        call("07", place, *flags)
+    assert (run / "07_results.jsonl").read_bytes() == (undisturbed / "07_results.jsonl").read_bytes()
+
+
+# What a disk loses of the tensors ----------------------------------------------------------------------------
+
+
+def zeroed(path, start, end):
+    """A part of a file, as shares of its length."""
+    content = bytearray(path.read_bytes())
+    start, end = round(start * len(content)), round(end * len(content))
+    content[start:end] = bytes(end - start)
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def shards(run):
+    def of():
+        return common.Shards(run, common.read_samples(run), common.load_base_model(run))
+
+    return of
+
+
+@pytest.mark.parametrize("start, end", [(0.1, 0.35), (0.4, 0.65), (0.65, 0.9)])
+def test_a_shard_of_which_a_quarter_was_lost_is_not_trained_on(start, end, run, refused):
+    zeroed(run / "01_samples/00000.pt", start, end)
+    line = refused("05", run, "--out", "again")
+    assert "01_samples/00000.pt" in line and "of clip train" in line
+    assert "remove both 00000.pt and 00000.jsonl, rerun 01_generate.py" in line
+
+
+def test_a_shard_without_its_end_is_not_trained_on(run, refused):
+    zeroed(run / "01_samples/00000.pt", 0.9, 1)
+    line = refused("05", run, "--out", "again")
+    assert "01_samples/00000.pt: cannot be read" in line
+
+
+def test_a_single_bit_is_noticed_when_its_row_is_read_and_only_then(run, shards):
+    clips = [*common.read_samples(run)]
+    whole = shards().latents([(clips[0], 0)])
+    place = (run / "01_samples/00000.pt").read_bytes().index(shards().latents([(clips[2], 1)]).numpy().tobytes())
+    with open(run / "01_samples/00000.pt", "r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    assert torch.equal(shards().latents([(clips[0], 0)]), whole)
+    shards().features([clips[2]])
+    line = stopped(shards().latents, [(clips[2], 1)])
+    assert f"00000.pt: latents of clip {clips[2]} are not what stage 01 wrote" in line
+
+
+def test_a_shard_of_an_older_version_is_said_to_be_one(run, shards):
+    file = common.load_pt(run / "01_samples/00000.pt")
+    del file["crc32"]
+    common.save_pt(run / "01_samples/00000.pt", file)
+    assert "made by an older version" in stopped(shards().latents, [(next(iter(common.read_samples(run))), 0)])
+
+
+@pytest.mark.parametrize("left", [0, 0.5, 0.999])
+def test_stage_01_makes_a_shard_again_that_has_been_cut(left, fresh, monkeypatch):
+    monkeypatch.setattr(stage("01"), "SHARD_CLIPS", 8)
+    call("01", fresh, *SMALL)
+    whole, file = files_of(fresh, "01"), fresh / "01_samples/00001.pt"
+    os.truncate(file, round(left * file.stat().st_size))
+    call("01", fresh, *SMALL)
+    assert files_of(fresh, "01") == whole
