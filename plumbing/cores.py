@@ -11,10 +11,9 @@ MOST_WORKERS = 16  # of one process, unless a flag asks for more: each takes mem
 def cores():
     """The cores that the system lends this process: those it is bound to, or fewer where a container's share of the
     processor's time is smaller."""
+    bound_to = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         bound_to = len(os.sched_getaffinity(0))
-    else:
-        bound_to = os.cpu_count() or 1
     return min([bound_to, *quotas()])
 
 

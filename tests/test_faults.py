@@ -212,10 +212,15 @@ def test_a_file_that_is_gone_is_a_reason_and_a_folder_that_is_gone_is_not(tmp_pa
         frames(tmp_path / "disk" / "a.mp4")
 
 
+NO_MAP = "unable to mmap 9 bytes from file <a.pt>: Cannot allocate memory (12)"
+NO_HANDLE = "unable to open file <a.pt> in read-only mode: Too many open files (24)"
+NO_ROOM = f"[enforce fail] {common.NO_MEMORY}: you tried to allocate 9 bytes."
+
+
 @pytest.mark.parametrize("error, line", [
-    (RuntimeError("unable to mmap 9 bytes from file <a.pt>: Cannot allocate memory (12)"), "a.pt: Cannot allocate memory"),
-    (RuntimeError("unable to open file <a.pt> in read-only mode: Too many open files (24)"), "a.pt: Too many open files"),
-    (RuntimeError(f"[enforce fail] {common.NO_MEMORY}: you tried to allocate 9 bytes."), "the machine's memory is full"),
+    (RuntimeError(NO_MAP), "a.pt: Cannot allocate memory"),
+    (RuntimeError(NO_HANDLE), "a.pt: Too many open files"),
+    (RuntimeError(NO_ROOM), "the machine's memory is full"),
     (MemoryError(), "the machine's memory is full"),
 ])  # fmt: skip
 def test_torch_out_of_memory_or_files_asks_for_no_other_copy_of_the_file(error, line, files, monkeypatch):
