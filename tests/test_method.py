@@ -485,7 +485,8 @@ def test_curves_on_pairs_whose_winner_is_the_worse_audio_are_never_called_health
     row = dict(stage=2, loss=0.1, accuracy=accuracy, gap_w=0.2, gap_l=0.5, ref_w=0.5, saturated=0.6)
     row |= dict(opposed=0.0, weight=0.2, weight_wrong=0.1)
     line = stage("05").reading([row] * 50, backwards)
-    assert line.startswith(f"curves: {case}: ") and (f"{backwards:.0%}" in line) == (case.endswith("backwards"))
+    assert line.startswith(f"curves: {case}: ")
+    assert (f"score_c is negative for {backwards:.0%}" in line) == case.endswith("backwards")
 
 
 def test_only_mined_pairs_can_be_backwards():
