@@ -25,30 +25,29 @@ Writes:
 Takes: toy 29 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in all.
 """
 
-import difflib
 import os
 import random
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import common
-from common import SkipClip, number, stop
+from common import SkipClip, ahead, files, media, number, ranks, record, rows, stop, training
 
 SHARD_CLIPS = 32
-LISTED = common.CLIP | {"video": common.maybe(common.PATH)}  # what a user's list says of a clip
-SECOND = common.Kind("a whole number of up to six digits", lambda x: x.isdecimal() and len(x) <= 6)
 VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv", ".MKV", ".webm", ".WEBM", ".mov", ".MOV", ".avi", ".AVI")
+ADVICE = "use another --run-dir, or remove this one"
 
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    io, paper, engineering = parser.io, parser.paper, parser.engineering
+    io = parser.io
+    paper = parser.paper
+    engineering = parser.engineering
     io.add_argument("--model", help="toy, mmaudio:small_16k ... mmaudio:large_44k, frieren; the toy run knows its own")
     io.add_argument("--checkpoint", help="weights of the velocity network, if not the upstream file under --weights")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
@@ -75,159 +74,262 @@ def parse_args(argv=None):
 
 
 def clips_of_table(path):
-    """VGGSound's csv or MMAudio's tsv -> clips; ids in upstream's form, `<youtube id>_<start second, 6 digits>`."""
-    word = re.split(r"[-_. ]", path.stem)[-1].lower()
-    split, rows = word if common.CLIP["split"].holds(word) else "train", []
+    """VGGSound's csv or MMAudio's tsv as rows.ListedClip; ids in upstream's form, `<youtube id>_<start second, 6
+    digits>`; the label is the caption too."""
+    found = []
     if path.suffix.lower() == ".tsv":
+        word = re.split(r"[-_. ]", path.stem)[-1].lower()
+        split = word if word in rows.SPLITS else "train"
         print(f"{path}: all in the split {split}, by the last word of its name")
-        table = common.read_csv(path, ("id", "label"), delimiter="\t", header=False)
-        rows = [(line, *row.values(), split) for line, row in table if (line, *row.values()) != (1, "id", "label")]
+        for line, cells in files.read_csv(path, ("id", "label"), delimiter="\t", header=False):
+            if line > 1 or cells != {"id": "id", "label": "label"}:
+                found.append((line, cells["id"], cells["label"], split))
     else:
-        for line, row in common.read_csv(path, ("youtube id", "start second", "label", "split"), header=False):
-            common.check(row, {"youtube id": common.NAME, "start second": SECOND}, f"{path}, line {line}")
-            name, start, label, split = row.values()
-            rows.append((line, f"{name}_{int(start):06d}", label, split))
-    clips = [(line, dict(id=name, caption=label, label=label, split=split)) for line, name, label, split in rows]
-    return [common.check(clip, LISTED, f"{path}, line {line}") for line, clip in clips]
+        columns = ("youtube id", "start second", "label", "split")
+        for line, cells in files.read_csv(path, columns, header=False):
+            where = f"{path}, line {line}"
+            start = cells["start second"]
+            if not files.is_name(cells["youtube id"]):
+                stop(f"{where}, field 'youtube id': {cells['youtube id']!r:.60} is not a name that a file can have")
+            if not start.isdecimal() or len(start) > 6:
+                stop(f"{where}, field 'start second': {start!r:.60} is not a whole number of up to six digits")
+            found.append((line, f"{cells['youtube id']}_{int(start):06d}", cells["label"], cells["split"]))
+    clips = []
+    for line, name, label, split in found:
+        clip = {"id": name, "caption": label, "label": label, "split": split}
+        clips.append(rows.typed(clip, rows.ListedClip, f"{path}, line {line}"))
+    return clips
+
+
+def clips_of_jsonl(path):
+    """A user's own list."""
+    known = rows.ListedClip.__struct_fields__
+    unread = Counter(key for _, line in files.read_jsonl(path) for key in line if key not in known)
+    for key, count in unread.items():
+        print(f"{path}: field {key!r} of {count} lines is not read (there are {', '.join(known)})")
+    clips = rows.read(path, rows.ListedClip)
+    for clip in clips:
+        for field in ("id", "video", "caption", "label"):
+            if getattr(clip, field) is not None:
+                setattr(clip, field, getattr(clip, field).strip())
+    return clips
 
 
 def files_below(root):
-    """Paths relative to root, sorted, without hidden ones. A folder that cannot be read stops the
-    stage: pathlib would leave it out."""
+    """Paths relative to root, sorted, without hidden ones. A folder that cannot be read stops the stage: pathlib would
+    leave it out."""
 
     def refuse(error):
         raise error
 
-    names = []
-    for folder, _, files in os.walk(root, onerror=refuse):
-        names += [Path(folder, file).relative_to(root) for file in files]
-    return [name for name in sorted(names) if not any(part[0] == "." for part in name.parts)]
+    found = []
+    for folder, _, names in os.walk(root, onerror=refuse):
+        for name in names:
+            path = Path(folder, name).relative_to(root)
+            if not any(part.startswith(".") for part in path.parts):
+                found.append(path)
+    return sorted(found)
+
+
+def clips_of_folder(root, strict):
+    """Every video of a folder, for training. Those whose name cannot name a clip are said, or with `strict` refused."""
+    videos = [path for path in files_below(root) if path.suffix.lower() in VIDEO_SUFFIXES]
+    if not videos:
+        stop(f"--videos {root}: no video ({', '.join(VIDEO_SUFFIXES[::2])}) in this folder")
+    clips = []
+    odd = []
+    for video in videos:
+        name = "_".join(video.with_suffix("").parts)
+        if files.is_name(name):
+            clips.append(rows.ListedClip(id=name, video=str(video)))
+        else:
+            odd.append(str(video))
+    if odd:
+        rule = "not in UTF-8, of more than 200 bytes, or with a backslash or a line break"
+        said = f"{len(odd)} videos have names that no clip can have ({rule}), first {odd[0]!a}"
+        if strict or not clips:
+            stop(f"{said}; rename them")
+        print(f"{said}; they are left out until they are renamed")
+    return clips
 
 
 def listed_clips(args):
-    """The clips that --clips or --videos name, each with id, caption, label, split and, from a .jsonl, video."""
+    """The clips that --clips or --videos name."""
     if args.clips is None:
-        names = [n for n in files_below(args.videos) if n.suffix.lower() in VIDEO_SUFFIXES]
-        if not names:
-            stop(f"--videos {args.videos}: no video ({', '.join(VIDEO_SUFFIXES[::2])}) in this folder")
-        clips = [{"id": "_".join(n.with_suffix("").parts), "video": str(n), "split": "train"} for n in names]
-        return without_odd_names(clips, args.strict)
+        return clips_of_folder(args.videos, args.strict)
     path = Path(args.clips)
     if path.suffix.lower() == ".jsonl":
-        clips = common.read_jsonl(path, LISTED | {"split": common.maybe(common.CLIP["split"])})
-        for key, count in Counter(key for clip in clips for key in clip.keys() - common.CLIP.keys()).items():
-            like = difflib.get_close_matches(key, common.CLIP, 1)
-            print(f"{path}: field {key!r} of {count} lines is not read" + (f"; {like[0]!r} was meant?" if like else ""))
-        return [{key: v.strip() if isinstance(v, str) else v for key, v in clip.items()} for clip in clips]
+        return clips_of_jsonl(path)
     if path.suffix.lower() not in (".csv", ".tsv"):
         stop(f"--clips {path}: expected a .jsonl, VGGSound's .csv or MMAudio's .tsv")
     return clips_of_table(path)
 
 
-def without_odd_names(clips, strict):
-    """Those that can be named by their videos. The others are said, or with `strict` refused."""
-    odd = [clip["video"] for clip in clips if not common.NAME.holds(clip["id"])]
-    if odd:
-        rule = "not in UTF-8, of more than 200 bytes, or with a backslash or a line break"
-        said = f"{len(odd)} videos have names that no clip can have ({rule}), first {odd[0]!a}"
-        if strict or len(odd) == len(clips):
-            stop(f"{said}; rename them")
-        print(f"{said}; they are left out until they are renamed")
-    return [clip for clip in clips if common.NAME.holds(clip["id"])]
+def with_test_list(clips, path):
+    """The test split becomes exactly the clips of MMAudio's list; what --clips says of them is kept."""
+    listed = {clip.id: clip for clip in clips}
+    test = clips_of_table(path)
+    names = {clip.id for clip in test}
+    kept = [clip for clip in clips if clip.split != "test" and clip.id not in names]
+    for clip in test:
+        clip = listed.get(clip.id, clip)
+        clip.split = "test"
+        kept.append(clip)
+    return kept
 
 
 def check_clips(clips, where):
-    """Ids are unique file names, one split each; YouTube ids that recur across splits are listed, since one video's
-    clips sound alike. Labels that nearly equal another are said: PESQ, and the class of an audio, go by them."""
-    split_of, splits_of = {}, defaultdict(set)  # by id; by YouTube id
+    """Ids are unique, one split each. Says which YouTube ids recur across splits, since one video's clips sound alike,
+    and how many clips PESQ will apply to."""
+    split_of = {}
+    splits_of_video = defaultdict(set)
     for i, clip in enumerate(clips, 1):
-        name, split = clip["id"], clip.setdefault("split", "train")
-        if name in split_of:
-            twice = f"in both {split_of[name]} and {split}" if split_of[name] != split else "twice"
-            stop(f"{where}, clip {i}, field 'id': {name} occurs {twice}; keep one")
-        split_of[name] = split
-        splits_of[name[:11] if len(name) == 18 and name[11] == "_" else name].add(split)
-    shared = sorted(video for video, splits in splits_of.items() if len(splits) > 1)
+        if clip.id in split_of:
+            before = split_of[clip.id]
+            twice = "twice" if before == clip.split else f"in both {before} and {clip.split}"
+            stop(f"{where}, clip {i}, field 'id': {clip.id} occurs {twice}; keep one")
+        split_of[clip.id] = clip.split
+        is_youtube = len(clip.id) == 18 and clip.id[11] == "_"
+        splits_of_video[clip.id[:11] if is_youtube else clip.id].add(clip.split)
+    shared = sorted(video for video, splits in splits_of_video.items() if len(splits) > 1)
     if shared:
-        print(f"{len(shared)} YouTube ids occur in more than one split:", *shared[:10], "..." * (len(shared) > 10))
-    plain = lambda label: re.sub(r"\W+", " ", label).strip().lower()  # noqa: E731
-    known = {plain(label): label for label in common.HUMAN_SPEECH_CLASSES}
-    for label, count in Counter(clip["label"] for clip in clips if clip.get("label")).most_common():
-        near = known.setdefault(plain(label), label)
-        if near == label:
-            near = next(iter(difflib.get_close_matches(label, common.HUMAN_SPEECH_CLASSES, 1, 0.9)), label)
-        if near != label:
-            print(f"label {label!r} ({count} clips) is nearly, but not, {near!r}")
-    has = {key: sum(bool(clip.get(key)) for clip in clips) for key in ("caption", "label")}
-    print(f"clips: {len(clips)}, with caption {has['caption']}, with label {has['label']}")
+        more = " ..." if len(shared) > 10 else ""
+        print(f"{len(shared)} YouTube ids occur in more than one split: {' '.join(shared[:10])}{more}")
+    captions = sum(bool(clip.caption) for clip in clips)
+    labels = sum(bool(clip.label) for clip in clips)
+    speech = sum(clip.label in common.HUMAN_SPEECH_CLASSES for clip in clips)
+    print(f"clips: {len(clips)}, with caption {captions}, with label {labels}, of human speech {speech}")
+
+
+def find_video(clip, root, where):
+    """The name of a clip's video below root, or None and the name that is missing."""
+    names = [clip.video] if clip.video else [clip.id + suffix for suffix in VIDEO_SUFFIXES]
+    for name in names:
+        if files.inside(root, name, f"{where}, clip {clip.id}").is_file():
+            return name, None
+    return None, names[0]
 
 
 def gather_clips(args):
-    """From the user's list: every clip of it, the lines of clips.jsonl (videos that exist) and of 01_missing.jsonl."""
-    where, root = " and ".join(filter(None, (args.clips or args.videos, args.test_list))), Path(args.videos).resolve()
+    """From the user's list: the lines of clips.jsonl (videos that exist) and of 01_missing.jsonl."""
+    where = " and ".join(filter(None, (args.clips or args.videos, args.test_list)))
+    root = Path(args.videos).resolve()
     clips = listed_clips(args)
     if args.test_list:
-        test, known = clips_of_table(Path(args.test_list)), {clip["id"]: clip for clip in clips}
-        wanted = {clip["id"] for clip in test}
-        clips = [clip for clip in clips if clip.get("split") != "test" and clip["id"] not in wanted]
-        clips += [{**clip, **known.get(clip["id"], {}), "split": "test"} for clip in test]
+        clips = with_test_list(clips, Path(args.test_list))
     check_clips(clips, where)
-    found, missing = [], []
+    found = []
+    missing = []
     for clip in clips:
-        names = [clip["video"]] if clip.get("video") else [clip["id"] + suffix for suffix in VIDEO_SUFFIXES]
-        name = next((n for n in names if common.inside(root, n, f"{where}, clip {clip['id']}").is_file()), None)
+        name, missing_name = find_video(clip, root, where)
         if name is None:
-            missing.append({"id": clip["id"], "split": clip["split"], "reason": f"no {names[0]} below {root.name}/"})
-        else:
-            said = {key: clip.get(key) or None for key in ("caption", "label")}
-            found.append({"id": clip["id"], "video": name, **said, "split": clip["split"]})
+            reason = f"no {missing_name} below {root.name}/"
+            missing.append(rows.MissingClip(id=clip.id, split=clip.split, reason=reason))
+            continue
+        caption = clip.caption or None
+        label = clip.label or None
+        found.append(rows.Clip(id=clip.id, video=name, caption=caption, label=label, split=clip.split))
     if missing and args.strict:
-        stop(f"{len(missing)} of {len(clips)} videos are missing, first {missing[0]['id']} ({missing[0]['reason']})")
-    have, listed = Counter(c["split"] for c in found), Counter(c["split"] for c in clips)
+        first = missing[0]
+        stop(f"{len(missing)} of {len(clips)} videos are missing, first {first.id} ({first.reason})")
+    have = Counter(clip.split for clip in found)
+    listed = Counter(clip.split for clip in clips)
     print("videos found: " + ", ".join(f"{split} {have[split]} of {listed[split]}" for split in sorted(listed)))
     if not found:
-        stop(f"none of the {len(clips)} clips of {where} has a video below {args.videos}: {missing[0]['reason']} ...")
+        stop(f"none of the {len(clips)} clips of {where} has a video below {args.videos}: {missing[0].reason} ...")
     return found, missing
 
 
-def prepare_run(run, known, own_clips, model, args):
-    """run.json, clips.jsonl and 01_missing.jsonl, or the proof that those of this run are of the same settings."""
-    found, missing = ([], []) if own_clips else gather_clips(args)
-    given = args.checkpoint and Path(args.checkpoint).resolve()
-    settings = dict(model=args.model, checkpoint_digest=model.checkpoint_digest)
-    settings |= dict(latent_shape=list(model.latent_shape), sample_rate_hz=model.sample_rate_hz, clip_s=model.clip_s)
-    settings |= dict(sampler=dict(steps=args.sampling_steps, guidance=args.guidance), num_samples=args.num_samples)
-    settings |= dict(seed=args.seed, max_clips=args.max_clips)
-    # Where things lie is kept for the stages to come and for people; what has moved is still the same.
-    about = {f"{key}_root": str(Path(x).resolve()) for key, x in (("video", args.videos), ("cavp", args.cavp)) if x}
-    if given:
-        about["checkpoint"] = str(given)
-    elif not own_clips:
-        about["checkpoint"] = "upstream"
-    if given and (beside := given.with_name("run.json")).is_file():  # a world's model keeps its scorers
-        world = common.read_json(beside, {key: common.WORLD[key] for key in ("defaults", "scorers")})
-        about |= {key: world[key] for key in ("defaults", "scorers") if key in world}
-        about |= {"scorers_root": str(given.parent)} if "scorers" in world else {}
+# ------------------------------------------------------------------------------------------------------------
+# The run: run.json and its record
+# ------------------------------------------------------------------------------------------------------------
 
-    advice, listed = "use another --run-dir, or remove this one", run / "clips.jsonl"
-    if (run / "01_settings.json").exists():
-        before = common.read_json(run / "01_settings.json", common.RECORD)["settings"]
-        if before.get("model") == args.model and before.get("checkpoint_digest") != model.checkpoint_digest:
-            stop(f"{model.checkpoint}: not the checkpoint that {run} was made with; give that one, or {advice}")
-    prepared = known.get("max_clips") == 0  # a run that --max-clips 0 prepared may get its train clips later
-    if prepared:
-        may_change = {key: known.get(key) for key in ("max_clips", "clips_digest")}
-        common.claim(run, "01_settings.json", settings | may_change, advice=advice)
+
+def check_flags(run, world, own_clips, args):
+    """Flags that do not fit together or to this run. own_clips: stage 00 wrote clips.jsonl itself."""
+    if own_clips and not args.model:
+        stop(f"{run}: stage 00 has not finished; run it again with --run-dir {run}")
+    if own_clips and not (run / "clips.jsonl").exists():
+        stop(f"{run}/clips.jsonl: gone; run 00_toy_world.py again")
+    if not args.model:
+        stop(f"--run-dir {run} is new: give --model (or run stage 00 first for the toy world)")
+    if own_clips and (args.clips or args.videos):
+        stop(f"--clips, --videos: {run} has stage 00's; use another --run-dir")
+    if not own_clips and not args.videos:
+        stop("--videos: name the videos' folder, also when you run a command again")
+    if args.videos and not Path(args.videos).is_dir():
+        stop(f"--videos {args.videos}: no such folder")
+    if (args.cavp is None) == (args.model == "frieren"):
+        stop("--cavp: give CAVP features to Frieren, and to no other")
+
+
+def places(world, args):
+    """Where things lie, for the stages to come and for people: fields of run.json. They are no part of the record:
+    what has moved is still the same."""
+    found = {} if world is None else rows.as_dict(world)
+    if args.videos:
+        found["video_root"] = str(Path(args.videos).resolve())
+    if args.cavp:
+        found["cavp_root"] = str(Path(args.cavp).resolve())
+    if not args.checkpoint:
+        found.setdefault("checkpoint", "upstream")
+        return found
+    checkpoint = Path(args.checkpoint).resolve()
+    found["checkpoint"] = str(checkpoint)
+    beside = checkpoint.with_name("run.json")
+    if beside.is_file():  # a world's model keeps its scorers and its replacements for the paper's numbers
+        own = rows.read_json(beside, rows.World)
+        found["defaults"] = own.defaults
+        if own.scorers != "real":
+            found["scorers"] = own.scorers
+            found["scorers_root"] = str(checkpoint.parent)
+    return found
+
+
+def claim_run(stage, settings, model):
+    """The record of stage 01. Returns whether the run was only prepared before, by --max-clips 0, and may get its train
+    clips now."""
+    prepared = False
+    if stage.file.exists():
+        before = rows.read_json(stage.file, rows.Record).settings
+        same_model = before.get("model") == settings["model"]
+        if same_model and before.get("checkpoint_digest") != settings["checkpoint_digest"]:
+            stop(f"{model.checkpoint}: not the checkpoint that {stage.run} was made with; give that one, or {ADVICE}")
+        prepared = before.get("max_clips") == 0
+        if prepared:
+            may_change = {key: before.get(key) for key in ("max_clips", "clips_digest")}
+            record.compare(stage.file, rows.Record(settings=settings | may_change, inputs={}), ADVICE)
+    return prepared
+
+
+def prepare_run(run, stage, world, own_clips, model, args):
+    """run.json, clips.jsonl and 01_missing.jsonl, or the proof that those of this run are of the same settings."""
+    settings = {
+        "model": args.model,
+        "checkpoint_digest": model.checkpoint_digest,
+        "latent_shape": list(model.latent_shape),
+        "sample_rate_hz": model.sample_rate_hz,
+        "clip_s": model.clip_s,
+        "sampler": {"steps": args.sampling_steps, "guidance": args.guidance},
+        "num_samples": args.num_samples,
+        "seed": args.seed,
+        "max_clips": args.max_clips,
+    }
+    listed = run / "clips.jsonl"
+    found, missing = ([], []) if own_clips else gather_clips(args)
+    prepared = claim_run(stage, settings, model)
     if prepared or not listed.exists():
-        common.write_jsonl(run / "01_missing.jsonl", missing)
-        common.write_jsonl(listed, found)
+        rows.write(run / "01_missing.jsonl", missing)
+        rows.write(listed, found)
     elif not own_clips:  # the run keeps its list: its audios are made from it
-        own, now = ({clip["id"] for clip in clips} for clips in (common.read_jsonl(listed, common.CLIP), found))
+        own = {clip.id for clip in rows.read(listed, rows.Clip)}
+        now = {clip.id for clip in found}
         if own != now:
             print(f"{listed} stays as it is: {len(now - own)} videos appeared since, {len(own - now)} vanished")
-    settings |= dict(clips_digest=common.digest(listed))
-    common.claim(run, "01_settings.json", settings, redo=prepared, advice=advice)
-    common.write_json(run / "run.json", {**known, **settings, **about})
+    settings["clips_digest"] = files.digest(listed)
+    stage.write(settings, redo=prepared)
+    run_json = rows.typed(places(world, args) | settings, rows.Run, run / "run.json")
+    rows.write_json(run / "run.json", run_json)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -236,147 +338,169 @@ def prepare_run(run, known, own_clips, model, args):
 
 
 def encode(model, clip, videos):
-    """The clip's features, or the reason why it has none. videos: an iterator over what `model.read` sees."""
-    seen = next(videos)
-    return str(seen) if isinstance(seen, SkipClip) else model.encode(clip, seen)
+    """The clip's features, or the SkipClip that says why it has none. videos: what `model.read` read, in order."""
+    tensors = next(videos)
+    return tensors if isinstance(tensors, SkipClip) else model.encode(clip, tensors)
 
 
-def holds_tensors(file, rows):
-    """Whether a shard's .pt is the one that was written with these lines. Its directory is at its
-    end, so one that was cut cannot be opened. Rows are checked when they are read (`common.Shards`)."""
+def is_whole(folder, shard, clips, wavs):
+    """Whether each clip of a shard is used or skipped, its latents and wavs there. wavs: names of the run's wavs."""
+    if not (folder / f"{shard}.jsonl").exists():
+        return False
+    samples = rows.read(folder / f"{shard}.jsonl", rows.Sample)
+    skipped = rows.read_if_there(folder / f"{shard}.skipped.jsonl", rows.SkippedClip)
+    done = {row.clip for row in samples + skipped}
+    if done != {clip.id for clip in clips}:
+        return False
+    if not {Path(sample.wav).name for sample in samples} <= wavs:
+        return False
+    return not samples or holds_tensors(folder / f"{shard}.pt", samples)
+
+
+def holds_tensors(file, samples):
+    """Whether a shard's .pt is the one that was written with these lines. Its directory is at its end: one that was cut
+    cannot be opened. Its rows are checked when they are read (training.Shards)."""
     if not file.exists():
         return False
     try:
-        shard = common.load_pt(file, mmap=True)  # 3 ms, however large it is
+        shard = files.load_pt(file, mmap=True)  # 3 ms, however large it is
     except common.Stop:
         return False
-    return "crc32" in shard and shard["digests"] == [row["digest"] for row in rows]
+    return "crc32" in shard and shard["digests"] == [sample.digest for sample in samples]
 
 
-def is_whole(folder, shard, clips, heard):
-    """Whether each clip of a shard is used or skipped, its latents and wavs there. heard: names of the run's wavs."""
-    lines, skipped = folder / f"{shard}.jsonl", folder / f"{shard}.skipped.jsonl"
-    if not lines.exists():
-        return False
-    rows = common.read_jsonl(lines, common.SAMPLE)
-    unused = common.read_jsonl(skipped, common.SKIPPED) if skipped.exists() else []
-    if {row["clip"] for row in rows + unused} != {clip["id"] for clip in clips}:
-        return False
-    if not {Path(row["wav"]).name for row in rows} <= heard:
-        return False
-    return not rows or holds_tensors(folder / f"{shard}.pt", rows)
+def generate_shard(run, shard, model, clips, encoded, args):
+    """Samples, decodes and writes one shard; its .jsonl comes last, so that a shard that has one is whole.
 
+    encoded: for each clip its features, or the SkipClip that says why it has none.
+    """
+    folder = run / "01_samples"
+    usable = []
+    features = {}
+    skipped = []
+    for clip, found in zip(clips, encoded):
+        if isinstance(found, SkipClip):
+            skipped.append(rows.SkippedClip(clip=clip.id, reason=str(found)))
+        else:
+            usable.append(clip)
+            features[clip.id] = found
 
-def generate_shard(model, clips, encoded, folder, shard, args):
-    """Samples, decodes and writes one shard; its .jsonl comes last, so that a shard that has one is whole."""
-    usable = [(clip, features) for clip, features in zip(clips, encoded) if isinstance(features, dict)]
-    skipped = [{"clip": c["id"], "reason": reason} for c, reason in zip(clips, encoded) if isinstance(reason, str)]
-    rows, waiting, n = [], [], args.num_samples
+    def seeds_of(clip):
+        return [common.seed_of(args.seed, clip.id, k) for k in range(args.num_samples)]
 
-    def write(lines, a_0):  # while the next batch is sampled
-        for line, wave, latent in zip(lines, model.decode(a_0), a_0 := a_0.float().cpu()):
-            about = common.write_audio(Path(args.run_dir) / line["wav"], wave, model.sample_rate_hz)
-            line.update(about, finite=about["finite"] and bool(latent.isfinite().all()))
-        return a_0
+    def write(clip, latents, waves):
+        """Its wavs, and the lines of stage 01, whose row is counted later."""
+        samples = []
+        for k, (seed, latent, wave) in enumerate(zip(seeds_of(clip), latents, waves)):
+            wav = f"01_audio/{clip.id}_{k}.wav"
+            written = media.write_audio(run / wav, wave, model.sample_rate_hz)
+            written["finite"] = written["finite"] and bool(latent.isfinite().all())
+            samples.append(rows.Sample(clip=clip.id, k=k, seed=seed, wav=wav, row=0, **written))
+        return samples, latents
 
-    with ThreadPoolExecutor(1) as codec:
-        for start in range(0, len(usable), args.batch_clips):
-            batch = usable[start : start + args.batch_clips]
-            features = {key: torch.stack([f[key] for _, f in batch]).to(model.device) for key in batch[0][1]}
-            # Sampled k-major (all first audios, then all second), so that a clip's N audios share its conditions.
-            seeds = [common.seed_of(args.seed, clip["id"], k) for k in range(n) for clip, _ in batch]
-            a_0 = common.sample(model, features, seeds, args.sampling_steps, args.guidance)
-            a_0 = a_0.unflatten(0, (n, len(batch))).transpose(0, 1).flatten(0, 1)  # (clips * N, T, C): clip-major
-            for i, (clip, _) in enumerate(batch):
-                for k, seed in enumerate(seeds[i :: len(batch)]):
-                    wav = f"01_audio/{clip['id']}_{k}.wav"
-                    rows.append({"clip": clip["id"], "k": k, "seed": seed, "wav": wav, "row": len(rows)})
-            waiting.append(codec.submit(write, rows[-len(a_0) :], a_0))
+    samples = []
+    latents = []
+    sampler = rows.Sampler(steps=args.sampling_steps, guidance=args.guidance)
+    for own_samples, own_latents in common.sample_clips(
+        model, usable, features, seeds_of, write, sampler, args.batch_clips
+    ):
+        samples += own_samples
+        latents.append(own_latents)
+    for row, sample in enumerate(samples):
+        sample.row = row
     if usable:
-        latents = torch.cat([a_0.result() for a_0 in waiting])
-        features = {key: torch.stack([f[key] for _, f in usable]) for key in usable[0][1]}
-        common.save_shard(folder / f"{shard}.pt", latents, features, [row["digest"] for row in rows])
+        stacked = common.stack_features([features[clip.id] for clip in usable], "cpu")
+        digests = [sample.digest for sample in samples]
+        training.save_shard(folder / f"{shard}.pt", torch.cat(latents), stacked, digests)
     unused = folder / f"{shard}.skipped.jsonl"
     if skipped or unused.exists():  # of an earlier, damaged shard
-        common.write_jsonl(unused, skipped)
-    common.write_jsonl(folder / f"{shard}.jsonl", rows)
+        rows.write(unused, skipped)
+    rows.write(folder / f"{shard}.jsonl", samples)
+
+
+def generate(run, model, blocks, todo, here, args):
+    """All shards of this process. Worker processes decode video ahead; while a shard is sampled, the next one is
+    encoded."""
+    if todo:
+        model.decode(torch.zeros(1, *model.latent_shape))  # a missing codec is said now, not after the first shard
+    clips = [clip for i in todo for clip in blocks[i]]
+    with closing(ahead.read_ahead(model.read, clips, args.workers)) as videos:
+        encoded = ahead.in_threads(lambda clip: encode(model, clip, videos), clips, threads=1, waiting=SHARD_CLIPS)
+        with closing(encoded):
+            for i in tqdm(todo, unit="shard", disable=not here.first):
+                found = [next(encoded) for _ in blocks[i]]
+                if args.strict:
+                    refuse_unusable(f"{i:05d}", blocks[i], found)
+                generate_shard(run, f"{i:05d}", model, blocks[i], found, args)
+
+
+def refuse_unusable(shard, clips, encoded):
+    """--strict, of one shard."""
+    unusable = [f"{clip.id} ({found})" for clip, found in zip(clips, encoded) if isinstance(found, SkipClip)]
+    if unusable:
+        more = " ..." if len(unusable) > 10 else ""
+        stop(f"--strict: {len(unusable)} clips of shard {shard} cannot be used: {', '.join(unusable[:10])}{more}")
+
+
+def print_report(run, train):
+    """Counts of clips and audios."""
+    skipped = []
+    for file in sorted((run / "01_samples").glob("*.skipped.jsonl")):
+        skipped += rows.read(file, rows.SkippedClip)
+    print(f"train clips: {len(train)} in, {len(train) - len(skipped)} used, {len(skipped)} skipped")
+    example = {row.reason: row.clip for row in reversed(skipped)}
+    for reason, count in Counter(row.reason for row in skipped).most_common(20):
+        print(f"  {count} x {reason}, e.g. {example[reason]}")
+    if len(skipped) == len(train):
+        stop(f"no train clip of {run} could be used; the reasons are above and in {run}/01_samples/*.skipped.jsonl")
+    samples = [sample for audios in common.read_samples(run).values() for sample in audios]
+    broken = sum(not sample.finite for sample in samples)
+    silent = sum(sample.peak < common.SILENT_PEAK for sample in samples)
+    print(f"audios: {len(samples)}, {broken} not finite (never used in a pair), {silent} silent")
+    if max(broken, silent) > 0.01 * len(samples):
+        print("warning: more than 1 % of the audios are broken: look at the checkpoint, --guidance and precision")
+    print(f"next: python 02_fit_audioscore.py --run-dir {run}")
 
 
 def main(args):
     # -- setup
-    rank, world, device = ranks = common.setup_ranks()
-    run, folder = Path(args.run_dir), Path(args.run_dir) / "01_samples"
-    known = common.read_run(run, common.WORLD) if (run / "run.json").exists() else {}
-    args.model = args.model or known.get("model")
-    own_clips = (run / "00_settings.json").exists()  # stage 00 wrote clips.jsonl itself
-    refusals = [
-        (own_clips and not args.model, f"{run}: stage 00 has not finished; run it again with --run-dir {run}"),
-        (own_clips and not (run / "clips.jsonl").exists(), f"{run}/clips.jsonl: gone; run 00_toy_world.py again"),
-        (not args.model, f"--run-dir {run} is new: give --model (or run stage 00 first for the toy world)"),
-        (own_clips and (args.clips or args.videos), f"--clips, --videos: {run} has stage 00's; use another --run-dir"),
-        (not own_clips and not args.videos, "--videos: name the videos' folder, also when you run a command again"),
-        (args.videos and not Path(args.videos).is_dir(), f"--videos {args.videos}: no such folder"),
-        ((args.cavp is None) == (args.model == "frieren"), "--cavp: give CAVP features to Frieren, and to no other"),
-    ]
-    for why in [why for refused, why in refusals if refused]:
-        stop(why)
+    here = ranks.setup()
+    run = Path(args.run_dir)
+    world = common.read_run(run, rows.World) if (run / "run.json").exists() else None
+    own_clips = (run / "00_settings.json").exists()
+    args.model = args.model or (world and world.model)
+    check_flags(run, world, own_clips, args)
     if args.max_clips == 0:  # all that any stage will ask for, said at once
         common.print_missing(args.weights, common.files_of(args.model, args.checkpoint))
-    checkpoint = args.checkpoint or (run / known["checkpoint"] if own_clips else None)
-    model = common.load_model(args.model, checkpoint, device, args.weights)
+    checkpoint = args.checkpoint or (run / world.checkpoint if own_clips else None)
+    model = common.load_model(args.model, checkpoint, here.device, args.weights)
     if args.compile:
         model.compile_sampling()
-    common.say_memory(model, args, device, 0, 2 * args.batch_clips * args.num_samples, frozen=("codec", "encoders"))
 
-    # -- data
-    common.hold(run, "01", ranks)
-    if rank == 0:
-        prepare_run(run, known, own_clips, model, args)
-    common.barrier()
-    train = common.read_clips(run, "train")
-    if len(train) > args.max_clips:
-        train = [train[i] for i in sorted(random.Random(args.seed).sample(range(len(train)), args.max_clips))]
-    blocks = [train[i : i + SHARD_CLIPS] for i in range(0, len(train), SHARD_CLIPS)]
-    heard = {wav.name for wav in (run / "01_audio").glob("*.wav")}
-    todo = [i for i, block in enumerate(blocks) if not is_whole(folder, f"{i:05d}", block, heard)][rank::world]
-    common.barrier()  # every rank has seen the same
+    with record.stage(run, "01", advice=ADVICE) as stage:
+        # -- clips
+        if here.first:
+            prepare_run(run, stage, world, own_clips, model, args)
+        ranks.barrier()
+        train = common.read_clips(run, "train")
+        if len(train) > args.max_clips:
+            drawn = random.Random(args.seed).sample(range(len(train)), args.max_clips)
+            train = [train[i] for i in sorted(drawn)]
+        blocks = [train[i : i + SHARD_CLIPS] for i in range(0, len(train), SHARD_CLIPS)]
 
-    # -- loop: workers decode video ahead; the next shard is encoded, the last batch written, while one is sampled
-    if todo:
-        model.decode(torch.zeros(1, *model.latent_shape))  # a missing codec is said now, not after the first shard
-    videos = common.read_ahead(model.read, [clip for i in todo for clip in blocks[i]], args.workers)
-    ahead = ThreadPoolExecutor(1)
-    queue = {i: (ahead.submit(encode, model, clip, videos) for clip in blocks[i]) for i in todo}  # when listed
-    try:
-        waiting = [*queue[todo[0]]] if todo else []
-        for i, following in zip(tqdm(todo, unit="shard", disable=rank > 0), [*todo[1:], None]):
-            encoded = [future.result() for future in waiting]
-            waiting = [*queue.get(following, ())]
-            if args.strict and (bad := [(c["id"], e) for c, e in zip(blocks[i], encoded) if isinstance(e, str)]):
-                stop(f"--strict: {len(bad)} clips of shard {i:05d} cannot be used, first {bad[0][0]}: {bad[0][1]}")
-            generate_shard(model, blocks[i], encoded, folder, f"{i:05d}", args)
-    finally:
-        ahead.shutdown(cancel_futures=True)  # Ctrl-C need not wait for the clips that queue
-        with suppress(ValueError):  # Ctrl-C as that thread starts: it is not waited for, and may still read
-            videos.close()
-    common.barrier()
+        # -- audios
+        wavs = {wav.name for wav in (run / "01_audio").glob("*.wav")}
+        folder = run / "01_samples"
+        todo = [i for i, block in enumerate(blocks) if not is_whole(folder, f"{i:05d}", block, wavs)]
+        ranks.barrier()  # every rank has seen the same
+        generate(run, model, blocks, here.share(todo), here, args)
 
-    # -- report
-    if rank == 0 and not train:
-        print(f"prepared {run}, no train clips\nnext: python 07_evaluate.py --run-dir {run} --only --systems NAME=DIR")
-    elif rank == 0:
-        skipped = [row for f in sorted(folder.glob("*.skipped.jsonl")) for row in common.read_jsonl(f, common.SKIPPED)]
-        print(f"train clips: {len(train)} in, {len(train) - len(skipped)} used, {len(skipped)} skipped")
-        for reason, count in Counter(row["reason"] for row in skipped).most_common(20):
-            print(f"  {count} x {reason}, e.g. {next(r['clip'] for r in skipped if r['reason'] == reason)}")
-        if len(skipped) == len(train):
-            stop(f"no train clip of {run} could be used; the reasons are above and in {folder}/*.skipped.jsonl")
-        samples = [row for rows in common.read_samples(run).values() for row in rows]
-        broken, silent = sum(not r["finite"] for r in samples), sum(r["peak"] < common.SILENT_PEAK for r in samples)
-        print(f"audios: {len(samples)}, {broken} not finite (never used in a pair), {silent} silent")
-        if max(broken, silent) > 0.01 * len(samples):
-            print("warning: more than 1 % of the audios are broken: look at the checkpoint, --guidance and precision")
-        print(f"next: python 02_fit_audioscore.py --run-dir {run}")
+    if not here.first:
+        return
+    if not train:
+        print(f"prepared {run}, no train clips\nnext: python 07_evaluate.py --run-dir {run} --systems NAME=DIR")
+        return
+    print_report(run, train)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,20 @@
 
 Run:
     python 02_fit_audioscore.py                               # toy world: simulated raters answer
-    python 02_fit_audioscore.py --run-dir runs/vgg                # writes 02_to_rate.csv; rate it, then run again with
+    python 02_fit_audioscore.py --run-dir runs/vgg            # writes 02_to_rate.csv; rate it, then run again with
     python 02_fit_audioscore.py --run-dir runs/vgg --ratings ann.csv packs/rate_*.csv
     torchrun --standalone --nproc_per_node 8 02_fit_audioscore.py ...    # scoring is divided over the GPUs
+
+The five scores of an audio (networks: adapters/scorers.py; the toy world's own: adapters/toy.py):
+
+    score_1  ib        cosine of ImageBind's video and audio embeddings
+    score_2  clap      cosine of LAION-CLAP's caption and audio embeddings; only with a caption
+    score_3  desync_s  Synchformer's |audio-video offset| in seconds
+    score_4  is_nats   KL(p(y|a) || p(y)) in nats, y: PANNs' tags; the audio's part of the inception score
+    score_5  pesq      PESQ against the clip's own sound, MOS-LQO; only of human speech
+
+AudioScore (common.py) standardises them, takes one that does not apply for the mean, and maps them by Linear(5, 32),
+ReLU, Linear(32, 3), softmax to p = (Good, Medium, Bad).
 
 Reads:
     01_samples/, 01_audio/      stage 01's audios
@@ -14,9 +25,9 @@ Reads:
 Writes:
     02_to_rate.csv              the audios of --num-rated-clips random train clips: clip, k, wav, video, caption, rating
     02_ratings.jsonl            the answers, validated
-    scores/*.pt                 what every scorer said, by shard of stage 01: the store that stages 03 and 07 share
-    02_scores.jsonl             clip, k, ib (cosine), clap (cosine), desync_s (seconds), is_nats (nats), pesq (MOS-LQO),
-                                null where a score does not apply; rating (majority, the worse of a tie)
+    02_scores/*.pt              what every scorer said, by block of 32 clips of that draw
+    02_scores.jsonl             clip, k, the five scores (null where one does not apply), rating (of the majority, the
+                                worse of a tie)
     02_elsewhere.jsonl          the same of the audios from elsewhere, k being the file, which no later stage reads
     02_audioscore.pt            audioscore: the state dict of common.AudioScore (MLP, standardiser, marginal p(y));
                                 heldout: p (n, 3) float32 and rating (n,) int64 of the cross-validated report
@@ -28,9 +39,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import common
-from common import RATINGS, SCORES, AudioScore, number, stop
+from common import RATINGS, SCORES, AudioScore, files, number, people, ranks, record, rows, scoring, stop
 
 FOLDS = 5
 
@@ -42,7 +54,7 @@ def parse_args(argv=None):
     io.add_argument("--ratings-root", help="folder of the files that ratings from elsewhere name as audio and video")
     io.add_argument("--exclude-rater", nargs="+", action="extend", default=[], help="names whose answers do not count")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
-    io.add_argument("--redo", action="store_true", help="replace this stage's outputs; what is scored stays cached")
+    io.add_argument("--redo", action="store_true", help="replace this stage's outputs; what is scored stays")
     paper = parser.paper
     paper.add_argument("--num-rated-clips", type=number(int, 2), default=2000, help="clips to rate [Sec. 2.1]")
     engineering = parser.engineering
@@ -52,48 +64,151 @@ def parse_args(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The fit of AudioScore (cross entropy, Sec. 2.1)
+# ------------------------------------------------------------------------------------------------------------
+
+
+def fit(said, target, seed, steps=200):
+    """AudioScore fitted on n audios: standardiser, marginal p(y), then cross entropy on the raters' shares.
+
+    said: what the scorers said, {name: (n, ...)}; target: (n, 3). Paper silent: the optimizer. Full-batch AdamW, lr
+    3e-3, weight decay 0.3, 200 steps: of six settings the best cross-validated log-loss in the toy world.
+    """
+    torch.manual_seed(seed)
+    audioscore = AudioScore(tags=said["logits"].shape[1])
+    audioscore.p_y.copy_(said["logits"].softmax(dim=-1).mean(dim=0))
+    scores = audioscore.five_scores(said)
+    mean = scores.nanmean(dim=0).nan_to_num(nan=0.0)
+    std = (scores - mean).square().nanmean(dim=0).sqrt().nan_to_num(nan=1.0)
+    audioscore.mean.copy_(mean)
+    audioscore.std.copy_(torch.where(std > 1e-6, std, 1.0))  # a score without spread stays unscaled
+    optimizer = torch.optim.AdamW(audioscore.parameters(), lr=3e-3, weight_decay=0.3)
+    for _ in range(steps):
+        loss = F.cross_entropy(audioscore.logits(scores), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return audioscore.eval().requires_grad_(False)
+
+
+def select(said, chosen):
+    return {name: value[chosen] for name, value in said.items()}
+
+
+def cross_validate(said, target, videos, seed):
+    """p (n, 3) of every audio from a fit that saw no other of the same video; videos: the name of each audio's."""
+    names = sorted(set(videos))
+    random.Random(seed).shuffle(names)
+    folds = min(FOLDS, len(names))
+    fold_of = {name: i % folds for i, name in enumerate(names)}
+    fold = torch.tensor([fold_of[video] for video in videos])
+    p = torch.full((len(videos), len(RATINGS)), float("nan"))
+    for i in range(folds):
+        rest = (fold != i).nonzero().flatten()
+        held = (fold == i).nonzero().flatten()
+        audioscore = fit(select(said, rest), target[rest], seed)
+        p[held] = audioscore(audioscore.five_scores(select(said, held))).float()
+    return p
+
+
+def print_heldout(p, truth):
+    """Accuracy against the majority class, confusion matrix, calibration of P(Good). p: (n, 3); truth: (n,) classes."""
+    guess = p.argmax(dim=-1)
+    shares = truth.bincount(minlength=len(RATINGS)) / len(truth)
+    accuracy = (guess == truth).float().mean()
+    print(f"held-out clips ({FOLDS}-fold, {len(truth)} audios): accuracy {accuracy:.3f}, ", end="")
+    print(f"majority class ({RATINGS[shares.argmax()]}) {shares.max():.3f}")
+    print("  rated \\ predicted " + "".join(f"{name:>8}" for name in RATINGS))
+    for i, name in enumerate(RATINGS):
+        counts = guess[truth == i].bincount(minlength=len(RATINGS)).tolist()
+        print(f"  {name:>17} " + "".join(f"{count:>8}" for count in counts))
+    print("  calibration of P(Good): predicted -> rated Good (audios)")
+    fifth = (p[:, 0] * 5).long().clamp(max=4)
+    for i in range(5):
+        inside = fifth == i
+        if inside.any():
+            mean = p[inside, 0].mean()
+            rate = (truth[inside] == 0).float().mean()
+            print(f"    {i / 5:.1f}-{(i + 1) / 5:.1f}: {mean:.2f} -> {rate:.2f} ({int(inside.sum())})")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Ratings
 # ------------------------------------------------------------------------------------------------------------
 
 
-def draw_rated_clips(samples, count, seed):
-    """A seeded random draw of train clips, in order of their names."""
+def drawn_order(samples, seed):
+    """All clips with audio in a random order. The first --num-rated-clips are to be rated, so that those of a smaller
+    number are among those of a larger one."""
     names = sorted(samples)
-    return sorted(random.Random(seed).sample(names, min(count, len(names))))
+    random.Random(seed).shuffle(names)
+    return names
 
 
-def rating_sheet(rated, samples, clips):
-    """Header and rows of 02_to_rate.csv."""
-    audios = [(clip, row) for clip in rated for row in samples[clip]]
-    rows = [(c, r["k"], r["wav"], clips[c]["path"], common.as_cell(clips[c]["caption"]), "", "") for c, r in audios]
-    return ("clip", "k", "wav", "video", "caption", "rating", "rater"), rows
+def write_rating_sheet(run, to_rate, samples, clips):
+    """02_to_rate.csv."""
+    lines = []
+    for name in to_rate:
+        clip = clips[name]
+        for audio in samples[name]:
+            lines.append((name, audio.k, audio.wav, clip.path, people.as_cell(clip.caption), "", ""))
+    columns = ("clip", "k", "wav", "video", "caption", "rating", "rater")
+    people.write_sheet(run / "02_to_rate.csv", columns, lines, "rating")
 
 
 def read_ratings(paths, samples, root=None):
-    """Every answer, checked: [{clip, k, rating, rater, and what is known of repeat, seconds, comment}], and of audio
-    below root that is not this run's what `from_elsewhere` says."""
+    """Every answer, a list of rows.RatingAnswer, each proved to be about an audio of this run, or one below root."""
 
-    def answer(row, where):
-        if row.get("audio"):
-            about = common.from_elsewhere(row, root, where)
+    def checked(line, where):
+        if line.get("audio"):
+            line = people.from_elsewhere(line, root, where)
         else:
-            about = {"clip": row.get("clip"), "k": common.sample_index(row, samples, where)}
-        rating = common.meant(row["rating"], RATINGS, where, "rating")
-        return (about["clip"], about["k"]), about | {"rating": rating}
+            line = dict(line, k=common.known_k(line, samples, where, "k"))
+        rating = people.meant(line["rating"], RATINGS, where, "rating")
+        return people.typed_answer(dict(line, rating=rating), rows.RatingAnswer, where)
 
-    return common.read_answers(paths, "rating", answer)
+    return people.read_answers(paths, "rating", checked)
 
 
-def rated_audios(answers):
-    """Answers of several raters -> {(clip, k): (3,) share of Good, Medium, Bad}, in order of their names."""
+def take_ratings(run, samples, clips, to_rate, root, args):
+    """Writes the sheet, and returns the answers: of --ratings, of simulated people, or those that the run has; None
+    where nobody has answered yet."""
+    file = run / "02_ratings.jsonl"
+    if ranks.is_first():
+        write_rating_sheet(run, to_rate, samples, clips)
+        asked = [(name, audio.k) for name in to_rate for audio in samples[name]]
+        if not args.ratings and common.to_simulate(run, file, asked, args.redo):
+            audios = [(clips[audio.clip], audio.k, run / audio.wav) for name in to_rate for audio in samples[name]]
+            rows.write(file, common.people_of(run).simulated_ratings(run, audios, args.seed))
+    ranks.barrier()
+    if not args.ratings and not file.exists():
+        return None
+    answers = read_ratings(args.ratings or [file], samples, root)
+    if args.ratings and ranks.is_first():
+        people.keep_answers(file, answers, args.ratings, args.redo)
+    return answers
+
+
+def print_how_to_rate(run, to_rate, samples):
+    count = sum(len(samples[name]) for name in to_rate)
+    if len(to_rate) == len(samples):
+        print("warning: that is every clip, and rated clips are not mined: lower --num-rated-clips to keep some")
+    print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(to_rate)} clips")
+    print(f"Fill its column 'rating' ({', '.join(RATINGS)}), or have pages made for it:")
+    print(f"      python 08_listen.py rate --run-dir {run}")
+    print(f"next: python 02_fit_audioscore.py --run-dir {run} --ratings FILE")
+
+
+def shares_of(answers):
+    """{(clip, k): (3,) share of its raters who said Good, Medium, Bad}, in order of the names."""
     counts = defaultdict(lambda: torch.zeros(len(RATINGS)))
     for answer in answers:
-        counts[answer["clip"], answer["k"]][RATINGS.index(answer["rating"])] += 1
-    return {key: count / count.sum() for key, count in sorted(counts.items())}
+        counts[answer.clip, answer.k][RATINGS.index(answer.rating)] += 1
+    return {audio: counts[audio] / counts[audio].sum() for audio in sorted(counts)}
 
 
 def majority(target):
-    """(3,) or (n, 3) shares -> class index; of a tie, the worse."""
+    """(n, 3) shares -> (n,) class index; of a tie, the worse."""
     return len(RATINGS) - 1 - target.flip(-1).argmax(dim=-1)
 
 
@@ -102,181 +217,162 @@ def majority(target):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def film(answer, root):
+def video_of(name):
+    """The YouTube id of `<youtube id>_<start second>`; any other id, or path, stands for itself."""
+    last = Path(name).name
+    is_youtube = len(last) == 18 and last[11] == "_"
+    return last[:11] if is_youtube else str(name)
+
+
+def rated_video(answer, root):
     """Which video a rated audio belongs to, whatever its caption."""
-    return video_of(str((root / answer["video"]).with_suffix("")) if "audio" in answer else answer["clip"])
+    if answer.audio is None:
+        return video_of(answer.clip)
+    return video_of((root / answer.video).with_suffix(""))
+
+
+def clip_from_elsewhere(answer, root):
+    """The clip of a rated audio that is not this run's."""
+    return common.FoundClip(
+        id=answer.clip,
+        video=answer.video,
+        caption=answer.caption,
+        label=answer.label,
+        split="train",
+        path=root / answer.video,
+    )
 
 
 def without_own_videos(answers, clips, root):
     """The answers less those from elsewhere whose video this run mines or tests on, which are counted."""
-    own = {video for clip in clips for video in (video_of(clip["id"]), str(clip["path"].with_suffix("")))}
-    kept = [answer for answer in answers if "audio" not in answer or film(answer, root) not in own]
+    own = set()
+    for clip in clips.values():
+        own.add(video_of(clip.id))
+        own.add(str(clip.path.with_suffix("")))
+    kept = [answer for answer in answers if answer.audio is None or rated_video(answer, root) not in own]
     if len(kept) < len(answers):
         print(f"left out: {len(answers) - len(kept)} ratings from elsewhere, of videos that this run mines or tests on")
     return kept
 
 
-def audios_from_elsewhere(run, answers, root):
-    """{(clip, k): common.Audio}, its group in the store by its clip, so that a video is encoded once."""
-    rows = {(answer["clip"], answer["k"]): answer for answer in answers if "audio" in answer}
-    weigh = lambda path: {"digest": common.digest(path)}  # noqa: E731
-    paths, audios = [root / k for _, k in rows], {}
-    about = common.remembered(run, "rated", paths, dict(digest=common.TEXT), weigh)
-    for (name, k), row in rows.items():
-        clip = dict(id=name, path=root / row["video"], caption=row.get("caption"), label=row.get("label"))
-        group = name[: len("elsewhere_00")]
-        audios[name, k] = common.Audio(clip, root / k, about[root / k]["digest"], group)
-    return audios
-
-
 # ------------------------------------------------------------------------------------------------------------
-# The MLP (cross entropy, Sec. 2.1)
+# What the scorers say of the rated clips
 # ------------------------------------------------------------------------------------------------------------
 
 
-def fit(found, target, seed, steps=200):
-    """Fits AudioScore on the given audios: standardiser, marginal p(y), then cross entropy on the raters' shares.
+def rated_blocks(run, order, samples, clips, answers, root):
+    """Blocks of 32 clips, those of which any audio is rated: this run's clips in the order of the draw, then clips from
+    elsewhere in the order of their names."""
+    audios_of = defaultdict(list)
+    for name in order:
+        for audio in samples[name]:
+            audios_of[name].append(scoring.Audio(clips[name], audio.k, run / audio.wav, audio.digest))
+    blocks = blocks_of(run, "", order, audios_of, {answer.clip for answer in answers})
 
-    found: cached scores of n audios; target: (n, 3). Paper silent: the optimizer. Full-batch AdamW, lr 3e-3, weight
-    decay 0.3, 200 steps: of six settings the best cross-validated log-loss in the toy world.
-    """
-    logits = found["panns"]["logits"]
-    torch.manual_seed(seed)
-    audioscore = AudioScore(tags=logits.shape[1])
-    audioscore.p_y.copy_(logits.softmax(dim=-1).mean(dim=0))
-    scores = common.five_scores(found, audioscore)
-    mean = scores.nanmean(dim=0).nan_to_num(nan=0.0)
-    std = (scores - mean).square().nanmean(dim=0).sqrt().nan_to_num(nan=1.0)
-    audioscore.mean.copy_(mean)
-    audioscore.std.copy_(torch.where(std > 1e-6, std, 1.0))  # a score without spread stays unscaled
-    optimizer = torch.optim.AdamW(audioscore.parameters(), lr=3e-3, weight_decay=0.3)
-    for _ in range(steps):
-        loss = torch.nn.functional.cross_entropy(audioscore.logits(scores), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return audioscore.eval().requires_grad_(False)
+    elsewhere = {(answer.clip, answer.k): answer for answer in answers if answer.audio is not None}
+    audios_of = defaultdict(list)
+    for (name, k), answer in sorted(elsewhere.items()):
+        path = root / answer.audio
+        audios_of[name].append(scoring.Audio(clip_from_elsewhere(answer, root), k, path, files.digest(path)))
+    return blocks + blocks_of(run, "elsewhere_", list(audios_of), audios_of, audios_of.keys())
 
 
-def video_of(clip):
-    """The YouTube id of `<youtube id>_<start second>`; any other id, or path, stands for itself."""
-    name = Path(clip).name
-    return name[:11] if len(name) == 18 and name[11] == "_" else clip
+def blocks_of(run, prefix, names, audios_of, wanted):
+    folder = run / "02_scores"
+    blocks = []
+    for number_of, start in enumerate(range(0, len(names), scoring.BLOCK_CLIPS)):
+        part = names[start : start + scoring.BLOCK_CLIPS]
+        if not wanted.isdisjoint(part):
+            audios = [audio for name in part for audio in audios_of[name]]
+            clips = [audios_of[name][0].clip for name in part]
+            blocks.append(scoring.Block(f"{prefix}{number_of:05d}", folder, folder, clips, audios))
+    return blocks
 
 
-def select(found, rows):
-    return {name: {key: value[rows] for key, value in part.items()} for name, part in found.items()}
+def said_of(rated, blocks, scorers):
+    """What the five scorers said of the rated audios, in their order: {name: (n, ...)}. rated: (clip, k) of each."""
+    said = scorers.five(scoring.read_scores(blocks, scorers, scorers.of_audioscore))
+    row_of = {}
+    for block in blocks:
+        for audio in block.audios:
+            row_of[audio.clip.id, audio.k] = len(row_of)
+    return select(said, torch.tensor([row_of[audio] for audio in rated]))
 
 
-def cross_validate(found, target, videos, seed):
-    """p (n, 3) of every audio from a fit that saw no other of the same video; videos: the name of each audio's."""
-    names = sorted(set(videos))
-    random.Random(seed).shuffle(names)
-    fold_of = {name: i % min(FOLDS, len(names)) for i, name in enumerate(names)}
-    fold, p = torch.tensor([fold_of[video] for video in videos]), torch.full((len(videos), len(RATINGS)), float("nan"))
-    for i in sorted(set(fold.tolist())):
-        rest, held = (fold != i).nonzero().flatten(), (fold == i).nonzero().flatten()
-        audioscore = fit(select(found, rest), target[rest], seed)
-        p[held] = audioscore(common.five_scores(select(found, held), audioscore)).float()
-    return p
-
-
-def report(p, truth):
-    """Prints accuracy against the majority class, the confusion matrix, and calibration of P(Good)."""
-    guess = p.argmax(dim=-1)
-    shares = truth.bincount(minlength=len(RATINGS)) / len(truth)
-    accuracy = (guess == truth).float().mean()
-    print(f"held-out clips ({FOLDS}-fold, {len(truth)} audios): accuracy {accuracy:.3f}, ", end="")
-    print(f"majority class ({RATINGS[shares.argmax()]}) {shares.max():.3f}")
-    print("  rated \\ predicted " + "".join(f"{name:>8}" for name in RATINGS))
-    for i, name in enumerate(RATINGS):
-        print(f"  {name:>17} " + "".join(f"{int(((truth == i) & (guess == j)).sum()):>8}" for j in range(len(RATINGS))))
-    good, edges = p[:, 0], torch.linspace(0, 1, 6)
-    print("  calibration of P(Good): predicted -> rated Good (audios)")
-    for low, high in zip(edges[:-1], edges[1:]):
-        inside = (good >= low) & ((good < high) | (high == 1))
-        if inside.any():
-            mean, rate = good[inside].mean(), (truth[inside] == 0).float().mean()
-            print(f"    {low:.1f}-{high:.1f}: {mean:.2f} -> {rate:.2f} ({int(inside.sum())})")
+def write_scores(run, rated, scores, truth, samples):
+    """02_scores.jsonl and, of audios from elsewhere, 02_elsewhere.jsonl. scores: (n, 5); truth: (n,) classes."""
+    own = []
+    elsewhere = []
+    for (clip, k), five, rating in zip(rated, scores, truth.tolist()):
+        row = rows.RatedScore(clip=clip, k=k, rating=RATINGS[rating], **common.score_fields(five))
+        if clip in samples:
+            own.append(row)
+        else:
+            elsewhere.append(row)
+    rows.write(run / "02_scores.jsonl", own)
+    file = run / "02_elsewhere.jsonl"
+    if elsewhere or file.exists():  # of earlier answers
+        rows.write(file, elsewhere)
 
 
 def main(args):
     # -- setup
-    ranks = common.setup_ranks()
+    here = ranks.setup()
     run = Path(args.run_dir)
-    common.read_run(run)
-    common.hold(run, "02", ranks)
-    samples = common.read_samples(run)
-    everything = common.read_clips(run)
-    clips = {clip["id"]: clip for clip in everything if clip["split"] == "train"}
-    root = Path(args.ratings_root).resolve() if args.ratings_root else None
-    rated = draw_rated_clips(samples, args.num_rated_clips, args.seed)
+    run_json = common.read_run(run)
+    outputs = ["02_audioscore.pt", "02_scores.jsonl"]
+    with record.stage(run, "02", ["01_samples"], outputs, args.redo) as stage:
+        samples = common.read_samples(run)
+        clips = {clip.id: clip for clip in common.read_clips(run)}
+        scorers = common.scorers_of(run, args.weights)
+        root = Path(args.ratings_root).resolve() if args.ratings_root else None
 
-    # -- data: who answers
-    answers_file = run / "02_ratings.jsonl"
-    sources = args.ratings or [answers_file]
-    if ranks.rank == 0:
-        common.write_sheet(run / "02_to_rate.csv", *rating_sheet(rated, samples, clips), "rating")
-        asked = {(clip, row["k"]) for clip in rated for row in samples[clip]}
-        if not args.ratings and common.to_simulate(run, answers_file, asked, ("clip", "k"), args.redo):
-            audios = [(clips[c], row["k"], run / row["wav"]) for c in rated for row in samples[c]]
-            common.write_jsonl(answers_file, common.people_of(run).simulated_ratings(run, audios, args.seed))
-    common.barrier()
-    if not args.ratings and not answers_file.exists():
-        count = sum(len(samples[clip]) for clip in rated)
-        if len(rated) == len(samples):
-            print("warning: that is every clip, and rated clips are not mined: lower --num-rated-clips to keep some")
-        print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(rated)} clips")
-        print(f"Fill its column 'rating' ({', '.join(RATINGS)}), or have pages made for it:")
-        print(f"      python 08_listen.py rate --run-dir {run}")
-        print(f"next: python 02_fit_audioscore.py --run-dir {run} --ratings FILE")
-        return
-    answers = read_ratings(sources, samples, root)
-    heard = without_own_videos(common.without_raters(answers, args.exclude_rater), everything, root)
-    counted = [answer for answer in heard if "repeat" not in answer]
-    video = {(answer["clip"], answer["k"]): film(answer, root) for answer in counted}
-    if len({*video.values()}) < 2:
-        needed = "at least 2 are needed, AudioScore is fitted on some, checked on others"
-        stop(f"{common.named(sources)}: ratings of one video; {needed}")
-    if ranks.rank == 0:
-        settings = dict(num_rated_clips=args.num_rated_clips, seed=args.seed, audioscore=list(SCORES))
-        settings |= dict(exclude_rater=sorted(args.exclude_rater) or None)
-        if args.ratings:
-            common.keep_answers(answers_file, answers, sources, args.redo)
-        inputs, scores = ("01_samples", "02_ratings.jsonl"), ("02_scores.jsonl", "02_elsewhere.jsonl")
-        common.claim(run, "02_settings.json", settings, inputs, args.redo, outputs=("02_audioscore.pt", *scores))
+        # -- people rate
+        order = drawn_order(samples, args.seed)
+        to_rate = order[: args.num_rated_clips]
+        answers = take_ratings(run, samples, clips, to_rate, root, args)
+        if answers is None:
+            print_how_to_rate(run, to_rate, samples)
+            return
+        kept = people.without_raters(answers, args.exclude_rater)
+        kept = without_own_videos(kept, clips, root)
+        counted = [answer for answer in kept if not answer.repeat]
+        video_of_audio = {(answer.clip, answer.k): rated_video(answer, root) for answer in counted}
+        if len(set(video_of_audio.values())) < 2:
+            source = people.names_of(args.ratings or [run / "02_ratings.jsonl"])
+            needed = "at least 2 are needed, AudioScore is fitted on some, checked on others"
+            stop(f"{source}: ratings of one video; {needed}")
+        settings = {
+            "num_rated_clips": args.num_rated_clips,
+            "seed": args.seed,
+            "audioscore": list(SCORES),
+            "exclude_rater": sorted(args.exclude_rater),
+        }
+        stage.claim(settings, ["02_ratings.jsonl"])
 
-    # -- scores
-    target_of = rated_audios(counted)
-    audio_of = audios_from_elsewhere(run, counted, root)
-    for row in (row for rows in samples.values() for row in rows):
-        audio = common.Audio(clips[row["clip"]], run / row["wav"], row["digest"], row["shard"])
-        audio_of[row["clip"], row["k"]] = audio
-    audios = [audio_of[key] for key in target_of]
-    common.fill_store(run, audios, common.AUDIOSCORE_SCORERS, args.weights, ranks, args.workers)
-    if ranks.rank > 0:
-        return
-    found = common.stored_scores(run, audios, common.AUDIOSCORE_SCORERS, args.weights)
-    target = torch.stack([*target_of.values()])
+        # -- scores
+        blocks = rated_blocks(run, order, samples, clips, counted, root)
+        scoring.score(blocks, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
+        if not here.first:
+            return
+        shares = shares_of(counted)
+        said = said_of(list(shares), blocks, scorers)
+        target = torch.stack(list(shares.values()))
+        truth = majority(target)
 
-    # -- fit, report, save
-    common.report_raters(heard, lambda a: (a["clip"], a["k"]), lambda a: RATINGS.index(a["rating"]), "ordinal")
-    names = {clip for clip, _ in target_of}
-    print(f"ratings: {len(counted)} of {len(target_of)} audios of {len(names)} clips, ", end="")
-    print(", ".join(f"{name} {count}" for name, count in Counter(a["rating"] for a in counted).most_common()))
-    p = cross_validate(found, target, [video[key] for key in target_of], args.seed)
-    report(p, majority(target))
-    audioscore = fit(found, target, args.seed)
-    scores = common.five_scores(found, audioscore)
-    judged = zip(target_of, scores, majority(target).tolist())
-    lines = [common.score_line(clip, k, row, rating=RATINGS[rating]) for (clip, k), row, rating in judged]
-    others = [line for line in lines if line["clip"] not in samples]
-    common.write_jsonl(run / "02_scores.jsonl", [line for line in lines if line["clip"] in samples])
-    if others:
-        common.write_jsonl(run / "02_elsewhere.jsonl", others)
-    heldout = {"p": p, "rating": majority(target)}
-    common.save_pt(run / "02_audioscore.pt", {"audioscore": audioscore.state_dict(), "heldout": heldout})
-    common.seal(run, "02_settings.json", ("02_audioscore.pt", "02_scores.jsonl"))
+        # -- fit
+        people.print_agreement(kept, lambda answer: RATINGS.index(answer.rating), "ordinal")
+        print(f"ratings: {len(counted)} of {len(shares)} audios of {len({clip for clip, _ in shares})} clips, ", end="")
+        counts = Counter(answer.rating for answer in counted)
+        print(", ".join(f"{name} {count}" for name, count in counts.most_common()))
+        p = cross_validate(said, target, [video_of_audio[audio] for audio in shares], args.seed)
+        print_heldout(p, truth)
+        audioscore = fit(said, target, args.seed)
+
+        # -- save
+        write_scores(run, list(shares), audioscore.five_scores(said), truth, samples)
+        heldout = {"p": p, "rating": truth}
+        files.save_pt(run / "02_audioscore.pt", {"audioscore": audioscore.state_dict(), "heldout": heldout})
     print(f"wrote {run / '02_audioscore.pt'}")
     print(f"next: python 03_mine_pairs.py --run-dir {run}")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import common
-from common import number
+from common import number, record, rows
 
 PAPER_SHARES = {1.0: 0, 0.9: 8, 0.8: 45, 0.7: 81, 0.6: 89}  # threshold: % of simple pairs [Tab. 2]
 
@@ -31,19 +31,26 @@ def parse_args(argv=None):
     return common.parse(parser, argv, "04")
 
 
-def complexity(pairs, people):
+def with_score_c(pairs, human):
     """Every pair with its score_c; human pairs have 0, so that they are in stage 2 at any threshold >= 0."""
-    auto = [dict(ids(p), score_c=round(common.score_c(p["p_winner"], p["p_loser"]), 6), source="auto") for p in pairs]
-    return auto + [dict(ids(p), score_c=0.0, source="human") for p in people]
+    found = []
+    for pair in pairs:
+        score_c = round(common.score_c(pair.p_winner, pair.p_loser), 6)
+        found.append(split_pair(pair, score_c, "auto"))
+    for pair in human:
+        found.append(split_pair(pair, 0.0, "human"))
+    return found
 
 
-def ids(pair):
-    return {key: pair[key] for key in ("clip", "winner", "loser")}
+def split_pair(pair, score_c, source):
+    return rows.SplitPair(clip=pair.clip, winner=pair.winner, loser=pair.loser, score_c=score_c, source=source)
 
 
 def split(pairs, threshold):
     """Stage 1: easy pairs, score_c above the threshold; stage 2: the rest."""
-    return [p for p in pairs if p["score_c"] > threshold], [p for p in pairs if p["score_c"] <= threshold]
+    easy = [pair for pair in pairs if pair.score_c > threshold]
+    hard = [pair for pair in pairs if pair.score_c <= threshold]
+    return easy, hard
 
 
 def print_shares(score_c, num_human):
@@ -52,7 +59,8 @@ def print_shares(score_c, num_human):
     for threshold, paper in PAPER_SHARES.items():
         easy = int((score_c > threshold).sum())
         here = "-" if paper == 0 else f"{score_c.quantile(1 - paper / 100):.3f}"
-        share, with_human = 100 * easy / len(score_c), 100 * easy / (len(score_c) + num_human)
+        share = 100 * easy / len(score_c)
+        with_human = 100 * easy / (len(score_c) + num_human)
         print(f"{threshold:>9}   {share:>6.1f} % ({with_human:.1f} %) {paper:>22} % {here:>25}")
 
 
@@ -71,23 +79,24 @@ def warn_of_backwards(score_c):
 def main(args):
     run = Path(args.run_dir)
     common.read_run(run)
-    inputs, outputs = ("03_pairs.jsonl", "03_human_pairs.jsonl"), ("04_stage1.jsonl", "04_stage2.jsonl")
-    common.hold(run, "04", common.Ranks())
-    common.require(run, *inputs)
-    fields, hint = dict(p_winner=common.THREE, p_loser=common.THREE), "; rerun 03_mine_pairs.py --redo"
-    pairs, people = (common.read_pairs(run / name, hint, **fields) for name in inputs)
-    common.claim(run, "04_settings.json", {"threshold": args.threshold}, inputs, args.redo, outputs=outputs)
+    inputs = ["03_pairs.jsonl", "03_human_pairs.jsonl"]
+    outputs = ["04_stage1.jsonl", "04_stage2.jsonl"]
+    with record.stage(run, "04", inputs, outputs, args.redo) as stage:
+        hint = "; rerun 03_mine_pairs.py --redo"
+        pairs = common.read_pairs(run / "03_pairs.jsonl", rows.Pair, hint)
+        human = common.read_pairs(run / "03_human_pairs.jsonl", rows.Pair, hint)
+        stage.claim({"threshold": args.threshold})
 
-    scored = complexity(pairs, people)
-    stage1, stage2 = split(scored, args.threshold)
-    common.write_jsonl(run / "04_stage1.jsonl", stage1)
-    common.write_jsonl(run / "04_stage2.jsonl", stage2)
-    common.seal(run, "04_settings.json", outputs)
-    hard = len(stage2) - len(people)
-    print(f"pairs: {len(scored)} in; stage 1: {len(stage1)} easy; stage 2: {hard} hard + {len(people)} human")
+        scored = with_score_c(pairs, human)
+        stage1, stage2 = split(scored, args.threshold)
+        rows.write(run / "04_stage1.jsonl", stage1)
+        rows.write(run / "04_stage2.jsonl", stage2)
+
+    hard = len(stage2) - len(human)
+    print(f"pairs: {len(scored)} in; stage 1: {len(stage1)} easy; stage 2: {hard} hard + {len(human)} human")
     if pairs:
-        mined = [pair["score_c"] for pair in scored if pair["source"] == "auto"]
-        print_shares(torch.tensor(mined), len(people))
+        mined = [pair.score_c for pair in scored if pair.source == "auto"]
+        print_shares(torch.tensor(mined), len(human))
         warn_of_backwards(mined)
     if not stage1:
         print(

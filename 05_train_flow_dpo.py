@@ -35,10 +35,9 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import number, stop
+from common import number, ranks, record, rows, stop, training
 
 T_BINS = 4  # the log shows error gaps by quarter of t
-MEASURES = ("pairs", "loss", "accuracy", "gap_w", "gap_l", "ref_w", "saturated", "opposed", "weight", "weight_wrong")
 SATURATED = 5.0  # a logit: beyond it a pair's gradient is below 1 % of its largest
 
 
@@ -79,24 +78,25 @@ def lr_at(step, args):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Curriculum
+# Curriculum (Sec. 2.3)
 # ------------------------------------------------------------------------------------------------------------
 
 
 def read_stages(run, shards, args):
     """The pairs of stage 1 and stage 2, in training order."""
-    fields = dict(score_c=common.between(-1, 1), source=common.one_of("auto", "human"))
     hint = "; rerun 04_curriculum_split.py --redo"
-    easy, hard = (common.read_pairs(run / f"04_stage{i}.jsonl", hint, **fields) for i in (1, 2))
+    easy = common.read_pairs(run / "04_stage1.jsonl", rows.SplitPair, hint)
+    hard = common.read_pairs(run / "04_stage2.jsonl", rows.SplitPair, hint)
     if args.threshold is not None:
         pairs = easy + hard
-        easy = [pair for pair in pairs if pair["score_c"] > args.threshold]
-        hard = [pair for pair in pairs if pair["score_c"] <= args.threshold]
+        easy = [pair for pair in pairs if pair.score_c > args.threshold]
+        hard = [pair for pair in pairs if pair.score_c <= args.threshold]
     if args.no_human:
-        hard = [pair for pair in hard if pair["source"] != "human"]
+        hard = [pair for pair in hard if pair.source != "human"]
     for pair in easy + hard:
-        if not {(pair["clip"], pair["winner"]), (pair["clip"], pair["loser"])} <= shards.place.keys():
-            stop(f"{run}: {pair['clip']} has no audios {pair['winner']} and {pair['loser']} in 01_samples{hint}")
+        for k in (pair.winner, pair.loser):
+            if (pair.clip, k) not in shards.place_of_audio:
+                stop(f"{run}: {pair.clip} has no audio {k} in 01_samples{hint}")
     if not easy + hard:
         stop(f"{run}: no pairs to train on; see the counts of stages 03 and 04")
     return [hard, easy] if args.hard_first else [easy, hard]
@@ -111,10 +111,11 @@ def divide_steps(stages, steps):
 def batch_at(step, stages, stage_steps, args):
     """The pairs of a step, a function of the seed and the step alone: epochs of fresh permutations, stage by stage."""
     stage = 0 if step < stage_steps[0] else 1
-    pairs, start = stages[stage], (step - stage * stage_steps[0]) * args.global_batch
+    pairs = stages[stage]
+    start = (step - stage * stage_steps[0]) * args.global_batch
     batch = []
     for i in range(start, start + args.global_batch):
-        order = common.shuffled(f"{args.seed}/{stage}/{i // len(pairs)}", len(pairs))
+        order = training.shuffled(f"{args.seed}/{stage}/{i // len(pairs)}", len(pairs))
         batch.append(pairs[order[i % len(pairs)]])
     return stage, batch
 
@@ -126,11 +127,12 @@ def draw_t_and_noise(step, model, args):
     """
     generator = torch.Generator().manual_seed(common.seed_of(args.seed, "step", step))
     t = model.snap_t(torch.rand(args.global_batch, generator=generator))
-    return t, torch.randn(args.global_batch, *model.latent_shape, generator=generator)
+    eps = torch.randn(args.global_batch, *model.latent_shape, generator=generator)
+    return t, eps
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One step
+# One step (Eq. 5)
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -141,60 +143,91 @@ def pair_errors(network, features, a_0, eps, t):
     """
     a_t, v = common.interpolate(a_0.flatten(0, 1), eps.repeat(2, 1, 1), t.repeat(2))  # (2B, T, C)
     u = network(a_t, t.repeat(2), features)
-    return common.flow_error(v, u).chunk(2)
+    err_w, err_l = common.flow_error(v, u).chunk(2)
+    return err_w, err_l
+
+
+def load_pairs(pairs, shards, device):
+    """Latents (2, B, T, C) of the winners, then the losers; features of their clips, B rows."""
+    winners = [(pair.clip, pair.winner) for pair in pairs]
+    losers = [(pair.clip, pair.loser) for pair in pairs]
+    a_0 = torch.stack([shards.latents(winners), shards.latents(losers)]).to(device, non_blocking=True)
+    features = shards.features([pair.clip for pair in pairs], device)
+    return a_0, features
 
 
 def train_step(policy, reference, shards, pairs, t, eps, world, args, device):
-    """Accumulates the gradient of this rank's share of the global batch; returns the sums of MEASURES over its pairs,
-    by quarter of t, (10, T_BINS) float64 on the device, for which nothing here waits."""
-    sums = torch.zeros(len(MEASURES), T_BINS, dtype=torch.float64, device=device)
+    """Accumulates the gradient of this rank's share of the global batch. Returns what is logged as sums over its pairs
+    by quarter of t, {name: (T_BINS,) float64 on the device}, for which nothing here waits."""
+    totals = {}
     for start in range(0, len(pairs), args.micro_batch):
         micro = slice(start, start + args.micro_batch)
-        part = pairs[micro]
-        features = shards.features([p["clip"] for p in part])
-        features = {k: v.to(device, non_blocking=True) for k, v in features.items()}
-        audios = [(p["clip"], p[side]) for side in ("winner", "loser") for p in part]
-        a_0 = shards.latents(audios).unflatten(0, (2, len(part))).to(device, non_blocking=True)
-        t_part, eps_part = (x[micro].to(device, non_blocking=True) for x in (t, eps))
+        a_0, features = load_pairs(pairs[micro], shards, device)
+        t_micro = t[micro].to(device, non_blocking=True)
+        eps_micro = eps[micro].to(device, non_blocking=True)
 
         last = start + args.micro_batch >= len(pairs)
         policy.require_backward_grad_sync = last  # DDP: one all-reduce per step
-        with common.autocast(device, args.precision):
+        with training.autocast(device, args.precision):
             with torch.no_grad():
-                ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps_part, t_part)
-            err_w, err_l = pair_errors(policy, features, a_0, eps_part, t_part)
-        errors = (err_w, err_l, ref_err_w, ref_err_l)
-        loss, logits = common.flow_dpo_loss(*errors, args.beta, args.printed_brackets)  # Eq. 5
+                ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps_micro, t_micro)
+            err_w, err_l = pair_errors(policy, features, a_0, eps_micro, t_micro)
+        loss, logits = common.flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, args.beta, args.printed_brackets)
         loss = loss + args.sft_weight * err_w
-        (loss.sum() / args.global_batch * world).backward()  # DDP averages over ranks: times world is the global mean
+        # DDP averages over ranks: times world is the mean over the global batch.
+        (loss.sum() / args.global_batch * world).backward()
 
         with torch.no_grad():
-            right = (logits > 0).double() + 0.5 * (logits == 0).double()
-            weight = torch.sigmoid(-logits)
-            values = (torch.ones_like(loss), loss, right, err_w - ref_err_w, err_l - ref_err_l, ref_err_w)
-            values += (logits > SATURATED, logits < -SATURATED, weight, weight * (logits < 0))
-            bins = (t_part * T_BINS).long().clamp(max=T_BINS - 1)
-            sums.index_add_(1, bins, torch.stack([value.double() for value in values]))
-    return sums
+            weight = torch.sigmoid(-logits)  # of the pair's gradient
+            wrong = logits < 0  # the implicit reward prefers the loser
+            measured = {
+                "pairs": torch.ones_like(loss),
+                "loss": loss,
+                "accuracy": (logits > 0).float() + 0.5 * (logits == 0).float(),
+                "gap_w": err_w - ref_err_w,
+                "gap_l": err_l - ref_err_l,
+                "ref_w": ref_err_w,
+                "saturated": logits > SATURATED,
+                "opposed": logits < -SATURATED,
+                "weight": weight,
+                "weight_wrong": weight * wrong,
+            }
+            sums = sum_by_quarter(measured, t_micro)
+        totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+    return totals
 
 
-def log_row(step, stage, sums):
-    """The global batch's means, and by quarter of t the error gaps; null where a quarter has no pair."""
-    total, by_t = dict(zip(MEASURES, sums.sum(dim=1).tolist())), dict(zip(MEASURES, sums.tolist()))
-    means = {name: total[name] / total["pairs"] for name in MEASURES[1:]}
+def sum_by_quarter(measured, t):
+    """{name: (B,)} -> {name: (T_BINS,) float64}, sums over the pairs of each quarter of t."""
+    quarter = (t * T_BINS).long().clamp(max=T_BINS - 1)
+    stacked = torch.stack([value.double() for value in measured.values()])
+    sums = torch.zeros(len(measured), T_BINS, dtype=torch.float64, device=t.device)
+    return dict(zip(measured, sums.index_add_(1, quarter, stacked)))
+
+
+def means_of(sums):
+    """What is logged of the global batch. sums: {name: (T_BINS,)}; by quarter of t, None where it has no pair."""
+    pairs = sums["pairs"]
+    means = {name: (value.sum() / pairs.sum()).item() for name, value in sums.items() if name != "pairs"}
     for name in ("gap_w", "gap_l"):
-        means[f"{name}_t"] = [gap / n if n else None for gap, n in zip(by_t[name], by_t["pairs"])]
-    return {"step": step, "stage": stage, **means}
+        by_quarter = (sums[name] / pairs).tolist()
+        means[f"{name}_t"] = [None if math.isnan(gap) else gap for gap in by_quarter]
+    return means
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the curves show
+# ------------------------------------------------------------------------------------------------------------
 
 
 def share_backwards(stages):
     """Of the pairs that AudioScore chose, the share whose winner it likes less than their loser."""
-    mined = [pair["score_c"] for pair in stages[0] + stages[1] if pair["source"] == "auto"]
+    mined = [pair.score_c for pair in stages[0] + stages[1] if pair.source == "auto"]
     return sum(score_c < 0 for score_c in mined) / max(1, len(mined))
 
 
 def diagnosis(mean, rise, wrong, backwards):
-    """The case of docs/curves.md, and what to do. mean: of each of MEASURES; rise: the winner's error gap as a share of
+    """The case of docs/curves.md, and what to do. mean: of the logged means; rise: the winner's error gap as a share of
     the reference's error; wrong: the share of the gradient's weight on wrongly ordered pairs; backwards: see
     `share_backwards`."""
     negative = f"score_c is negative for {backwards:.0%} of the mined pairs, whose winner is the worse audio"
@@ -217,114 +250,140 @@ def diagnosis(mean, rise, wrong, backwards):
     return "healthy", "nothing to change"
 
 
-def reading(rows, backwards=0.0):
-    """What the last 50 steps of the longer stage show, in one line; docs/curves.md has a picture of each case."""
-    rows = [row for row in rows if row["stage"] == max((1, 2), key=[row["stage"] for row in rows].count)][-50:]
-    mean = {key: sum(row[key] for row in rows) / len(rows) for key in MEASURES[1:]}
-    rise = mean["gap_w"] / max(mean["ref_w"], 1e-12)
-    wrong = mean["weight_wrong"] / max(mean["weight"], 1e-12)
+def mean_of(steps, name):
+    return sum(getattr(step, name) for step in steps) / len(steps)
+
+
+def reading(log, backwards=0.0):
+    """What the last 50 steps of the longer stage show, in one line; docs/curves.md has a picture of each case. log: of
+    rows.FlowDpoStep."""
+    stages = [step.stage for step in log]
+    longer = 1 if stages.count(1) >= stages.count(2) else 2
+    last = [step for step in log if step.stage == longer][-50:]
+    mean = {name: mean_of(last, name) for name in ("loss", "accuracy", "saturated")}
+    rise = mean_of(last, "gap_w") / max(mean_of(last, "ref_w"), 1e-12)
+    wrong = mean_of(last, "weight_wrong") / max(mean_of(last, "weight"), 1e-12)
     case, advice = diagnosis(mean, rise, wrong, backwards)
     says = f"loss {mean['loss']:.2f}, accuracy {mean['accuracy']:.2f}, saturated {mean['saturated']:.2f}"
     says += f", {wrong:.0%} of the gradient's weight on wrongly ordered pairs, winner's error {rise:+.0%}"
     return f"curves: {case}: {advice} ({says}; docs/curves.md)"
 
 
+def print_plan(model, stages, stage_steps, done, here, args):
+    names = ["hard + human", "easy"] if args.hard_first else ["easy", "hard + human"]
+    for i in range(2):
+        plan = f"{len(stages[i])} pairs, {stage_steps[i]} steps with {args.global_batch} each"
+        if not stages[i]:
+            plan = "no pairs, so all steps are the other stage's"
+        print(f"stage {i + 1} ({names[i]}): {plan}")
+    size = model.latent_shape[0] * model.latent_shape[1]
+    print(f"beta {args.beta:g} on errors averaged over {size} latent values (as a sum: beta {args.beta / size:g})")
+    trained = sum(p.numel() for p in model.trainable_parameters())
+    print(f"trained parameters: {trained:,}; step {done} of {args.steps}; {here.world} process(es) on {here.device}")
+
+
+def print_curves(log, stages):
+    for i in (1, 2):
+        last = [step for step in log if step.stage == i][-50:]
+        if last:
+            means = [f"{name} {mean_of(last, name):.4f}" for name in ("loss", "accuracy", "gap_w", "gap_l")]
+            print(f"stage {i}, last {len(last)} steps: {', '.join(means)}")
+    print(reading(log, share_backwards(stages)))
+
+
 def main(args):
     # -- setup
-    ranks = common.setup_ranks()
-    rank, world, device = ranks
+    here = ranks.setup()
+    device = here.device
     run = Path(args.run_dir)
     run_json = common.read_run(run)
-    folder = common.output_folder(run, args.out)
-    if args.global_batch % world:
-        stop(f"--global-batch {args.global_batch} cannot be divided over {world} processes; start as many as divide it")
-    inputs = ("01_samples", "04_stage1.jsonl", "04_stage2.jsonl")
-    common.hold(run, args.out, ranks)
-    common.require(run, *inputs)
-    runtime = ("run_dir", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing")
-    settings = {key: value for key, value in vars(args).items() if key not in runtime}
-    if rank == 0:
-        advice = "use another --out, or remove this folder"
-        common.claim(run, f"{args.out}/settings.json", settings, inputs, advice=advice)
-    common.barrier()
-
-    # -- data
-    model = common.load_base_model(run, device, args.weights)
-    shards = common.Shards(run, common.read_samples(run), model)
-    stages = read_stages(run, shards, args)
-    stage_steps = divide_steps(stages, args.steps)
-
-    # -- model
-    bf16 = common.in_bf16(device, args.precision)
-    if args.reference_precision == "bf16" and not bf16:
+    folder = training.output_folder(run, args.out)
+    if args.global_batch % here.world:
+        divided = f"cannot be divided over {here.world} processes; start as many as divide it"
+        stop(f"--global-batch {args.global_batch} {divided}")
+    if args.reference_precision == "bf16" and not training.in_bf16(device, args.precision):
         stop("--reference-precision bf16: the policy is in float32; give --precision bf16 too, or neither")
     if args.lora and args.reference_precision != "auto":
         stop("--reference-precision: with --lora the reference is the policy's own network; give one of the two")
-    if args.lora:
-        model.add_lora(args.lora, args.seed, bf16)
-    reference = model.reference(bf16 and args.reference_precision != "fp32")
-    if args.gradient_checkpointing:
-        model.checkpoint_blocks()
-    optimizer = torch.optim.AdamW(
-        model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
-    )
-    shown = ("stage", "loss", "accuracy", "gap_w", "gap_l")
-    done = common.resume_training(folder, model, optimizer, args.steps, rank, shown)
-    policy = common.data_parallel(model, device)
-    if rank == 0:
-        names = ["hard + human", "easy"] if args.hard_first else ["easy", "hard + human"]
-        for i, (name, pairs, steps) in enumerate(zip(names, stages, stage_steps), 1):
-            if pairs:
-                print(f"stage {i} ({name}): {len(pairs)} pairs, {steps} steps with {args.global_batch} each")
-            else:
-                print(f"stage {i} ({name}): no pairs, so all steps are the other stage's")
-        size = model.latent_shape[0] * model.latent_shape[1]
-        print(f"beta {args.beta:g} on errors averaged over {size} latent values (as a sum: beta {args.beta / size:g})")
-        trained = sum(p.numel() for p in model.trainable_parameters())
-        print(f"trained parameters: {trained:,}; step {done} of {args.steps}; {world} process(es) on {device}")
-        rows = 2 * min(args.micro_batch, args.global_batch // world)
-        common.say_memory(model, args, device, rows, reference=None if args.lora else reference)
 
-    # -- loop
-    bar = tqdm(range(done, args.steps), initial=done, total=args.steps, unit="step", disable=rank > 0)
-    for step in bar:
-        began = time.time()
-        stage, batch = batch_at(step, stages, stage_steps, args)
-        t, eps = draw_t_and_noise(step, model, args)
-        mine = slice(rank, None, world)
-        optimizer.zero_grad(set_to_none=True)
-        sums = train_step(policy, reference, shards, batch[mine], t[mine], eps[mine], world, args, device)
-        row = log_row(step, stage + 1, common.sum_over_ranks(sums).cpu())
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
-        if not (math.isfinite(row["loss"]) and grad_norm.isfinite()):
-            stop(f"step {step}: the loss is not finite; {folder}/checkpoint.pt holds the last good step; lower --lr")
-        if step == 0 and args.sft_weight == 0 and abs(row["loss"] - math.log(2)) > 1e-3:
-            wrong = f"step 0: the loss is {row['loss']:.4f}, not log 2, so the reference differs"
-            stop(f"{wrong}; use --reference-precision fp32 or --precision fp32")
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, args)
-        optimizer.step()
+    inputs = ["01_samples", "04_stage1.jsonl", "04_stage2.jsonl"]
+    with record.stage(run, args.out, inputs, [f"{args.out}/policy.pt"], advice=training.ADVICE) as stage:
+        stage.claim(training.settings_of(args))
 
-        if rank == 0:
-            row.update(grad_norm=grad_norm.item(), lr=lr_at(step, args), seconds=time.time() - began)
-            row["forwards"], row["forwards_grad"] = (n * args.global_batch * (step + 1) for n in (4, 2))
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else None
-            common.append_jsonl(folder / "log.jsonl", row)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.2f}", refresh=False)
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                common.save_training(folder, step + 1, model, optimizer)
+        # -- data
+        model = common.load_base_model(run, device, args.weights)
+        shards = training.Shards(run, common.read_samples(run), model)
+        stages = read_stages(run, shards, args)
+        stage_steps = divide_steps(stages, args.steps)
 
-    # -- save
-    if rank == 0:
-        rows = common.read_jsonl(folder / "log.jsonl")
-        for i in (1, 2):
-            last = [row for row in rows if row["stage"] == i][-50:]
-            if last:
-                mean = {key: sum(row[key] for row in last) / len(last) for key in shown[1:]}
-                print(f"stage {i}, last {len(last)} steps: " + ", ".join(f"{k} {v:.4f}" for k, v in mean.items()))
-        print(reading(rows, share_backwards(stages)))
-        common.save_policy(run, args.out, model, run_json, method="flow_dpo", steps=args.steps)
-        print(f"next: python 06_ddpo_baseline.py --run-dir {run}, for the paper's baseline")
+        # -- model
+        bf16 = training.in_bf16(device, args.precision)
+        if args.lora:
+            lora = training.Lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
+            reference = lora.reference
+        else:
+            lora = None
+            reference = training.frozen_copy(model, bf16 and args.reference_precision != "fp32")
+        if args.gradient_checkpointing:
+            training.checkpoint_blocks(model)
+        optimizer = torch.optim.AdamW(
+            model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
+        )
+        done = training.resume(folder, model, optimizer, args.steps, stage.digest(), rows.FlowDpoStep)
+        policy = training.data_parallel(model, device)
+        if here.first:
+            print_plan(model, stages, stage_steps, done, here, args)
+
+        # -- loop
+        bar = tqdm(range(done, args.steps), initial=done, total=args.steps, unit="step", disable=not here.first)
+        for step in bar:
+            began = time.time()
+            stage_of_step, batch = batch_at(step, stages, stage_steps, args)
+            t, eps = draw_t_and_noise(step, model, args)
+            mine = slice(here.rank, None, here.world)
+            optimizer.zero_grad(set_to_none=True)
+            sums = train_step(policy, reference, shards, batch[mine], t[mine], eps[mine], here.world, args, device)
+            means = means_of(training.sum_dict_over_ranks(sums))
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
+            if not (math.isfinite(means["loss"]) and grad_norm.isfinite()):
+                last_good = f"{folder}/checkpoint.pt holds the last good step"
+                stop(f"step {step}: the loss is not finite; {last_good}; lower --lr")
+            if step == 0 and args.sft_weight == 0 and abs(means["loss"] - math.log(2)) > 1e-3:
+                wrong = f"step 0: the loss is {means['loss']:.4f}, not log 2, so the reference differs"
+                stop(f"{wrong}; use --reference-precision fp32 or --precision fp32")
+            lr = lr_at(step, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
+            if here.first:
+                logged = rows.FlowDpoStep(
+                    step=step,
+                    stage=stage_of_step + 1,
+                    **means,
+                    grad_norm=grad_norm.item(),
+                    lr=lr,
+                    seconds=time.time() - began,
+                    forwards=4 * args.global_batch * (step + 1),
+                    forwards_grad=2 * args.global_batch * (step + 1),
+                    peak_gb=training.peak_gb(device),
+                )
+                rows.append(folder / "log.jsonl", logged)
+                bar.set_postfix(loss=f"{logged.loss:.3f}", accuracy=f"{logged.accuracy:.2f}", refresh=False)
+                if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                    if lora and lr > 0:
+                        lora.check_moved()
+                    training.save_checkpoint(folder, step + 1, model, optimizer, stage.digest())
+
+        # -- save
+        if here.first:
+            print_curves(rows.read(folder / "log.jsonl", rows.FlowDpoStep), stages)
+            if lora:
+                lora.merge()
+            training.save_policy(run, args.out, model, run_json, "flow_dpo", args.steps)
+    if here.first:
+        print(f"next: python 06_ddpo_baseline.py --run-dir {run}")
+        print(f"      python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
 
 
 if __name__ == "__main__":

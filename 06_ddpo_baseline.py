@@ -10,7 +10,8 @@ Reads:
     01_samples/           features of the train clips
     02_audioscore.pt      the reward model, on top of the five scorers
     02_scores.jsonl       the rated clips, which are no prompts: AudioScore was fitted on them
-    clips.jsonl           and the prompts' videos, for the scorers
+    03_scores/            what the scorers saw of the prompts' videos
+    clips.jsonl           and the prompts' own sound, for PESQ
 Writes, in <run>/<--out>:
     policy.pt, policy.json, checkpoint.pt, settings.json     as stage 05; a rerun resumes at the last whole round
     log.jsonl             per step: round, reward (mean P(Good) of the round's samples), reward_std (within
@@ -24,16 +25,16 @@ Takes: toy 35 s on 2 cores.
 import math
 import random
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torchaudio
 from tqdm import tqdm
 
 import common
-from common import AudioScore, number, stop
+from common import AudioScore, media, number, ranks, record, rows, scoring, stop, training
 
 # Of P(Good): audios of a prompt whose rewards have a smaller standard deviation are equally good.
 # Rounding alone makes a network's scores differ by a factor of 1 +- 2e-6 between batches and machines,
@@ -88,8 +89,10 @@ def sde_step(a_t, u, t, t_next, eta):
     a_t, u: (B, T, C); t, t_next: (B,), t > t_next > 0. eps_hat = a_t + (1 - t) u is the expected noise, so the score of
     the marginal is -eps_hat / t. Returns mean (B, T, C) and std (B, 1, 1) of a_{t_next} given a_t.
     """
-    t, t_next = t[:, None, None], t_next[:, None, None]
-    dt, below_1 = t - t_next, torch.where(t == 1, t_next, t)  # at t = 1, s is infinite: take the next grid time in it
+    t = t[:, None, None]
+    t_next = t_next[:, None, None]
+    dt = t - t_next
+    below_1 = torch.where(t == 1, t_next, t)  # at t = 1, s is infinite: take the next grid time in it
     s = eta * (below_1 / (1 - below_1)).sqrt()
     mean = a_t - (u + s**2 / (2 * t) * (a_t + (1 - t) * u)) * dt
     return mean, s * dt.sqrt()
@@ -113,24 +116,28 @@ def rollout(model, features, seeds, guidance, args, device):
     (S - 1, R * B) at sampling time, and a_0 (R * B, T, C). The last step is deterministic and has no log-probability.
     """
     times = grid(model, args.sampling_steps)
-    with common.autocast(device, args.precision):
+    with training.autocast(device, args.precision):
         conditions = model.project(features)  # as in training: under bf16 the ratio would not start at 1 otherwise
+
+    def velocity(a_t, t):
+        with training.autocast(device, args.precision):
+            return model.velocity(a_t, t, conditions, guidance).float()
+
     generators = [torch.Generator().manual_seed(common.seed_of(seed, "sde", 0)) for seed in seeds]
     a_t = common.initial_noise(model, seeds)
-    states, log_probs = [a_t], []
-    for t, t_next in zip(times[:-2], times[1:-1]):
-        t, t_next = (torch.full((len(seeds),), x, device=device) for x in (t, t_next))
-        with common.autocast(device, args.precision):
-            u = model.velocity(a_t, t, conditions, guidance)
-        mean, std = sde_step(a_t, u.float(), t, t_next, args.eta)
-        z = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators])
+    states = [a_t]
+    log_probs = []
+    for time_now, time_next in zip(times[:-2], times[1:-1]):
+        t = torch.full((len(seeds),), time_now, device=device)
+        t_next = torch.full((len(seeds),), time_next, device=device)
+        mean, std = sde_step(a_t, velocity(a_t, t), t, t_next, args.eta)
+        z = torch.stack([torch.randn(model.latent_shape, generator=generator) for generator in generators])
         a_t = mean + std * z.to(device, non_blocking=True)
         states.append(a_t)
         log_probs.append(log_prob(a_t, mean, std))
     t = torch.full((len(seeds),), times[-2], device=device)
-    with common.autocast(device, args.precision):
-        u = model.velocity(a_t, t, conditions, guidance)
-    return torch.stack(states), torch.stack(log_probs), a_t - times[-2] * u.float()
+    a_0 = a_t - times[-2] * velocity(a_t, t)
+    return torch.stack(states), torch.stack(log_probs), a_0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -138,43 +145,43 @@ def rollout(model, features, seeds, guidance, args, device):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def by_shard(clips):
-    groups = defaultdict(list)
-    for clip in clips:
-        groups[clip["shard"]].append(clip)
-    return groups
-
-
 class Reward:
-    """P(Good) of generated audio. Audio towers stay loaded; embeddings of the videos come from the store."""
+    """P(Good) of generated audio. The scorers' audio networks stay loaded; what they saw of the videos is stage 03's.
 
-    def __init__(self, run, device, weights, workers):
-        self.run, self.weights, self.audioscore = run, weights, AudioScore.load(run / "02_audioscore.pt")
-        names = common.AUDIOSCORE_SCORERS
-        self.scorers = {name: common.load_scorer(name, run, device, weights, workers) for name in names}
-        self.at_a_time = common.scorers_of(run, weights).at_a_time
+    blocks: those of stage 03, by clip.
+    """
 
-    def look(self, clips):
-        """Takes in what the scorers need of the next round's clips."""
-        groups, run, weights = by_shard(clips), self.run, self.weights
-        self.sides = {n: common.sides_of(run, scorer, n, groups, weights) for n, scorer in self.scorers.items()}
+    def __init__(self, run, scorers, blocks, device, workers):
+        self.audioscore = AudioScore.load(run / "02_audioscore.pt")
+        self.set = scorers
+        self.blocks = blocks
+        self.scorers = {name: scorers.load(name, device, workers) for name in scorers.of_audioscore}
 
-    def __call__(self, model, a_0, clips, pool):
-        """a_0: (B, T, C), clips: B lines of clips.jsonl -> (B,) float64 in [0, 1]; 0 for audio that is not finite."""
-        waves = torch.cat(list(pool.map(model.decode, a_0.chunk(2))))
+    def videos(self, name, clips):
+        """{clip id: what this scorer saw of its video}."""
+        seen = {}
+        for clip in clips:
+            if clip.id not in seen:
+                block = self.blocks[clip.id]
+                if not block.video_file(name).exists():
+                    stop(f"{block.video_file(name)}: no such file; run 03_mine_pairs.py first, it looks at the videos")
+                key = scoring.video_key(self.set, name, block.clips)
+                seen |= scoring.read_videos(block, key, name, self.scorers[name].video_shapes)
+        return seen
+
+    def __call__(self, model, a_0, clips):
+        """a_0: (B, T, C), clips: B clips -> (B,) float64 in [0, 1]; 0 for audio that is not finite."""
+        waves = model.decode(a_0)
         finite = waves.isfinite().all(dim=1)
         waves = torch.nan_to_num(waves, 0.0, 0.0, 0.0).clamp(-1, 1)
-
-        heard = {}
-        for rate in {scorer.sample_rate_hz for scorer in self.scorers.values()}:
-            resampled = torchaudio.functional.resample(waves, model.sample_rate_hz, rate)
-            heard[rate] = common.fit_length(resampled, round(model.clip_s * rate))
-
-        def judge(name):
-            return self.scorers[name](heard[self.scorers[name].sample_rate_hz], clips, self.sides[name])
-
-        found = dict(zip(self.scorers, pool.map(judge, self.scorers)))
-        p_good = self.audioscore(common.five_scores(found, self.audioscore))[:, 0]
+        said = {}
+        for name, scorer in self.scorers.items():
+            resampled = torchaudio.functional.resample(waves, model.sample_rate_hz, scorer.sample_rate_hz)
+            resampled = media.fit_length(resampled, round(model.clip_s * scorer.sample_rate_hz))
+            videos = self.videos(name, clips) if "video" in scorer.reads else None
+            said[name] = scoring.score_waves(scorer, resampled, clips, videos)
+        scores = self.audioscore.five_scores(self.set.five(said))
+        p_good = self.audioscore(scores)[:, 0]
         return p_good * finite
 
 
@@ -200,11 +207,21 @@ def ppo_loss(ratio, advantage, clip_range):
 # ------------------------------------------------------------------------------------------------------------
 
 
+class Batch(NamedTuple):
+    """Trajectories of B prompts, R of each; row r * B + b is prompt b's."""
+
+    features: dict  # B rows
+    states: torch.Tensor  # (S, R * B, T, C)
+    log_probs: torch.Tensor  # (S - 1, R * B), when they were sampled
+    advantages: torch.Tensor  # (R * B,)
+    chosen: torch.Tensor  # (updates, R * B): the step that each update trains
+
+
 def draw_prompts(clips, number, args):
     """The round's clips: epochs of seeded permutations, a function of the round alone."""
     drawn = []
     for i in range(number * args.prompts, (number + 1) * args.prompts):
-        order = common.shuffled(f"{args.seed}/{i // len(clips)}", len(clips))
+        order = training.shuffled(f"{args.seed}/{i // len(clips)}", len(clips))
         drawn.append(clips[order[i % len(clips)]])
     return drawn
 
@@ -218,29 +235,30 @@ def draw_times(seeds, args):
 def collect(model, reward, shards, clips, number, guidance, args, device):
     """Samples and scores this rank's prompts, as many clips at a time as --micro-batch allows.
 
-    Returns a list of batches: features (B rows), states, log_probs, advantages (R * B), chosen (updates, R * B); and
-    this rank's sums for the log: reward over its audios; reward_std and no_spread over its prompts.
+    Returns the batches, and this rank's sums for the log: reward over its audios; reward_std and no_spread over its
+    prompts.
     """
-    batches, waiting = [], []
-    sums = {"reward": 0.0, "reward_std": 0.0, "no_spread": 0.0}
     per_batch = max(1, args.micro_batch // args.group_size)
-    reward.look(clips)
-    # These threads end with the round: as long as one lives, OpenMP's own fall asleep between two operations.
-    with ThreadPoolExecutor(reward.at_a_time) as pool, ThreadPoolExecutor(1) as ahead:
+    sampled = []
+    # This thread ends with the round: as long as one lives, OpenMP's own fall asleep between two operations.
+    with ThreadPoolExecutor(1) as scoring_thread:
         for start in range(0, len(clips), per_batch):
-            part = clips[start : start + per_batch]
-            features = shards.features([clip["id"] for clip in part])
-            features = {k: v.to(device, non_blocking=True) for k, v in features.items()}
-            names = [(clip["id"], k) for k in range(args.group_size) for clip in part]
-            seeds = [common.seed_of(args.seed, "ddpo", number, name, k) for name, k in names]
+            prompts = clips[start : start + per_batch]
+            features = shards.features([clip.id for clip in prompts], device)
+            names = [(clip.id, k) for k in range(args.group_size) for clip in prompts]
+            seeds = [common.seed_of(args.seed, "ddpo", number, clip_id, k) for clip_id, k in names]
             states, log_probs, a_0 = rollout(model, features, seeds, guidance, args, device)
-            rewards = ahead.submit(reward, model, a_0, part * args.group_size, pool)  # while the next is sampled
-            waiting.append((part, seeds, features, states, log_probs, rewards))
-    for part, seeds, features, states, log_probs, rewards in waiting:
+            # While the next prompts are sampled:
+            rewards = scoring_thread.submit(reward, model, a_0, prompts * args.group_size)
+            sampled.append((len(prompts), seeds, features, states, log_probs, rewards))
+
+    batches = []
+    sums = {"reward": 0.0, "reward_std": 0.0, "no_spread": 0.0}
+    for prompts, seeds, features, states, log_probs, rewards in sampled:
         rewards = rewards.result()  # on the CPU
-        advantages, std = group_advantages(rewards, len(part))
-        advantages = advantages.float().to(device)
-        batches.append((features, states, log_probs, advantages, draw_times(seeds, args).to(device)))
+        advantages, std = group_advantages(rewards, prompts)
+        chosen = draw_times(seeds, args).to(device)
+        batches.append(Batch(features, states, log_probs, advantages.float().to(device), chosen))
         sums["reward"] += rewards.sum().item()
         sums["reward_std"] += std.sum().item()
         sums["no_spread"] += (std < MIN_SPREAD).sum().item()
@@ -249,144 +267,174 @@ def collect(model, reward, shards, clips, number, guidance, args, device):
 
 def over_all_ranks(sums, device):
     """The same sums over the prompts of all ranks: every rank then knows whether the round teaches anything."""
-    values = torch.tensor([*sums.values()], dtype=torch.float64, device=device)
-    return dict(zip(sums, common.sum_over_ranks(values).tolist()))
+    tensors = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums.items()}
+    return {name: value.item() for name, value in training.sum_dict_over_ranks(tensors).items()}
 
 
 def train_step(policy, batches, update, times, guidance, world, args, device):
-    """Accumulates the gradient of one update: one chosen transition of every trajectory of the round.
-
-    Returns this rank's sums for the log, ratio, clipped, approx_kl, on the device, for which nothing here waits.
-    """
-    sums, audios = torch.zeros(3, dtype=torch.float64, device=device), args.prompts * args.group_size
-    for i, (features, states, old_log_probs, advantages, chosen) in enumerate(batches):
-        prompts = len(next(iter(features.values())))
-        parts = torch.arange(len(advantages), device=device).split(max(1, args.micro_batch // prompts) * prompts)
-        for j, row in enumerate(parts):  # whole repeats of the prompts, so that row r * B + b keeps to prompt b
-            last = (i, j) == (len(batches) - 1, len(parts) - 1)
-            policy.require_backward_grad_sync = last  # DDP: one all-reduce per step
-            at = chosen[update][row]
-            a_t, a_next = states[at, row], states[at + 1, row]
-            t, t_next = times[at], times[at + 1]
-            with common.autocast(device, args.precision):
-                u_theta = policy(a_t, t, features, guidance)
-            mean, std = sde_step(a_t, u_theta.float(), t, t_next, args.eta)
-            log_ratio = log_prob(a_next, mean, std) - old_log_probs[at, row]
-            ratio = log_ratio.exp()
-            loss = ppo_loss(ratio, advantages[row], args.clip_range)
-            (loss.sum() / audios * world).backward()
-            with torch.no_grad():
-                clipped = (ratio - 1).abs() > args.clip_range
-                sums += torch.stack([ratio, clipped.float(), 0.5 * log_ratio.square()]).double().sum(dim=1)
+    """Accumulates the gradient of one update: one chosen transition of every trajectory of the round. Returns this
+    rank's sums for the log, {name: () float64 on the device}, for which nothing here waits."""
+    audios = args.prompts * args.group_size
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    sums = {"ratio": zero, "clipped": zero, "approx_kl": zero}
+    parts = [(batch, part) for batch in batches for part in split_trajectories(batch, args, device)]
+    for i, (batch, part) in enumerate(parts):
+        policy.require_backward_grad_sync = i == len(parts) - 1  # DDP: one all-reduce per step
+        at = batch.chosen[update][part]
+        a_t = batch.states[at, part]
+        a_next = batch.states[at + 1, part]
+        t = times[at]
+        t_next = times[at + 1]
+        with training.autocast(device, args.precision):
+            u_theta = policy(a_t, t, batch.features, guidance)
+        mean, std = sde_step(a_t, u_theta.float(), t, t_next, args.eta)
+        log_ratio = log_prob(a_next, mean, std) - batch.log_probs[at, part]
+        ratio = log_ratio.exp()
+        loss = ppo_loss(ratio, batch.advantages[part], args.clip_range)
+        (loss.sum() / audios * world).backward()
+        with torch.no_grad():
+            clipped = (ratio - 1).abs() > args.clip_range
+            sums["ratio"] = sums["ratio"] + ratio.double().sum()
+            sums["clipped"] = sums["clipped"] + clipped.double().sum()
+            sums["approx_kl"] = sums["approx_kl"] + 0.5 * log_ratio.square().double().sum()
     return sums
+
+
+def split_trajectories(batch, args, device):
+    """Rows of a batch for one backward pass each: whole repeats of the prompts, so that row r * B + b keeps to prompt
+    b, and at most --micro-batch where that is possible."""
+    prompts = len(next(iter(batch.features.values())))
+    repeats = max(1, args.micro_batch // prompts)
+    return torch.arange(len(batch.advantages), device=device).split(repeats * prompts)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------
+
+
+def find_prompts(run, samples):
+    """The train clips that may be drawn: those with features that were not rated."""
+    rated = {row.clip for row in rows.read(run / "02_scores.jsonl", rows.RatedScore)}
+    clips = common.read_clips(run, "train")
+    prompts = [clip for clip in clips if clip.id in samples and clip.id not in rated]
+    if not prompts:
+        stop(f"{run}: every clip was rated, and AudioScore was fitted on those; rate fewer (02 --num-rated-clips)")
+    return prompts
+
+
+def print_rewards(log):
+    fifth = max(1, len(log) // 5)
+    first = sum(step.reward for step in log[:fifth]) / fifth
+    last = sum(step.reward for step in log[-fifth:]) / fifth
+    print(f"reward while training: first fifth {first:.3f}, last fifth {last:.3f}")
+    no_spread = sum(step.no_spread for step in log) / len(log)
+    if no_spread > 0.5:
+        print(
+            f"warning: {no_spread:.0%} of the prompts taught nothing, since all their audios had one reward "
+            "(no_spread in log.jsonl): see in 02's report whether AudioScore tells audios apart, or give a "
+            "larger --group-size"
+        )
 
 
 def main(args):
     # -- setup
-    ranks = common.setup_ranks()
-    rank, world, device = ranks
+    here = ranks.setup()
+    device = here.device
     run = Path(args.run_dir)
     run_json = common.read_run(run)
-    folder = common.output_folder(run, args.out)
-    if args.prompts % world:
-        stop(f"--prompts {args.prompts} cannot be divided over {world} processes; start as many as divide it")
-    inputs = ("01_samples", "02_audioscore.pt", "02_scores.jsonl")
-    common.hold(run, args.out, ranks)
-    common.require(run, *inputs)
-    runtime = ("run_dir", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing", "workers")
-    settings = {key: value for key, value in vars(args).items() if key not in runtime}
-    if rank == 0:
-        advice = "use another --out, or remove this folder"
-        common.claim(run, f"{args.out}/settings.json", settings, inputs, advice=advice)
-    common.barrier()
+    folder = training.output_folder(run, args.out)
+    if args.prompts % here.world:
+        stop(f"--prompts {args.prompts} cannot be divided over {here.world} processes; start as many as divide it")
 
-    # -- data
-    model, samples = common.load_base_model(run, device, args.weights), common.read_samples(run)
-    shards = common.Shards(run, samples, model)
-    rated = {row["clip"] for row in common.read_jsonl(run / "02_scores.jsonl", {"clip": common.NAME})}
-    clips = [clip for clip in common.read_clips(run, "train") if clip["id"] in samples and clip["id"] not in rated]
-    clips = [dict(clip, shard=samples[clip["id"]][0]["shard"]) for clip in clips]
-    if not clips:
-        stop(f"{run}: every clip was rated, and AudioScore was fitted on those; rate fewer (02 --num-rated-clips)")
-    guidance = run_json["sampler"]["guidance"]  # guidance is inside the policy
+    inputs = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"]
+    with record.stage(run, args.out, inputs, [f"{args.out}/policy.pt"], advice=training.ADVICE) as stage:
+        stage.claim(training.settings_of(args))
 
-    # -- model
-    reward = Reward(run, device, args.weights, args.workers)
-    rounds = range(-(-args.steps // args.updates))
-    drawn = {clip["id"]: clip for number in rounds for clip in draw_prompts(clips, number, args)}
-    unseen = dict(list(by_shard(drawn.values()).items())[rank::world])  # by stage 03
-    common.see(run, unseen, reward.scorers, args.weights, ranks, args.workers, reward.scorers)
-    if args.lora:
-        model.add_lora(args.lora, args.seed, common.in_bf16(device, args.precision))
-    if args.gradient_checkpointing:
-        model.checkpoint_blocks()
-    optimizer = torch.optim.AdamW(
-        model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
-    )
-    done = common.resume_training(folder, model, optimizer, args.steps, rank, ("reward", "no_spread"))
-    policy = common.data_parallel(model, device)
-    times = torch.tensor(grid(model, args.sampling_steps), device=device)
-    audios, rows = args.prompts * args.group_size, 2 if guidance != 1 else 1  # rows of one guided evaluation
-    if rank == 0:
-        print(f"{audios} audios per round, {args.updates} updates each; guidance {guidance} inside the policy")
-        print(f"step {done} of {args.steps}; {world} process(es) on {device}")
-        trained = rows * min(args.micro_batch, audios // world)
-        sampled = rows * min(max(args.micro_batch, args.group_size), audios // world)
-        others = sum(scorer.gib for scorer in reward.scorers.values())
-        common.say_memory(model, args, device, trained, sampled, frozen=("codec",), others=others)
+        # -- data
+        model = common.load_base_model(run, device, args.weights)
+        samples = common.read_samples(run)
+        shards = training.Shards(run, samples, model)
+        prompts = find_prompts(run, samples)
+        blocks = common.shard_blocks(run, samples, common.read_clips(run, "train"))
+        block_of = {clip.id: block for block in blocks for clip in block.clips}
+        reward = Reward(run, common.scorers_of(run, args.weights), block_of, device, args.workers)
+        guidance = run_json.sampler.guidance  # guidance is inside the policy
 
-    # -- loop
-    bar = tqdm(range(done, args.steps), initial=done, total=args.steps, unit="step", disable=rank > 0)
-    for step in bar:
-        began = time.time()
-        number, update = divmod(step, args.updates)
-        if update == 0:
-            prompts = draw_prompts(clips, number, args)[rank::world]
-            batches, rewards = collect(model, reward, shards, prompts, number, guidance, args, device)
-            rewards = over_all_ranks(rewards, device)
-        optimizer.zero_grad(set_to_none=True)
-        sums = train_step(policy, batches, update, times, guidance, world, args, device)
-        sums = common.sum_over_ranks(sums).cpu()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
-        if not (sums.isfinite().all() and grad_norm.isfinite()):
-            stop(f"step {step}: the ratio is not finite; {folder}/checkpoint.pt holds the last good round; lower --lr")
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, args)
-        # Without any spread all gradients are 0, but AdamW's momentum and weight decay would still move the weights.
-        if rewards["no_spread"] < args.prompts:
-            optimizer.step()
+        # -- model
+        bf16 = training.in_bf16(device, args.precision)
+        lora = training.Lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16) if args.lora else None
+        if args.gradient_checkpointing:
+            training.checkpoint_blocks(model)
+        optimizer = torch.optim.AdamW(
+            model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
+        )
+        done = training.resume(folder, model, optimizer, args.steps, stage.digest(), rows.DdpoStep)
+        policy = training.data_parallel(model, device)
+        times = torch.tensor(grid(model, args.sampling_steps), device=device)
+        audios = args.prompts * args.group_size
+        forwards = audios * (2 if guidance != 1 else 1)  # rows of one guided evaluation of a round's audios
+        if here.first:
+            print(f"{audios} audios per round, {args.updates} updates each; guidance {guidance} inside the policy")
+            print(f"step {done} of {args.steps}; {here.world} process(es) on {device}")
 
-        if rank == 0:
-            row = {"step": step, "round": number, "reward": rewards["reward"] / audios}
-            row["reward_std"] = rewards["reward_std"] / args.prompts
-            row["no_spread"] = rewards["no_spread"] / args.prompts
-            row.update(zip(("ratio", "clipped", "approx_kl"), (sums / audios).tolist()))
-            row.update(grad_norm=grad_norm.item(), lr=lr_at(step, args), seconds=time.time() - began)
-            row["forwards_grad"] = rows * audios * (step + 1)
-            row["forwards"] = row["forwards_grad"] + rows * audios * (number + 1) * args.sampling_steps
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30 if device != "cpu" else None
-            common.append_jsonl(folder / "log.jsonl", row)
-            if step == done and row["clipped"]:  # the network is still the one that sampled
-                tqdm.write(f"warning: rounding alone clips {row['clipped']:.0%} of the ratios; give --precision fp32")
-            bar.set_postfix(reward=f"{row['reward']:.3f}", clipped=f"{row['clipped']:.2f}", refresh=False)
-            whole = update == args.updates - 1 and (number + 1) % args.save_every == 0
-            if whole or step + 1 == args.steps:
-                common.save_training(folder, step + 1, model, optimizer)
+        # -- loop
+        bar = tqdm(range(done, args.steps), initial=done, total=args.steps, unit="step", disable=not here.first)
+        for step in bar:
+            began = time.time()
+            number_of_round, update = divmod(step, args.updates)
+            if update == 0:
+                mine = here.share(draw_prompts(prompts, number_of_round, args))
+                batches, rewards = collect(model, reward, shards, mine, number_of_round, guidance, args, device)
+                rewards = over_all_ranks(rewards, device)
+            optimizer.zero_grad(set_to_none=True)
+            sums = train_step(policy, batches, update, times, guidance, here.world, args, device)
+            means = {name: value.item() / audios for name, value in training.sum_dict_over_ranks(sums).items()}
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
+            if not (all(map(math.isfinite, means.values())) and grad_norm.isfinite()):
+                last_good = f"{folder}/checkpoint.pt holds the last good round"
+                stop(f"step {step}: the ratio is not finite; {last_good}; lower --lr")
+            lr = lr_at(step, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # Without any spread all gradients are 0, but AdamW's momentum and weight decay would still move weights.
+            if rewards["no_spread"] < args.prompts:
+                optimizer.step()
 
-    # -- save
-    if rank == 0:
-        log = common.read_jsonl(folder / "log.jsonl")
-        fifth = max(1, len(log) // 5)
-        first, last = (sum(row["reward"] for row in part) / fifth for part in (log[:fifth], log[-fifth:]))
-        print(f"reward while training: first fifth {first:.3f}, last fifth {last:.3f}")
-        no_spread = sum(row["no_spread"] for row in log) / len(log)
-        if no_spread > 0.5:
-            print(
-                f"warning: {no_spread:.0%} of the prompts taught nothing, since all their audios had one reward "
-                "(no_spread in log.jsonl): see in 02's report whether AudioScore tells audios apart, or give a "
-                "larger --group-size"
-            )
-        common.save_policy(run, args.out, model, run_json, method="ddpo", steps=args.steps)
+            if here.first:
+                logged = rows.DdpoStep(
+                    step=step,
+                    round=number_of_round,
+                    reward=rewards["reward"] / audios,
+                    reward_std=rewards["reward_std"] / args.prompts,
+                    no_spread=rewards["no_spread"] / args.prompts,
+                    **means,
+                    grad_norm=grad_norm.item(),
+                    lr=lr,
+                    seconds=time.time() - began,
+                    forwards=forwards * (step + 1 + (number_of_round + 1) * args.sampling_steps),
+                    forwards_grad=forwards * (step + 1),
+                    peak_gb=training.peak_gb(device),
+                )
+                rows.append(folder / "log.jsonl", logged)
+                if step == done and logged.clipped:  # the network is still the one that sampled
+                    clipped = f"rounding alone clips {logged.clipped:.0%} of the ratios"
+                    tqdm.write(f"warning: {clipped}; give --precision fp32")
+                bar.set_postfix(reward=f"{logged.reward:.3f}", clipped=f"{logged.clipped:.2f}", refresh=False)
+                whole_round = update == args.updates - 1
+                if (whole_round and (number_of_round + 1) % args.save_every == 0) or step + 1 == args.steps:
+                    if lora and lr > 0 and optimizer.state:
+                        lora.check_moved()
+                    training.save_checkpoint(folder, step + 1, model, optimizer, stage.digest())
+
+        # -- save
+        if here.first:
+            print_rewards(rows.read(folder / "log.jsonl", rows.DdpoStep))
+            if lora:
+                lora.merge()
+            training.save_policy(run, args.out, model, run_json, "ddpo", args.steps)
+    if here.first:
+        print(f"next: python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
 Run:
     python 07_evaluate.py                                      # ground truth, base, Flow-DPO, DDPO on the test split
-    python 07_evaluate.py --split val --systems no_human=05_no_human      # another policy folder of the run
-    python 07_evaluate.py --run-dir runs/vgg --only --systems ground_truth thinksound=DIR   # a folder of audio files
+    python 07_evaluate.py --split val --systems ground_truth base no_human=05_no_human     # exactly these
+    python 07_evaluate.py --run-dir runs/vgg --systems ground_truth thinksound=DIR         # a folder of audio files
     torchrun --standalone --nproc_per_node 8 07_evaluate.py --run-dir runs/vgg
 
 Reads:
     clips.jsonl, 01_missing.jsonl, 02_audioscore.pt, policy folders of the run, and folders of audio named by clip id
-    (any common format); a rerun evaluates again what the last run of this split did
+    (any common format)
 Writes:
+    07_clips/<split>_00003.*.pt      what encoders and scorers saw of the clips' videos, once for all systems
     07_audio/<system>/<clip>.wav     one audio per clip, from the clip's own seed: systems share their noise
-    scores/*.pt, heard.json          what every scorer said, by block of 32 clips; the encoders' features of the
-                                     split; the peak of every audio
+    07_scores/<system>/<split>_00003.*.pt    what every scorer said, by block of 32 clips
     07_results.jsonl                 system, metric, better (higher or lower), value, low, high (95 %), n (clips), and
                                      diff, diff_low, diff_high: value minus base's (--against: another's), paired, never
                                      sign-flipped, null for itself; verdict: better or worse where that excludes 0
@@ -24,31 +24,29 @@ Takes: toy 20 s on 2 cores.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy import stats
-from tqdm import tqdm
 
 import common
-from common import METRICS, PAPER_COLUMNS, AudioScore, Metric, describe, number, stop
+from common import AudioScore, files, media, number, ranks, record, rows, scoring, stop
 
-DEFAULTS = {"ground_truth": None, "base": None, "flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}
+DEFAULT_SYSTEMS = {"ground_truth": None, "base": None, "flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")
-BLOCK_CLIPS = 32  # clips per cached file
-TIE = 1e-6  # of P(Good): what rounding in batches of other sizes may make of one and the same audio
+TIE = 1e-6  # of P(Good): what rounding may make of one and the same audio
 
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     io = parser.io
     io.add_argument("--split", choices=("val", "test"), default="test", help="val is for your own choices")
-    described = "more systems: a policy folder of the run, or a folder of audio files named by clip id"
+    described = "exactly these: ground_truth, base, a policy folder of the run, a folder of audio named by clip id"
     io.add_argument("--systems", nargs="+", default=[], metavar="NAME[=DIR]", help=described)
-    io.add_argument("--only", action="store_true", help="--systems alone, without the default four and the last run's")
     io.add_argument("--against", default="base", metavar="NAME", help="the system that the others are compared with")
     io.add_argument("--allow-missing", action="store_true", help="evaluate a system that lacks audio for some clips")
-    described = "a scorer outside AudioScore, for a policy may gain on those alone: audiobox"
+    described = "a scorer outside AudioScore, since a policy may gain on AudioScore's own alone: audiobox"
     io.add_argument("--judge", nargs="+", default=[], metavar="NAME", help=described)
     described = "check systems and weights, print what audio there is, and end before any is made or scored"
     io.add_argument("--dry-run", action="store_true", help=described)
@@ -84,7 +82,8 @@ def frechet_distance(a, b):
 
 def kl_divergence(truth, generated):
     """KL(ground truth || generated) of the softmax class distributions, per clip; logits (n, classes) -> (n,) nats."""
-    log_p, log_q = (torch.as_tensor(x).double().log_softmax(dim=1) for x in (truth, generated))
+    log_p = torch.as_tensor(truth).double().log_softmax(dim=1)
+    log_q = torch.as_tensor(generated).double().log_softmax(dim=1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=1).numpy()
 
 
@@ -98,11 +97,12 @@ def inception_score(logits, splits=10, order=None):
     if len(order) < splits:
         return None
     log_p = torch.as_tensor(logits)[order].double().log_softmax(dim=1)
-    edges = [i * len(log_p) // splits for i in range(splits + 1)]
     scores = []
-    for part in (log_p[low:high] for low, high in zip(edges[:-1], edges[1:])):
+    for i in range(splits):
+        part = log_p[i * len(log_p) // splits : (i + 1) * len(log_p) // splits]
         marginal = part.logsumexp(dim=0) - np.log(len(part))
-        scores.append((part.exp() * (part - marginal)).nan_to_num(0.0).sum(dim=1).mean().exp().item())
+        divergence = (part.exp() * (part - marginal)).nan_to_num(0.0).sum(dim=1)
+        scores.append(divergence.mean().exp().item())
     return float(np.mean(scores))
 
 
@@ -112,15 +112,19 @@ def bootstrap(values, resamples=2000, seed=0):
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return None, None
-    rng, n = np.random.default_rng(seed), len(values)
+    rng = np.random.default_rng(seed)
+    n = len(values)
     means = [values[rng.integers(0, n, (100, n))].mean(axis=1) for _ in range(resamples // 100)]
-    return tuple(float(q) for q in np.percentile(means, (2.5, 97.5)))
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def jackknife(statistic, n, blocks=20, seed=0):
     """95 % interval of a set metric by deleting one of 20 blocks of clips at a time (a bootstrap of FD would exclude
-    its own value: resampled sets have fewer distinct clips). statistic: indices -> float or None."""
-    value, block = statistic(np.arange(n)), np.random.default_rng(seed).permutation(n) % blocks
+    its own value: resampled sets have fewer distinct clips). statistic: indices of clips -> float or None. Returns its
+    value for all n clips, low and high."""
+    value = statistic(np.arange(n))
+    block = np.random.default_rng(seed).permutation(n) % blocks
     parts = [statistic(np.flatnonzero(block != i)) for i in range(min(blocks, n))]
     if value is None or len(parts) < 2 or any(part is None for part in parts):
         return value, None, None
@@ -130,278 +134,6 @@ def jackknife(statistic, n, blocks=20, seed=0):
     return value, value - reach, value + reach
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Audio of every system
-# ------------------------------------------------------------------------------------------------------------
-
-
-def choose_systems(run, args):
-    """{name: folder, or None for ground truth and base}, in the order of the table."""
-    systems = {} if args.only else {k: v and run / v for k, v in DEFAULTS.items() if v is None or (run / v).is_dir()}
-    systems |= {} if args.only else evaluated_before(run, args)
-    asked = [item.partition("=")[0] for item in args.systems]
-    for item in args.systems:
-        name, _, folder = item.partition("=")
-        if not name.replace("_", "").replace("-", "").isalnum() or not common.file_name(name):
-            stop(f"--systems {item}: a name has letters, digits, _ and -, and at most 200 bytes")
-        if asked.count(name) > 1:
-            stop(f"--systems {item}: the name {name} is given twice; choose another for one of them")
-        if folder and name in ("ground_truth", "base"):
-            stop(f"--systems {item}: {name} comes from the run itself; choose another name")
-        if folder:
-            systems[name] = run / folder if (run / folder).is_dir() else Path(folder)
-        elif name in DEFAULTS:
-            systems[name] = DEFAULTS[name] and run / DEFAULTS[name]
-        elif (run / name / "policy.json").exists():
-            systems[name] = run / name
-        else:
-            stop(f"--systems {item}: give NAME=DIR, or the name of a policy folder of {run}")
-        if systems[name] is not None and not systems[name].is_dir():
-            stop(f"--systems {item}: {systems[name]} is no folder")
-    run_json, own = common.read_run(run), dict(model=common.TEXT, base_digest=common.TEXT)
-    for folder in filter(None, systems.values()):
-        if (folder / "log.jsonl").exists() and not (folder / "policy.json").exists():
-            stop(f"{folder}: no policy.json, its training has not finished; run the same command of 05 or 06 again")
-        about = common.read_json(folder / "policy.json", own) if (folder / "policy.json").exists() else None
-        if about and (about["model"], about["base_digest"]) != (run_json["model"], run_json["checkpoint_digest"]):
-            stop(f"{folder}: a policy of {about['model']} tuned from another base than this run's; use its own run")
-        if about and folder.parent == run:
-            common.require(run, f"{folder.name}/policy.pt")
-    for name, folder in DEFAULTS.items():
-        if not args.only and name not in systems:
-            print(f"{name}: left out, {run / folder} does not exist")
-    if not systems:
-        stop("--only: give --systems too, at least one")
-    if args.against not in ("base", *systems):
-        stop(f"--against {args.against}: is none of the systems ({', '.join(systems)}); name it under --systems too")
-    return {name: systems[name] for name in sorted(systems, key=[*DEFAULTS, *systems].index)}
-
-
-def evaluated_before(run, args):
-    """Systems besides the default four that the last evaluation of this split had, and whose folders are there."""
-    file = run / f"07_systems{'' if args.split == 'test' else f'_{args.split}'}.json"
-    fields = dict(name=common.NAME, folder=common.maybe(common.PATH))
-    rows = common.read_json(file, {"systems": common.LIST})["systems"] if file.exists() else []
-    rows = [common.check(row, fields, file) for row in rows]
-    found = {row["name"]: run / row["folder"] for row in rows if row.get("folder") and row["name"] not in DEFAULTS}
-    return {name: folder for name, folder in found.items() if folder.is_dir()}
-
-
-def is_policy(name, folder):
-    return name == "base" or (folder is not None and (folder / "policy.json").exists())
-
-
-def block_of(clips):
-    """{clip id: name of its block}, for files that hold several clips."""
-    return {clip["id"]: f"{clip['split']}_{i // BLOCK_CLIPS:05d}" for i, clip in enumerate(clips)}
-
-
-def encode_clips(model, run, clips, measures, args, ranks):
-    """Features of these clips, memory-mapped from the store, after encoding what is not there yet, groups divided over
-    the ranks: {clip id: dict}. The scorers' video towers see a video in the same pass, so that it is decoded once."""
-    groups = {}
-    for clip, group in zip(clips, block_of(clips).values()):
-        groups.setdefault(group, []).append(clip)
-    names = scorers_asked(measures) if model.reads_video else ()
-    mine = dict(list(groups.items())[ranks.rank :: ranks.world])
-    common.see(run, mine, names, args.weights, ranks, args.workers, model=model)
-    return common.embedded(run, groups, common.MODEL, args.weights, model)
-
-
-def generate(run, name, folder, model, features, clips, args, ranks):
-    """One audio per clip of a policy, 07_audio/<name>/<clip>.wav; what exists from the same policy is kept."""
-    rank, world, device = ranks
-    run_json, out = common.read_run(run), audio_folder(run, name, args)
-    policy = run_json["checkpoint_digest"] if folder is None else common.digest(folder / "policy.pt")
-    settings = dict(policy=policy, guidance=args.guidance, steps=run_json["sampler"]["steps"], seed=run_json["seed"])
-    record, wavs = out / "settings.json", {c["id"]: out / f"{c['id']}.wav" for c in clips}
-    old = [wav for wav in wavs.values() if wav.exists()]
-    if old and not record.exists():
-        stop(f"{out}: holds audio that stage 07 did not make; move it away, or evaluate it as --systems NAME=DIR")
-    stale = old if old and common.read_json(record) != settings else []  # of another policy
-    todo = [c for c in clips if c["id"] in features and (stale or not wavs[c["id"]].exists())]
-    if folder is not None and todo:
-        model.load_policy(folder / "policy.pt")
-    common.barrier()  # every rank has seen the same
-    if rank == 0:
-        for wav in stale:
-            wav.unlink()
-        common.write_json(record, settings)
-    common.barrier()
-    todo = todo[rank::world]
-    bar = tqdm(range(0, len(todo), args.batch_clips), desc=name, unit="batch", disable=rank > 0 or not todo)
-
-    def write(batch, a_0):  # while the next batch is sampled
-        for clip, wave in zip(batch, model.decode(a_0)):
-            common.write_audio(wavs[clip["id"]], wave, model.sample_rate_hz)
-
-    def batches():
-        for start in bar:
-            batch = todo[start : start + args.batch_clips]
-            stacked = {
-                k: torch.stack([features[c["id"]][k] for c in batch]).to(device) for k in features[batch[0]["id"]]
-            }
-            seeds = [common.seed_of(run_json["seed"], c["id"], 0) for c in batch]
-            yield batch, common.sample(model, stacked, seeds, run_json["sampler"]["steps"], args.guidance)
-
-    for _ in common.in_threads(lambda made: write(*made), batches(), 1):
-        pass
-    common.barrier()
-
-
-def audio_folder(run, name, args):
-    """Audio at another guidance than the run's is kept apart."""
-    usual = common.read_run(run)["sampler"]["guidance"]
-    return run / "07_audio" / (name if args.guidance == usual else f"{name}@{args.guidance:g}")
-
-
-def audio_files(run, name, folder, clips, args):
-    """{clip id: audio path} of what a system has."""
-    if name == "ground_truth":
-        return {clip["id"]: clip["path"] for clip in clips}
-    if not is_policy(name, folder):
-        suffixes = [case for suffix in AUDIO_SUFFIXES for case in (suffix, suffix.upper())]
-        names = {c["id"]: [folder / (c["id"] + suffix) for suffix in suffixes] for c in clips}
-        found = {clip: next((path for path in paths if path.exists()), None) for clip, paths in names.items()}
-        return {clip: path for clip, path in found.items() if path}
-    out = audio_folder(run, name, args)
-    return {c["id"]: out / f"{c['id']}.wav" for c in clips if (out / f"{c['id']}.wav").exists()}
-
-
-def below(run, path):
-    """A path as the files of a run name it: relative to the run folder, absolute where it lies elsewhere."""
-    path, run = Path(path).resolve(), run.resolve()
-    return str(path.relative_to(run) if path.is_relative_to(run) else path)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
-# ------------------------------------------------------------------------------------------------------------
-
-
-def measures_asked(run, args):
-    """{metric: (how, scorer, key)}, without the judges that nobody asked."""
-    scorers = common.scorers_of(run, args.weights)
-    if unknown := set(args.judge) - set(scorers.judges):
-        stop(f"--judge {unknown.pop()}: the scorers of this run know no such judge ({', '.join(scorers.judges)})")
-    return {m: x for m, x in scorers.measures.items() if x[1] not in scorers.judges or x[1] in args.judge}
-
-
-def scorers_asked(measures):
-    return list(dict.fromkeys([*common.AUDIOSCORE_SCORERS, *(scorer for _, scorer, _ in measures.values())]))
-
-
-def rehearse(run, systems, clips, measures, args):
-    """What an evaluation would find: audio of each system for the clips of the split, and files that are missing."""
-    for name, folder in systems.items():
-        have, named = audio_files(run, name, folder, clips, args), set()
-        if folder and not is_policy(name, folder):
-            named = {file.stem for file in folder.iterdir() if file.suffix.lower() in AUDIO_SUFFIXES}
-        foreign = sorted(named - {clip["id"] for clip in clips})
-        made = f", {len(clips) - len(have)} will be generated" if is_policy(name, folder) else ""
-        other = f"; {len(foreign)} files name no clip of this split, first {foreign[0]}" if foreign else ""
-        print(f"{name}: audio for {len(have)} of {len(clips)} {args.split} clips{made}{other}")
-    scorers = common.scorers_of(run, args.weights)
-    common.print_missing(scorers.root, [f for name in scorers_asked(measures) for f in scorers.classes[name].files])
-
-
-def score_systems(run, files, clips, measures, args, ranks):
-    """Everything the scorers say of every system: {system: {scorer: {key: (n, ...)}}}, rows in the order of
-    files[system]; each audio once, each video tower once per clip."""
-    names = scorers_asked(measures)
-    group, by_id = block_of(clips), {clip["id"]: clip for clip in clips}
-    audios = {
-        system: {c: common.Audio(by_id[c], path, common.digest(path), group[c]) for c, path in paths.items()}
-        for system, paths in files.items()
-    }
-    # clip by clip: a video tower runs once for all systems
-    by_clip = [part[clip] for clip in by_id for part in audios.values() if clip in part]
-    common.fill_store(run, by_clip, names, args.weights, ranks, args.workers)
-    if ranks.rank > 0:
-        return {}
-    return {s: common.stored_scores(run, [*part.values()], names, args.weights) for s, part in audios.items()}
-
-
-def per_clip(run, found, clips, files, measures, against="base"):
-    """Metrics that are means over clips: {system: {metric: (n,) float64, nan where absent}}, rows = clips; and what
-    the set metrics need: {system: {metric: (embedding or logits, row of each clip or -1)}}."""
-    people, judge = common.people_of(run), run / "02_audioscore.pt"
-    audioscore = AudioScore.load(judge) if judge.exists() else None
-    means, sets = {}, {}
-    for system, part in found.items():
-        row = {clip: i for i, clip in enumerate(files[system])}
-        rows = np.array([row.get(clip["id"], -1) for clip in clips])
-        values = {metric: part[scorer][key] for metric, (how, scorer, key) in measures.items() if how == "mean"}
-        if audioscore:
-            values["p_good"] = audioscore(common.five_scores(part, audioscore))[:, 0]
-        if people:
-            by_id = {clip["id"]: clip for clip in clips}
-            oracle = people.oracle_scores(run, [(by_id[clip], path) for clip, path in files[system].items()])
-            values |= {metric: value for metric, value in oracle.items() if metric in METRICS}
-        means[system] = {m: np.where(rows >= 0, np.asarray(v, np.float64)[rows], np.nan) for m, v in values.items()}
-        of_set = {metric: part[scorer][key] for metric, (how, scorer, key) in measures.items() if how in ("fd", "is")}
-        sets[system] = {metric: (value.numpy(), rows) for metric, value in of_set.items()}
-    for system, part in found.items():
-        if "ground_truth" in found and system != "ground_truth":
-            truth, both = found["ground_truth"], {s: sets[s]["is"][1] for s in ("ground_truth", system)}
-            have = np.flatnonzero((both["ground_truth"] >= 0) & (both[system] >= 0))
-            a, b = both["ground_truth"][have], both[system][have]
-            for metric, (how, scorer, key) in measures.items():
-                if how == "kl":
-                    means[system][metric] = np.full(len(clips), np.nan)
-                    means[system][metric][have] = kl_divergence(truth[scorer][key][a], part[scorer][key][b])
-        if "p_good" in means[system] and against in means:
-            ours, theirs = means[system]["p_good"], means[against]["p_good"]
-            wins = (ours > theirs + TIE) + 0.5 * (np.abs(ours - theirs) <= TIE)
-            means[system]["win_rate"] = np.where(np.isfinite(ours) & np.isfinite(theirs), wins, np.nan)
-    return means, sets
-
-
-def results_of(means, sets, n, against="base"):
-    """Lines of 07_results.jsonl."""
-    lines, truth = [], sets.get("ground_truth")
-    for system in means:
-        compared = system != against and against in means
-
-        def line(metric, value, low, high, count, diff, system=system):
-            better = METRICS.get(metric, Metric(metric)).better
-            keys = ("value", "low", "high", "n", "diff", "diff_low", "diff_high", "verdict")
-            numbers = dict(zip(keys, (value, low, high, count, *diff, verdict(better, *diff))))
-            return {"system": system, "metric": metric, "better": better, **numbers}
-
-        for metric, values in means[system].items():
-            value = float(np.nanmean(values)) if np.isfinite(values).any() else None
-            diff = (None, None, None)
-            if compared and metric in means[against]:
-                gap = values - means[against][metric]
-                if np.isfinite(gap).any():
-                    diff = (float(np.nanmean(gap)), *bootstrap(gap))
-            lines.append(line(metric, value, *bootstrap(values), int(np.isfinite(values).sum()), diff))
-        for metric in sets[system]:
-            if metric != "is" and (truth is None or system == "ground_truth"):
-                continue
-
-            def statistic(index, metric=metric, system=system):
-                embedding, rows = sets[system][metric]
-                if metric == "is":  # shuffled once, then clips are left out: else every replicate has other splits
-                    have = np.flatnonzero(rows >= 0)[shuffled((rows >= 0).sum())]
-                    return inception_score(embedding, order=rows[have[np.isin(have, index)]])
-                reference, places = truth[metric]
-                index = index[(rows[index] >= 0) & (places[index] >= 0)]  # av-benchmark: the clips that both have
-                return frechet_distance(embedding[rows[index]], reference[places[index]])
-
-            def difference(index, statistic=statistic, metric=metric, system=system):
-                both = (sets[system][metric][1][index] >= 0) & (sets[against][metric][1][index] >= 0)  # paired
-                ours, theirs = statistic(index[both]), statistic(index[both], system=against)
-                return None if ours is None or theirs is None else ours - theirs
-
-            count = int((sets[system][metric][1] >= 0).sum())
-            diff = jackknife(difference, n) if compared else (None, None, None)
-            lines.append(line(metric, *jackknife(statistic, n), count, diff))
-    order = list(describe(row["metric"] for row in lines))
-    return sorted(lines, key=lambda row: (list(means).index(row["system"]), order.index(row["metric"])))
-
-
 def verdict(better, diff, low, high):
     """`better`, `worse`, or None where the interval of the difference is absent or holds 0."""
     if low is None or low <= 0 <= high:
@@ -409,83 +141,648 @@ def verdict(better, diff, low, high):
     return "better" if (diff > 0) == (better == "higher") else "worse"
 
 
-def main(args):
-    # -- setup
-    ranks = common.setup_ranks()
-    run = Path(args.run_dir)
-    run_json, clips = common.read_run(run), common.read_clips(run, args.split)
-    if not clips:
-        stop(f"{run}/clips.jsonl has no clip of the split {args.split}; give some that split in stage 01's --clips")
-    common.hold(run, "07", ranks)
-    systems, measures = choose_systems(run, args), measures_asked(run, args)
-    if (run / "02_settings.json").exists():
-        common.require(run, "02_audioscore.pt")
-    unseen, fields = run / "01_missing.jsonl", dict(id=common.NAME, split=common.TEXT, reason=common.TEXT)
-    unseen = common.read_jsonl(unseen, fields) if unseen.exists() else []
+# ------------------------------------------------------------------------------------------------------------
+# How they are shown, and the paper's Table 1
+# ------------------------------------------------------------------------------------------------------------
 
-    # -- audio
-    if args.dry_run:
-        return rehearse(run, systems, clips, measures, args)
-    if any(is_policy(name, folder) for name, folder in systems.items()):
-        model = common.load_base_model(run, ranks.device, args.weights)
-        if args.compile:
-            model.compile_sampling()
-        features = encode_clips(model, run, clips, measures, args, ranks)
-        for name, folder in systems.items():  # base comes before any policy replaces its weights
-            if is_policy(name, folder):
-                generate(run, name, folder, model, features, clips, args, ranks)
-        del model
-    files = {name: audio_files(run, name, folder, clips, args) for name, folder in systems.items()}
-    heard = common.listen(run, [path for paths in files.values() for path in paths.values()], run_json["clip_s"], ranks)
-    files = {name: {c: p for c, p in paths.items() if heard[p] is not None} for name, paths in files.items()}
-    for name, paths in files.items():
-        if len(paths) < len(clips):
-            missing = next(c["id"] for c in clips if c["id"] not in paths)
-            said = f"{name}: audio for {len(paths)} of {len(clips)} {args.split} clips, first missing {missing}"
-            if not paths or not args.allow_missing:
+
+class Metric(NamedTuple):
+    column: str
+    better: str = "higher"
+    decimals: int = 3
+    times: int = 1  # shown times this
+
+    def text(self, value, sign=""):
+        return "-" if value is None else f"{value * self.times:{sign}.{self.decimals}f}"
+
+
+METRICS = {
+    "fd_passt": Metric("FD_PaSST", "lower", 2),
+    "fd": Metric("FD", "lower", 2),
+    "kl_panns": Metric("KL_PANNs", "lower", 2),
+    "kl_passt": Metric("KL_PaSST", "lower", 2),
+    "kl": Metric("KL", "lower", 2),
+    "is": Metric("IS", "higher", 2),
+    "ib": Metric("IB x100", "higher", 2, 100),
+    "clap": Metric("CLAP x100", "higher", 2, 100),
+    "desync_s": Metric("DeSync s", "lower"),
+    "p_good": Metric("P(Good)"),
+    "win_rate": Metric("wins"),
+    "audiobox_pq": Metric("audiobox PQ", "higher", 2),
+    "audiobox_pc": Metric("audiobox PC", "lower", 2),
+    "audiobox_ce": Metric("audiobox CE", "higher", 2),
+    "audiobox_cu": Metric("audiobox CU", "higher", 2),
+    "judge_semantic": Metric("judge: semantic"),
+    "judge_sync_s": Metric("judge: sync s", "lower", 4),
+    "judge_aesthetic": Metric("judge: aesthetic"),
+    "oracle_semantic": Metric("oracle: semantic"),
+    "oracle_sync_s": Metric("oracle: sync s", "lower", 4),
+    "oracle_floor_db": Metric("oracle: floor dB", "lower", 2),
+    "oracle_aesthetic": Metric("oracle: aesthetic"),
+}
+PAPER_COLUMNS = ("fd_passt", "kl_panns", "kl_passt", "is", "ib", "desync_s")
+PAPER = {  # Table 1, VGGSound test
+    "Seeing&Hearing": (219.01, 2.26, 2.30, 8.58, 33.99, 1.20),
+    "V-AURA": (218.50, 2.42, 2.07, 10.08, 27.64, 0.65),
+    "FoleyCrafter": (140.09, 2.30, 2.23, 15.68, 25.68, 1.23),
+    "V2A-Mapper": (84.57, 2.69, 2.56, 12.47, 22.58, 1.23),
+    "ThinkSound": (54.92, 1.32, 1.52, 16.03, 34.13, 0.46),
+    "Frieren": (106.10, 2.73, 2.86, 12.25, 22.78, 0.85),
+    "Frieren-DDPO": (75.41, 2.58, 2.61, 13.12, 23.19, 0.65),
+    "Frieren-DPO": (69.98, 2.55, 2.63, 13.98, 24.11, 0.62),
+    "MMAudio": (60.60, 1.65, 1.40, 17.40, 33.22, 0.44),
+    "MMAudio-DDPO": (54.81, 1.42, 1.36, 18.34, 33.89, 0.39),
+    "MMAudio-DPO": (51.38, 1.38, 1.34, 19.21, 34.08, 0.35),
+}
+TOLERANCE = "tolerance: a repeated evaluation of one MMAudio model drifted by 0.69 FD_PaSST and 0.006 s DeSync"
+
+
+def metric_of(name):
+    """One that a scorer of the user's brings is shown as it comes."""
+    return METRICS.get(name, Metric(name))
+
+
+def in_order(names):
+    """Metrics in the table's order, those of a user's own scorer last."""
+    names = dict.fromkeys(names)
+    return [name for name in METRICS if name in names] + [name for name in names if name not in METRICS]
+
+
+def print_table(results, systems, against="base"):
+    """Values, then differences to one of the systems with 95 % intervals; better and worse mark intervals without 0."""
+    cell = {(row.metric, row.system): row for row in results}
+    metrics = in_order(row.metric for row in results)
+    print("\n" + f"{'':<18}" + "".join(f"{system[:14]:>15}" for system in systems))
+    for name in metrics:
+        metric = metric_of(name)
+        arrow = "^" if metric.better == "higher" else "v"
+        line = f"{metric.column + ' ' + arrow:<18}"
+        for system in systems:
+            text = metric.text(cell[name, system].value) if (name, system) in cell else ""
+            line += f"{text:>15}"
+        print(line)
+    others = [system for system in systems if system not in (against, "ground_truth")]
+    if against not in systems or not others:
+        return
+    print(f"\n{f'minus {against[:14]}, 95 % interval':<29}" + "".join(f"{system[:24]:>36}" for system in others))
+    for name in metrics:
+        line = f"{metric_of(name).column:<29}"
+        for system in others:
+            line += f"{difference_text(cell.get((name, system))):>36}"
+        print(line)
+    print("intervals over clips, one training seed: another seed may move a policy by more than they are wide")
+
+
+def difference_text(row):
+    if row is None or row.diff is None:
+        return ""
+    metric = metric_of(row.metric)
+    diff = metric.text(row.diff, "+")
+    low = metric.text(row.diff_low, "+")
+    high = metric.text(row.diff_high, "+")
+    return f"{diff} [{low}, {high}] {row.verdict or '':<6}"
+
+
+def print_hacked(results, systems):
+    """A line for each system that gains on AudioScore and loses by who is no part of it: a judge, the toy's oracle."""
+    for system in systems:
+        own = [row for row in results if row.system == system]
+        gains = any(row.metric == "p_good" and row.verdict == "better" for row in own)
+        lost = [row.metric for row in own if row.verdict == "worse" and is_outside(row.metric)]
+        if gains and lost:
+            print(f"warning: {system} gains on AudioScore and loses on {', '.join(lost)}: is it gaming its reward?")
+
+
+def is_outside(metric):
+    """Whether it is no part of AudioScore."""
+    return metric.startswith(("audiobox_", "judge_", "oracle_"))
+
+
+def paper_twin(system, model):
+    """The row of Table 1 that a system repeats: base, flow_dpo and ddpo of the two models that the paper tunes, and any
+    system named like a row (mmaudio=DIR). None for others."""
+    family = {"mmaudio:large_44k": "MMAudio", "frieren": "Frieren"}.get(model)
+    ending = {"base": "", "flow_dpo": "-DPO", "ddpo": "-DDPO"}.get(system)
+    if family is not None and ending is not None:
+        return family + ending
+    for name in PAPER:
+        if letters(name) == letters(system):
+            return name
+    return None
+
+
+def letters(name):
+    return "".join(filter(str.isalnum, name)).lower()
+
+
+def table_1(run_json, results, systems):
+    """The paper's rows, then ours, then each of ours minus the paper's own: [(label, six texts)], and a remark. In the
+    toy world only MMAudio's rows, without ours: only the signs of the differences compare."""
+    of_paper = [(name, [f"{value:.2f}" for value in row]) for name, row in PAPER.items()]
+    if run_json.scorers != "real":  # not the paper's
+        shown = [row for row in of_paper if row[0].startswith("MMAudio")]
+        return shown, "another world and other scorers: compare the signs of the differences, not the numbers"
+    value = {(row.system, row.metric): row.value for row in results}
+    shown = of_paper
+    for system in systems:
+        if system == "ground_truth":
+            continue
+        ours = [value.get((system, metric)) for metric in PAPER_COLUMNS]
+        shown.append((f"here: {system}", [METRICS[m].text(x) for m, x in zip(PAPER_COLUMNS, ours)]))
+        twin = paper_twin(system, run_json.model)
+        if twin is not None:
+            texts = []
+            for metric, mine, printed in zip(PAPER_COLUMNS, ours, PAPER[twin]):
+                drift = None if mine is None else mine - printed / METRICS[metric].times
+                texts.append(METRICS[metric].text(drift, "+"))
+            shown.append((f"  minus the paper's {twin}", texts))
+    return shown, TOLERANCE
+
+
+def print_table_1(shown, remark):
+    columns = "".join(f"{METRICS[metric].column:>11}" for metric in PAPER_COLUMNS)
+    print(f"\nthe paper (Table 1, VGGSound test){columns}")
+    for name, texts in shown:
+        print(f"{name[:34]:<34}" + "".join(f"{text:>11}" for text in texts))
+    print(f"({remark})")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Systems and their audio
+# ------------------------------------------------------------------------------------------------------------
+
+
+def choose_systems(run, args):
+    """{name: folder, or None for ground truth and base}, in the order of the table."""
+    systems = {}
+    for item in args.systems:
+        name, _, folder = item.partition("=")
+        if not name.replace("_", "").replace("-", "").isalnum() or not files.is_name(name):
+            stop(f"--systems {item}: a name has letters, digits, _ and -, and at most {files.LONGEST_NAME} bytes")
+        if name in systems:
+            stop(f"--systems {item}: the name {name} is given twice; choose another for one of them")
+        if folder and name in ("ground_truth", "base"):
+            stop(f"--systems {item}: {name} comes from the run itself; choose another name")
+        systems[name] = folder_of(run, item, name, folder)
+    if not systems:
+        for name, folder in DEFAULT_SYSTEMS.items():
+            if folder is None or (run / folder).is_dir():
+                systems[name] = folder and run / folder
+            else:
+                print(f"{name}: left out, {run / folder} does not exist")
+    if args.against not in ("base", *systems):
+        stop(f"--against {args.against}: is none of the systems ({', '.join(systems)}); name it under --systems too")
+    return {name: systems[name] for name in sorted(systems, key=[*DEFAULT_SYSTEMS, *systems].index)}
+
+
+def folder_of(run, item, name, folder):
+    """What `NAME` or `NAME=DIR` of --systems means."""
+    if name in ("ground_truth", "base"):
+        return None
+    if folder:
+        path = run / folder if (run / folder).is_dir() else Path(folder)
+    elif name in DEFAULT_SYSTEMS:
+        path = run / DEFAULT_SYSTEMS[name]
+    elif (run / name / "policy.json").exists():
+        path = run / name
+    else:
+        stop(f"--systems {item}: give NAME=DIR, or the name of a policy folder of {run}")
+    if not path.is_dir():
+        stop(f"--systems {item}: {path} is no folder")
+    return path
+
+
+def check_policies(run, run_json, systems):
+    """Every policy among the systems is finished and tuned from this run's model. Returns the names of those of this
+    run, whose records are followed."""
+    names = []
+    for folder in systems.values():
+        if folder is None:
+            continue
+        if (folder / "log.jsonl").exists() and not (folder / "policy.json").exists():
+            stop(f"{folder}: no policy.json, its training has not finished; run the same command of 05 or 06 again")
+        if not (folder / "policy.json").exists():
+            continue
+        policy = rows.read_json(folder / "policy.json", rows.Policy)
+        if (policy.model, policy.base_digest) != (run_json.model, run_json.checkpoint_digest):
+            stop(f"{folder}: a policy of {policy.model} tuned from another base than this run's; use its own run")
+        if folder.parent == run:
+            names.append(f"{folder.name}/policy.pt")
+    return names
+
+
+def is_policy(name, folder):
+    return name == "base" or (folder is not None and (folder / "policy.json").exists())
+
+
+def audio_folder(run, run_json, name, guidance):
+    """Audio at another guidance than the run's is kept apart."""
+    usual = guidance == run_json.sampler.guidance
+    return run / "07_audio" / (name if usual else f"{name}@{guidance:g}")
+
+
+def generate(run, run_json, name, folder, model, features, clips, here, args):
+    """One audio per clip of a policy, 07_audio/<name>/<clip>.wav; what is there of the same policy is kept.
+
+    features: {clip id: its features}, of the clips whose video can be used.
+    """
+    out = audio_folder(run, run_json, name, args.guidance)
+    policy = run_json.checkpoint_digest if folder is None else files.digest(folder / "policy.pt")
+    settings = {"policy": policy, "guidance": args.guidance, "steps": run_json.sampler.steps, "seed": run_json.seed}
+    made = rows.Record(settings=settings, inputs={})
+    file = out / "settings.json"
+    wav_of = {clip.id: out / f"{clip.id}.wav" for clip in clips}
+    old = [wav for wav in wav_of.values() if wav.exists()]
+    if old and not file.exists():
+        stop(f"{out}: holds audio that stage 07 did not make; move it away, or evaluate it as --systems NAME=DIR")
+    stale = old if old and rows.read_json(file, rows.Record) != made else []  # of another policy, or sampled otherwise
+    todo = [clip for clip in clips if clip.id in features and (stale or not wav_of[clip.id].exists())]
+    if todo and folder is not None:
+        model.load_policy(folder / "policy.pt")  # before any audio goes: it may be another model's
+    ranks.barrier()  # every rank has seen the same
+    if here.first:
+        for wav in stale:
+            wav.unlink()
+        rows.write_json(file, made)
+    ranks.barrier()
+    batches = [todo[i : i + args.batch_clips] for i in range(0, len(todo), args.batch_clips)]
+    todo = [clip for batch in here.share(batches) for clip in batch]  # whole ones: other sizes may round otherwise
+
+    def write(clip, latents, waves):
+        media.write_audio(wav_of[clip.id], waves[0], model.sample_rate_hz)
+
+    def seeds_of(clip):
+        return [common.seed_of(run_json.seed, clip.id, 0)]
+
+    sampler = rows.Sampler(steps=run_json.sampler.steps, guidance=args.guidance)
+    title = name if here.first and todo else None
+    for _ in common.sample_clips(model, todo, features, seeds_of, write, sampler, args.batch_clips, title):
+        pass
+    ranks.barrier()
+
+
+def audio_files(run, run_json, name, folder, clips, guidance):
+    """[(clip, audio file), ...] of what a system has."""
+    if name == "ground_truth":
+        return [(clip, clip.path) for clip in clips]
+    suffixes = [".wav"]
+    if is_policy(name, folder):
+        folder = audio_folder(run, run_json, name, guidance)
+    else:
+        suffixes = [*AUDIO_SUFFIXES, *map(str.upper, AUDIO_SUFFIXES)]
+    found = []
+    for clip in clips:
+        for suffix in suffixes:
+            file = folder / f"{clip.id}{suffix}"
+            if file.exists():
+                found.append((clip, file))
+                break
+    return found
+
+
+def rehearse(run, run_json, systems, clips, scorers, names, args):
+    """What an evaluation would find: audio of each system for the clips of the split, and files that are missing."""
+    ids = {clip.id for clip in clips}
+    for name, folder in systems.items():
+        have = audio_files(run, run_json, name, folder, clips, args.guidance)
+        line = f"{name}: audio for {len(have)} of {len(clips)} {args.split} clips"
+        if is_policy(name, folder):
+            line += f", {len(clips) - len(have)} will be generated"
+        elif folder is not None:
+            named = {file.stem for file in folder.iterdir() if file.suffix.lower() in AUDIO_SUFFIXES}
+            foreign = sorted(named - ids)
+            if foreign:
+                line += f"; {len(foreign)} files name no clip of this split, first {foreign[0]}"
+        print(line)
+    wanted = [file for name in names for file in scorers.classes[name].files]
+    common.print_missing(scorers.root, wanted)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Numbers: arrays whose rows are the clips of the split, nan where a system has no audio or a metric does not apply
+# ------------------------------------------------------------------------------------------------------------
+
+
+def clip_blocks(run, name, clips, audio_of, split):
+    """A system's audios in blocks of 32 clips of the split. audio_of: {clip id: scoring.Audio}."""
+    blocks = []
+    for start in range(0, len(clips), scoring.BLOCK_CLIPS):
+        part = clips[start : start + scoring.BLOCK_CLIPS]
+        audios = [audio_of[clip.id] for clip in part if clip.id in audio_of]
+        block = f"{split}_{start // scoring.BLOCK_CLIPS:05d}"
+        blocks.append(scoring.Block(block, run / "07_scores" / name, run / "07_clips", part, audios))
+    return blocks
+
+
+def aligned(values, places, n):
+    """(m, ...) values of the clips at `places` -> (n, ...) float64 array, nan for the other clips."""
+    full = np.full((n, *values.shape[1:]), np.nan)
+    full[places] = values
+    return full
+
+
+def read_said(blocks, scorers, names, clips):
+    """What the scorers said of a system's audios: {scorer: {name: (clips, ...) array}}."""
+    place_of = {clip.id: i for i, clip in enumerate(clips)}
+    places = [place_of[audio.clip.id] for block in blocks for audio in block.audios]
+    said = scoring.read_scores(blocks, scorers, names)
+    for columns in said.values():
+        for column, values in columns.items():
+            columns[column] = aligned(values.numpy(), places, len(clips))
+    return said
+
+
+def clip_values(said, measures, scorers, audioscore, truth):
+    """Metrics that are means over clips: {metric: (clips,) array}. truth: as said, of the ground truth, or None."""
+    values = {}
+    for metric, (how, scorer, column) in measures.items():
+        if how == "mean":
+            values[metric] = said[scorer][column]
+        elif how == "kl" and truth is not None:
+            values[metric] = kl_divergence(truth[scorer][column], said[scorer][column])
+    if audioscore is not None:
+        five = {name: torch.from_numpy(column).float() for name, column in scorers.five(said).items()}
+        p_good = audioscore(audioscore.five_scores(five))[:, 0].numpy()
+        has_audio = five["logits"].isfinite().all(dim=1).numpy()  # the one score that applies to every audio
+        values["p_good"] = np.where(has_audio, p_good, np.nan)
+    return values
+
+
+def oracle_values(run, people, audio_of, clips):
+    """What the toy world's oracle and judge say, {metric: (clips,) array}; people: the world's, or None."""
+    if people is None:
+        return {}
+    places = [i for i, clip in enumerate(clips) if clip.id in audio_of]
+    said = people.oracle_scores(run, [(clips[i], audio_of[clips[i].id].path) for i in places])
+    return {metric: aligned(values, places, len(clips)) for metric, values in said.items() if metric in METRICS}
+
+
+def win_rate(p_good, against):
+    """Per clip: 1 where this system's P(Good) is higher, 1/2 for a tie; nan where one of the two is absent."""
+    wins = (p_good > against + TIE) + 0.5 * (np.abs(p_good - against) <= TIE)
+    return np.where(np.isfinite(p_good) & np.isfinite(against), wins, np.nan)
+
+
+def set_value(how, ours, truth, chosen):
+    """FD (of the clips that both sides have) or IS of the chosen clips. ours, truth: (clips, d) arrays; chosen: indices
+    of clips. None where there are too few."""
+    has_ours = np.isfinite(ours).all(axis=1)
+    if how == "is":
+        # Shuffled once, then clips are left out: with fresh shuffles every replicate would have other splits.
+        have = np.flatnonzero(has_ours)
+        order = have[shuffled(len(have))]
+        return inception_score(ours, order=order[np.isin(order, chosen)])
+    both = chosen[has_ours[chosen] & np.isfinite(truth[chosen]).all(axis=1)]  # as av-benchmark
+    return frechet_distance(ours[both], truth[both])
+
+
+def mean_result(system, metric, values, against):
+    """A metric that is a mean over clips. values: (clips,); against: the other system's, None for itself."""
+    value = float(np.nanmean(values)) if np.isfinite(values).any() else None
+    low, high = bootstrap(values)
+    diff = (None, None, None)
+    if against is not None and np.isfinite(values - against).any():
+        gap = values - against
+        diff = (float(np.nanmean(gap)), *bootstrap(gap))
+    return result(system, metric, (value, low, high), diff, np.isfinite(values).sum())
+
+
+def set_result(system, metric, how, ours, truth, against):
+    """A metric of the whole set. ours, truth, against: (clips, d); against: the other system's, None for itself."""
+    n = len(ours)
+
+    def value(chosen):
+        return set_value(how, ours, truth, chosen)
+
+    def difference(chosen):
+        both = chosen[np.isfinite(ours[chosen]).all(axis=1) & np.isfinite(against[chosen]).all(axis=1)]  # paired
+        mine = set_value(how, ours, truth, both)
+        other = set_value(how, against, truth, both)
+        return None if mine is None or other is None else mine - other
+
+    diff = (None, None, None) if against is None else jackknife(difference, n)
+    return result(system, metric, jackknife(value, n), diff, np.isfinite(ours).all(axis=1).sum())
+
+
+def result(system, metric, value, diff, n):
+    """A row of 07_results.jsonl. value, diff: (value, low, high)."""
+    better = metric_of(metric).better
+    return rows.Result(
+        system=system,
+        metric=metric,
+        better=better,
+        value=value[0],
+        low=value[1],
+        high=value[2],
+        n=int(n),
+        diff=diff[0],
+        diff_low=diff[1],
+        diff_high=diff[2],
+        verdict=verdict(better, *diff),
+    )
+
+
+def results_of(means, sets, measures, against="base"):
+    """The rows of 07_results.jsonl. means: {system: {metric: (clips,)}}; sets: {system: {metric: (clips, d)}}."""
+    found = []
+    for system in means:
+        compared = against if system != against and against in means else None
+        lines = []
+        for metric, values in means[system].items():
+            other = means[compared].get(metric) if compared else None
+            lines.append(mean_result(system, metric, values, other))
+        for metric, values in sets[system].items():
+            how = measures[metric][0]
+            truth = sets.get("ground_truth", {}).get(metric)
+            if how == "fd" and (truth is None or system == "ground_truth"):
+                continue
+            other = sets[compared][metric] if compared else None
+            lines.append(set_result(system, metric, how, values, truth, other))
+        order = in_order(row.metric for row in lines)
+        found += sorted(lines, key=lambda row: order.index(row.metric))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------
+
+
+def measures_asked(scorers, judges):
+    """{metric: (how, scorer, column)}, without the judges that nobody asked; and the scorers that they and AudioScore
+    need."""
+    for name in judges:
+        if name not in scorers.judges:
+            stop(f"--judge {name}: the scorers of this run know no such judge ({', '.join(scorers.judges)})")
+    measures = {}
+    for metric, (how, scorer, column) in scorers.measures.items():
+        if scorer not in scorers.judges or scorer in judges:
+            measures[metric] = (how, scorer, column)
+    names = dict.fromkeys([*scorers.of_audioscore, *(scorer for _, scorer, _ in measures.values())])
+    return measures, list(names)
+
+
+def make_audio(run, run_json, systems, clips, scorers, names, here, args):
+    """The audio of every policy among the systems. The model's encoders and the scorers see a video in one decode."""
+    model = common.load_base_model(run, here.device, args.weights)
+    if args.compile:
+        model.compile_sampling()
+    blocks = clip_blocks(run, "base", clips, {}, args.split)
+    seers = names if model.reads_video else ()
+    scoring.embed_videos(here.share(blocks), scorers, seers, run_json.clip_s, here.device, args.workers, model)
+    ranks.barrier()
+    features = {}
+    for block in blocks:
+        key = scoring.features_key(model, block.clips)
+        for clip_id, found in scoring.read_videos(block, key, scoring.FEATURES, model.feature_shapes).items():
+            if all(value.isfinite().all() for value in found.values()):
+                features[clip_id] = found
+    for name, folder in systems.items():  # base comes before any policy replaces its weights
+        if is_policy(name, folder):
+            generate(run, run_json, name, folder, model, features, clips, here, args)
+
+
+def find_audio(run, run_json, systems, clips, here, args):
+    """{system: {clip id: scoring.Audio}} of the audios that can be used, {system: how many of them are silent}."""
+    usable = {}
+    silent = {}
+    for name, folder in systems.items():
+        audio_of = {}
+        for clip, file in audio_files(run, run_json, name, folder, clips, args.guidance):
+            audio_of[clip.id] = scoring.Audio(clip, 0, file, files.digest(file))
+        blocks = clip_blocks(run, name, clips, audio_of, args.split)
+        scoring.find_peaks(here.share(blocks), run_json.clip_s)
+        ranks.barrier()
+        peaks = scoring.read_peaks(blocks, run_json.clip_s)
+        audios = [audio for block in blocks for audio in block.audios]
+        usable[name] = {audio.clip.id: audio for audio, peak in zip(audios, peaks) if peak.isfinite()}
+        silent[name] = int((peaks < common.SILENT_PEAK).sum())
+        missing = [clip.id for clip in clips if clip.id not in usable[name]]
+        if missing:
+            said = f"{name}: audio for {len(usable[name])} of {len(clips)} {args.split} clips"
+            said += f", first missing {missing[0]}"
+            if not usable[name] or not args.allow_missing:
                 stop(f"{said}; complete it, or evaluate what there is with --allow-missing")
             print(said)
+    return usable, silent
 
-    # -- numbers
-    found = score_systems(run, files, clips, measures, args, ranks)
-    if ranks.rank > 0:
-        return
-    results = results_of(*per_clip(run, found, clips, files, measures, args.against), len(clips), args.against)
 
-    # -- save
-    by = {"clap": " ".join(common.scorers_of(run, args.weights).classes["clap"].files[:1])}
-    suffix = ("" if args.split == "test" else "_val") + ("" if args.against == "base" else f"_{args.against}")
-    common.write_jsonl(run / f"07_results{suffix}.jsonl", results)
-    rows, remark = common.table_1(run_json, results, list(systems))
-    about = dict(split=args.split, guidance=args.guidance, steps=run_json["sampler"]["steps"])
-    about["systems"] = [
-        dict(name=name, folder=folder and below(run, folder), audio={c: below(run, p) for c, p in files[name].items()})
-        for name, folder in systems.items()
-    ]
-    metrics = describe(row["metric"] for row in results)
-    about["metrics"] = {name: metric._asdict() | {"by": by.get(name)} for name, metric in metrics.items()}
-    about["paper"] = dict(columns=[METRICS[m].column for m in PAPER_COLUMNS], rows=rows, remark=remark)
-    common.write_json(run / f"07_systems{suffix}.json", about)
-    silent = {name: sum(heard[p] < common.SILENT_PEAK for p in paths.values()) for name, paths in files.items()}
-    said = {name: f" ({count} silent)" if count else "" for name, count in silent.items()}
-    coverage = [f"{name} {len(paths)}/{len(clips)}{said[name]}" for name, paths in files.items()]
-    print(f"{args.split} split, guidance {args.guidance:g}; clips with audio: {', '.join(coverage)}")
-    if gone := sum(row["split"] == args.split for row in unseen):
-        print(f"{gone} more listed {args.split} clips have no video (01_missing.jsonl), so no system is judged on them")
-    common.print_table(results, list(systems), args.against)
-    tuned = [name for name, folder in systems.items() if name not in DEFAULTS and is_policy(name, folder)]
-    if tuned and args.split == "test":
-        print(f"warning: {', '.join(tuned)} on the test split; choose on --split val, test is for what is frozen")
-    print(f"CLAP by {by['clap']}")
-    for line in common.hacked(results):
-        print(line)
-    for name, count in silent.items():
-        if name != "ground_truth" and count > 0.01 * len(files[name]):
-            print(f"warning: {count} of {len(files[name])} audios of {name} are silent or broken, and scored as that")
-    common.print_table_1(rows, remark)
+def describe_run(run, run_json, systems, usable, results, clap_file, args):
+    """07_systems.json."""
+    shown, remark = table_1(run_json, results, list(systems))
+    listed = []
+    for name, folder in systems.items():
+        audio = {clip_id: files.below(run, audio.path) for clip_id, audio in usable[name].items()}
+        listed.append(rows.System(name=name, folder=folder and files.below(run, folder), audio=audio))
+    metrics = {}
+    for name in in_order(row.metric for row in results):
+        metrics[name] = rows.ShownMetric(**metric_of(name)._asdict(), by=clap_file if name == "clap" else None)
+    columns = [METRICS[metric].column for metric in PAPER_COLUMNS]
+    return rows.Systems(
+        split=args.split,
+        guidance=args.guidance,
+        steps=run_json.sampler.steps,
+        systems=listed,
+        metrics=metrics,
+        paper=rows.PaperTable(columns=columns, rows=shown, remark=remark),
+    )
+
+
+def main(args):
+    # -- setup
+    here = ranks.setup()
+    run = Path(args.run_dir)
+    run_json = common.read_run(run)
+    clips = common.read_clips(run, args.split)
+    if not clips:
+        stop(f"{run}/clips.jsonl has no clip of the split {args.split}; give some that split in stage 01's --clips")
+    scorers = common.scorers_of(run, args.weights)
+    measures, names = measures_asked(scorers, args.judge)
+    systems = choose_systems(run, args)
+    inputs = check_policies(run, run_json, systems)
+    if (run / "02_settings.json").exists():
+        inputs.append("02_audioscore.pt")
+
+    with record.stage(run, "07", inputs):
+        if args.dry_run:
+            rehearse(run, run_json, systems, clips, scorers, names, args)
+            return
+
+        # -- audio
+        if any(is_policy(name, folder) for name, folder in systems.items()):
+            make_audio(run, run_json, systems, clips, scorers, names, here, args)
+        usable, silent = find_audio(run, run_json, systems, clips, here, args)
+
+        # -- scores
+        blocks_of = {name: clip_blocks(run, name, clips, usable[name], args.split) for name in systems}
+        blocks = [block for name in systems for block in blocks_of[name]]
+        scoring.score(blocks, scorers, names, run_json.clip_s, here, args.workers)
+        if not here.first:
+            return
+
+        # -- numbers
+        has_audioscore = (run / "02_audioscore.pt").exists()
+        audioscore = AudioScore.load(run / "02_audioscore.pt") if has_audioscore else None
+        said = {name: read_said(blocks_of[name], scorers, names, clips) for name in systems}
+        means = {}
+        sets = {}
+        for name in systems:
+            truth = said.get("ground_truth") if name != "ground_truth" else None
+            means[name] = clip_values(said[name], measures, scorers, audioscore, truth)
+            means[name] |= oracle_values(run, common.people_of(run), usable[name], clips)
+            sets[name] = {}
+            for metric, (how, scorer, column) in measures.items():
+                if how in ("fd", "is"):
+                    sets[name][metric] = said[name][scorer][column]
+        if audioscore is not None and args.against in means:
+            for name in systems:
+                means[name]["win_rate"] = win_rate(means[name]["p_good"], means[args.against]["p_good"])
+        results = results_of(means, sets, measures, args.against)
+
+        # -- save
+        suffix = "" if args.split == "test" else f"_{args.split}"
+        if args.against != "base":
+            suffix += f"_{args.against}"
+        clap_file = clap_file_of(scorers)
+        systems_json = describe_run(run, run_json, systems, usable, results, clap_file, args)
+        rows.write(run / f"07_results{suffix}.jsonl", results)
+        rows.write_json(run / f"07_systems{suffix}.json", systems_json)
+
+    print_report(run, systems, clips, usable, silent, results, systems_json, args)
+    print(f"CLAP by {clap_file}")
     print(f"\nwrote {run / f'07_results{suffix}.jsonl'}")
     if args.split == "test":
         print(f"next: python 08_listen.py --run-dir {run}")
+
+
+def clap_file_of(scorers):
+    """CLAP has several checkpoints: which one judged."""
+    scorer, _ = scorers.audioscore["clap"]
+    return scorers.classes[scorer].files[0]
+
+
+def print_report(run, systems, clips, usable, silent, results, systems_json, args):
+    coverage = []
+    for name in systems:
+        text = f"{name} {len(usable[name])}/{len(clips)}"
+        if silent[name]:
+            text += f" ({silent[name]} silent)"
+        coverage.append(text)
+    print(f"{args.split} split, guidance {args.guidance:g}; clips with audio: {', '.join(coverage)}")
+    missing = rows.read_if_there(run / "01_missing.jsonl", rows.MissingClip)
+    gone = sum(clip.split == args.split for clip in missing)
+    if gone:
+        print(f"{gone} more listed {args.split} clips have no video (01_missing.jsonl), so no system is judged on them")
+    print_table(results, list(systems), args.against)
+    tuned = [name for name, folder in systems.items() if name not in DEFAULT_SYSTEMS and is_policy(name, folder)]
+    if tuned and args.split == "test":
+        print(f"warning: {', '.join(tuned)} on the test split; choose on --split val, test is for what is frozen")
+    print_hacked(results, systems)
+    for name in systems:
+        if name != "ground_truth" and silent[name] > 0.01 * len(usable[name]):
+            broken = f"{silent[name]} of {len(usable[name])} audios of {name} are silent or broken"
+            print(f"warning: {broken}, and scored as that")
+    print_table_1(systems_json.paper.rows, systems_json.paper.remark)
 
 
 if __name__ == "__main__":

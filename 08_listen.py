@@ -27,10 +27,10 @@ Takes: toy report 6 s, a pack 1 s on 2 shared cores.
 
 import base64
 import io
+import math
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, combinations, groupby
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,12 +46,12 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import common
-from common import DICT, LIST, NUMBER, TEXT, SkipClip, maybe, number, stop
+from common import RATINGS, SkipClip, ahead, cores, files, media, number, people, record, rows, stop
 
 LISTEN = 6  # clips in the report's listening section
 REPEATED = 20  # one question of so many is asked twice
 COLOURS = {"better": "#2a7f3f", "worse": "#b3261e", None: "#777777"}
-PAGE = common.ROOT / "plumbing" / "08_page.html"
+PAGE = files.ROOT / "plumbing" / "08_page.html"
 
 
 class Mode(NamedTuple):
@@ -67,7 +67,7 @@ class Mode(NamedTuple):
 
 
 MODES = {
-    "rate": Mode("Rate sounds", "02_fit_audioscore.py", "02_to_rate.csv", "k", "rating", common.RATINGS, """
+    "rate": Mode("Rate sounds", "02_fit_audioscore.py", "02_to_rate.csv", "k", "rating", RATINGS, """
 How good is this sound for the video?
 Good: what the video should sound like, at the right moments, clear, and good to listen to.
 Medium: something is off, but not badly: not quite the right sound, one missing, a little early or late, some noise.
@@ -87,8 +87,8 @@ Tie: you hear no difference, or find both equally good or bad."""),
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    io, modes = parser.io, ("report", *MODES)
-    io.add_argument("what", nargs="?", choices=modes, default="report", help="the pages to make")
+    io = parser.io
+    io.add_argument("what", nargs="?", choices=("report", *MODES), default="report", help="the pages to make")
     io.add_argument("--guide", help="text file that replaces a pack's question and its sentence on each answer")
     io.add_argument("--answers", nargs="+", help="saved packs of blind, to be counted")
     io.add_argument("--exclude-rater", nargs="+", action="extend", default=[], help="whose --answers do not count")
@@ -111,96 +111,160 @@ def data_uri(kind, content):
 
 def picture(draw, *about):
     """What draw(figure, *about) draws."""
-    figure, stream = Figure(layout="constrained"), io.BytesIO()
+    figure = Figure(layout="constrained")
     draw(figure, *about)
+    stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return data_uri("image/png", stream.getvalue())
 
 
 def draw_differences(figure, cell, metrics, systems):
     """One small plot per metric: difference to base with its 95 % interval, green better, red worse, grey undecided."""
-    metrics = [(name, how) for name, how in metrics.items() if any((name, system) in cell for system in systems)]
-    lines = -(-len(metrics) // 4)
+    tested = {metric for metric, _ in cell}
+    shown = [name for name in metrics if name in tested]
+    lines = math.ceil(len(shown) / 4)
     figure.set_size_inches(11, lines * (0.95 + 0.25 * len(systems)))
     figure.get_layout_engine().set(h_pad=0.1)
-    for i, (name, how) in enumerate(metrics):
+    for i, name in enumerate(shown):
+        how = metrics[name]
         axis = figure.add_subplot(lines, 4, i + 1)
         for y, system in enumerate(systems):
-            if row := cell.get((name, system)):
-                low, middle, high = (row[key] * how["times"] for key in ("diff_low", "diff", "diff_high"))
-                axis.plot([low, high], [y, y], color=COLOURS[row["verdict"]], lw=2)
-                axis.plot(middle, y, "o", color=COLOURS[row["verdict"]], ms=5)
+            if (name, system) in cell:
+                draw_interval(axis, y, cell[name, system], how.times)
         axis.axvline(0, color="black", lw=0.8)
-        axis.set_yticks(range(len(systems)), [""] * len(systems) if i % 4 else systems, fontsize=8)
+        first_of_line = i % 4 == 0
+        axis.set_yticks(range(len(systems)), systems if first_of_line else [""] * len(systems), fontsize=8)
         axis.set_ylim(len(systems) - 0.4, -0.6)
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.tick_params(axis="x", labelsize=7)
-        axis.set_title(f"{how['column']} ({how['better']} is better)", fontsize=8)
+        axis.set_title(f"{how.column} ({how.better} is better)", fontsize=8)
+
+
+def draw_interval(axis, y, row, times):
+    """A difference of rows.Result and its interval, at height y."""
+    colour = COLOURS[row.verdict]
+    axis.plot([row.diff_low * times, row.diff_high * times], [y, y], color=colour, lw=2)
+    axis.plot(row.diff * times, y, "o", color=colour, ms=5)
 
 
 def smooth(values, width):
     """A centred mean over `width` values, over fewer at both ends."""
-    sums, half = np.cumsum([0.0, *values]), width // 2
-    low, high = (np.clip(np.arange(len(values)) + d, 0, len(values)) for d in (-half, half + 1))
+    sums = np.cumsum([0.0, *values])
+    half = width // 2
+    place = np.arange(len(values))
+    low = np.clip(place - half, 0, len(values))
+    high = np.clip(place + half + 1, 0, len(values))
     return (sums[high] - sums[low]) / (high - low)
 
 
+TRAINING_PLOTS = {
+    "loss": "loss",
+    "accuracy": "implicit accuracy",
+    "gap": "error gap (dashed: losers)",
+    "reward": "DDPO: reward P(Good)",
+}
+TRAINING_CURVES = {"loss": "loss", "accuracy": "accuracy", "gap_w": "gap", "gap_l": "gap", "reward": "reward"}
+
+
 def draw_training(figure, logs):
-    """Loss, implicit accuracy and error gaps of Flow-DPO, reward of DDPO. Every stage is smoothed by itself: a mean
-    across the switch would show its jump before it."""
-    titles = ("loss", "implicit accuracy", "error gap (dashed: losers)", "DDPO: reward P(Good)")
+    """Loss, implicit accuracy and error gaps of Flow-DPO, reward of DDPO. logs: {system: lines of its log}."""
     figure.set_size_inches(11, 3)
-    axes = dict(zip(("loss", "accuracy", "gap", "reward"), figure.subplots(1, 4)))
-    for title, axis in zip(titles, axes.values()):
-        axis.set_title(title, fontsize=9)
+    axes = dict(zip(TRAINING_PLOTS, figure.subplots(1, len(TRAINING_PLOTS))))
+    for plot, axis in axes.items():
+        axis.set_title(TRAINING_PLOTS[plot], fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.tick_params(labelsize=7)
-    for i, log in enumerate(logs.values()):
-        width, stages = min(25, len(log) // 10), [[*rows] for _, rows in groupby(log, lambda row: row.get("stage"))]
-        for key in (key for key in ("loss", "accuracy", "gap_w", "gap_l", "reward") if key in log[0]):
-            axis, style = axes[key.split("_")[0]], dict(color=f"C{i}", lw=1.2, ls="--" if key == "gap_l" else "-")
-            for rows in stages:
-                axis.plot([row["step"] for row in rows], smooth([row[key] for row in rows], width), **style)
-            for rows in stages[1:]:
-                axis.axvline(rows[0]["step"], color="grey", lw=0.8, ls=":")
+    legend = []
+    for i, name in enumerate(logs):
+        colour = f"C{i}"
+        draw_log(axes, logs[name], colour)
+        legend.append(Line2D([], [], color=colour, label=name))
     for axis in axes.values():
         axis.set_visible(bool(axis.lines))
-    names = [Line2D([], [], color=f"C{i}", label=name) for i, name in enumerate(logs)]
-    figure.legend(handles=names, loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(handles=legend, loc="outside lower center", ncols=6, fontsize=8)
 
 
-def draw_audioscore(figure, heldout, pairs, threshold):
-    """P(Good) on held-out clips against the share that was rated Good; score_c of the mined pairs."""
+def draw_log(axes, log, colour):
+    """The curves of one training. Every stage is smoothed by itself: a mean across the switch would show its jump
+    before it."""
+    width = min(25, len(log) // 10)
+    stages = stages_of(log)
+    for field, plot in TRAINING_CURVES.items():
+        if not hasattr(log[0], field):
+            continue
+        axis = axes[plot]
+        dashes = "--" if field == "gap_l" else "-"
+        for lines in stages:
+            steps = [line.step for line in lines]
+            values = [getattr(line, field) for line in lines]
+            axis.plot(steps, smooth(values, width), color=colour, lw=1.2, ls=dashes)
+        for lines in stages[1:]:
+            axis.axvline(lines[0].step, color="grey", lw=0.8, ls=":")
+
+
+def stages_of(log):
+    """A log cut where the curriculum's stage changes; DDPO's is one piece."""
+    pieces = []
+    before = None
+    for line in log:
+        now = getattr(line, "stage", None)
+        if not pieces or now != before:
+            pieces.append([])
+        pieces[-1].append(line)
+        before = now
+    return pieces
+
+
+def draw_audioscore(figure, heldout, score_cs, threshold):
+    """AudioScore on held-out clips, and score_c of the mined pairs."""
     figure.set_size_inches(9, 3.2)
     left, right = figure.subplots(1, 2)
-    p, good = heldout["p"][:, 0].numpy(), (heldout["rating"] == 0).numpy()
-    bins = np.digitize(p, np.linspace(0, 1, 11)[1:-1])
-    points = [(p[bins == i].mean(), good[bins == i].mean(), (bins == i).mean()) for i in range(10) if (bins == i).any()]
-    left.plot([0, 1], [0, 1], color="grey", lw=0.8)
-    left.scatter(*zip(*[(x, y) for x, y, _ in points]), s=[15 + 250 * share for *_, share in points])
-    left.set(xlabel="predicted P(Good)", ylabel="share rated Good", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
-    left.set_title(f"AudioScore on {len(p)} audios of held-out clips", fontsize=9)
-    right.hist([row["score_c"] for row in pairs], bins=30, color="#4a6fa5")
+    draw_calibration(left, heldout["p"][:, 0].numpy(), heldout["rating"].numpy() == 0)
+    right.hist(score_cs, bins=30, color="#4a6fa5")
     right.axvline(threshold, color="#b3261e")
     right.set(xlabel="score_c (high = easy)", ylabel="pairs")
-    right.set_title(f"Complexity of {len(pairs)} mined pairs; red: score_delta {threshold:g}", fontsize=9)
+    right.set_title(f"Complexity of {len(score_cs)} mined pairs; red: score_delta {threshold:g}", fontsize=9)
+
+
+def draw_calibration(axis, p_good, is_good):
+    """P(Good) in ten bins against the share that was rated Good; a larger dot is of more audios. p_good, is_good: (n,)
+    arrays."""
+    bins = np.digitize(p_good, np.linspace(0, 1, 11)[1:-1])
+    axis.plot([0, 1], [0, 1], color="grey", lw=0.8)
+    predicted = []
+    rated = []
+    sizes = []
+    for i in np.unique(bins):
+        inside = bins == i
+        predicted.append(p_good[inside].mean())
+        rated.append(is_good[inside].mean())
+        sizes.append(15 + 250 * inside.mean())
+    axis.scatter(predicted, rated, s=sizes)
+    axis.set(xlabel="predicted P(Good)", ylabel="share rated Good", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+    axis.set_title(f"AudioScore on {len(p_good)} audios of held-out clips", fontsize=9)
+
+
+def shown_frame(frame):
+    """A picture (3, H, W) uint8 at 360 lines -> (360, W, 3) uint8, W even."""
+    _, lines, columns = frame.shape
+    image = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).numpy(), format="rgb24")
+    width = 2 * round(columns * 180 / lines)
+    how = "AREA" if lines > 360 else "POINT"  # the toy world's few pixels stay squares
+    return torch.from_numpy(image.reformat(width, 360, "rgb24", interpolation=how).to_ndarray())
 
 
 def playable_video(path, seconds):
     """The silent picture as H.264 that every browser plays (4:2:0, 360 pixels high), `seconds` long."""
-    fps, stream = 25, io.BytesIO()
-
-    def resized(frame):  # at once: 8 s of full-size frames are a gigabyte
-        height, width = 360, 2 * round(frame.shape[2] * 180 / frame.shape[1])
-        image = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).numpy(), format="rgb24")
-        how = "AREA" if height < frame.shape[1] else "POINT"  # the toy world's few pixels stay squares
-        return torch.from_numpy(image.reformat(width, height, "rgb24", interpolation=how).to_ndarray())
-
-    (frames,) = common.read_frames(path, [(fps, resized)], seconds)
+    fps = 25
+    # Made small one by one: 8 s of full-size frames are a gigabyte.
+    (frames,) = media.read_frames(path, [(fps, shown_frame)], seconds)
+    stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
         video = container.add_stream("libx264", rate=fps, options={"crf": "26", "preset": "veryfast"})
-        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
+        video.height = frames.shape[1]
+        video.width = frames.shape[2]
+        video.pix_fmt = "yuv420p"
         for frame in frames.numpy():
             container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(video.encode(None))
@@ -216,94 +280,253 @@ def playable_sound(wave, rate):
 
 def spectrogram(wave, rate):
     """Time to the right, 0 to rate / 2 upwards, -100 (black) to -20 dB of a full-scale sine as colour."""
-    png, window = io.BytesIO(), torch.hann_window(512)
-    spectrum = torch.stft(wave, 512, max(64, len(wave) // 320), window=window, return_complex=True).abs()
-    level = 20 * (2 * spectrum / window.sum()).clamp_min(1e-9).log10().numpy()
-    matplotlib.image.imsave(png, level, vmin=-100, vmax=-20, cmap="magma", origin="lower", format="png")
+    window = torch.hann_window(512)
+    hop = max(64, len(wave) // 320)
+    spectrum = torch.stft(wave, 512, hop, window=window, return_complex=True).abs()
+    amplitude = 2 * spectrum / window.sum()
+    level_db = 20 * amplitude.clamp_min(1e-9).log10()
+    png = io.BytesIO()
+    matplotlib.image.imsave(png, level_db.numpy(), vmin=-100, vmax=-20, cmap="magma", origin="lower", format="png")
     return data_uri("image/png", png.getvalue())
 
 
-def cards_of(run, run_json, clips, systems):
-    """What the player shows of up to LISTEN clips, evenly drawn. Stops at a file that is gone; leaves out, as stage 07
-    did, a video without picture of the whole length."""
-    seconds, rate, cards = run_json["clip_s"], run_json["sample_rate_hz"], []
-    clips = [clips[i] for i in np.linspace(0, len(clips) - 1, min(LISTEN, len(clips))).astype(int)]
-    files = [{s["name"]: run / s["audio"][c["id"]] for s in systems if c["id"] in s["audio"]} for c in clips]
-    for clip, sounds in zip(clips, files):
-        for path in (clip["path"], *sounds.values()):
-            if not path.exists():
-                stop(f"{path}: gone, though stage 07 used it for {clip['id']}; put it back or run 07_evaluate.py again")
-    people = common.people_of(run)
-    truth = people.truth_of(run) if people else {}  # only a simulated world knows when it sounds
-    for clip, sounds in tqdm([*zip(clips, files)], desc="page", unit="clip"):
-        card = dict(clip=clip["id"], caption=clip.get("caption") or clip.get("label"), sounds=[])
-        card["events"] = [hit / seconds for hit in truth.get(clip["id"], {}).get("hits_s", ()) if hit < seconds]
-        try:
-            card["video"] = playable_video(clip["path"], seconds)
-            for name, path in sounds.items():
-                wave = common.read_audio(path, rate, seconds)
-                sound = dict(name=name, audio=playable_sound(wave, rate), picture=spectrogram(wave, rate))
-                card["sounds"].append(sound)
-            cards.append(card)
-        except SkipClip as reason:
-            tqdm.write(f"{clip['id']}: {reason}; left out of the page")
-    return cards
+def write_page(path, **parts):
+    """PAGE with these parts: every text is escaped, and nothing is marked as safe."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(PAGE.read_text(encoding="utf-8"))
+    files.write_text(path, page.render(parts))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The report
 # ------------------------------------------------------------------------------------------------------------
 
-RESULT = dict(system=TEXT, metric=TEXT, better=TEXT, verdict=maybe(TEXT))
-RESULT |= {key: maybe(NUMBER) for key in ("value", "low", "high", "n", "diff", "diff_low", "diff_high")}
-COMPARED = dict(a=TEXT, b=TEXT, win_rate=NUMBER, low=maybe(NUMBER), high=maybe(NUMBER))
-COMPARED |= dict.fromkeys(("n", "ties", "clips", "raters"), common.INDEX)
-SYSTEMS = dict(split=TEXT, guidance=NUMBER, steps=NUMBER, systems=LIST, metrics=DICT, paper=DICT)
+
+def read_results(run):
+    """07_results.jsonl and 07_systems.json, which must be of one evaluation."""
+    hint = f"; run 07_evaluate.py --run-dir {run} first"
+    results = rows.read(run / "07_results.jsonl", rows.Result, hint)
+    evaluated = rows.read_json(run / "07_systems.json", rows.Systems, hint)
+    same_systems = {row.system for row in results} == {system.name for system in evaluated.systems}
+    if not same_systems or not {row.metric for row in results} <= evaluated.metrics.keys():
+        stop(f"{run}/07_systems.json: not of 07_results.jsonl; run 07_evaluate.py --run-dir {run} again")
+    return results, evaluated
+
+
+def read_policies(run, systems):
+    """Of the policies among the systems: how each was trained, {system: {setting: value}}, and their logs, {system:
+    lines}."""
+    made = {}
+    logs = {}
+    for system in systems:
+        if system.folder is None or not (run / system.folder / "policy.json").exists():
+            continue
+        folder = run / system.folder
+        policy = rows.read_json(folder / "policy.json", rows.Policy)
+        made[system.name] = rows.read_json(folder / "settings.json", rows.Record).settings | rows.as_dict(policy)
+        line_type = rows.FlowDpoStep if policy.method == "flow_dpo" else rows.DdpoStep
+        log = rows.read_if_there(folder / "log.jsonl", line_type)
+        if log:
+            logs[system.name] = log
+    return made, logs
+
+
+def figures_of(run, cell, evaluated, logs):
+    """{name: picture} of what there is to draw. cell: {(metric, system): row of the results}."""
+    figures = {}
+    tested = {}
+    for (metric, system), row in cell.items():
+        if row.diff_low is not None and system != "ground_truth":
+            tested[metric, system] = row
+    if tested:
+        compared = [s.name for s in evaluated.systems if s.name not in ("base", "ground_truth")]
+        figures["differences"] = picture(draw_differences, tested, evaluated.metrics, compared)
+    if logs:
+        figures["training"] = picture(draw_training, logs)
+    if (run / "02_audioscore.pt").exists() and (run / "04_settings.json").exists():
+        heldout = files.load_pt(run / "02_audioscore.pt", {"heldout": dict})["heldout"]
+        pairs = rows.read(run / "04_stage1.jsonl", rows.SplitPair)
+        pairs += rows.read(run / "04_stage2.jsonl", rows.SplitPair)
+        mined = [pair.score_c for pair in pairs if pair.source == "auto"]
+        threshold = rows.read_json(run / "04_settings.json", rows.Record).settings["threshold"]
+        figures["audioscore"] = picture(draw_audioscore, heldout, mined, threshold)
+    return figures
+
+
+def read_blind(run, systems):
+    """08_blind.jsonl, if people have compared systems."""
+    blind = rows.read_if_there(run / "08_blind.jsonl", rows.BlindResult)
+    names = {system.name for system in systems}
+    for row in blind:
+        if row.a not in names or row.b not in names:
+            stop(f"{run}/08_blind.jsonl: of other systems than 07_systems.json; run 08_listen.py blind --answers again")
+    return blind
+
+
+def drawn_clips(run, clips, systems):
+    """Up to LISTEN clips, evenly drawn, with their audio: [(clip, {system: path}), ...]. Stops at a file that is
+    gone."""
+    drawn = []
+    for i in np.linspace(0, len(clips) - 1, min(LISTEN, len(clips))).astype(int):
+        clip = clips[i]
+        sounds = {}
+        for system in systems:
+            if clip.id in system.audio:
+                sounds[system.name] = run / system.audio[clip.id]
+        for path in (clip.path, *sounds.values()):
+            if not path.exists():
+                stop(f"{path}: gone, though stage 07 used it for {clip.id}; put it back or run 07_evaluate.py again")
+        drawn.append((clip, sounds))
+    return drawn
+
+
+def player_of(clip, sounds, run_json):
+    """What the report's player shows of a clip. Raises SkipClip where it has no picture of the whole length."""
+    card = {"clip": clip.id, "caption": clip.caption or clip.label, "sounds": []}
+    card["video"] = playable_video(clip.path, run_json.clip_s)
+    for name, path in sounds.items():
+        wave = media.read_audio(path, run_json.sample_rate_hz, run_json.clip_s)
+        sound = {"name": name, "audio": playable_sound(wave, run_json.sample_rate_hz)}
+        sound["picture"] = spectrogram(wave, run_json.sample_rate_hz)
+        card["sounds"].append(sound)
+    return card
+
+
+def true_events(run, clip_s):
+    """{clip id: when it sounds, as shares of the clip}; only a simulated world knows."""
+    events = {}
+    simulated = common.people_of(run)
+    if simulated is not None:
+        for name, truth in simulated.truth_of(run).items():
+            events[name] = [hit_s / clip_s for hit_s in truth.hits_s if hit_s < clip_s]
+    return events
 
 
 def report(run):
+    """08_report.html."""
     # -- numbers
-    run_json, hint = common.read_run(run), f"; run 07_evaluate.py --run-dir {run} first"
-    results = [dict.fromkeys(RESULT) | row for row in common.read_jsonl(run / "07_results.jsonl", RESULT, hint)]
-    about = common.read_json(run / "07_systems.json", SYSTEMS, hint)
-    systems, clips = about["systems"], common.read_clips(run, about["split"])
-    names = [system["name"] for system in systems]
-    if {*names} != {row["system"] for row in results} or not {row["metric"] for row in results} <= {*about["metrics"]}:
-        stop(f"{run}/07_systems.json: not of 07_results.jsonl; run 07_evaluate.py --run-dir {run} again")
+    run_json = common.read_run(run)
+    results, evaluated = read_results(run)
+    systems = evaluated.systems
+    clips = common.read_clips(run, evaluated.split)
+    cell = {(row.metric, row.system): row for row in results}
+    made, logs = read_policies(run, systems)
+    blind = read_blind(run, systems)
 
-    # -- figures
-    figures, cell = {}, {(row["metric"], row["system"]): row for row in results}
-    tested = {key: row for key, row in cell.items() if row["diff_low"] is not None and key[1] != "ground_truth"}
-    if tested:
-        compared = [name for name in names if name not in ("base", "ground_truth")]
-        figures["differences"] = picture(draw_differences, tested, about["metrics"], compared)
-    folders = {s["name"]: run / s["folder"] for s in systems if s["folder"]}
-    folders = {name: folder for name, folder in folders.items() if (folder / "policy.json").exists()}
-    logs = {n: common.read_jsonl(f / "log.jsonl") for n, f in folders.items() if (f / "log.jsonl").exists()}
-    if any(logs.values()):
-        figures["training"] = picture(draw_training, {name: log for name, log in logs.items() if log})
-    if (run / "02_audioscore.pt").exists() and (run / "04_settings.json").exists():
-        heldout = common.load_pt(run / "02_audioscore.pt")["heldout"]
-        mined = [r for i in (1, 2) for r in common.read_jsonl(run / f"04_stage{i}.jsonl") if r["source"] == "auto"]
-        threshold = common.read_json(run / "04_settings.json")["settings"]["threshold"]
-        figures["audioscore"] = picture(draw_audioscore, heldout, mined, threshold)
+    # -- what is shown and played
+    figures = figures_of(run, cell, evaluated, logs)
+    drawn = drawn_clips(run, clips, systems)
+    events = true_events(run, run_json.clip_s)
+    cards = []
+    for clip, sounds in tqdm(drawn, desc="page", unit="clip"):
+        try:
+            card = player_of(clip, sounds, run_json)
+        except SkipClip as reason:  # as in stage 07
+            tqdm.write(f"{clip.id}: {reason}; left out of the page")
+            continue
+        card["events"] = events.get(clip.id, [])
+        cards.append(card)
 
     # -- page
-    blind = common.read_jsonl(run / "08_blind.jsonl", COMPARED) if (run / "08_blind.jsonl").exists() else []
-    if not {row[x] for row in blind for x in "ab"} <= {*names}:
-        stop(f"{run}/08_blind.jsonl: of other systems than 07_systems.json; run 08_listen.py blind --answers again")
-    files = {n: [common.read_json(f / name) for name in ("settings.json", "policy.json")] for n, f in folders.items()}
-    made = {name: settings.get("settings", {}) | policy for name, (settings, policy) in files.items()}
-    parts = dict(run_json=run_json, about=about, names=names, cell=cell, policies=made, figures=figures, blind=blind)
-    file, cards = run / "08_report.html", cards_of(run, run_json, clips, systems)
-    write_page(file, title="V2A-DPO: results", cards=cards, clips=clips, pack=None, **parts)
+    file = run / "08_report.html"
+    write_page(
+        file,
+        title="V2A-DPO: results",
+        pack=None,
+        run_json=run_json,
+        about=evaluated,
+        names=[system.name for system in systems],
+        clips=clips,
+        cell=cell,
+        policies=made,
+        figures=figures,
+        blind=blind,
+        cards=cards,
+    )
     print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB); open it in a browser")
 
 
-def write_page(path, **parts):
-    """PAGE with these parts: every text is escaped, and nothing is marked as safe."""
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    common.write_text(path, page.from_string(PAGE.read_text(encoding="utf-8")).render(parts))
+# ------------------------------------------------------------------------------------------------------------
+# What packs ask
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    line: dict  # of the file that a pack saves, still without an answer
+    audios: dict  # {column: path of the audio that it names}
+
+
+def questions_of(run, mode, args):
+    """What is asked: the columns, and the questions in the order of the packs."""
+    if mode is MODES["blind"]:
+        return ["clip", "a", "b", "audios", "choice"], comparisons(run, args)
+    sheet = run / mode.sheet
+    samples = common.read_samples(run)
+    if not sheet.exists():
+        stop(f"{sheet}: no such file; run {mode.script} --run-dir {run} first")
+    wav_of = {(audio.clip, audio.k): run / audio.wav for audios in samples.values() for audio in audios}
+    questions = []
+    for number_of, line in files.read_csv(sheet, ("clip", *mode.heard, mode.answer)):
+        audios = {}
+        for column in mode.heard:
+            k = common.known_k(line, samples, f"{sheet}, line {number_of}", column)
+            audios[column] = wav_of[line["clip"], k]
+        questions.append(Question(line, audios))
+    if not questions:
+        stop(f"{sheet}: asks nothing; run {mode.script} --run-dir {run} again")
+    return list(questions[0].line), questions
+
+
+def comparisons(run, args):
+    """Questions about every pair of systems on drawn test clips, in rounds. Each round asks every clip once, and the
+    pairs take turns, so that the first packs compare them all."""
+    audio_of = systems_of(run)
+    clips = [clip.id for clip in common.read_clips(run, "test")]
+    for name in args.systems or ():
+        if name not in audio_of:
+            stop(f"--systems {name}: is no system of {run}/07_systems.json (there are {', '.join(audio_of)})")
+    chosen = [name for name in audio_of if name in (args.systems or audio_of)]
+    pairs = list(combinations(chosen, 2))
+    if not pairs:
+        stop("blind compares two systems or more; evaluate another one by 07_evaluate.py")
+    drawn = sorted(random.Random(args.seed).sample(clips, min(args.num_clips, len(clips))))
+    questions = []
+    for turn in range(len(pairs)):
+        for i, clip in enumerate(drawn):
+            a, b = pairs[(i + turn) % len(pairs)]
+            if clip in audio_of[a] and clip in audio_of[b]:
+                audios = {"a": audio_of[a][clip], "b": audio_of[b][clip]}
+                line = {"clip": clip, "a": a, "b": b, "audios": digest_of_both(audios)}
+                questions.append(Question(line, audios))
+    return questions
+
+
+def systems_of(run):
+    """{system: {clip id: path}} of stage 07's last evaluation."""
+    hint = f"; run 07_evaluate.py --run-dir {run} first"
+    audio_of = {}
+    for system in rows.read_json(run / "07_systems.json", rows.Systems, hint).systems:
+        audio_of[system.name] = {clip: run / path for clip, path in system.audio.items()}
+    return audio_of
+
+
+def digest_of_both(audios):
+    """What an answer is about. audios: {a, b: path}."""
+    return files.digest_of(files.digest(audios["a"]), files.digest(audios["b"]))
+
+
+def guide_of(mode, path):
+    """The question, and {answer: a sentence on it}; from --guide, or the mode's own."""
+    text = files.read_text(path) if path else mode.guide
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    words = {}
+    for line in lines[1:]:
+        word, _, sentence = line.partition(":")
+        words[word.strip()] = sentence.strip()
+    if list(words) != list(mode.words) or not all(words.values()):
+        wanted = ", ".join(f"'{word}: ...'" for word in mode.words)
+        stop(f"--guide {path}: must hold a line with the question, then a line for each answer: {wanted}")
+    return {"question": lines[0], "words": words}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -311,146 +534,164 @@ def write_page(path, **parts):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def sheet_of(run, mode, args):
-    """What is asked: the sheet's columns, and for each of its rows (row, {column: path of the audio that it names})."""
-    if mode is MODES["blind"]:
-        return comparisons(run, args)
-    sheet, samples, asked = run / mode.sheet, common.read_samples(run), []
-    if not sheet.exists():
-        stop(f"{sheet}: no such file; run {mode.script} --run-dir {run} first")
-    wav = {(clip, audio["k"]): run / audio["wav"] for clip, audios in samples.items() for audio in audios}
-    for line, row in common.read_csv(sheet, ("clip", *mode.heard, mode.answer)):
-        k = {column: common.sample_index(row, samples, f"{sheet}, line {line}", column) for column in mode.heard}
-        asked.append((row, {column: wav[row["clip"], k[column]] for column in mode.heard}))
-    if not asked:
-        stop(f"{sheet}: asks nothing; run {mode.script} --run-dir {run} again")
-    return [*asked[0][0]], asked
-
-
-def comparisons(run, args):
-    """As sheet_of: every pair of systems on drawn test clips, in rounds. Each round asks every clip once, and the pairs
-    take turns, so that the first packs compare them all."""
-    audio, clips = systems_of(run), [clip["id"] for clip in common.read_clips(run, "test")]
-    for name in args.systems or ():
-        if name not in audio:
-            stop(f"--systems {name}: is no system of {run}/07_systems.json (there are {', '.join(audio)})")
-    pairs = [*combinations([name for name in audio if name in (args.systems or audio)], 2)]
-    if not pairs:
-        stop("blind compares two systems or more; evaluate another one by 07_evaluate.py")
-    clips = sorted(random.Random(args.seed).sample(clips, min(args.num_clips, len(clips))))
-    turns = [(clip, *pairs[(i + turn) % len(pairs)]) for turn in range(len(pairs)) for i, clip in enumerate(clips)]
-    heard = [(clip, a, b, dict(a=audio[a].get(clip), b=audio[b].get(clip))) for clip, a, b in turns]
-    asked = [(dict(clip=clip, a=a, b=b, audios=bound(x)), x) for clip, a, b, x in heard if all(x.values())]
-    return ["clip", "a", "b", "audios", "choice"], asked
-
-
-def systems_of(run):
-    """{system: {clip id: path}} of stage 07's last evaluation."""
-    fields = dict(systems=common.list_of(common.with_fields(name=TEXT, audio=common.dict_of(common.PATH))))
-    about = common.read_json(run / "07_systems.json", fields, f"; run 07_evaluate.py --run-dir {run} first")
-    return {s["name"]: {clip: run / path for clip, path in s["audio"].items()} for s in about["systems"]}
-
-
-def bound(paths):
-    """What an answer is about: a digest of two audios. paths: {a, b: path}."""
-    return common.digest_of(*(common.digest(paths[x]) for x in "ab"))
-
-
-def guide_of(mode, path):
-    """The question, and {answer: a sentence on it}; from --guide, or the mode's own."""
-    text = common.read_text(path) if path else mode.guide
-    question, *lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
-    said = {word.strip(): sentence.strip() for word, _, sentence in (line.partition(":") for line in lines)}
-    if [*said] != [*mode.words] or not all(said.values()):
-        wanted = ", ".join(f"'{word}: ...'" for word in mode.words)
-        stop(f"--guide {path}: must hold a line with the question, then a line for each answer: {wanted}")
-    return dict(question=question, words=said)
+class Pack(NamedTuple):
+    file: Path
+    title: str
+    questions: list
+    data: dict  # what the page's script reads; its id changes with all that the pack is made of
 
 
 def level_checks(rate=16_000):
     """{n: 4 s of noise at -23 dB of full scale, then n beeps at -50}: who can count them hears soft faults too."""
-    t, noise = torch.arange(rate // 5) / rate, torch.randn(rate, generator=torch.Generator().manual_seed(0))
-    beep = torch.cat([torch.hann_window(len(t)) * torch.sin(2000 * torch.pi * t) * 10**-2.5, torch.zeros(rate // 4)])
-    waves = {n: torch.cat([noise * 10**-1.15, torch.zeros(rate // 2), *[beep] * n]) for n in (2, 3, 4)}
-    return {n: playable_sound(common.fit_length(wave, 4 * rate), rate) for n, wave in waves.items()}
+    t = torch.arange(rate // 5) / rate
+    noise = torch.randn(rate, generator=torch.Generator().manual_seed(0)) * 10**-1.15
+    beep = torch.hann_window(len(t)) * torch.sin(2000 * torch.pi * t) * 10**-2.5
+    beep_and_pause = torch.cat([beep, torch.zeros(rate // 4)])
+    sounds = {}
+    for n in (2, 3, 4):
+        wave = torch.cat([noise, torch.zeros(rate // 2), *[beep_and_pause] * n])
+        sounds[n] = playable_sound(media.fit_length(wave, 4 * rate), rate)
+    return sounds
 
 
-def cards_of_pack(asked, clips, seconds):
+def by_clip(questions):
+    """The questions in groups, one for each run of questions about a clip."""
+    groups = []
+    before = None
+    for question in questions:
+        clip = question.line["clip"]
+        if clip != before:
+            groups.append([])
+        groups[-1].append(question)
+        before = clip
+    return groups
+
+
+def stamps_of(questions, clips, folder):
+    """Size and time of every file that a pack plays. Stops at one that is gone."""
+    stamps = []
+    for question in questions:
+        for path in (clips[question.line["clip"]].path, *question.audios.values()):
+            if not path.exists():
+                stop(f"{path}: gone, though {folder.name} needs it; put it back, or run the stage that made it again")
+            stat = path.stat()
+            stamps.append((stat.st_size, stat.st_mtime_ns))
+    return stamps
+
+
+def packs_of(folder, mode, columns, questions, clips, guide, clip_s, args):
+    """The questions as packs of --pack clips each."""
+    groups = by_clip(questions)
+    packs = []
+    before = 0
+    for start in range(0, len(groups), args.pack):
+        i = len(packs) + 1
+        part = [question for group in groups[start : start + args.pack] for question in group]
+        after = before + len(part)
+        count = math.ceil(after / REPEATED) - math.ceil(before / REPEATED)  # so that of all packs one in REPEATED is
+        before = after
+        data = {
+            "name": f"{args.what}_{i:05}",
+            "columns": columns,
+            "rows": [question.line for question in part],
+            "repeats": random.Random(f"{args.seed} {i}").sample(range(len(part)), count),
+            "answer": mode.answer,
+            "pairs": len(mode.heard) > 1,
+        }
+        stamps = stamps_of(part, clips, folder)
+        data["id"] = files.digest_of(data, stamps, guide, clip_s, files.digest(PAGE))
+        packs.append(Pack(folder / f"{i:05}.html", f"{mode.title}, pack {i}", part, data))
+    return packs
+
+
+def is_there(pack):
+    """Whether its file was made of the same questions and files."""
+    if not pack.file.exists():
+        return False
+    with open(pack.file, encoding="utf-8") as page:
+        return pack.data["id"] in page.read(200)
+
+
+def cards_of(questions, clips, clip_s):
     """One card per clip, with its questions. A clip that cannot be shown is left out, and said."""
     cards = []
-    for name, group in groupby(enumerate(asked), key=lambda one: one[1][0]["clip"]):
-        clip = clips[name]
-        card = dict(clip=name, caption=clip.get("caption") or clip.get("label"), questions=[])
+    row = 0
+    for group in by_clip(questions):
+        clip = clips[group[0].line["clip"]]
+        card = {"clip": clip.id, "caption": clip.caption or clip.label, "questions": []}
         try:
-            card["video"] = playable_video(clip["path"], seconds)
-            for row, (_, paths) in group:
-                sounds = []
-                for column, path in paths.items():
-                    wave, rate = common.decode_audio(path, seconds)  # at its own rate
-                    wave = common.fit_length(wave, round(seconds * rate))
-                    sounds.append(dict(name=column, audio=playable_sound(wave, rate)))
-                card["questions"].append(dict(row=row, sounds=sounds))
+            card["video"] = playable_video(clip.path, clip_s)
+            for i, question in enumerate(group):
+                sounds = [sound_of(column, path, clip_s) for column, path in question.audios.items()]
+                card["questions"].append({"row": row + i, "sounds": sounds})
             cards.append(card)
         except SkipClip as reason:
-            tqdm.write(f"{name}: {reason}; left out")
+            tqdm.write(f"{clip.id}: {reason}; left out")
+        row += len(group)
     return cards
 
 
-def write_packs(run, what, args):
+def sound_of(column, path, clip_s):
+    wave, rate = media.decode_audio(path, clip_s)  # at its own rate
+    wave = media.fit_length(wave, round(clip_s * rate))
+    return {"name": column, "audio": playable_sound(wave, rate)}
+
+
+def write_pack(pack, mode, guide, clips, clip_s, levels):
+    """Returns its size in MB."""
+    asked = len(pack.questions) + len(pack.data["repeats"])
+    seconds = asked * (len(mode.heard) * clip_s + 4)  # 4 s to answer
+    write_page(
+        pack.file,
+        title=pack.title,
+        cards=cards_of(pack.questions, clips, clip_s),
+        pack=pack.data | {"levels": levels},
+        guide=guide,
+        minutes=1 + int(seconds / 60),
+        heard=asked * len(mode.heard),
+    )
+    return pack.file.stat().st_size / 1e6
+
+
+def write_packs(run, args):
     """08_<what>/00001.html ..., of --pack clips each. One that is there, of the same questions and files, is kept."""
-    mode, folder, seconds, todo = MODES[what], run / f"08_{what}", common.read_run(run)["clip_s"], {}
-    clips = {clip["id"]: clip for clip in common.read_clips(run, "test" if what == "blind" else "train")}
-    guide, (columns, asked) = guide_of(mode, args.guide), sheet_of(run, mode, args)
-    columns = [*dict.fromkeys([*columns, "rater", "repeat", "seconds", "comment"])]
-    groups = [[*group] for _, group in groupby(asked, key=lambda one: one[0]["clip"])]
-    packs = [[*chain(*groups[i : i + args.pack])] for i in range(0, len(groups), args.pack)]
-    common.hold(run, "08", common.Ranks())
-    before = 0
-    for i, pack in enumerate(packs, 1):
-        stamps = []
-        for path in (path for row, paths in pack for path in (clips[row["clip"]]["path"], *paths.values())):
-            if not path.exists():
-                stop(f"{path}: gone, though {folder.name} needs it; put it back, or run the stage that made it again")
-            stamps.append((path.stat().st_size, path.stat().st_mtime_ns))
-        after = before + len(pack)
-        repeats = -(-after // REPEATED) - -(-before // REPEATED)  # so that of all packs one in REPEATED is
-        repeats = random.Random(f"{args.seed} {i}").sample(range(len(pack)), repeats)
-        about = dict(name=f"{what}_{i:05}", columns=columns, rows=[row for row, _ in pack], repeats=repeats)
-        about |= dict(answer=mode.answer, pairs=len(mode.heard) > 1)
-        about["id"] = common.digest_of(about, stamps, guide, seconds, common.digest(PAGE))
-        file, before = folder / f"{i:05}.html", after
-        if not (file.exists() and about["id"] in file.open(encoding="utf-8").read(200)):
-            todo[file] = (f"{mode.title}, pack {i}", about, pack)
+    # -- questions
+    mode = MODES[args.what]
+    folder = run / f"08_{args.what}"
+    clip_s = common.read_run(run).clip_s
+    split = "test" if args.what == "blind" else "train"
+    clips = {clip.id: clip for clip in common.read_clips(run, split)}
+    guide = guide_of(mode, args.guide)
+    columns, questions = questions_of(run, mode, args)
+    columns = list(dict.fromkeys([*columns, "rater", "repeat", "seconds", "comment"]))
 
-    levels, began = level_checks() if todo else {}, time.monotonic()
+    # -- packs
+    with record.stage(run, "08"):
+        packs = packs_of(folder, mode, columns, questions, clips, guide, clip_s, args)
+        todo = [pack for pack in packs if not is_there(pack)]
+        levels = level_checks() if todo else {}
+        began = time.monotonic()
 
-    def make(file):
-        title, about, pack = todo[file]
-        cards = cards_of_pack(pack, clips, seconds)
-        heard = len(mode.heard) * (len(pack) + len(about["repeats"]))
-        minutes = 1 + int(heard * (seconds + 4 / len(mode.heard)) / 60)
-        write_page(
-            file, title=title, cards=cards, pack=about | dict(levels=levels), guide=guide, minutes=minutes, heard=heard
-        )
-        return file.stat().st_size / 1e6
+        def write(pack):
+            return write_pack(pack, mode, guide, clips, clip_s, levels)
 
-    pool = ThreadPoolExecutor(min(8, common.cores()))
-    try:
-        sizes = [*tqdm(pool.map(make, todo), desc=folder.name, total=len(todo), unit="pack")]
-    finally:
-        pool.shutdown(cancel_futures=True)
-    for file in folder.glob("[0-9]*.html"):
-        if int(file.stem) > len(packs):  # of an earlier, longer sheet
-            file.unlink()
-    names = {row["clip"] for row, _ in asked}
-    print(f"{folder}: {len(packs)} packs of {len(asked)} questions on {len(names)} clips", end="")
-    took = time.monotonic() - began
-    each = f"; {len(todo)} made now, {took / len(todo):.1f} s and {sum(sizes) / len(todo):.1f} MB each" if todo else ""
-    print(f"{each}; {len(packs) - len(todo)} were there")
+        made = ahead.in_threads(write, todo, threads=min(8, cores.cores()))
+        sizes = list(tqdm(made, desc=folder.name, total=len(todo), unit="pack"))
+        took = time.monotonic() - began
+        for file in folder.glob("[0-9]*.html"):
+            if int(file.stem) > len(packs):  # of an earlier, longer sheet
+                file.unlink()
+
+    # -- what comes next
+    named = {question.line["clip"] for question in questions}
+    line = f"{folder}: {len(packs)} packs of {len(questions)} questions on {len(named)} clips"
+    if todo:
+        line += f"; {len(todo)} made now, {took / len(todo):.1f} s and {sum(sizes) / len(todo):.1f} MB each"
+    print(f"{line}; {len(packs) - len(todo)} were there")
     print(f"next: open {folder / '00001.html'} in a browser, or send the packs to people; then, with what they save,")
-    flags = {"rate": "--ratings", "choose": "--redo --choices", "blind": "--answers"}[what]
-    script = "08_listen.py blind" if what == "blind" else mode.script
-    print(f"      python {script} --run-dir {run} {flags} {what}_*.csv")
+    flags = {"rate": "--ratings", "choose": "--redo --choices", "blind": "--answers"}[args.what]
+    script = "08_listen.py blind" if args.what == "blind" else mode.script
+    print(f"      python {script} --run-dir {run} {flags} {args.what}_*.csv")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -458,70 +699,104 @@ def write_packs(run, what, args):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_comparisons(run, paths):
-    """Every answer, checked: [{clip, a, b, choice, rater, and what is known of repeat, seconds, comment}]."""
-    audio, known = systems_of(run), {}
+def read_comparisons(audio_of, paths):
+    """Every answer, a list of rows.ChoiceAnswer, each proved to be about two systems' audio that is still the same.
+    audio_of: {system: {clip id: path}}."""
+    known = {}
 
-    def answer(row, where):
-        common.check(row, dict(clip=common.NAME, a=TEXT, b=TEXT, audios=maybe(TEXT)), where)
-        clip, a, b = (row[name] for name in ("clip", "a", "b"))
-        for column in "ab":
-            if row[column] not in audio:
-                stop(f"{where}, field '{column}': {row[column]!r} is no system of 07 (there are {', '.join(audio)})")
-        if a == b or clip not in audio[a] or clip not in audio[b]:
-            stop(f"{where}: {clip} has no audio of two systems, {a} and {b}; these are answers of another run")
-        if (clip, a, b) not in known:
-            known[clip, a, b] = bound(dict(a=audio[a][clip], b=audio[b][clip]))
-        if row.get("audios") not in (None, "", known[clip, a, b]):
+    def checked(line, where):
+        choice = people.meant(line["choice"], ("a", "b", "tie"), where, "choice")
+        answer = people.typed_answer(dict(line, choice=choice), rows.ChoiceAnswer, where)
+        clip = answer.clip
+        for column, name in (("a", answer.a), ("b", answer.b)):
+            if name not in audio_of:
+                stop(f"{where}, field '{column}': {name!r} is no system of 07 (there are {', '.join(audio_of)})")
+        if answer.a == answer.b or clip not in audio_of[answer.a] or clip not in audio_of[answer.b]:
+            both = f"{answer.a} and {answer.b}"
+            stop(f"{where}: {clip} has no audio of two systems, {both}; these are answers of another run")
+        asked = (clip, answer.a, answer.b)
+        if asked not in known:
+            known[asked] = digest_of_both({"a": audio_of[answer.a][clip], "b": audio_of[answer.b][clip]})
+        if line.get("audios") not in (None, "", known[asked]):
             stop(f"{where}: about other audio of {clip} than is here now; these are answers of another run")
-        choice = common.meant(row["choice"], ("a", "b", "tie"), where, "choice")
-        return (clip, *sorted((a, b))), dict(clip=clip, a=a, b=b, choice=choice)
+        return answer
 
-    return common.read_answers(paths, "choice", answer)
+    return people.read_answers(paths, "choice", checked)
 
 
 def wins(answer, name):
     """1 where this system is preferred, 0 where the other is, one half for a tie."""
-    return 0.5 if answer["choice"] == "tie" else float(answer[answer["choice"]] == name)
+    if answer.choice == "tie":
+        return 0.5
+    preferred = answer.a if answer.choice == "a" else answer.b
+    return float(preferred == name)
+
+
+def wins_of_first(answer):
+    """The same of the two systems' first by name, so that an answer means the same whichever way it was asked."""
+    return wins(answer, min(answer.a, answer.b))
 
 
 def win_rates(answers, systems, resamples=2000):
-    """Lines of 08_blind.jsonl. The interval is a bootstrap over clips and, where there are several, raters: both are
-    drawn anew, and an answer counts as often as its clip and its rater together."""
-    lines, rng = [], np.random.default_rng(0)
+    """Lines of 08_blind.jsonl, one for each pair of systems that was compared."""
+    rng = np.random.default_rng(0)
+    lines = []
     for a, b in combinations(systems, 2):
-        part = [answer for answer in answers if {answer["a"], answer["b"]} == {a, b}]
-        if not part:
-            continue
-        won, weight, count = np.array([wins(answer, a) for answer in part]), 1.0, {}
-        for field in ("clip", "rater"):
-            names, of = np.unique([answer[field] for answer in part], return_inverse=True)
-            count[field] = len(names)
-            weight = weight * rng.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)[:, of]
-        low = high = None
-        if count["clip"] > 1:
-            weight = weight[weight.sum(axis=1) > 0]
-            low, high = np.percentile(weight @ won / weight.sum(axis=1), (2.5, 97.5)).tolist()
-        ties = sum(answer["choice"] == "tie" for answer in part)
-        numbers = dict(win_rate=float(won.mean()), low=low, high=high, n=len(part), ties=ties)
-        lines.append(dict(a=a, b=b, **numbers, clips=count["clip"], raters=count["rater"]))
+        part = [answer for answer in answers if {answer.a, answer.b} == {a, b}]
+        if part:
+            lines.append(win_rate(part, a, b, rng, resamples))
     return lines
 
 
+def win_rate(answers, a, b, rng, resamples):
+    """The interval is a bootstrap over clips and, where there are several, raters: both are drawn anew, and an answer
+    counts as often as its clip and its rater together."""
+    won = np.array([wins(answer, a) for answer in answers])
+    clips, clip_times = drawn_anew([answer.clip for answer in answers], rng, resamples)
+    raters, rater_times = drawn_anew([answer.rater for answer in answers], rng, resamples)
+    weight = clip_times * rater_times
+    weight = weight[weight.sum(axis=1) > 0]
+    low = None
+    high = None
+    if clips > 1:
+        rates = weight @ won / weight.sum(axis=1)
+        low, high = np.percentile(rates, (2.5, 97.5)).tolist()
+    return rows.BlindResult(
+        a=a,
+        b=b,
+        win_rate=float(won.mean()),
+        low=low,
+        high=high,
+        n=len(answers),
+        ties=sum(answer.choice == "tie" for answer in answers),
+        clips=clips,
+        raters=raters,
+    )
+
+
+def drawn_anew(names, rng, resamples):
+    """How many different names there are, and how often each of `names` was drawn in each resample, (resamples, n)."""
+    different, place = np.unique(names, return_inverse=True)
+    count = len(different)
+    times = rng.multinomial(count, np.full(count, 1 / count), resamples)
+    return count, times[:, place]
+
+
 def count_answers(run, args):
-    answers = read_comparisons(run, args.answers)
-    heard = common.without_raters(answers, args.exclude_rater)
-    asked = lambda answer: (answer["clip"], *sorted((answer["a"], answer["b"])))  # noqa: E731
-    common.report_raters(heard, asked, lambda answer: wins(answer, min(answer["a"], answer["b"])), "nominal")
-    counted = [answer for answer in heard if "repeat" not in answer]
-    lines = win_rates(counted, [*systems_of(run)])
-    common.write_jsonl(run / "08_blind.jsonl", lines)
+    audio_of = systems_of(run)
+    answers = read_comparisons(audio_of, args.answers)
+    kept = people.without_raters(answers, args.exclude_rater)
+    people.print_agreement(kept, wins_of_first, "nominal")
+    counted = [answer for answer in kept if not answer.repeat]
+    lines = win_rates(counted, audio_of)
+    rows.write(run / "08_blind.jsonl", lines)
     print(f"blind: {len(counted)} answers; share of those who preferred the first, 95 % interval")
     for line in lines:
-        interval = "" if line["low"] is None else f" [{line['low']:.2f}, {line['high']:.2f}]"
-        count = f"{line['n']} answers, {line['ties']} of them ties, on {line['clips']} clips by {line['raters']} raters"
-        print(f"  {line['a']} to {line['b']}: {line['win_rate']:.2f}{interval}, {count}")
-    print(f"wrote {run / '08_blind.jsonl'}\nnext: python 08_listen.py --run-dir {run}")
+        interval = "" if line.low is None else f" [{line.low:.2f}, {line.high:.2f}]"
+        count = f"{line.n} answers, {line.ties} of them ties, on {line.clips} clips by {line.raters} raters"
+        print(f"  {line.a} to {line.b}: {line.win_rate:.2f}{interval}, {count}")
+    print(f"wrote {run / '08_blind.jsonl'}")
+    print(f"next: python 08_listen.py --run-dir {run}")
 
 
 def main(args):
@@ -531,7 +806,7 @@ def main(args):
     elif args.what == "blind" and args.answers:
         count_answers(run, args)
     else:
-        write_packs(run, args.what, args)
+        write_packs(run, args)
 
 
 if __name__ == "__main__":

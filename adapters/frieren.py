@@ -2,6 +2,7 @@
 
 import functools
 import io
+import re
 import sys
 import types
 from pathlib import Path
@@ -10,19 +11,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import (
-    NUMPY,
-    FlowModel,
-    Memory,
-    SkipClip,
-    load_pt,
-    memory_or_content,
-    reading,
-    stamp,
-    stop,
-    upstream,
-    weight_file,
-)
+from common import FlowModel, SkipClip, files, scoring, stop, upstream, weight_file
 
 
 @functools.cache
@@ -30,7 +19,11 @@ def upstream_classes():
     """Upstream's four classes. Lightning and OmegaConf, which they import and do not need, are stood in for. Generic
     names leave sys.modules: what was imported lives on below `frieren_v2a`, where torch.compile finds it."""
     generic = {"cfm", "vocoder", "pytorch_lightning", "omegaconf"}
-    others = {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in generic}
+
+    def loaded():
+        return [name for name in sys.modules if name.partition(".")[0] in generic]
+
+    others = {name: sys.modules.pop(name) for name in loaded()}
     sys.modules["pytorch_lightning"] = types.SimpleNamespace(LightningModule=nn.Module)
     sys.modules["omegaconf"] = types.SimpleNamespace(OmegaConf=None)
     try:
@@ -40,13 +33,15 @@ def upstream_classes():
             from cfm.modules.diffusionmodules.concatDiT import ChannelConcatDiT
             from vocoder.bigvgan.models import BigVGAN
     finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] in generic]:
-            sys.modules[name].__name__ = f"frieren_v2a.{name}"
-            sys.modules[f"frieren_v2a.{name}"] = sys.modules.pop(name)
+        for name in loaded():
+            module = sys.modules.pop(name)
+            module.__name__ = f"frieren_v2a.{name}"
+            sys.modules[module.__name__] = module
         sys.modules.update(others)
     AutoencoderKL.__init__.__globals__["print"] = lambda *_: None  # it prints while it is built
-    embedder = Video_Feat_Encoder_NoPosembed
-    return types.SimpleNamespace(dit=ChannelConcatDiT, embedder=embedder, vae=AutoencoderKL, vocoder=BigVGAN)
+    return types.SimpleNamespace(
+        dit=ChannelConcatDiT, embedder=Video_Feat_Encoder_NoPosembed, vae=AutoencoderKL, vocoder=BigVGAN
+    )
 
 
 def fill(part, state, path, *prefixes):
@@ -55,8 +50,9 @@ def fill(part, state, path, *prefixes):
     try:
         part.load_state_dict(own, assign=next(part.parameters()).is_meta)
     except RuntimeError as error:
-        held = ", ".join(sorted({".".join(name.split(".")[:2]) for name in state if "." in name}))
-        stop(f"{path}: not the tensors of Frieren; it holds {held[:200]}; {' '.join(str(error).split())[:200]}")
+        held = {".".join(name.split(".")[:2]) for name in state if "." in name}
+        reason = " ".join(str(error).split())[:200]
+        stop(f"{path}: not the tensors of Frieren; it holds {', '.join(sorted(held))[:200]}; {reason}")
 
 
 class Frieren(FlowModel):
@@ -67,9 +63,12 @@ class Frieren(FlowModel):
     guidance 1 never uses it, DDPO trains through it. Reflowed and distilled models learnt the guided velocity, unlike
     Eq. 5 at guidance 1: refused where their path, or the one recorded in them, tells; their tensors alone do not."""
 
-    latent_shape, sample_rate_hz, clip_s = (256, 20), 16000, 8.0
-    memory = Memory(row=0.082, recomputed=0.027, sampled=0.005, codec=2.6, encoders=0.0)  # tests/account.py
-    frames, cavp_width, latent_scale = 32, 512, 0.18215
+    latent_shape = (256, 20)
+    sample_rate_hz = 16000
+    clip_s = 8.0
+    frames = 32
+    cavp_width = 512
+    latent_scale = 0.18215
     feature_shapes = {"cavp": (frames, cavp_width)}
     dit_config = dict(in_channels=20, context_dim=768, hidden_size=576, num_heads=8, depth=4, max_len=1000)
     vae_config = dict(double_z=True, in_channels=80, out_ch=80, z_channels=20, kernel_size=5, ch=384, ch_mult=[1, 2, 4])
@@ -83,9 +82,14 @@ class Frieren(FlowModel):
 
     def __init__(self, variant, checkpoint, weights):
         super().__init__()
-        names, classes = self.files(variant), upstream_classes()
+        names = self.files(variant)
+        classes = upstream_classes()
         self.model = nn.ModuleDict({"diffusion_model": classes.dit(**self.dit_config)})  # upstream's parameter names
         self.cond_stage_model = classes.embedder(self.cavp_width, self.dit_config["context_dim"])
+        # Of a transposed input torch computes a linear layer otherwise with gradients than without: in bf16 the policy
+        # would begin away from its reference.
+        for layer in (self.model["diffusion_model"].x_proj, self.model["diffusion_model"].c_proj):
+            layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         for module in self.model.modules():
             module.checkpoint = False  # upstream's own recomputation loses gradients; `blocks` offers ours
         self.checkpoint = Path(checkpoint or weight_file(weights, names[0]))
@@ -97,14 +101,16 @@ class Frieren(FlowModel):
         """Replaces the velocity network's weights by those of a file that save_policy, or upstream by Lightning 1.4,
         wrote. Returns the file's content and its VAE, both mapped: not read before they are used."""
         callbacks = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # keyed by their class
-        file = load_pt(path, mmap=True, ignore=[*NUMPY, callbacks])
+        file = files.load_pt(path, mmap=True, ignore=[*files.NUMPY, callbacks])
         if not isinstance(file, dict) or not isinstance(file.get("state_dict"), dict):
             stop(f"{path}: no checkpoint of Frieren, which is a dict with a 'state_dict'")
         recorded = [callback.get("dirpath") or "" for callback in file.get("callbacks", {}).values()]
-        trail = "|".join("/".join(Path(place).parts[-2:]) for place in [path, *recorded]).lower()
-        trail = trail.translate(dict.fromkeys(map(ord, " _-"))).replace("noreflow", "")
-        if "reflow" in trail or "distill" in trail:
-            stop(f"{path}: a reflowed or distilled Frieren by its path, now or in training; use the one without reflow")
+        for place in [path, *recorded]:
+            trail = "/".join(Path(place).parts[-2:]).lower()
+            trail = re.sub("[ _-]", "", trail).replace("noreflow", "")
+            if "reflow" in trail or "distill" in trail:
+                told = "a reflowed or distilled Frieren by its path, now or in training"
+                stop(f"{path}: {told}; use the one without reflow")
         with torch.device("meta"):
             vae = upstream_classes().vae(self.latent_shape[1], self.vae_config, {"target": "torch.nn.Identity"})
         fill(nn.ModuleDict({"first_stage_model": vae}), file["state_dict"], path, "first_stage_model.")
@@ -118,29 +124,30 @@ class Frieren(FlowModel):
 
     def cavp_file(self, clip):
         for suffix in ("", ".npz", ".npy"):
-            file = Path(f"{clip['cavp']}{suffix}")
+            file = Path(f"{clip.cavp}{suffix}")
             if file.suffix in (".npz", ".npy") and file.is_file():
                 return file
         return None
 
     def stamp_of(self, clip):
         file = self.cavp_file(clip)
-        return file and stamp(file)
+        return file and scoring.stamp(file)
 
     def read(self, clip, others=()):
-        if not clip.get("cavp"):
-            stop(f"clip {clip.get('id')}: Frieren reads CAVP features; give stage 01 their folder with --cavp")
+        if clip.cavp is None:
+            stop(f"clip {clip.id}: Frieren reads CAVP features; give stage 01 their folder with --cavp")
         file = self.cavp_file(clip)
         if file is None:
             raise SkipClip("no CAVP features (.npz or .npy)")
-        with reading(file), open(file, "rb") as stream:
+        with files.reading(file), open(file, "rb") as stream:
             content = io.BytesIO(stream.read())  # whole, so that all that goes wrong below is wrong with the content
         try:
-            cavp = np.load(content, allow_pickle=False)
-            cavp = torch.from_numpy(np.array(cavp["feat"] if file.suffix == ".npz" else cavp, dtype=np.float32))
+            loaded = np.load(content, allow_pickle=False)
+            values = loaded["feat"] if file.suffix == ".npz" else loaded
+            cavp = torch.from_numpy(np.array(values, dtype=np.float32))
         except Exception as error:  # numpy, zipfile and zlib have types of their own for a broken file
             if isinstance(error, MemoryError):
-                memory_or_content()
+                files.memory_or_content()
             raise SkipClip(f"unreadable CAVP features ({type(error).__name__})") from None
         if cavp.dim() != 2 or cavp.shape[1] != self.cavp_width or len(cavp) < self.frames:
             raise SkipClip(f"CAVP features are {tuple(cavp.shape)}, not (at least {self.frames}, {self.cavp_width})")
@@ -148,8 +155,8 @@ class Frieren(FlowModel):
             raise SkipClip("CAVP features are not finite")
         return [cavp[: self.frames].clone()]
 
-    def encode(self, clip, seen):
-        return {"cavp": seen[0]}
+    def encode(self, clip, tensors):
+        return {"cavp": tensors[0]}
 
     def project(self, features):
         return {"context": self.cond_stage_model(features["cavp"].to(self.device))}  # (B, 32, 768)
@@ -166,8 +173,10 @@ class Frieren(FlowModel):
         """1 - k/1000 with k cut, not rounded. At the times of 25 steps k is upstream's, whose float32 cuts 200, 360 and
         400 to 199, 359 and 399; with other numbers of steps a few k may differ from upstream's by one."""
         passed = 1 - t.double()
-        step, grid = (25 * passed).round(), (1000 * torch.linspace(0, 1, 26)).long().to(t.device)
-        k = torch.where((25 * passed - step).abs() < 1e-4, grid[step.long()], (1000 * passed + 1e-3).long())
+        step = (25 * passed).round()
+        grid = (1000 * torch.linspace(0, 1, 26)).long().to(t.device)
+        is_of_25 = (25 * passed - step).abs() < 1e-4
+        k = torch.where(is_of_25, grid[step.long()], (1000 * passed + 1e-3).long())
         return (1 - k.clamp(0, 999).double() / 1000).to(t.dtype)
 
     def blocks(self):
@@ -176,16 +185,20 @@ class Frieren(FlowModel):
     @torch.no_grad()
     def decode(self, latents):
         vae, vocoder = self.codec(self.device)
-        mels = (vae.decode(z.transpose(1, 2) / self.latent_scale) for z in latents.to(self.device).float().split(8))
-        return torch.cat([vocoder(mel)[:, 0].cpu() for mel in mels])  # mel (B, 80, 512), 256 samples each
+        waves = []
+        for part in latents.to(self.device).float().split(8):
+            mels = vae.decode(part.transpose(1, 2) / self.latent_scale)  # (B, 80, 512), 256 samples each
+            waves.append(vocoder(mels)[:, 0].cpu())
+        return torch.cat(waves)
 
     @staticmethod
     def load_codec(vae, weights, device):
         import yaml
 
         shape, file = (weight_file(weights, name) for name in Frieren.files("")[1:])
-        vocoder = upstream_classes().vocoder(types.SimpleNamespace(**yaml.safe_load(shape.read_text())))
-        fill(vocoder, load_pt(file).get("generator", {}), file, "")
+        sizes = types.SimpleNamespace(**yaml.safe_load(shape.read_text()))
+        vocoder = upstream_classes().vocoder(sizes)
+        fill(vocoder, files.load_pt(file).get("generator", {}), file, "")
         return [part.to(device).float().eval().requires_grad_(False) for part in (vae, vocoder)]
 
 

@@ -6,6 +6,7 @@ finite is silence: a silent or broken audio has an ordinary finite value everywh
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
 import os
@@ -17,25 +18,19 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
 
 from common import (
-    ANY,
     HUMAN_SPEECH_CLASSES,
-    NUMBER,
-    NUMPY,
-    TENSOR,
     NoAudio,
+    NoFile,
     Scorer,
-    dict_of,
-    fit_length,
-    load_pt,
-    pesq_scores,
-    read_audio,
-    read_json,
+    SkipClip,
+    files,
+    media,
     stop,
     upstream,
     weight_file,
-    with_fields,
 )
 
 JUDGED_S = 8.0
@@ -46,7 +41,7 @@ def judged(waves, sample_rate_hz, centred=False):
     waves = torch.nan_to_num(waves.float(), 0, 0, 0).clamp(-2, 2)  # resampling may overshoot 1; 1e30 would overflow
     if centred:
         waves = waves - waves.mean(dim=-1, keepdim=True)
-    return fit_length(waves, round(JUDGED_S * sample_rate_hz))
+    return media.fit_length(waves, round(JUDGED_S * sample_rate_hz))
 
 
 def in_batches(network, rows, device, size=16):
@@ -89,36 +84,47 @@ class ImageBindScorer(Scorer):
     Audio: windows of 2 s at 0, 3 and 6 s, averaged (av-benchmark spreads them over the whole file if it exceeds 8 s).
     """
 
-    sample_rate_hz, files, reads, gives, gib = 16000, ("imagebind_huge.pth",), "video", "ib", 3.1
+    sample_rate_hz = 16000
+    files = ("imagebind_huge.pth",)
+    reads = ("video",)
+    video_shapes = {"embedding": (1024,)}
 
     def __init__(self, weights, device):
         path = weight_file(weights, self.files[0])
         with upstream("ImageBind"), without_init("imagebind"):
             from imagebind.models import imagebind_model
         net = imagebind_model.imagebind_huge(pretrained=False)  # 4.8 GB: the file is mapped, never copied
-        net = load_weights(net, load_pt(path, mmap=True), path, "cpu", assign=True)
+        net = load_weights(net, files.load_pt(path, mmap=True), path, "cpu", assign=True)
         for parts in (net.modality_preprocessors, net.modality_trunks, net.modality_heads, net.modality_postprocessors):
             for modality in set(parts) - {"vision", "audio"}:
                 del parts[modality]  # 0.5 of 1.2e9 parameters
-        self.device, self.net = device, net.to(device)
-        self.frames = 0.5, v2.Compose([
-            v2.Resize(224, interpolation=InterpolationMode.BICUBIC),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-        ])  # fmt: skip
+        self.device = device
+        self.net = net.to(device)
+        resize = v2.Resize(224, interpolation=InterpolationMode.BICUBIC)
+        scale = v2.ToDtype(torch.float32, scale=True)
+        normalize = v2.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+        self.frames = (0.5, v2.Compose([resize, scale, normalize]))
 
     @staticmethod
     def crops(frames):
         """(4, 3, H, W), shorter side 224 -> (9, 3, 2, 224, 224): 3 pairs of frames, 3 crops of each."""
         height, width = frames.shape[-2:]
-        tops, lefts = ([0, math.ceil((side - 224) / 2), side - 224] for side in (height, width))
-        squares = [frames[..., top : top + 224, left : left + 224] for top, left in zip(tops, lefts, strict=True)]
-        return torch.stack([square[i : i + 2] for i in range(3) for square in squares]).transpose(1, 2)
+        squares = []
+        for share in (0, 0.5, 1):
+            top = math.ceil(share * (height - 224))
+            left = math.ceil(share * (width - 224))
+            squares.append(frames[..., top : top + 224, left : left + 224])
+        pairs = []
+        for i in range(3):
+            for square in squares:
+                pairs.append(square[i : i + 2])
+        return torch.stack(pairs).transpose(1, 2)
 
-    @torch.inference_mode()
-    def embed_clip(self, clip, frames):
-        """frames: (4, 3, H, W) -> (1024,)."""
-        return self.net({"vision": self.crops(frames)[None].to(self.device)})["vision"][0].cpu()
+    def embed_video(self, frames):
+        """frames: (4, 3, H, W)."""
+        crops = self.crops(frames).to(self.device)
+        embedding = self.net({"vision": crops[None]})["vision"][0]
+        return {"embedding": embedding.cpu()}
 
     @staticmethod
     def spectrograms(windows):
@@ -130,12 +136,16 @@ class ImageBindScorer(Scorer):
             window_type="hanning", htk_compat=True, use_energy=False, dither=0.0,
         )  # fmt: skip
         fbank = F.pad(fbank, (0, 0, 0, 2)).view(*windows.shape[:2], 200, 128)[:, :, :198]
-        return (fit_length(fbank.transpose(2, 3), 204)[:, :, None] + 4.268) / 9.138
+        return (media.fit_length(fbank.transpose(2, 3), 204)[:, :, None] + 4.268) / 9.138
 
-    def score_audio(self, waves, clips, sides):
+    def embed_audio(self, windows):
+        """(B, 3, 32000) -> (B, 1024)."""
+        return self.net({"audio": self.spectrograms(windows)})["audio"]
+
+    def score(self, waves, clips, videos):
         windows = judged(waves, 16000).unfold(-1, 32000, 48000)  # (B, 3, 32000)
-        audio = in_batches(lambda x: self.net({"audio": self.spectrograms(x)})["audio"], windows, self.device)
-        return {"ib": F.cosine_similarity(torch.stack(sides), audio, dim=-1)}
+        audio = in_batches(self.embed_audio, windows, self.device)
+        return {"ib": F.cosine_similarity(videos["embedding"], audio, dim=-1)}
 
 
 class ClapScorer(Scorer):
@@ -145,7 +155,8 @@ class ClapScorer(Scorer):
     RoBERTa's weights, which its checkpoint replaces, when built; its load_ckpt unpickles.
     """
 
-    sample_rate_hz, reads, gives, gib = 48000, "caption", "clap", 1.4
+    sample_rate_hz = 48000
+    reads = ("caption",)
     files = ("music_speech_audioset_epoch_15_esc_89.98.pt", "roberta-base/vocab.json", "roberta-base/merges.txt")
     roberta = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)  # -base
 
@@ -153,7 +164,8 @@ class ClapScorer(Scorer):
         from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
 
         path, vocab, merges = (weight_file(weights, name) for name in self.files)
-        tokens = len(read_json(vocab))  # too few would silently map every caption to the same ids
+        tokens = len(files.parse_json(files.read_text(vocab), vocab))
+        # Too few would silently map every caption to the same ids.
         if tokens != self.roberta["vocab_size"]:
             stop(f"{vocab}: {tokens} tokens instead of {self.roberta['vocab_size']}; download it again")
         self.tokenizer = RobertaTokenizer(str(vocab), str(merges))
@@ -165,27 +177,35 @@ class ClapScorer(Scorer):
             net, _ = factory.create_model("HTSAT-base", "roberta", device="cpu", enable_fusion=False)
         finally:
             model.RobertaModel = RobertaModel
-        state = load_pt(path, ignore=NUMPY)  # learning rates
-        state = state.get("state_dict", state) if isinstance(state, dict) else {}
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+        content = files.load_pt(path, ignore=files.NUMPY)  # learning rates
+        state = {}
+        if isinstance(content, dict):
+            for key, value in content.get("state_dict", content).items():
+                state[key.removeprefix("module.")] = value
         state.pop("text_branch.embeddings.position_ids", None)  # a constant that newer transformers do not store
-        self.device, self.net = device, load_weights(net, state, path, device)
+        self.device = device
+        self.net = load_weights(net, state, path, device)
 
-    @torch.inference_mode()
-    def embed_clip(self, clip):
-        if not clip["caption"]:
-            return None
-        length = dict(padding="max_length", truncation=True, max_length=77)
-        tokens = self.tokenizer([clip["caption"]], return_tensors="pt", **length)
+    @functools.lru_cache(maxsize=512)  # noqa: B019, a clip's audios follow each other
+    def embed_caption(self, caption):
+        """(512,)"""
+        length = {"padding": "max_length", "truncation": True, "max_length": 77}
+        tokens = self.tokenizer([caption], return_tensors="pt", **length)
         return self.net.get_text_embedding(dict(tokens))[0].cpu()
 
-    def score_audio(self, waves, clips, sides):
-        score, rows = torch.full((len(waves),), math.nan), [i for i, side in enumerate(sides) if side is not None]
-        if rows:
-            waves = fit_length(judged(waves[rows], 48000, centred=True), 480000)  # 10 s, as laion_clap pads
-            embed = self.net.get_audio_embedding
-            audio = in_batches(lambda x: embed([{"waveform": wave} for wave in x]), waves, self.device)
-            score[rows] = F.cosine_similarity(torch.stack([sides[i] for i in rows]), audio, dim=-1)
+    def embed_audio(self, waves):
+        """(B, 480000) -> (B, 512)."""
+        return self.net.get_audio_embedding([{"waveform": wave} for wave in waves])
+
+    def score(self, waves, clips, videos):
+        score = torch.full((len(waves),), math.nan)
+        captioned = [i for i, clip in enumerate(clips) if clip.caption]
+        if captioned:
+            waves = judged(waves[captioned], 48000, centred=True)
+            waves = media.fit_length(waves, 480000)  # 10 s, as laion_clap pads
+            audio = in_batches(self.embed_audio, waves, self.device)
+            captions = torch.stack([self.embed_caption(clips[i].caption) for i in captioned])
+            score[captioned] = F.cosine_similarity(captions, audio, dim=-1)
         return {"clap": score}
 
 
@@ -193,75 +213,95 @@ class SynchformerScorer(Scorer):
     """score_3, `desync_s`: |audio-video offset| in seconds that Synchformer predicts, mean of the first and the last
     4.8 s, in [0, 2], lower is better. An offset is the most probable of 21 classes, -2 to 2 s in steps of 0.2 s."""
 
-    sample_rate_hz, files, reads, gives = 16000, ("synchformer_state_dict.pth",), "video", "desync_s"
-    gib = 2.0
+    sample_rate_hz = 16000
+    files = ("synchformer_state_dict.pth",)
+    reads = ("video",)
+    video_shapes = {"segments": (24, 8, 768)}
 
     def __init__(self, weights, device):
         path = weight_file(weights, self.files[0])
         with upstream("av-benchmark"):
             from av_bench.synchformer.synchformer import Synchformer, make_class_grid
-        self.device, self.net = device, load_weights(Synchformer(), load_pt(path), path, device)
+        self.device = device
+        self.net = load_weights(Synchformer(), files.load_pt(path), path, device)
         self.offset_s = make_class_grid(-2, 2, 21)
         mel = torchaudio.transforms.MelSpectrogram(16000, n_fft=1024, win_length=400, hop_length=160, n_mels=128)
         self.mel = mel.to(device)
-        self.frames = 25, v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224)])
-        float32, centre = v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3, inplace=True)
+        self.frames = (25, v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224)]))
+        float32 = v2.ToDtype(torch.float32, scale=True)
+        centre = v2.Normalize([0.5] * 3, [0.5] * 3, inplace=True)
         self.values = v2.Compose([float32, centre])
 
-    @torch.inference_mode()
-    def embed_clip(self, clip, frames):
-        """frames: (200, 3, 224, 224) -> (24, 8, 768): 24 segments of 16 frames (0.64 s), every 8 frames."""
+    def embed_video(self, frames):
+        """frames: (200, 3, 224, 224); 24 segments of 16 frames (0.64 s), every 8 frames."""
         frames = self.values(frames.to(self.device))
         segments = torch.stack([frames[i : i + 16] for i in range(0, 185, 8)])[:, None]
-        return in_batches(self.net.extract_vfeats, segments, self.device, size=8)[:, 0]
+        embeddings = in_batches(self.net.extract_vfeats, segments, self.device, size=8)  # (24, 1, 8, 768)
+        return {"segments": embeddings[:, 0]}
 
-    def score_audio(self, waves, clips, sides):
+    def embed_audio(self, segments):
+        """(B, 24, 10240) -> (B, 24, 6, 768)."""
+        mels = torch.log(self.mel(segments) + 1e-6)
+        mels = media.fit_length(mels, 66)  # padded with 0 after the log, as upstream
+        mels = (mels + 4.2677393) / (2 * 4.5689974)
+        return self.net.extract_afeats(mels[:, :, None])  # (B, 24, 1, 128, 66)
+
+    def compare(self, both):
+        """(B, 14, 8 + 6, 768), of video and of audio -> (B, 21) logits of the offset."""
+        return self.net.compare_v_a(both[:, :, :8], both[:, :, 8:])
+
+    def score(self, waves, clips, videos):
         segments = judged(waves, 16000).unfold(-1, 10240, 5120)  # (B, 24, 10240)
-        audio, video = in_batches(self.hear, segments, self.device), torch.stack(sides)
+        audio = in_batches(self.embed_audio, segments, self.device)
+        video = videos["segments"]
         offsets = []
         for part in (slice(0, 14), slice(-14, None)):  # the network compares exactly 14 segments
-            both = torch.cat([video[:, part], audio[:, part]], dim=2)  # (B, 14, 8 + 6, 768)
-            logits = in_batches(lambda x: self.net.compare_v_a(x[:, :, :8], x[:, :, 8:]), both, self.device)
+            both = torch.cat([video[:, part], audio[:, part]], dim=2)
+            logits = in_batches(self.compare, both, self.device)
             offsets.append(self.offset_s[logits.argmax(dim=-1)].abs())
-        return {"desync_s": torch.stack(offsets).mean(dim=0)}
-
-    def hear(self, segments):
-        """(B, 24, 10240) -> (B, 24, 6, 768)."""
-        mels = fit_length(torch.log(self.mel(segments) + 1e-6), 66)  # padded with 0 after the log, as upstream
-        return self.net.extract_afeats(((mels + 4.2677393) / (2 * 4.5689974))[:, :, None])  # (B, 24, 1, 128, 66)
+        unseen = video.flatten(1).isnan().any(dim=1)  # argmax would name an offset all the same
+        desync_s = torch.stack(offsets).mean(dim=0)
+        return {"desync_s": desync_s.masked_fill(unseen, math.nan)}
 
 
 class PannsScorer(Scorer):
     """The tagger of score_4, PANNs' Cnn14 at 32 kHz: `logits` (B, 527) over AudioSet's classes, before the sigmoid."""
 
-    sample_rate_hz, files, gib = 32000, ("Cnn14_mAP=0.431.pth",), 0.9
+    sample_rate_hz = 32000
+    files = ("Cnn14_mAP=0.431.pth",)
     stft = dict(window_size=1024, hop_size=320, fmin=50, fmax=14000)
 
     def __init__(self, weights, device):
         path = weight_file(weights, self.files[0])
         with without_init("panns_inference"):
             from panns_inference.models import Cnn14
-        state = load_pt(path, ignore=NUMPY)  # the state of its sampler
-        state = state.get("model") if isinstance(state, dict) else None
+        content = files.load_pt(path, ignore=files.NUMPY)  # the state of its sampler
+        state = content.get("model") if isinstance(content, dict) else None
         net = Cnn14(sample_rate=self.sample_rate_hz, mel_bins=64, classes_num=527, **self.stft)
-        self.device, self.net = device, load_weights(net, state, path, device)
+        self.device = device
+        self.net = load_weights(net, state, path, device)
 
-    def score_audio(self, waves, clips, sides):
+    def tag(self, waves):
+        return self.net.fc_audioset(self.net(waves)["embedding"])
+
+    def score(self, waves, clips, videos):
         waves = judged(waves, self.sample_rate_hz, centred=True)
-        return {"logits": in_batches(lambda x: self.net.fc_audioset(self.net(x)["embedding"]), waves, self.device)}
+        return {"logits": in_batches(self.tag, waves, self.device)}
 
 
 class Panns16kScorer(PannsScorer):
     """The variant of av-benchmark's KL_PANNs and IS."""
 
-    sample_rate_hz, files = 16000, ("Cnn14_16k_mAP=0.438.pth",)
+    sample_rate_hz = 16000
+    files = ("Cnn14_16k_mAP=0.438.pth",)
     stft = dict(window_size=512, hop_size=160, fmin=50, fmax=8000)
 
 
 class PasstScorer(Scorer):
     """`logits` (B, 527) and `embedding` (B, 768) of PaSST at 32 kHz, for FD_PaSST and KL_PaSST: 8 s, padded to 10 s."""
 
-    sample_rate_hz, files = 32000, ("passt-s-f128-p16-s10-ap.476-swa.pt",)
+    sample_rate_hz = 32000
+    files = ("passt-s-f128-p16-s10-ap.476-swa.pt",)
 
     def __init__(self, weights, device):
         path = weight_file(weights, self.files[0])
@@ -271,7 +311,8 @@ class PasstScorer(Scorer):
         with self.quiet():
             net = get_model(arch="passt_s_swa_p16_128_ap476", pretrained=False)
             self.mel = AugmentMelSTFT(freqm=48, timem=192, fmin_aug_range=10, fmax_aug_range=2000).to(device).eval()
-        self.device, self.net = device, load_weights(net, load_pt(path), path, device)
+        self.device = device
+        self.net = load_weights(net, files.load_pt(path), path, device)
 
     @staticmethod
     @contextlib.contextmanager
@@ -281,10 +322,15 @@ class PasstScorer(Scorer):
             warnings.simplefilter("ignore")
             yield
 
-    def score_audio(self, waves, clips, sides):
-        waves = fit_length(judged(waves, 32000, centred=True), 320000)
+    def both(self, waves):
+        """(B, 320000) -> (B, 527 + 768), logits and embedding."""
+        mels = self.mel(waves)
+        return torch.cat(self.net(mels[:, None]), dim=1)
+
+    def score(self, waves, clips, videos):
+        waves = media.fit_length(judged(waves, 32000, centred=True), 320000)
         with self.quiet():
-            both = in_batches(lambda x: torch.cat(self.net(self.mel(x)[:, None]), dim=1), waves, self.device)
+            both = in_batches(self.both, waves, self.device)
         return {"logits": both[:, :527], "embedding": both[:, 527:]}
 
 
@@ -292,18 +338,27 @@ class PesqScorer(Scorer):
     """score_5, `pesq`: wide-band PESQ at 16 kHz against the clip's own audio, both cut to the shorter, at most 8 s. nan
     where it does not apply: another class, no audio track, a reference without utterance."""
 
-    sample_rate_hz, reads, gives = 16000, "reference", "pesq"
+    sample_rate_hz = 16000
+    reads = ("reference",)
 
-    def embed_clip(self, clip):
-        if clip["label"] not in HUMAN_SPEECH_CLASSES:
-            return None
+    def reference(self, clip):
+        return self.sound_of(clip.path) if clip.label in HUMAN_SPEECH_CLASSES else None
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019, a clip's audios follow each other
+    def sound_of(self, path):
         try:
-            return read_audio(clip["path"], 16000, JUDGED_S, pad=False)
+            return media.read_audio(path, 16000, JUDGED_S, pad=False)
         except NoAudio:  # a silent film
             return None
+        except NoFile:
+            files.gone(path)
+        except SkipClip as reason:
+            tqdm.write(f"{path}: {reason}; PESQ cannot use it", file=sys.stderr)
+            return None
 
-    def score_audio(self, waves, clips, sides):
-        return {"pesq": pesq_scores(sides, waves, self.workers)}
+    def score(self, waves, clips, videos):
+        references = [self.reference(clip) for clip in clips]
+        return {"pesq": media.pesq_scores(references, waves, self.workers)}
 
 
 class AudioboxScorer(Scorer):
@@ -311,7 +366,8 @@ class AudioboxScorer(Scorer):
     `ce` content enjoyment and `cu` content usefulness, each (B,), on its raters' scale of 1 to 10. 8 s, padded to the
     10 s of its windows under its own mask."""
 
-    sample_rate_hz, files = 16000, ("audiobox_aesthetics.pt",)
+    sample_rate_hz = 16000
+    files = ("audiobox_aesthetics.pt",)
     axes = ("PQ", "PC", "CE", "CU")
     shape = ("proj_num_layer", "proj_ln", "proj_act_fn", "proj_dropout", "nth_layer", "use_weighted_layer_sum")
     shape += ("precision", "normalize_embed", "output_dim")
@@ -320,26 +376,30 @@ class AudioboxScorer(Scorer):
         path = weight_file(weights, self.files[0])
         with upstream("audiobox-aesthetics", "src"):
             from audiobox_aesthetics.model.aes import AesMultiOutput
-        scale = dict_of(with_fields(mean=NUMBER, std=NUMBER))
-        fields = dict(state_dict=dict_of(TENSOR), model_cfg=with_fields(**dict.fromkeys(self.shape, ANY)))
-        state = load_pt(path, dict(fields, target_transform=scale), ignore=NUMPY)
-        net = AesMultiOutput(**{key: state["model_cfg"][key] for key in self.shape})
-        weights = {key.removeprefix("model."): value for key, value in state["state_dict"].items()}
-        self.device, self.net = device, load_weights(net, weights, path, device)
-        scales = [state["target_transform"][axis] for axis in self.axes]
-        self.mean, self.std = (torch.tensor([float(scale[key]) for scale in scales]) for key in ("mean", "std"))
+        fields = {"state_dict": dict, "model_cfg": dict, "target_transform": dict}
+        content = files.load_pt(path, fields, ignore=files.NUMPY)
+        state = {key.removeprefix("model."): value for key, value in content["state_dict"].items()}
+        try:
+            net = AesMultiOutput(**{key: content["model_cfg"][key] for key in self.shape})
+            scales = [content["target_transform"][axis] for axis in self.axes]
+            self.mean = torch.tensor([float(scale["mean"]) for scale in scales])
+            self.std = torch.tensor([float(scale["std"]) for scale in scales])
+        except (KeyError, TypeError, ValueError) as error:
+            stop(f"{path}: not audiobox-aesthetics' checkpoint ({error!r:.80}); download it again")
+        self.device = device
+        self.net = load_weights(net, state, path, device)
 
-    def score_audio(self, waves, clips, sides):
+    def standardised(self, both):
+        """(B, 2, 1, 160000), waves and their mask -> (B, 4), the axes as the network was trained on them."""
+        found = self.net({"wav": both[:, 0], "mask": both[:, 1] > 0})
+        return torch.stack([found[axis].float() for axis in self.axes], dim=1)
+
+    def score(self, waves, clips, videos):
         waves = judged(waves, 16000)[:, None]
-        mask = torch.ones_like(waves, dtype=torch.bool)
-        both = torch.stack([fit_length(waves, 160000), fit_length(mask, 160000)], dim=1)  # (B, 2, 1, 160000)
-
-        def axes(x):
-            found = self.net({"wav": x[:, 0], "mask": x[:, 1] > 0})
-            return torch.stack([found[axis].float() for axis in self.axes], dim=1)
-
-        scores = in_batches(axes, both, self.device) * self.std + self.mean
-        return dict(zip(map(str.lower, self.axes), scores.unbind(dim=1)))
+        mask = torch.ones_like(waves)
+        both = torch.stack([media.fit_length(waves, 160000), media.fit_length(mask, 160000)], dim=1)
+        scores = in_batches(self.standardised, both, self.device) * self.std + self.mean
+        return {axis.lower(): scores[:, i] for i, axis in enumerate(self.axes)}
 
 
 SCORERS = {
@@ -365,4 +425,12 @@ MEASURES = {
     **{f"audiobox_{axis}": ("mean", "audiobox", axis) for axis in ("pq", "pc", "ce", "cu")},
 }
 JUDGES = ("audiobox",)  # scorers that stage 07 asks only when told to
-AT_A_TIME = 1  # networks in memory
+
+# Where AudioScore's five are said: {name: (scorer, tensor)}.
+AUDIOSCORE = {
+    "ib": ("imagebind", "ib"),
+    "clap": ("clap", "clap"),
+    "desync_s": ("synchformer", "desync_s"),
+    "logits": ("panns", "logits"),
+    "pesq": ("pesq", "pesq"),
+}

@@ -55,7 +55,12 @@ class World(NamedTuple):
 
     @property
     def name(self):
-        return f"{self.seed}{f' noise {self.noise:g}' * (self.noise != 1)}{' round 2' * (self.round == 2)}"
+        name = str(self.seed)
+        if self.noise != 1:
+            name += f" noise {self.noise:g}"
+        if self.round == 2:
+            name += " round 2"
+        return name
 
 
 class Arm(NamedTuple):
@@ -75,7 +80,9 @@ class Arm(NamedTuple):
 
 # The pilot ---------------------------------------------------------------------------------------------------
 
-BETAS, RATES, SEEDS = (20, 60, 200, 600, 1000), (7e-5, 2e-4), (0, 1, 2)
+BETAS = (20, 60, 200, 600, 1000)
+RATES = (7e-5, 2e-4)
+SEEDS = (0, 1, 2)
 GRID = [Arm(f"beta{b}_lr{lr:.0e}", "05", f"--beta {b} --lr {lr}", SEEDS) for b in BETAS for lr in RATES]
 SCALED = [Arm(f"beta{b}_scaled", "05", f"--beta {b} --lr {7e-5 * 60 / b:.2e}", SEEDS) for b in BETAS if b != 60]
 NOISY = [arm for arm in GRID if arm.name in ("beta60_lr7e-05", "beta600_lr7e-05")]
@@ -174,12 +181,13 @@ def parse_args(argv=None):
 def command(folder, number, flags):
     """Runs a stage, notes its command and CPU seconds, and stops with its output when it fails."""
     line = [sys.executable, STAGES[number], "--run-dir", str(folder), *shlex.split(flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise RuntimeError(f"{shlex.join(line)} ended with {done.returncode}: {said[0]}")
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"{shlex.join(line)} ended with {done.returncode}: {said[-1]}")
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     with open(folder / "commands.jsonl", "a", encoding="utf-8") as log:
         log.write(json.dumps({"command": f"{STAGES[number]} {flags}", "cpu_s": round(seconds, 1)}) + "\n")
@@ -193,35 +201,52 @@ def make_world(job):
     """Stages 00 to 04. People of another noise answer about the audios of the world that they share. A second round
     keeps the world's people and AudioScore: its audios come from the tuned policy, and pairs from them."""
     args, world = job
-    folder, plain = folder_of(args, world), folder_of(args, World(world.seed))
+    folder = folder_of(args, world)
+    plain = folder_of(args, World(world.seed))
     if folder != plain and not (folder / "run.json").exists():
         copy_world(world, plain, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    steps = [("00", "run.json", f" --size {args.size}"), ("01", "02_to_rate.csv", ""), ("02", "02_audioscore.pt", "")]
-    for number, made, more in (*steps, ("03", "03_human_pairs.jsonl", ""), ("04", "04_settings.json", None)):
+    seed = f"--seed {world.seed}"
+    steps = (  # a stage, a file that is there when it is done, its flags
+        ("00", "run.json", f"{seed} --size {args.size}"),
+        ("01", "02_to_rate.csv", seed),  # which 02 writes first
+        ("02", "02_audioscore.pt", seed),
+        ("03", "03_human_pairs.jsonl", seed),
+        ("04", "04_settings.json", ""),
+    )
+    for number, made, flags in steps:
         if not (folder / made).exists():
-            command(folder, number, "" if more is None else f"--seed {world.seed}{more}")
+            command(folder, number, flags)
+
+
+SHARED = {  # what a twin shares with the plain world, by its round
+    1: ("00_*", "clips.jsonl", "01_*", "02_scores", "03_scores"),
+    2: ("00_*", "clips.jsonl", "02_audioscore.pt", "02_scores.jsonl", "02_settings.json"),
+}
 
 
 def copy_world(world, plain, folder):
-    """What a twin shares with the plain world; its run.json comes last."""
+    """A twin's folder; its run.json comes last."""
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted copy
     folder.mkdir()
-    keep = ("00_*", "clips.jsonl", *(("01_*", "scores") if world.round == 1 else ("02_[as]*",)))
-    for path in (path for pattern in keep for path in plain.glob(pattern)):
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, copy_function=os.link)
-        else:
-            shutil.copy(path, folder)
-    about = json.loads((plain / "run.json").read_text()) | {"rater_noise": world.noise}
+    for pattern in SHARED[world.round]:
+        for path in plain.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, copy_function=os.link)
+            else:
+                shutil.copy(path, folder)
+    run_json = json.loads((plain / "run.json").read_text())
+    run_json["rater_noise"] = world.noise
     if world.round == 2:
-        common, base = stage("common"), folder / "00_base.pt"
-        tuned = common.load_pt(plain / FLOW_DPO.out(world.seed) / "policy.pt")
-        common.save_pt(base, common.load_pt(base) | {"net": tuned})
-        about |= {"checkpoint_digest": common.digest(base)}
-        record = json.loads((folder / "02_settings.json").read_text()) | {"inputs": {}}  # of the first round
-        (folder / "02_settings.json").write_text(json.dumps(record))
-    (folder / "run.json").write_text(json.dumps(about))
+        files = stage("common").files
+        base = folder / "00_base.pt"
+        tuned = files.load_pt(plain / FLOW_DPO.out(world.seed) / "policy.pt")
+        files.save_pt(base, files.load_pt(base) | {"net": tuned})
+        run_json["checkpoint_digest"] = files.digest(base)
+        made = json.loads((folder / "02_settings.json").read_text())
+        made["inputs"] = {}  # they are of the first round
+        (folder / "02_settings.json").write_text(json.dumps(made))
+    (folder / "run.json").write_text(json.dumps(run_json))
 
 
 def train(job):
@@ -234,47 +259,82 @@ def train(job):
 def judge(job):
     """All policies of a world, by one command of stage 07 for each guidance. Returns the lines of the csv."""
     args, world, arms, split = job
-    folder, rows, logs = folder_of(args, world), [], {}
+    folder = folder_of(args, world)
+    rows = []
     for guidance in dict.fromkeys(arm.guidance for arm, _ in arms):
-        names = {arm.out(seed): (arm, seed) for arm, seed in arms if arm.guidance == guidance}
-        names = {x: (Arm(x, "", guidance=guidance), 0) for x in ("ground_truth", "base")} | names
-        more = "" if guidance is None else f" --guidance {guidance}"
-        command(folder, "07", f"--split {split} --only --systems {' '.join(names)}{more}")
-        logs |= {out: lines(folder / out / "log.jsonl") for out, (arm, _) in names.items() if arm.stage}
-        budgets = {out: log[-1]["forwards"] for out, log in logs.items()}
-        for result in lines(folder / f"07_results{'' if split == 'test' else '_val'}.jsonl"):
-            arm, seed = names[out := result["system"]]
-            value = result["metric"], result["value"], result["n"]
-            rows.append((world.name, arm.label, seed, budgets.get(out, 0), *value))
-        for out, (arm, seed) in names.items():
-            known = []
-            if arm.stage and guidance is None:
-                keys = LOGGED if arm.stage == "05" else ("reward",)
-                known = [*((key, mean_of(logs[out][-50:], key)) for key in keys), ("cpu_s", training_cost(folder, out))]
-                if arm.stage == "05":
-                    known.append(("norm_wrong", norm_wrong(folder, out)))
-            elif out == "base" and guidance is None:
-                known = world_costs(folder).items()
-            rows += [(world.name, arm.label, seed, budgets.get(out, 0), *pair, 0) for pair in known]
-            shutil.rmtree(folder / "07_audio" / f"{out}{f'@{guidance:g}' if guidance else ''}", ignore_errors=True)
-    return [row for row in rows if row[5] is not None]
+        systems = {}
+        for name in ("ground_truth", "base"):
+            systems[name] = (Arm(name, "", guidance=guidance), 0)
+        for arm, seed in arms:
+            if arm.guidance == guidance:
+                systems[arm.out(seed)] = (arm, seed)
+        flags = f"--split {split} --systems {' '.join(systems)}"
+        if guidance is not None:
+            flags += f" --guidance {guidance}"
+        command(folder, "07", flags)
+        rows += lines_of(world, folder, systems, split, guidance)
+        for out in systems:
+            audio = out if guidance is None else f"{out}@{guidance:g}"
+            shutil.rmtree(folder / "07_audio" / audio, ignore_errors=True)
+    return rows
+
+
+def lines_of(world, folder, systems, split, guidance):
+    """The lines of the csv at one guidance. systems: {folder of the policy: (arm, seed)}."""
+    results = lines(folder / ("07_results.jsonl" if split == "test" else f"07_results_{split}.jsonl"))
+    rows = []
+    for out, (arm, seed) in systems.items():
+        log = lines(folder / out / "log.jsonl") if arm.stage else []
+        budget = log[-1]["forwards"] if log else 0
+        found = [(row["metric"], row["value"], row["n"]) for row in results if row["system"] == out]
+        if guidance is None:
+            for key, value in known_of(folder, out, arm, log).items():
+                found.append((key, value, 0))
+        for metric, value, n in found:
+            if value is not None:
+                rows.append((world.name, arm.label, seed, budget, metric, value, n))
+    return rows
+
+
+def known_of(folder, out, arm, log):
+    """What the csv holds of a training, or of the world, beside the metrics."""
+    if out == "base":
+        return world_costs(folder)
+    if not arm.stage:
+        return {}
+    known = {}
+    for key in LOGGED if arm.stage == "05" else ("reward",):
+        known[key] = mean_of(log[-50:], key)
+    known["cpu_s"] = training_cost(folder, out)
+    if arm.stage == "05":
+        known["norm_wrong"] = norm_wrong(folder, out)
+    return known
 
 
 def training_cost(folder, out):
     """CPU seconds, if it was not interrupted: what a stopped command spent is not known."""
-    spent = lines(folder / "commands.jsonl")
-    return sum(row["cpu_s"] for row in spent if f"--out {out} " in f"{row['command']} ")
+    total = 0
+    for row in lines(folder / "commands.jsonl"):
+        if f"--out {out} " in f"{row['command']} ":
+            total += row["cpu_s"]
+    return total
 
 
 def world_costs(folder):
     """CPU seconds of the stages; the pool of audios, its rated ones, and its rows through the network, which guidance
     doubles."""
-    spent = lines(folder / "commands.jsonl")
-    stages = {f"cpu_s_{n}": sum(row["cpu_s"] for row in spent if row["command"][:2] == n) for n in STAGES}
     steps = json.loads((folder / "run.json").read_text())["sampler"]["steps"]
     audios = sum(len(lines(file)) for file in (folder / "01_samples").glob("?????.jsonl"))
-    rated = len(lines(folder / "02_scores.jsonl"))
-    return dict(pool_audios=audios, pool_rated=rated, pool_forwards=2 * steps * audios) | stages
+    costs = {
+        "pool_audios": audios,
+        "pool_rated": len(lines(folder / "02_scores.jsonl")),
+        "pool_forwards": 2 * steps * audios,
+    }
+    for number in STAGES:
+        costs[f"cpu_s_{number}"] = 0
+    for row in lines(folder / "commands.jsonl"):
+        costs[f"cpu_s_{row['command'][:2]}"] += row["cpu_s"]
+    return costs
 
 
 def stage(name):
@@ -285,26 +345,26 @@ def stage(name):
 def norm_wrong(folder, out, count=128):
     """Of Eq. 5's gradient at a policy, on pairs of stage 1: the norm of what the wrongly ordered ones give, over the
     sum of both norms. None at beta 0, where Eq. 5 has no gradient."""
-    common, training = stage("common"), stage(STAGES["05"].removesuffix(".py"))
-    torch = training.torch
-    settings = json.loads((folder / out / "settings.json").read_text())
-    args = argparse.Namespace(seed=settings["settings"]["seed"], global_batch=count)
+    common = stage("common")
+    stage_05 = stage(STAGES["05"].removesuffix(".py"))
+    torch = stage_05.torch
+    settings = json.loads((folder / out / "settings.json").read_text())["settings"]
     model = common.load_base_model(folder)
-    reference, shards = model.reference(), common.Shards(folder, common.read_samples(folder), model)
+    reference = common.training.frozen_copy(model, bf16=False)
+    shards = common.training.Shards(folder, common.read_samples(folder), model)
     model.load_policy(folder / out / "policy.pt")
-    pairs = lines(folder / "04_stage1.jsonl")[:count]
-    args.global_batch = len(pairs)
-    t, eps = training.draw_t_and_noise(0, model, args)
-    features = shards.features([pair["clip"] for pair in pairs])
-    audios = [(pair["clip"], pair[side]) for side in ("winner", "loser") for pair in pairs]
-    inputs = features, shards.latents(audios).unflatten(0, (2, len(pairs))), eps, t
+    pairs = common.rows.read(folder / "04_stage1.jsonl", common.rows.SplitPair)[:count]
+    a_0, features = stage_05.load_pairs(pairs, shards, model.device)
+    args = argparse.Namespace(seed=settings["seed"], global_batch=len(pairs))
+    t, eps = stage_05.draw_t_and_noise(0, model, args)
     with torch.no_grad():
-        known = training.pair_errors(reference, *inputs)
-    loss, logits = common.flow_dpo_loss(*training.pair_errors(model, *inputs), *known, settings["settings"]["beta"])
+        ref_err_w, ref_err_l = stage_05.pair_errors(reference, features, a_0, eps, t)
+    err_w, err_l = stage_05.pair_errors(model, features, a_0, eps, t)
+    loss, logits = common.flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, settings["beta"])
     norms = []
     for chosen in (logits < 0, logits >= 0):
         gradients = torch.autograd.grad((loss * chosen).sum(), model.trainable_parameters(), retain_graph=True)
-        norms.append(sum(g.square().sum() for g in gradients).sqrt().item())
+        norms.append(sum(gradient.square().sum() for gradient in gradients).sqrt().item())
     return norms[0] / sum(norms) if any(norms) else None
 
 
@@ -317,9 +377,11 @@ def flags_at(folder, flags):
     if "{share:" not in flags:
         return flags
     head, share = flags.rstrip("}").split("{share:")
-    pairs = [pair for i in (1, 2) for pair in lines(folder / f"04_stage{i}.jsonl") if pair["source"] == "auto"]
-    value = 1.0 if float(share) == 0 else np.quantile([pair["score_c"] for pair in pairs], 1 - float(share))
-    return f"{head}{value:.6f}"
+    if float(share) == 0:
+        return f"{head}{1:.6f}"
+    pairs = lines(folder / "04_stage1.jsonl") + lines(folder / "04_stage2.jsonl")
+    mined = [pair["score_c"] for pair in pairs if pair["source"] == "auto"]
+    return f"{head}{np.quantile(mined, 1 - float(share)):.6f}"
 
 
 def lines(path):
@@ -329,29 +391,46 @@ def lines(path):
 
 def make(args, study, split):
     """study: {World: arms}. Worlds are made, trained and judged some at a time; each is then whole in the csv."""
-    done = {(row["world"], row["arm"], row["seed"]) for row in read(args.csv)}
-    todo = {
-        world: [(arm, seed) for arm in arms for seed in (world.seed if s is None else s for s in arm.seeds)]
-        for world, arms in study.items()
-    }
-    todo = {w: [(a, s) for a, s in arms if (w.name, a.label, s) not in done] for w, arms in todo.items()}
-    worlds = [world for world, arms in todo.items() if arms]
+    done = keys_of(args.csv)
+    todo = {}
+    for world, arms in study.items():
+        missing = []
+        for arm in arms:
+            for asked in arm.seeds:
+                seed = world.seed if asked is None else asked
+                if (world.name, arm.label, seed) not in done:
+                    missing.append((arm, seed))
+        if missing:
+            todo[world] = missing
+    worlds = list(todo)
     with ProcessPoolExecutor(args.jobs) as pool:
-        for some in (worlds[i : i + args.jobs] for i in range(0, len(worlds), args.jobs)):
-            plain = [World(seed) for seed in dict.fromkeys(world.seed for world in some)]
-            twins = [world for world in some if world not in plain]
-            tuned = [world for world in plain if any((w.seed, w.round) == (world.seed, 2) for w in some)]
-            arms = {(w, a.out(seed)): (args, w, a, seed) for w in some for a, seed in todo[w]}  # one for all guidances
-            for work, jobs in (
-                (make_world, [(args, world) for world in plain]),
-                (train, [(args, world, FLOW_DPO, world.seed) for world in tuned]),
-                (make_world, [(args, world) for world in twins]),
-                (train, [*arms.values()]),
-            ):
-                title = f"{work.__name__} {', '.join(world.name for world in some)}"
-                list(tqdm(pool.map(work, jobs, chunksize=1), title, total=len(jobs), disable=not jobs))
-            for rows in pool.map(judge, [(args, world, todo[world], split) for world in some]):
-                append(args.csv, rows)
+        for start in range(0, len(worlds), args.jobs):
+            make_some(pool, args, worlds[start : start + args.jobs], todo, split)
+
+
+def make_some(pool, args, worlds, todo, split):
+    """Makes, trains and judges these worlds, as many at a time as the pool has processes."""
+    plain = [World(seed) for seed in dict.fromkeys(world.seed for world in worlds)]
+    twins = [world for world in worlds if world not in plain]
+    second_rounds = {world.seed for world in worlds if world.round == 2}
+    tuned = [world for world in plain if world.seed in second_rounds]
+    trainings = {}  # one for all guidances
+    for world in worlds:
+        for arm, seed in todo[world]:
+            trainings[world, arm.out(seed)] = (args, world, arm, seed)
+    names = ", ".join(world.name for world in worlds)
+    work(pool, make_world, [(args, world) for world in plain], names)
+    work(pool, train, [(args, world, FLOW_DPO, world.seed) for world in tuned], names)
+    work(pool, make_world, [(args, world) for world in twins], names)
+    work(pool, train, list(trainings.values()), names)
+    for rows in pool.map(judge, [(args, world, todo[world], split) for world in worlds]):
+        append(args.csv, rows)
+
+
+def work(pool, function, jobs, names):
+    done = pool.map(function, jobs, chunksize=1)
+    for _ in tqdm(done, f"{function.__name__} {names}", total=len(jobs), disable=not jobs):
+        pass
 
 
 def read(path):
@@ -359,11 +438,19 @@ def read(path):
         return []
     with open(path, encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    return [row | {"seed": int(row["seed"]), "value": float(row["value"])} for row in rows]
+    for row in rows:
+        row["seed"] = int(row["seed"])
+        row["value"] = float(row["value"])
+    return rows
+
+
+def keys_of(path):
+    """The (world, arm, seed) of which the csv has lines."""
+    return {(row["world"], row["arm"], row["seed"]) for row in read(path)}
 
 
 def append(path, rows):
-    known = {(row["world"], row["arm"], row["seed"]) for row in read(path)}  # ground truth and base recur
+    known = keys_of(path)  # ground truth and base recur
     new = not path.exists()
     with open(path, "a", encoding="utf-8", newline="") as stream:
         out = csv.writer(stream, lineterminator="\n")
@@ -384,16 +471,20 @@ class Results:
     of that world: `flow_dpo, round 2`."""
 
     def __init__(self, rows):
-        found = defaultdict(lambda: defaultdict(list))
+        self.rows = rows
+        self.each = defaultdict(lambda: defaultdict(list))  # as mean, but the values of all seeds
         for row in rows:
             world, _, other = row["world"].partition(" ")
-            found[row["arm"] + f", {other}" * bool(other), row["metric"]][world].append(row["value"])
-        self.rows, self.each = rows, found
-        self.mean = {key: {world: float(np.mean(v)) for world, v in worlds.items()} for key, worlds in found.items()}
+            arm = f"{row['arm']}, {other}" if other else row["arm"]
+            self.each[arm, row["metric"]][world].append(row["value"])
+        self.mean = {}
+        for key, worlds in self.each.items():
+            self.mean[key] = {world: float(np.mean(values)) for world, values in worlds.items()}
 
     def gaps(self, system, against, metric):
         """System minus another in each world that has both."""
-        ours, theirs = (self.mean.get((name, metric), {}) for name in (system, against))
+        ours = self.mean.get((system, metric), {})
+        theirs = self.mean.get((against, metric), {})
         return np.array([ours[world] - theirs[world] for world in ours if world in theirs])
 
 
@@ -409,9 +500,12 @@ def interval(values):
 
 def holm(p_values):
     """Holm's step-down correction, in the order given."""
-    order, adjusted, least = np.argsort(p_values), np.zeros(len(p_values)), 0.0
-    for i, place in enumerate(order):
-        least = adjusted[place] = max(least, min(1.0, (len(p_values) - i) * p_values[place]))
+    adjusted = np.zeros(len(p_values))
+    least = 0.0
+    for i, place in enumerate(np.argsort(p_values)):
+        p = min(1.0, (len(p_values) - i) * p_values[place])
+        least = max(least, p)
+        adjusted[place] = least
     return adjusted
 
 
@@ -420,7 +514,8 @@ def worlds_needed(values, alpha=0.05, power=0.8):
     t, normal quantiles and two worlds more)."""
     values = np.asarray(values, float)
     effect = max(abs(values.mean()) / values.std(ddof=1), 0.01)
-    needed = int(np.ceil(((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) / effect) ** 2)) + 2
+    quantiles = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
+    needed = int(np.ceil((quantiles / effect) ** 2)) + 2
     return max(needed, len(values) + 1)
 
 
@@ -431,28 +526,43 @@ def shown(metric, mean, half=None, sign="+"):
 
 
 def heading(metric):
-    return f"{METRICS[metric][0]} {'↑' if METRICS[metric][1] > 0 else '↓'}"
+    name, better, _, _ = METRICS[metric]
+    return f"{name} {'↑' if better > 0 else '↓'}"
 
 
 def table(head, rows):
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])
+    lines = []
+    for row in [head, ["---"] * len(head), *rows]:
+        lines.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(lines)
 
 
 def claim_table(results, claims):
     """One row per claim: the difference by its one metric, p after Holm, the verdict."""
-    found = [(claim, results.gaps(*claim[1:])) for claim in claims]
-    found = [(claim, gaps) for claim, gaps in found if len(gaps) > 1]
-    adjusted, rows = holm([interval(gaps)[2] for _, gaps in found]), []
-    for ((text, system, against, metric), gaps), p in zip(found, adjusted):
+    found = []
+    for claim in claims:
+        gaps = results.gaps(*claim[1:])
+        if len(gaps) > 1:
+            found.append((claim, gaps))
+    adjusted = holm([interval(gaps)[2] for _, gaps in found])
+    rows = []
+    for (claim, gaps), p in zip(found, adjusted):
+        text, system, against, metric = claim
+        name, better, _, _ = METRICS[metric]
         mean, half, _ = interval(gaps)
-        right = mean * METRICS[metric][1] > 0
-        verdict = "holds" if right else "does not hold"
+        verdict = "holds" if mean * better > 0 else "does not hold"
         if p > 0.05:
             verdict = f"not decidable: {worlds_needed(gaps, 0.05 / len(found)):,} worlds would"
         agree = int((np.sign(gaps) == np.sign(mean)).sum())
-        difference = f"{METRICS[metric][0]} {shown(metric, mean, half)}"
+        difference = f"{name} {shown(metric, mean, half)}"
         rows.append([text, f"{system} - {against}", difference, f"{agree}/{len(gaps)}", f"{p:.3f}", verdict])
     return table(["claim", "difference", "by", "worlds of this sign", "p (Holm)", "verdict"], rows)
+
+
+def mean_and_half(metric, values, sign="+"):
+    """A cell of a table: mean over worlds with its interval."""
+    mean, half, _ = interval(values)
+    return shown(metric, mean, half, sign)
 
 
 def difference_table(results, systems):
@@ -461,9 +571,11 @@ def difference_table(results, systems):
     systems = [system for system in systems if (system, metrics[0]) in results.mean]
     rows = []
     for metric in metrics:
-        base = interval(list(results.mean["base", metric].values()))
-        gaps = [interval(results.gaps(system, "base", metric)) for system in systems]
-        rows.append([heading(metric), shown(metric, *base[:2], sign=""), *(shown(metric, *gap[:2]) for gap in gaps)])
+        base = list(results.mean["base", metric].values())
+        row = [heading(metric), mean_and_half(metric, base, sign="")]
+        for system in systems:
+            row.append(mean_and_half(metric, results.gaps(system, "base", metric)))
+        rows.append(row)
     return table(["", "base", *systems], rows)
 
 
@@ -488,16 +600,25 @@ SHOWN = ("fd", "p_good", "judge_semantic", "judge_sync_s", "judge_aesthetic")
 def minus_base(results, system, base="base"):
     """Cells of a table: mean over the worlds of system minus base, with its interval; of one world, with the deviation
     over training seeds; None if it is not there yet."""
-    gaps = [results.gaps(system, base, metric) for metric in SHOWN]
-    if len(gaps[0]) == 1:
-        return [shown(metric, gap[0], spread(results, system, metric)) for metric, gap in zip(SHOWN, gaps)]
-    return [shown(metric, *interval(gap)[:2]) for metric, gap in zip(SHOWN, gaps)] if len(gaps[0]) else None
+    cells = []
+    for metric in SHOWN:
+        gaps = results.gaps(system, base, metric)
+        if len(gaps) == 0:
+            return None
+        if len(gaps) == 1:
+            cells.append(shown(metric, gaps[0], spread(results, system, metric)))
+        else:
+            cells.append(mean_and_half(metric, gaps))
+    return cells
 
 
 def spread(results, arm, metric):
     """Standard deviation over training seeds, pooled over the worlds."""
-    seeds = [values for values in results.each[arm, metric].values() if len(values) > 1]
-    return float(np.sqrt(np.mean([np.var(values, ddof=1) for values in seeds]))) if seeds else None
+    variances = []
+    for values in results.each[arm, metric].values():
+        if len(values) > 1:
+            variances.append(np.var(values, ddof=1))
+    return float(np.sqrt(np.mean(variances))) if variances else None
 
 
 def logged(results, arm, key):
@@ -506,82 +627,141 @@ def logged(results, arm, key):
 
 
 def head_and_base(results):
+    """The first two rows of a table: headings, and base's values."""
     worlds = sorted(results.mean["base", "fd"])
-    values = [[results.mean["base", metric][world] for world in worlds] for metric in SHOWN]
-    base = ["base", *(shown(metric, np.mean(value), sign="") for metric, value in zip(SHOWN, values))]
-    return [f"worlds {', '.join(worlds)}; val", *map(heading, SHOWN)], base
+    head = [f"worlds {', '.join(worlds)}; val"]
+    base = ["base"]
+    for metric in SHOWN:
+        values = [results.mean["base", metric][world] for world in worlds]
+        head.append(heading(metric))
+        base.append(shown(metric, np.mean(values), sign=""))
+    return head, base
+
+
+LOGGED_CELLS = ("FD, seeds", "accuracy", "saturated", "gradient of wrong pairs")
+
+
+def pilot_rows(results, arms, other=""):
+    """Rows of those arms that are there; other: `, noise 3`, of a world with other people."""
+    rows = []
+    for arm in arms:
+        name = arm.name + other
+        cells = minus_base(results, name, f"base{other}")
+        if cells is None:
+            continue
+        deviation = spread(results, name, "fd")
+        row = [name, *cells, "" if deviation is None else f"{deviation:.0f}"]
+        for key in ("accuracy", "saturated", "norm_wrong"):
+            row.append(logged(results, name, key))
+        rows.append(row)
+    return rows
 
 
 def tell_pilot(args, results):
     """Tables of the worlds that have their rows so far."""
-    (head, base), more = head_and_base(results), ("FD, seeds", "accuracy", "saturated", "gradient of wrong pairs")
-
-    def row(name, other=""):
-        if cells := minus_base(results, name + other, f"base{other}"):
-            seeds = spread(results, name + other, "fd")
-            keys = (logged(results, name + other, key) for key in ("accuracy", "saturated", "norm_wrong"))
-            yield [name + other, *cells, "" if seeds is None else f"{seeds:.0f}", *keys]
-
+    head, base = head_and_base(results)
     print("Minus base, mean over worlds with its 95 % interval; seeds: FD's deviation over training seeds\n")
-    print(table([*head, *more], [base + [""] * len(more), *(line for arm in GRID for line in row(arm.name))]), "\n")
-    alone = [line for arm in [*SCALED, *DDPO] for line in row(arm.name)]
-    alone += [line for other in (", noise 0", ", noise 3") for arm in NOISY for line in row(arm.name, other)]
+    base += [""] * len(LOGGED_CELLS)
+    print(table([*head, *LOGGED_CELLS], [base, *pilot_rows(results, GRID)]), "\n")
+    alone = pilot_rows(results, [*SCALED, *DDPO])
+    for other in (", noise 0", ", noise 3"):
+        alone += pilot_rows(results, NOISY, other)
     print("World 0 alone: minus base, with the deviation over training seeds\n")
-    print(table(["", *map(heading, SHOWN), *more], alone))
+    print(table(["", *head[1:], *LOGGED_CELLS], alone))
     draw_pilot(args, results)
 
 
 def tell_explored(args, results):
-    (head, base), rows = head_and_base(results), []
-    for arm in [*TRIED, *(arm for arm in MORE if arm.guidance is None)]:
-        rows.append((arm.name, arm.name, "base"))
-    for other in ("noise 0", "noise 3"):
-        rows += [(f"{arm.name}, {other}", f"{arm.name}, {other}", f"base, {other}") for arm in TRIED[::3]]
-    rows.append(("flow_dpo, round 2", "flow_dpo, round 2", "base"))
-    told = [(name, minus_base(results, *pair)) for name, *pair in rows]
-    print(table(head, [base, *([name, *cells] for name, cells in told if cells)]), "\n")
-    against = [(name, minus_base(results, system, "flow_dpo")) for name, system, _ in rows if "noise" not in name]
+    head, base = head_and_base(results)
+    against_base = []
+    against_flow_dpo = []
+    for name, its_base in explored_arms():
+        cells = minus_base(results, name, its_base)
+        if cells:
+            against_base.append([name, *cells])
+        cells = minus_base(results, name, "flow_dpo")
+        if cells and "noise" not in name and name != "flow_dpo":
+            against_flow_dpo.append([name, *cells])
+    print(table(head, [base, *against_base]), "\n")
     print("Minus flow_dpo\n")
-    print(table(head, [[name, *cells] for name, cells in against if cells and name != "flow_dpo"]), "\n")
-
-    rows = []
-    for guidance in (1, 1.5, 3, 4.5):
-        at = "" if guidance == 1.5 else f" at guidance {guidance:g}"
-        if cells := minus_base(results, f"flow_dpo{at}", f"base{at}"):
-            ours = [interval([*results.mean[f"base{at}", metric].values()])[:2] for metric in SHOWN]
-            rows.append([f"base, guidance {guidance:g}", *(shown(m, *pair, sign="") for m, pair in zip(SHOWN, ours))])
-            rows.append(["flow_dpo minus base", *cells])
-            rows.append(["ddpo minus base", *minus_base(results, f"ddpo{at}", f"base{at}")])
-    print(table(head, rows), "\n")
+    print(table(head, against_flow_dpo), "\n")
+    print(table(head, guidance_rows(results)), "\n")
     if ("flow_dpo_steps60", "fd") in results.mean:
         print(compute_table(results), "\n")
         draw_compute(args, results)
 
 
+def explored_arms():
+    """[(arm, the base model of its world), ...] in the order of the table."""
+    arms = [(arm.name, "base") for arm in [*TRIED, *MORE] if arm.guidance is None]
+    for other in ("noise 0", "noise 3"):
+        for arm in TRIED[::3]:
+            arms.append((f"{arm.name}, {other}", f"base, {other}"))
+    return [*arms, ("flow_dpo, round 2", "base")]
+
+
+def guidance_rows(results):
+    """Base, Flow-DPO and DDPO at each guidance; 1.5 is the world's own."""
+    rows = []
+    for guidance in (1, 1.5, 3, 4.5):
+        at = "" if guidance == 1.5 else f" at guidance {guidance:g}"
+        base = f"base{at}"
+        flow_dpo = minus_base(results, f"flow_dpo{at}", base)
+        if flow_dpo is None:
+            continue
+        row = [f"base, guidance {guidance:g}"]
+        for metric in SHOWN:
+            row.append(mean_and_half(metric, list(results.mean[base, metric].values()), sign=""))
+        rows.append(row)
+        rows.append(["flow_dpo minus base", *flow_dpo])
+        rows.append(["ddpo minus base", *minus_base(results, f"ddpo{at}", base)])
+    return rows
+
+
 STEPS = (60, 125, 250, 500)  # the third: a large world's own
 
 
+class Cost(NamedTuple):
+    """Of an arm, means over the worlds."""
+
+    arm: str
+    rows: float  # through the network in training
+    rows_with_pool: float
+    cpu_s: float  # of the training
+    cpu_s_with_pool: float
+
+
 def cost_of(results, arm, steps):
-    """(name of the arm; rows through the network in training, and with the pool of audios; CPU seconds likewise), means
-    over the worlds. All need AudioScore and the audios that were rated for it; DDPO alone needs no others."""
+    """The Cost of an arm, None if it is not there. All need AudioScore and the audios that were rated for it; DDPO
+    alone needs no others."""
     name = arm if steps == STEPS[2] else f"{arm}_steps{steps}"
-    budget = [row for row in results.rows if row["arm"] == name and row["metric"] == "fd" and " " not in row["world"]]
-    if not budget:
+    budgets = []
+    for row in results.rows:
+        if row["arm"] == name and row["metric"] == "fd" and " " not in row["world"]:
+            budgets.append(float(row["budget"]))
+    if not budgets:
         return None
-    mean = lambda key, of="base": float(np.mean([*results.mean[of, key].values()]))  # noqa: E731
-    share = mean("pool_rated") / mean("pool_audios") if arm == "ddpo" else 1
-    rows, seconds = np.mean([float(row["budget"]) for row in budget]), mean("cpu_s", name)
-    pool_s = share * mean("cpu_s_01") + mean("cpu_s_02") + mean("cpu_s_03") * (arm != "ddpo")
-    return name, rows, rows + share * mean("pool_forwards"), seconds, seconds + pool_s
+    of_base = {}
+    for key in ("pool_rated", "pool_audios", "pool_forwards", "cpu_s_01", "cpu_s_02", "cpu_s_03"):
+        of_base[key] = float(np.mean(list(results.mean["base", key].values())))
+    share = of_base["pool_rated"] / of_base["pool_audios"] if arm == "ddpo" else 1
+    pool_s = share * of_base["cpu_s_01"] + of_base["cpu_s_02"]
+    if arm != "ddpo":
+        pool_s += of_base["cpu_s_03"]
+    rows = np.mean(budgets)
+    cpu_s = float(np.mean(list(results.mean[name, "cpu_s"].values())))
+    return Cost(name, rows, rows + share * of_base["pool_forwards"], cpu_s, cpu_s + pool_s)
 
 
 def compute_table(results):
     rows = []
-    for arm in (arm.name for arm in TRIED[:3]):
+    for arm in TRIED[:3]:
         for steps in STEPS:
-            if found := cost_of(results, arm, steps):
-                name, *costs = found
-                rows.append([arm, steps, *(f"{cost:,.0f}" for cost in costs), *minus_base(results, name)])
+            cost = cost_of(results, arm.name, steps)
+            if cost is None:
+                continue
+            numbers = [f"{number:,.0f}" for number in cost[1:]]
+            rows.append([arm.name, steps, *numbers, *minus_base(results, cost.arm)])
     head = ["", "steps", "rows in training", "with the pool", "CPU s in training", "with pool and scoring"]
     return table([*head, *map(heading, SHOWN)], rows)
 
@@ -590,18 +770,24 @@ def draw_compute(args, results):
     figure, axes = canvas(2, 3, figsize=(11, 6), sharex=True)
     metrics = ("fd", "judge_semantic", "judge_sync_s", "p_good", "oracle_semantic", "oracle_sync_s")
     for axis, metric in zip(axes.flat, metrics):
+        _, better, _, times = METRICS[metric]
         for color, arm in zip(("C0", "C1", "C2"), TRIED):
-            found = [x for x in (cost_of(results, arm.name, steps) for steps in STEPS) if x]
-            at, gaps = [x[-1] for x in found], [results.gaps(x[0], "base", metric) * METRICS[metric][3] for x in found]
-            bars, style = [interval(gap)[1] for gap in gaps], dict(marker="o", markersize=4, capsize=2)
-            axis.errorbar(at, [gap.mean() for gap in gaps], bars, color=color, label=arm.name, **style)
+            at = []
+            gaps = []
+            for steps in STEPS:
+                cost = cost_of(results, arm.name, steps)
+                if cost is not None:
+                    at.append(cost.cpu_s_with_pool)
+                    gaps.append(results.gaps(cost.arm, "base", metric) * times)
+            means = [gap.mean() for gap in gaps]
+            bars = [interval(gap)[1] for gap in gaps]
+            axis.errorbar(at, means, bars, color=color, label=arm.name, marker="o", markersize=4, capsize=2)
             axis.plot(at, gaps, color=color, lw=0.5, alpha=0.4)
         axis.axhline(0, color="#444", lw=0.8)
-        axis.set(
-            xscale="log", xticks=(100, 200, 300), xticklabels=(100, 200, 300), title=f"{heading(metric)} minus base"
-        )
+        axis.set(xscale="log", xticks=(100, 200, 300), xticklabels=(100, 200, 300))
+        axis.set_title(f"{heading(metric)} minus base")
         axis.minorticks_off()
-        if METRICS[metric][1] < 0:
+        if better < 0:
             axis.invert_yaxis()  # up is better everywhere
     axes[0, 0].legend(fontsize=7)
     figure.supxlabel("CPU seconds of a training, with its share of the pool of audios and of scoring", fontsize=9)
@@ -609,22 +795,11 @@ def draw_compute(args, results):
 
 
 def draw_pilot(args, results):
+    """Every training's difference to base; a line for each learning rate joins the means over the worlds."""
     figure, axes = canvas(1, 3, figsize=(11, 3.2))
-    worlds = sorted(results.mean["base", "fd"])
     for axis, metric in zip(axes, ("fd", "judge_semantic", "judge_sync_s")):
-        base = results.mean["base", metric]
-        for r, rate in enumerate(RATES):
-            points = {beta: results.each.get((f"beta{beta}_lr{rate:.0e}", metric), {}) for beta in BETAS}
-            means = []
-            for beta, found in points.items():
-                gaps = {w: (np.array(v) - base[w]) * METRICS[metric][3] for w, v in found.items()}
-                for world, values in gaps.items():
-                    place = worlds.index(world)
-                    at = np.full(len(values), beta * (0.9 + 0.05 * place + 0.025 * r))
-                    label = f"lr {rate:.0e}, world {world}" if beta == BETAS[0] else None
-                    axis.plot(at, values, f"C{r}{'osD^'[place]}", markersize=4, fillstyle="none", label=label)
-                means += [(beta, np.mean([*map(np.mean, gaps.values())]))] if gaps else []
-            axis.plot([b for b, _ in means], [m for _, m in means], color=f"C{r}", lw=1)
+        for r in range(len(RATES)):
+            draw_rate(axis, results, metric, r)
         axis.axhline(0, color="#444", lw=0.8)
         axis.set(xscale="log", xticks=BETAS, xticklabels=BETAS, xlabel="beta", title=f"{heading(metric)} minus base")
         axis.minorticks_off()
@@ -633,24 +808,54 @@ def draw_pilot(args, results):
     figure.savefig(args.csv.with_suffix(".png"), dpi=110)
 
 
+def draw_rate(axis, results, metric, r):
+    """The r-th learning rate in one plot."""
+    base = results.mean["base", metric]
+    worlds = sorted(results.mean["base", "fd"])
+    betas = []
+    means = []
+    for beta in BETAS:
+        means_of_worlds = []
+        for world, values in results.each.get((f"beta{beta}_lr{RATES[r]:.0e}", metric), {}).items():
+            gaps = (np.array(values) - base[world]) * METRICS[metric][3]
+            place = worlds.index(world)
+            at = np.full(len(gaps), beta * (0.9 + 0.05 * place + 0.025 * r))
+            label = f"lr {RATES[r]:.0e}, world {world}" if beta == BETAS[0] else None
+            axis.plot(at, gaps, f"C{r}{'osD^'[place]}", markersize=4, fillstyle="none", label=label)
+            means_of_worlds.append(gaps.mean())
+        if means_of_worlds:
+            betas.append(beta)
+            means.append(np.mean(means_of_worlds))
+    axis.plot(betas, means, color=f"C{r}", lw=1)
+
+
 def draw_claims(args, results):
     """Every claim's difference in units of its deviation over worlds, up = as the paper says; a dot per world."""
-    tables = {name: [c for c in claims if len(results.gaps(*c[1:])) > 1] for name, claims in CLAIMS.items()}
+    tables = {}
+    for name, claims in CLAIMS.items():
+        tables[name] = [claim for claim in claims if len(results.gaps(*claim[1:])) > 1]
     counts = [len(claims) for claims in tables.values()]
-    figure, axes = canvas(len(tables), 1, figsize=(9, 1.2 + 0.36 * sum(counts)), height_ratios=counts)
-    for axis, (name, claims) in zip(axes, tables.items()):
-        for place, (_, system, against, metric) in enumerate(reversed(claims)):
-            gaps = results.gaps(system, against, metric) * METRICS[metric][1]
-            gaps = gaps / (gaps.std(ddof=1) or 1)
-            mean, half, _ = interval(gaps)
-            axis.plot(gaps, np.full(len(gaps), place), "o", ms=3, color="#999", mfc="none")
-            axis.errorbar(mean, place, xerr=half, color="C0" if mean > 0 else "C3", marker="o", ms=5, capsize=3, lw=1.5)
+    size = (9, 1.2 + 0.36 * sum(counts))
+    figure, axes = canvas(len(tables), 1, figsize=size, gridspec_kw={"height_ratios": counts})
+    for axis, name in zip(axes, tables):
+        texts = []
+        for place, (text, system, against, metric) in enumerate(reversed(tables[name])):
+            label, better, _, _ = METRICS[metric]
+            draw_claim(axis, place, results.gaps(system, against, metric) * better)
+            texts.append(f"{text} [{label}]")
         axis.axvline(0, color="#444", lw=0.8)
-        texts = [f"{text} [{METRICS[metric][0]}]" for text, _, _, metric in reversed(claims)]
-        axis.set_yticks(range(len(claims)), texts, fontsize=8)
+        axis.set_yticks(range(len(texts)), texts, fontsize=8)
         axis.set_title(name, fontsize=9, loc="left")
     axes[-1].set_xlabel("difference in the claim's direction, in standard deviations over worlds")
     figure.savefig(args.csv.with_suffix(".png"), dpi=110)
+
+
+def draw_claim(axis, place, gaps):
+    gaps = gaps / (gaps.std(ddof=1) or 1)
+    mean, half, _ = interval(gaps)
+    axis.plot(gaps, np.full(len(gaps), place), "o", ms=3, color="#999", mfc="none")
+    color = "C0" if mean > 0 else "C3"
+    axis.errorbar(mean, place, xerr=half, color=color, marker="o", ms=5, capsize=3, lw=1.5)
 
 
 def canvas(rows, columns, **layout):
@@ -659,45 +864,66 @@ def canvas(rows, columns, **layout):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    if heights := layout.pop("height_ratios", None):
-        layout["gridspec_kw"] = {"height_ratios": heights}
     return plt.subplots(rows, columns, constrained_layout=True, **layout)
+
+
+CURVES_SHOWN = (("loss",), ("accuracy", "saturated", "opposed"), ("gap_w", "gap_l"))  # from the top down
+CURVES_TOLD = (*LOGGED[:4], *LOGGED[5:7])
 
 
 def draw_curves(args):
     """Every training of CURVES: smoothed logs as a figure, means of the last 50 steps as a table."""
     arms = [Arm(f"curve{i}", "05", flags) for i, flags in enumerate(CURVES.values())]
-    make_world((args, World(0)))
+    world = World(0)
+    make_world((args, world))
     with ProcessPoolExecutor(args.jobs) as pool:
-        list(tqdm(pool.map(train, [(args, World(0), arm, 0) for arm in arms]), "curves", total=len(arms)))
+        work(pool, train, [(args, world, arm, 0) for arm in arms], "curves")
     figure, axes = canvas(3, len(arms), figsize=(15, 6), sharex="col")
     rows = []
-    for column, (title, arm) in zip(axes.T, zip(CURVES, arms)):
-        log = lines(folder_of(args, World(0)) / arm.out(0) / "log.jsonl")
-        switch = sum(row["stage"] == 1 for row in log)
-        for axis, keys in zip(column, (("loss",), ("accuracy", "saturated", "opposed"), ("gap_w", "gap_l"))):
-            for key in keys:
-                values = np.array([row[key] for row in log])
-                for part in (slice(0, switch), slice(switch, len(log))):  # the stages are smoothed apart
-                    wide = min(15, len(values[part]))
-                    smooth = np.convolve(values[part], np.full(wide, 1 / wide), "valid")
-                    at = np.arange(len(log))[part][wide - 1 :]
-                    axis.plot(at, smooth, color=f"C{keys.index(key)}", label=key if part.start == 0 else None, lw=1)
-            axis.axvline(switch, color="#bbb", lw=0.8, ls=":")
-            axis.tick_params(labelsize=7)
-        column[0].axhline(np.log(2), color="#444", lw=0.6, ls="--")
-        column[2].axhline(0, color="#444", lw=0.6)
-        column[1].set_ylim(0, 1)
-        column[0].set_title(f"{title}\n{CURVES[title]}", fontsize=8)
-        means = {key: mean_of(log[:switch][-50:], key) for key in LOGGED}  # of stage 1, the mined pairs
-        wrong, rise = means["weight_wrong"] / means["weight"], means["gap_w"] / means["ref_w"]
-        shown = [f"{means[key]:.3f}" for key in (*LOGGED[:4], *LOGGED[5:7])]
-        rows.append([title, f"`{CURVES[title]}`", *shown, f"{rise:.2f}", f"{wrong:.2f}"])
+    for column, title, arm in zip(axes.T, CURVES, arms):
+        log = lines(folder_of(args, world) / arm.out(0) / "log.jsonl")
+        draw_log(column, log, f"{title}\n{CURVES[title]}")
+        rows.append(curve_row(log, title))
     for axis in axes[:, 0]:
         axis.legend(fontsize=7)
     figure.savefig(args.csv.with_suffix(".png"), dpi=110)
-    head = [*LOGGED[:4], *LOGGED[5:7], "gap_w / ref_w", "weight on wrong pairs"]
+    head = [*CURVES_TOLD, "gap_w / ref_w", "weight on wrong pairs"]
     print(table(["", "flags, stage 1's last 50 steps", *head], rows))
+
+
+def draw_log(column, log, title):
+    """A training in a column of three plots. The stages are smoothed apart."""
+    switch = sum(row["stage"] == 1 for row in log)
+    for axis, keys in zip(column, CURVES_SHOWN):
+        for i, key in enumerate(keys):
+            values = np.array([row[key] for row in log])
+            draw_smooth(axis, values[:switch], 0, f"C{i}", key)
+            draw_smooth(axis, values[switch:], switch, f"C{i}", None)
+        axis.axvline(switch, color="#bbb", lw=0.8, ls=":")
+        axis.tick_params(labelsize=7)
+    loss, shares, gaps = column
+    loss.axhline(np.log(2), color="#444", lw=0.6, ls="--")
+    loss.set_title(title, fontsize=8)
+    shares.set_ylim(0, 1)
+    gaps.axhline(0, color="#444", lw=0.6)
+
+
+def draw_smooth(axis, values, first, color, label):
+    """A stage's values as means over 15 steps, the first at step `first`."""
+    wide = min(15, len(values))
+    smooth = np.convolve(values, np.full(wide, 1 / wide), "valid")
+    at = first + wide - 1 + np.arange(len(smooth))
+    axis.plot(at, smooth, color=color, label=label, lw=1)
+
+
+def curve_row(log, title):
+    """Means of the last 50 steps of stage 1, of the mined pairs."""
+    last = [row for row in log if row["stage"] == 1][-50:]
+    mean = {key: mean_of(last, key) for key in LOGGED}
+    rise = mean["gap_w"] / mean["ref_w"]
+    wrong = mean["weight_wrong"] / mean["weight"]
+    told = [f"{mean[key]:.3f}" for key in CURVES_TOLD]
+    return [title, f"`{CURVES[title]}`", *told, f"{rise:.2f}", f"{wrong:.2f}"]
 
 
 class Study(NamedTuple):

@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -11,28 +12,12 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-import torch.utils.data
 
 from plumbing.files import SkipClip, Stop
 
 
-class Reading(torch.utils.data.Dataset):
-    def __init__(self, read, items):
-        self.read, self.items = read, items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        try:  # numpy's arrays come back through a pipe; tensors would need as much of /dev/shm
-            return [x.numpy() for x in self.read(self.items[i])]
-        except (SkipClip, Stop, OSError, MemoryError) as reason:
-            return reason
-
-
 def end_with(parent):
-    """In a worker: ends it soon after this process is gone. DataLoader's own watch misses one that was killed earlier
-    than a worker began to look."""
+    """In a worker: ends it soon after this process is gone."""
 
     def watch():
         while os.getppid() == parent:
@@ -54,35 +39,88 @@ def deaf_to_ctrl_c():
 
 
 def read_ahead(read, items, workers):
-    """A generator of read(item), a list of CPU tensors, or the SkipClip that it raised, in the order of the items; two
-    for each of so many worker processes are read ahead. With 0 workers they are read when asked for. Who has asked for
-    it closes it, which ends the workers: left to the garbage collector, they would end in the midst of other work."""
-    parent = os.getpid()
-    fork = dict(num_workers=workers, multiprocessing_context="fork") if workers and items else {}
-    fork |= dict(worker_init_fn=lambda _: end_with(parent))
-    options = dict(batch_size=None, collate_fn=lambda x: x, generator=torch.Generator())  # leaves the global one alone
-    with deaf_to_ctrl_c():
-        found = iter(torch.utils.data.DataLoader(Reading(read, items), **options, **fork))  # workers start here
-
-    def each():
-        for seen in found:
-            if isinstance(seen, (Stop, OSError, MemoryError)):
-                raise seen
-            yield seen if isinstance(seen, SkipClip) else [*map(torch.from_numpy, seen)]
-
-    return each()
-
-
-def in_threads(function, items, threads):
-    """function(item) for each item, in order, of which two per thread are computed ahead."""
-    waiting = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    """A generator of read(item), a list of CPU tensors, or the SkipClip that it raised, in the order of the items. Each
+    of so many worker processes has one ready or at work; with 0 workers they are read when asked for. Who has asked for
+    it closes it, which ends the workers."""
+    workers = min(workers, len(items))
+    if workers == 0:
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            yield read_or_skip(read, item)
+        return
+    fork = multiprocessing.get_context("fork")
+    pipes = []
+    processes = []
+    with deaf_to_ctrl_c():
+        for i in range(workers):
+            receiver, sender = fork.Pipe(duplex=False)
+            share = items[i::workers]
+            process = fork.Process(target=send_all, args=(read, share, sender, os.getpid()), daemon=True)
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+    try:
+        for i in range(len(items)):
+            yield receive(pipes[i % workers], processes[i % workers])
+    finally:
+        for process in processes:
+            process.terminate()
+        for process, receiver in zip(processes, pipes):
+            process.join()
+            receiver.close()
+
+
+def read_or_skip(read, item):
+    try:
+        return read(item)
+    except SkipClip as reason:
+        return reason
+
+
+def send_all(read, items, sender, parent):
+    """In a worker: what it reads goes through its pipe, which holds it until the parent asks."""
+    end_with(parent)
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    for item in items:
+        try:
+            found = read_or_skip(read, item)
+            if not isinstance(found, SkipClip):
+                found = [tensor.numpy() for tensor in found]  # as bytes: tensors would need as much of /dev/shm
+        except (Stop, OSError, MemoryError) as error:
+            found = error
+        sender.send(found)
+
+
+def receive(pipe, process):
+    """What a worker has read."""
+    multiprocessing.connection.wait([pipe, process.sentinel])
+    try:
+        if not pipe.poll():
+            raise EOFError
+        found = pipe.recv()
+    except (EOFError, OSError):  # it ended before it wrote, or while it did
+        process.join()
+        raise RuntimeError(f"a worker process ended unexpectedly (exit code {process.exitcode})") from None
+    if isinstance(found, (Stop, OSError, MemoryError)):
+        raise found
+    return found if isinstance(found, SkipClip) else [torch.from_numpy(array) for array in found]
+
+
+def in_threads(function, items, threads, waiting=None):
+    """function(item) for each item, in order; `waiting` are computed ahead, by default two for each thread. Closed
+    early, it ends when those at work are done."""
+    waiting = waiting or 2 * threads
+    queue = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            queue.append(pool.submit(function, item))
+            if len(queue) > waiting:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 POOLS = {}

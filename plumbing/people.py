@@ -1,5 +1,6 @@
-"""What people answered: any number of files, read and checked, and how far the raters agree."""
+"""What people are asked and answer: sheets, any number of files with answers, and how far the raters agree."""
 
+import csv
 from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -8,74 +9,110 @@ from statistics import median
 import krippendorff
 import numpy as np
 
-from plumbing.files import (
-    TEXT,
-    Kind,
-    Stop,
-    between,
-    check,
-    digest_of,
-    inside,
-    maybe,
-    read_csv,
-    read_jsonl,
-    stop,
-    write_jsonl,
-)
+from plumbing import files, rows
+from plumbing.files import Stop, stop
 
-LEAST_ALPHA, PAIRS = 0.2, 20  # below the line is who agrees less with the others, over that many pairs of answers
-LEAST_STEADY, REPEATS = 0.5, 5  # or who answers a smaller share of that many repeats alike
-ASIDES = dict(repeat=Kind("0 or 1", lambda x: type(x) in (int, float) and x in (0, 1)), seconds=between(0, 1e6))
-ASIDES = {name: maybe(kind) for name, kind in (ASIDES | dict(comment=TEXT)).items()}
+LEAST_ALPHA = 0.2  # below the line is a rater who agrees less with the others,
+LEAST_PAIRS = 20  # over this many pairs of answers,
+LEAST_STEADY = 0.5  # or who answers a smaller share of the repeated questions alike,
+LEAST_REPEATS = 5  # of at least this many
 
 
-def read_answers(paths, field, answer):
-    """What people answered, a list of dicts, from .csv and .jsonl files; rows with nothing in `field` are left out.
+# ------------------------------------------------------------------------------------------------------------
+# Sheets
+# ------------------------------------------------------------------------------------------------------------
 
-    answer: (row, where) -> (what was asked, a tuple; the checked answer, a dict). The rater joins it, and of the
-    optional columns what is there: repeat (1 where the same was asked once more), seconds, comment. Nobody answers
-    twice, in one file or several. What is wrong is listed, ten rows at a time.
+
+def write_sheet(path, columns, lines, answer):
+    """A csv for people to fill in; the cells of the column `answer` are empty. Somebody's answers are never written
+    over: a sheet that holds any is left as it is, and said so."""
+    path = Path(path)
+    if path.exists():
+        for _, line in files.read_csv(path, (answer,)):
+            if line[answer]:
+                print(f"{path}: holds answers and is left as it is")
+                return
+    options = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}  # the last as in files.write_text
+    with files.replacing(path) as temporary, open(temporary, "w", **options) as stream:
+        writer = csv.writer(stream)
+        writer.writerow(columns)
+        writer.writerows(lines)
+
+
+def as_cell(text):
+    """A caption as a cell that no spreadsheet takes for a formula, on one line."""
+    text = " ".join((text or "").split())
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Answers
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_answers(paths, field, checked):
+    """What people answered in .csv and .jsonl files, a list of rows; lines with nothing in `field` are left out.
+
+    checked(line, where) -> the answer as a row (rows.Answer), its question proved to be one of this run. Nobody
+    answers a question twice, in one file or several, but where `repeat` says so. What is wrong is listed, ten lines at
+    a time.
     """
-    found, wrong, total, seen = [], [], 0, {}
+    found = []
+    wrong = []
+    first = {}
+    total = 0
     for path in paths:
-        rows = enumerate(read_jsonl(path), 1) if Path(path).suffix == ".jsonl" else read_csv(path, (field,))
-        for line, row in rows:
-            where, total = f"{path}, line {line}", total + 1
+        for number, line in lines_of(path, field):
+            where = f"{path}, line {number}"
+            total += 1
             try:
-                if field not in row:
+                if field not in line:
                     stop(f"{where}: field '{field}' is missing")
-                if row[field] in (None, ""):
+                if line[field] in (None, ""):
                     continue
-                asked, about = answer(row, where)
-                rater, more = rater_of(row, where), asides(row, where)
-                key = (asked, rater, "repeat" in more)
-                if key in seen:
-                    what = ", ".join(map(str, asked))
-                    stop(f"{where}: {what} is answered twice by {rater} (first in {seen[key]}); keep one")
-                seen[key] = where
-                found.append(about | {"rater": rater} | more)
+                answer = checked(line, where)
+                key = (question_of(answer), answer.rater, answer.repeat)
+                if key in first:
+                    asked = ", ".join(map(str, question_of(answer)))
+                    stop(f"{where}: {asked} is answered twice by {answer.rater} (first in {first[key]}); keep one")
+                first[key] = where
+                found.append(answer)
             except Stop as error:
                 wrong.append(str(error))
     if wrong:
-        stop(f"{len(wrong)} of {total} rows are wrong: {'; '.join(wrong[:10])}{' ...' * (len(wrong) > 10)}")
+        more = " ..." if len(wrong) > 10 else ""
+        stop(f"{len(wrong)} of {total} rows are wrong: {'; '.join(wrong[:10])}{more}")
     if not found:
-        stop(f"{named(paths)}: no {field} in there")
+        stop(f"{names_of(paths)}: no {field} in there")
     return found
 
 
-def rater_of(row, where):
-    return check(row, {"rater": maybe(TEXT)}, where).get("rater") or "anonymous"
+def lines_of(path, field):
+    """[(line number, dict)] of a file with answers."""
+    if Path(path).suffix != ".jsonl":
+        return files.read_csv(path, (field,))
+    return files.read_jsonl(path)
 
 
-def asides(row, where):
-    """Of the optional columns of an answer those that are there; repeat only where it is 1."""
-    found = {name: row[name] for name in ASIDES if row.get(name) not in (None, "")}
-    for name in found.keys() & {"repeat", "seconds"}:
-        with suppress(ValueError):  # in a csv it is text
-            found[name] = float(found[name]) if isinstance(found[name], str) else found[name]
-    check(found, ASIDES, where)
-    repeat = {"repeat": 1} if found.pop("repeat", 0) else {}
-    return repeat | found
+def question_of(answer):
+    """What was asked: an audio, or two in any order."""
+    if isinstance(answer, rows.RatingAnswer):
+        return answer.clip, answer.k
+    return answer.clip, *sorted((answer.a, answer.b))
+
+
+def typed_answer(line, row_type, where):
+    """A line as an answer; in a csv numbers are texts, and what is empty is absent."""
+    line = {name: value for name, value in line.items() if value not in (None, "")}
+    for name in ("repeat", "seconds"):
+        if isinstance(line.get(name), str):
+            with suppress(ValueError):
+                line[name] = float(line[name])
+    if line.get("repeat") in (0.0, 1.0) and not isinstance(line["repeat"], bool):
+        line["repeat"] = int(line["repeat"])
+    answer = rows.typed(line, row_type, where)
+    answer.rater = answer.rater or "anonymous"
+    return answer
 
 
 def meant(value, words, where, field):
@@ -83,89 +120,115 @@ def meant(value, words, where, field):
     for word in words:
         if isinstance(value, str) and value.strip().lower() == word.lower():
             return word
-    stop(f"{where}, field '{field}': {value!r} is not one of {', '.join(words)}")
+    stop(f"{where}, field '{field}': {value!r:.60} is not one of {', '.join(words)}")
 
 
-def from_elsewhere(row, root, where):
-    """{clip, k, audio, video, caption, label} of a row that names files below root: a clip is a video with its caption
-    and label, k the audio's file."""
+def from_elsewhere(line, root, where):
+    """The line of an answer about audio that is not the run's, which names files below root: `clip` becomes a name for
+    its video with caption and label, `k` the audio's file."""
     if root is None:
         stop(f"{where}, field 'audio': give --ratings-root, the folder below which it lies")
-    about = {}
+    found = dict(line)
     for field in ("audio", "video"):
-        path = inside(root, row.get(field), f"{where}, field '{field}'")
+        path = files.inside(root, line.get(field), f"{where}, field '{field}'")
         if not path.is_file():
             stop(f"{where}, field '{field}': {path}: no such file")
-        about[field] = str(path.relative_to(root))
-    about |= {field: row[field] for field in ("caption", "label") if row.get(field)}
-    check(about, dict.fromkeys(("caption", "label"), maybe(TEXT)), where)
-    clip = f"elsewhere_{digest_of(*map(about.get, ('video', 'caption', 'label')))}"
-    if row.get("clip") not in (None, "", clip):
+        found[field] = str(path.relative_to(root))
+    about = [found["video"], line.get("caption") or None, line.get("label") or None]
+    found["clip"] = f"elsewhere_{files.digest_of(*about)}"
+    found["k"] = found["audio"]
+    if line.get("clip") not in (None, "", found["clip"]):
         stop(f"{where}: names both a clip and an audio from elsewhere; keep one")
-    return {"clip": clip, "k": about["audio"], **about}
+    return found
 
 
 def without_raters(answers, excluded):
     """The answers less those of --exclude-rater, which are counted."""
-    raters = sorted({answer["rater"] for answer in answers})
+    raters = sorted({answer.rater for answer in answers})
     for name in excluded:
         if name not in raters:
             stop(f"--exclude-rater {name}: nobody of that name has answered (there are {', '.join(raters)})")
-        print(f"left out by --exclude-rater: {sum(a['rater'] == name for a in answers)} answers of {name}")
-    return [answer for answer in answers if answer["rater"] not in excluded]
-
-
-def alpha(rows, level):
-    """Krippendorff's alpha of (raters, items), nan where one has not answered; nan without two different answers."""
-    rows = np.array(rows, dtype=float)
-    several = rows[:, np.isfinite(rows).sum(axis=0) > 1]
-    known = np.unique(several[np.isfinite(several)])
-    return krippendorff.alpha(several, level_of_measurement=level) if len(known) > 1 else np.nan
-
-
-def report_raters(answers, asked, meant, level):
-    """Prints how far the raters agree with one another, and each with an earlier self; names those below the line.
-
-    answers: as read; asked(answer): what the question was; meant(answer): the answer as a number; level: ordinal or
-    nominal. A rater against the others: alpha over the pairs of the rater's and another's answer to one question.
-    """
-    said, seconds, same = (defaultdict(kind) for kind in (dict, list, list))
-    for answer in sorted(answers, key=lambda answer: "repeat" in answer):
-        mine, question = said[answer["rater"]], asked(answer)
-        seconds[answer["rater"]] += [answer["seconds"]] if "seconds" in answer else []
-        if "repeat" not in answer:
-            mine[question] = meant(answer)
-        elif question in mine:
-            same[answer["rater"]].append(mine[question] == meant(answer))
-    count = Counter(question for mine in said.values() for question in mine)
-    table = [[mine.get(question, np.nan) for question in sorted(count)] for mine in said.values()]
-    several = sum(n > 1 for n in count.values())
-    print(f"raters: {len(said)}; {several} of {len(count)} questions answered by several", end="")
-    print(f", Krippendorff's alpha {alpha(table, level):.3f} ({level})" if several else "")
-    for name, mine in sorted(said.items()):
-        others = [other for other in said.values() if other is not mine]
-        pairs = np.array([(mine[x], other[x]) for other in others for x in mine.keys() & other.keys()]).reshape(-1, 2)
-        agreed, steady = alpha(pairs.T, level), same[name]
-        text = f"  {name}: {len(mine)} answers"
-        text += f", alpha {agreed:.3f} with the others ({len(pairs)} pairs)" if len(pairs) else ""
-        text += f", {sum(steady)} of {len(steady)} repeats alike" if steady else ""
-        text += f", median {median(seconds[name]):.1f} s" if seconds[name] else ""
-        print(text)
-        unsteady = len(steady) >= REPEATS and sum(steady) < LEAST_STEADY * len(steady)
-        if (len(pairs) >= PAIRS and agreed < LEAST_ALPHA) or unsteady:
-            line = f"alpha {LEAST_ALPHA}, {LEAST_STEADY:.0%} of the repeats alike"
-            print(f"    below the line ({line}): these answers count, unless --exclude-rater {name!r} leaves them out")
-
-
-def named(paths):
-    return ", ".join(map(str, paths)) if len(paths) <= 3 else f"{len(paths)} files"
+        count = sum(answer.rater == name for answer in answers)
+        print(f"left out by --exclude-rater: {count} answers of {name}")
+    return [answer for answer in answers if answer.rater not in excluded]
 
 
 def keep_answers(file, answers, paths, redo):
     """The answers as the run's own; other ones that it has are replaced by --redo alone, and both counts are said."""
-    old, source = read_jsonl(file) if file.exists() else answers, named(paths)
+    source = names_of(paths)
+    old = rows.read(file, type(answers[0])) if file.exists() else answers
     if old != answers:
         if not redo:
             stop(f"{file}: holds {len(old)} other answers than the {len(answers)} of {source}; --redo replaces them")
         print(f"{file}: {len(old)} answers are replaced by the {len(answers)} of {source}")
-    write_jsonl(file, answers)
+    rows.write(file, answers)
+
+
+def names_of(paths):
+    return ", ".join(map(str, paths)) if len(paths) <= 3 else f"{len(paths)} files"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Agreement
+# ------------------------------------------------------------------------------------------------------------
+
+
+def alpha(table, level):
+    """Krippendorff's alpha of (raters, questions), nan where one has not answered; nan without two different
+    answers."""
+    table = np.array(table, dtype=float)
+    several = table[:, np.isfinite(table).sum(axis=0) > 1]
+    known = np.unique(several[np.isfinite(several)])
+    return krippendorff.alpha(several, level_of_measurement=level) if len(known) > 1 else np.nan
+
+
+def print_agreement(answers, number, level):
+    """How far the raters agree with one another, and each with an earlier self; names those below the line.
+
+    number(answer): the answer as a number; level: ordinal or nominal. A rater against the others: alpha over the pairs
+    of the rater's and another's answer to one question.
+    """
+    said = defaultdict(dict)  # {rater: {question: number}}
+    seconds = defaultdict(list)
+    alike = defaultdict(list)  # {rater: whether a repeated question was answered as before}
+    for answer in sorted(answers, key=lambda answer: answer.repeat):
+        own = said[answer.rater]
+        question = question_of(answer)
+        if answer.seconds is not None:
+            seconds[answer.rater].append(answer.seconds)
+        if not answer.repeat:
+            own[question] = number(answer)
+        elif question in own:
+            alike[answer.rater].append(own[question] == number(answer))
+    count = Counter(question for own in said.values() for question in own)
+    several = sum(n > 1 for n in count.values())
+    line = f"raters: {len(said)}; {several} of {len(count)} questions answered by several"
+    if several:
+        table = [[own.get(question, np.nan) for question in sorted(count)] for own in said.values()]
+        line += f", Krippendorff's alpha {alpha(table, level):.3f} ({level})"
+    print(line)
+    for name in sorted(said):
+        print_rater(name, said, seconds[name], alike[name], level)
+
+
+def print_rater(name, said, seconds, alike, level):
+    """One rater against the others."""
+    own = said[name]
+    pairs = []
+    for other_name, other in said.items():
+        if other_name != name:
+            pairs += [(own[question], other[question]) for question in own.keys() & other.keys()]
+    agreed = alpha(np.array(pairs).reshape(-1, 2).T, level)
+    line = f"  {name}: {len(own)} answers"
+    if pairs:
+        line += f", alpha {agreed:.3f} with the others ({len(pairs)} pairs)"
+    if alike:
+        line += f", {sum(alike)} of {len(alike)} repeats alike"
+    if seconds:
+        line += f", median {median(seconds):.1f} s"
+    print(line)
+    disagrees = len(pairs) >= LEAST_PAIRS and agreed < LEAST_ALPHA
+    unsteady = len(alike) >= LEAST_REPEATS and sum(alike) < LEAST_STEADY * len(alike)
+    if disagrees or unsteady:
+        limits = f"alpha {LEAST_ALPHA}, {LEAST_STEADY:.0%} of the repeats alike"
+        print(f"    below the line ({limits}): these answers count, unless --exclude-rater {name!r} leaves them out")

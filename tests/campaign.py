@@ -10,8 +10,8 @@ On the tiny world, for stages 00 to 07, alone and (01, 02, 03, 05, 06, 07) as tw
     beside     05 and 06 at the same time, which is allowed
 After each, the same command runs undisturbed. Says every trial that is not as it should be, and ends with one line of
 counts: trials `equal` to the undisturbed run (less times); files `lost`, missing or other than they should be; rows
-`doubled` in logs and in the store of scores; `leftovers`, files that should not be there; `hangs`, commands that took a
-minute more than they should. `test_a_short_campaign` of test_pipeline.py is a short form.
+`doubled` in logs; `leftovers`, files that should not be there; `hangs`, commands that took a minute more than they
+should. `test_a_short_campaign` of test_pipeline.py is a short form.
 """
 
 import argparse
@@ -83,8 +83,7 @@ def until_it_works(process, run, number):
 
 
 def contents(folder):
-    """{name: what is compared}: bytes, a log's rows less their times, what is remembered of files less their times, a
-    store's scores by key."""
+    """{name: what is compared}: bytes, a checkpoint's tensors, a log's rows less their times."""
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         name = str(path.relative_to(folder))
@@ -96,12 +95,6 @@ def contents(folder):
         elif path.name == "log.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-        elif name.startswith("scores") and path.suffix == ".json":  # of files made again: other times, the same about
-            found[name] = {file: {**about, "stamp": ""} for file, about in json.loads(path.read_text()).items()}
-        elif name.startswith("scores") and path.suffix == ".pt" and ".tmp" not in name:
-            store = torch.load(path, weights_only=True)
-            keys = store.pop("keys").split()
-            found[name] = sorted(zip(keys, *([str(row.tolist()) for row in value] for value in store.values())))
     return found
 
 

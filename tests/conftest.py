@@ -48,7 +48,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """With --score-noise: here, and by PYTHONPATH in every process that is started, pytest's own included."""
-    if config.getoption("--score-noise") and not hasattr(common.Scorer, "noisy"):
+    if config.getoption("--score-noise") and not hasattr(common.scoring, "noisy"):
         paths = [str(NOISE)]
         if os.environ.get("PYTHONPATH"):
             paths.append(os.environ["PYTHONPATH"])
@@ -93,16 +93,7 @@ def arguments(run, *flags):
 
 def call(number, run, *flags):
     """A stage as its command line would run it, in this process; a user error is a common.Stop."""
-    try:
-        stage(number).main(stage(number).parse_args(arguments(run, *flags)))
-    finally:
-        end_process()
-
-
-def end_process():
-    """What the end of a stage's process does: lets go of its locks."""
-    while common.HELD:
-        common.HELD.pop().close()
+    stage(number).main(stage(number).parse_args(arguments(run, *flags)))
 
 
 def shell(*command):
@@ -131,17 +122,27 @@ def start(number, run, *flags):
     return subprocess.Popen([sys.executable, STAGES[number].name, *arguments(run, *flags)], **pipes)
 
 
-def sides(scorer, clips, clip_s=8.0):
-    """{clip id: what the scorer knows of the clip alone}."""
-    if scorer.reads != "video":
-        return scorer.embed_clips(clips)
-    seen = {clip["id"]: common.read_frames(clip["path"], [scorer.frames], clip_s)[0] for clip in clips}
-    return {clip["id"]: scorer.embed_clip(clip, seen[clip["id"]]) for clip in clips}
+def videos_of(scorer, clips, clip_s=8.0):
+    """{clip id: what the scorer sees of its video}; None of a scorer that sees none."""
+    if "video" not in scorer.reads:
+        return None
+    seen = {}
+    for clip in clips:
+        (frames,) = common.media.read_frames(clip.path, [scorer.frames], clip_s)
+        with torch.inference_mode():
+            seen[clip.id] = scorer.embed_video(frames)
+    return seen
 
 
 def judged(scorer, waves, clips, clip_s=8.0):
-    """The scores of waves against clips that no store knows."""
-    return scorer(waves, clips, sides(scorer, {clip["id"]: clip for clip in clips}.values(), clip_s))
+    """The scores of waves against clips that no file knows."""
+    each = {clip.id: clip for clip in clips}.values()
+    return common.scoring.score_waves(scorer, waves, clips, videos_of(scorer, each, clip_s))
+
+
+def a_clip(path="none.mp4", id="x", caption=None, label=None):
+    """A clip of no run."""
+    return common.FoundClip(id=id, video=str(path), caption=caption, label=label, split="train", path=Path(path))
 
 
 def read(path):
@@ -281,7 +282,7 @@ def run(finished, tmp_path):
 @pytest.fixture
 def fresh(finished, tmp_path):
     """A copy in which only stage 00 has run."""
-    fresh = shutil.copytree(finished, tmp_path / "fresh", ignore=shutil.ignore_patterns("0[1-9]_*", "scores"))
+    fresh = shutil.copytree(finished, tmp_path / "fresh", ignore=shutil.ignore_patterns("0[1-9]_*", "weights.json"))
     known, samplers = json.loads((fresh / "run.json").read_text()), ("num_samples", "seed", "sampler", "max_clips")
     of_01 = {"latent_shape", "sample_rate_hz", "clips_digest", *samplers}
     (fresh / "run.json").write_text(json.dumps({key: known[key] for key in known.keys() - of_01}))
@@ -362,7 +363,6 @@ def refused(capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             common.launch(stage(number).main, lambda: stage(number).parse_args(arguments(run, *flags)))
-        end_process()
         error = capsys.readouterr().err
         lines = [line for line in error.replace("\x1b[A", "").replace("\r", "\n").splitlines() if line.strip()]
         said = [line for line in lines if not re.search(r"\d%\|.*\]$|^\d+\w+ \[.*\]$", line)]  # less progress bars

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import yaml
-from conftest import ROOT, Malicious, stopped
+from conftest import ROOT, Malicious, a_clip, stopped
 from upstream_files import (
     BIGVGAN_16K,
     EulerOnly,
@@ -44,7 +44,7 @@ from upstream_files import (
 import common
 from adapters.frieren import Frieren, upstream_classes
 from adapters.mmaudio import CLIP, VOCODER
-from common import SkipClip, flow_error, interpolate, load_model
+from common import SkipClip, files, flow_error, interpolate, load_model, training
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("no_network")]
 FULL_SIZE = dict(dit_config=Frieren.dit_config, vae_config=Frieren.vae_config)
@@ -203,6 +203,19 @@ def ours(side, checkpoint=None):
     return load_model(side.name, checkpoint, weights=side.weights)
 
 
+def cavp_clip(path):
+    """A clip whose CAVP features lie in this file, with or without suffix."""
+    clip = a_clip(id=path.stem)
+    clip.cavp = path
+    return clip
+
+
+def fits(model, features):
+    """Whether these are a clip's features, as stage 01 stores them for this model."""
+    shapes = {name: tuple(value.shape) for name, value in features.items()}
+    return shapes == model.feature_shapes and all(value.isfinite().all() for value in features.values())
+
+
 @pytest.fixture
 def model(side):
     return ours(side)
@@ -214,7 +227,7 @@ def tune(side, folder):
     with torch.no_grad():
         for p in model.trainable_parameters():
             p += 0.01 * torch.randn_like(p)
-    model.save_policy(folder / "policy.pt")
+    files.save_pt(folder / "policy.pt", model.policy_state())
     return model, folder / "policy.pt"
 
 
@@ -346,7 +359,7 @@ def test_gradients_reach_every_trainable_parameter_and_recomputed_blocks_give_th
     for recompute in (False, True):
         twin = copy.deepcopy(model).train()
         if recompute:
-            twin.checkpoint_blocks()
+            training.checkpoint_blocks(twin)
         twin(a_t, t, features, guidance).square().mean().backward()
         gradients.append({name: p.grad for name, p in twin.named_parameters() if p.requires_grad})
     plain, recomputed = gradients
@@ -362,7 +375,7 @@ def through_adapters(model, given, file, rank, bf16=False):
     """Trains adapters and merges them into `file`. Returns u before, u after, and then u of the reference."""
     with torch.no_grad():
         before = model(*given)
-    model.add_lora(rank, seed=0, bf16=bf16)
+    lora = training.Lora(model, rank, seed=0, bf16=bf16)
     for _ in range(2):  # in the first, one half of every adapter is zero and stops the other half's gradient
         model.zero_grad()
         (model(*given) - given[0]).square().mean().backward()
@@ -370,8 +383,9 @@ def through_adapters(model, given, file, rank, bf16=False):
             for p in model.trainable_parameters():
                 p -= 0.01 * p.grad.sign()
     with torch.no_grad():
-        after, reference = model(*given), model.reference()(*given)
-    model.save_policy(file)
+        after, reference = model(*given), lora.reference(*given)
+    lora.merge()
+    files.save_pt(file, model.policy_state())
     return before, after, reference
 
 
@@ -383,9 +397,9 @@ def test_adapters_on_every_layer_merge_into_a_policy_of_upstreams_form(side, mod
     with torch.no_grad():
         theirs = side.velocity(side.load(tmp_path / "policy.pt"), *given)
     assert (theirs - after).abs().max() < 1e-3 * (after - before).abs().max()
-    model.add_lora(2, seed=0)
-    assert len(model.lora_layers()) == len(kinds) and len(model.trainable_parameters()) == 2 * len(kinds)
-    model.merge_lora()
+    lora = training.Lora(model, 2, seed=0)
+    assert len(lora.layers) == len(kinds) and len(model.trainable_parameters()) == 2 * len(kinds)
+    lora.merge()
     assert set(model.state_dict()) == side.names
 
 
@@ -400,7 +414,8 @@ def test_weights_rounded_below_adapters_change_no_bit_of_training_and_merging_un
 
 
 def test_reference_keeps_its_own_network_and_shares_the_frozen_parts(side, model):
-    reference, a_t, t, features = model.reference(), noise(2, *side.shape), torch.tensor([0.2, 0.8]), side.features(2)
+    reference = training.frozen_copy(model, bf16=False)
+    a_t, t, features = noise(2, *side.shape), torch.tensor([0.2, 0.8]), side.features(2)
     with torch.no_grad():
         before = reference(a_t, t, features, 4.5)
         for p in model.parameters():
@@ -517,10 +532,10 @@ def test_frierens_generation_script_loads_the_policy_and_makes_our_mels(frieren,
         assert all(torch.equal(value, saved[name]) for name, value in theirs.state_dict().items())
         script.torch = OnCPU()
         script.seed_everything = lambda seed: torch.manual_seed(seed)
-        files = (str(tmp_path / "infer.yaml"), str(policy), str(frieren.weights / "cavp"))
-        script.generate_mel(*files, "0", str(tmp_path), 26, "euler", 4.5, 2)
+        given = (str(tmp_path / "infer.yaml"), str(policy), str(frieren.weights / "cavp"))
+        script.generate_mel(*given, "0", str(tmp_path), 26, "euler", 4.5, 2)
     for start, file in zip(starts, frieren.cavp, strict=True):
-        features = {"cavp": model.read({"id": file.stem, "cavp": str(file)})[0][None]}
+        features = {"cavp": model.read(cavp_clip(file))[0][None]}
         monkeypatch.setattr(common, "initial_noise", lambda *_, start=start: start.mT)
         with torch.no_grad():
             mel = model.codec(model.device)[0].decode(common.sample(model, features, [0, 1]).mT / 0.18215)
@@ -561,11 +576,11 @@ def test_frieren_full_size_network_makes_8_192_seconds_from_32_frames(tmp_path, 
     assert sum(p.numel() for p in model.model.parameters()) == 158_882_708
     assert sum(p.numel() for p in model.cond_stage_model.parameters()) == 393_984
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((40, 512)))
-    clip = {"id": "x", "cavp": str(tmp_path / "x")}
+    clip = cavp_clip(tmp_path / "x")
     cavp = model.encode(clip, model.read(clip))["cavp"]
     latents = common.sample(model, {"cavp": cavp[None]}, seeds=[3], steps=1, guidance=1.0)
     waves = model.decode(latents)
-    assert model.takes({"cavp": cavp}) and cavp.shape == (32, 512)
+    assert fits(model, {"cavp": cavp}) and cavp.shape == (32, 512)
     assert latents.shape == (1, 256, 20) and waves.shape == (1, 131072)
     assert waves.shape[1] / model.sample_rate_hz == 8.192 and model.clip_s == 8.0
 
@@ -584,7 +599,7 @@ def frames_of(mmaudio, monkeypatch):
     monkeypatch.setattr(model, "encoders", lambda: encoders)
 
     def frames(path):
-        model.encode({"id": "a"}, model.read({"path": path}))
+        model.encode(a_clip(path), model.read(a_clip(path)))
         return seen["clip"][0], seen["sync"][0]
 
     return frames
@@ -622,21 +637,21 @@ def test_mmaudio_a_video_of_exactly_8_seconds_is_whole_and_a_shorter_one_is_skip
 def encoded(mmaudio, tmp_path_factory):
     """A real file through MMAudio's encode, with and without caption."""
     model, path = ours(mmaudio), tmp_path_factory.mktemp("video") / "a.mp4"
-    clip = {"id": "a", "path": film(path, sound=None), "caption": "a dog barks"}
+    clip = a_clip(film(path, sound=None), caption="a dog barks")
     seen = model.read(clip)
-    features, silent = model.encode(clip, seen), model.encode(dict(clip, caption=None), seen)
+    features, silent = model.encode(clip, seen), model.encode(a_clip(path), seen)
     return SimpleNamespace(model=model, clip=clip, features=features, without_caption=silent)
 
 
 def test_mmaudio_encode_equals_upstreams_reader_and_feature_functions(encoded):
-    utils, (clip_frames, sync_frames) = encoded.model.encoders(), mmaudio_frames(encoded.clip["path"])
+    utils, (clip_frames, sync_frames) = encoded.model.encoders(), mmaudio_frames(encoded.clip.path)
     theirs = {
         "clip": utils.encode_video_with_clip(clip_frames[None])[0],
         "sync": utils.encode_video_with_sync(sync_frames[None])[0],
         "text": utils.encode_text(["a dog barks"])[0],
     }
     shapes = {"clip": (64, 1024), "sync": (192, 768), "text": (77, 1024)}
-    assert encoded.model.takes(encoded.features) and encoded.model.takes(encoded.without_caption)
+    assert fits(encoded.model, encoded.features) and fits(encoded.model, encoded.without_caption)
     for key, value in encoded.features.items():
         assert value.shape == shapes[key] and value.dtype == torch.float32 and value.device.type == "cpu"
         torch.testing.assert_close(value, theirs[key].clone(), rtol=1e-4, atol=1e-5)
@@ -644,8 +659,8 @@ def test_mmaudio_encode_equals_upstreams_reader_and_feature_functions(encoded):
 
 def test_mmaudio_features_are_plain_tensors_that_training_can_use(encoded, tmp_path):
     assert not any(value.is_inference() or value.requires_grad for value in encoded.features.values())
-    common.save_pt(tmp_path / "features.pt", encoded.features)
-    features = {key: value[None] for key, value in common.load_pt(tmp_path / "features.pt").items()}
+    files.save_pt(tmp_path / "features.pt", encoded.features)
+    features = {key: value[None] for key, value in files.load_pt(tmp_path / "features.pt").items()}
     encoded.model(noise(1, 250, 20), torch.tensor([0.5]), features).square().mean().backward()
     assert encoded.model.net.clip_input_proj[0].weight.grad.abs().sum() > 0
     encoded.model.zero_grad()
@@ -668,7 +683,7 @@ def test_frieren_reads_cavp_files_by_stem_or_name_and_cuts_them_to_32_frames(fri
     np.savez(tmp_path / "a.b_000010.npz", feat=rows.astype(np.float16))
     np.save(tmp_path / "c.npy", rows)
     for name, expected in (("a.b_000010", rows.astype(np.float16)), ("c", rows), ("c.npy", rows)):
-        (cavp,) = model.read({"id": name, "cavp": str(tmp_path / name)})
+        (cavp,) = model.read(cavp_clip(tmp_path / name))
         assert cavp.shape == (32, 512) and cavp.dtype == torch.float32 and cavp.device.type == "cpu"
         assert np.array_equal(cavp.numpy(), expected[:32].astype(np.float32))
 
@@ -696,8 +711,8 @@ def test_frieren_clips_without_usable_cavp_features_are_skipped_with_the_reason(
     }
     for name, reason in reasons.items():
         with pytest.raises(SkipClip, match=reason):
-            model.read({"id": name, "cavp": str(tmp_path / name)})
-    assert "--cavp" in stopped(model.read, {"id": "x"})
+            model.read(cavp_clip(tmp_path / name))
+    assert "--cavp" in stopped(model.read, a_clip())
 
 
 # Files that are missing, foreign or malicious ---------------------------------------------------------------

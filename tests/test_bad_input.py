@@ -1,6 +1,5 @@
 """What a user can get wrong: one line on stderr that says where and what to do, exit code 2, nothing lost."""
 
-import json
 import pickle
 import re
 import shutil
@@ -10,14 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.run
-from conftest import ROOT, STAGES, Malicious, call, files_of, make_video, read, stage, start, stopped, write
+from conftest import ROOT, STAGES, Malicious, call, make_video, read, stage, start, stopped, write
+from test_inputs import said
 
-import common
-
-
-def said(line, *parts):
-    """The line names all of these."""
-    assert [part for part in map(str, parts) if part not in line] == [], line
+from common import files, ranks
 
 
 def set_line(path, number, **changes):
@@ -29,51 +24,10 @@ def set_line(path, number, **changes):
 # Missing and broken files ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", sorted(STAGES)[1:])
-def test_a_missing_run(number, tmp_path, refused):
-    said(refused(number, tmp_path / "nowhere"), tmp_path / "nowhere", "--model" if number == "01" else "01")
-    assert not (tmp_path / "nowhere").exists()
-
-
 def test_a_user_error_in_a_process_of_its_own_is_one_line_and_exit_code_2(tmp_path):
     started = start("05", tmp_path / "nowhere")
     error = started.communicate()[1]
     assert (started.returncode, error.count("\n")) == (2, 1) and error.startswith("error: --run-dir")
-
-
-NEEDED = {
-    "01": ("00_base.pt", "clips.jsonl"),
-    "02": ("01_samples/00000.jsonl", "00_scorers.pt"),
-    "03": ("02_audioscore.pt", "02_ratings.jsonl", "01_samples/00000.jsonl"),
-    "04": ("03_pairs.jsonl", "03_human_pairs.jsonl"),
-    "05": ("04_stage1.jsonl", "04_stage2.jsonl", "01_samples/00000.pt", "00_base.pt"),
-    "06": ("02_audioscore.pt",),
-    "07": ("clips.jsonl", "05_flow_dpo/policy.pt", "05_flow_dpo/policy.json"),
-}
-
-
-@pytest.mark.parametrize("number, name", [(number, name) for number, names in NEEDED.items() for name in names])
-def test_a_missing_input(number, name, run, refused):
-    for path in run.glob(f"{number}_*"):  # the stage runs anew
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (run / name).unlink()
-    kept = files_of(run, *STAGES)
-    said(refused(number, run), name.split("/")[0])
-    now = files_of(run, *STAGES)
-    assert {key: now.get(key) for key in kept} == kept
-
-
-def test_a_line_separator_inside_a_caption_ends_no_line(tmp_path):
-    rows = [{"caption": "a\u2028b\x85c"}, {"caption": "d"}]
-    common.write_jsonl(tmp_path / "x.jsonl", rows)
-    assert common.read_jsonl(tmp_path / "x.jsonl", {"caption": common.TEXT}) == rows
-
-
-def test_a_blank_line_is_named_and_trailing_ones_do_not_matter(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"a": 1}\r\n{"a": 2}\r\n\n')
-    assert common.read_jsonl(tmp_path / "x.jsonl", {"a": common.INDEX}) == [{"a": 1}, {"a": 2}]
-    (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n{"b": 2}\n')
-    assert "x.jsonl, line 2: not valid JSON" in stopped(common.read_jsonl, tmp_path / "x.jsonl", {"a": common.INDEX})
 
 
 # Ratings and choices -----------------------------------------------------------------------------------------
@@ -83,7 +37,7 @@ def test_a_blank_line_is_named_and_trailing_ones_do_not_matter(tmp_path):
 def unrated(run):
     """A run in which stages 02 and later have not run, and somebody's ratings."""
     rows = read(run / "02_ratings.jsonl")
-    for path in (*run.glob("0[2-9]_*"), run / "scores"):
+    for path in run.glob("0[2-9]_*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     write(run / "answers.jsonl", rows)
     return run
@@ -95,22 +49,8 @@ def test_all_wrong_ratings_are_listed_at_once_the_first_ten_in_full(unrated, ref
     write(unrated / "answers.jsonl", [row | wrong if i % 2 else row for i, row in enumerate(rows)])
     line = refused("02", unrated, "--ratings", unrated / "answers.jsonl")
     said(line, unrated / "answers.jsonl", "20 of 40 rows are wrong", *(f"line {i}," for i in range(2, 21, 2)), "...")
-    assert "line 22" not in line and not (unrated / "02_ratings.jsonl").exists() and not (unrated / "scores").exists()
-
-
-def test_a_rating_given_twice_by_one_rater_names_both_lines(unrated, refused):
-    rows = read(unrated / "answers.jsonl")
-    write(unrated / "answers.jsonl", [*rows, rows[2]])
-    line = refused("02", unrated, "--ratings", unrated / "answers.jsonl")
-    said(line, f"line {len(rows) + 1}", rows[2]["clip"], "twice", "line 3")
-
-
-def test_an_answer_given_in_two_files_by_one_rater_names_both(unrated, refused):
-    first, second = read(unrated / "answers.jsonl")[:20], read(unrated / "answers.jsonl")[20:]
-    write(unrated / "answers.jsonl", first)
-    write(unrated / "b.jsonl", [*second, first[4] | {"repeat": 1}, first[4], first[4] | {"rater": "another"}])
-    line = refused("02", unrated, "--ratings", unrated / "answers.jsonl", unrated / "b.jsonl")
-    said(line, "1 of 43 rows", f"{unrated / 'b.jsonl'}, line 22", "twice", f"{unrated / 'answers.jsonl'}, line 5")
+    assert "line 22" not in line
+    assert not (unrated / "02_ratings.jsonl").exists() and not (unrated / "02_scores").exists()
 
 
 def test_ratings_from_elsewhere_stay_below_their_folder_and_beside_no_clip(unrated, tmp_path, refused):
@@ -122,51 +62,10 @@ def test_ratings_from_elsewhere_stay_below_their_folder_and_beside_no_clip(unrat
     said(refused("02", unrated, "--ratings", unrated / "b.jsonl"), "4 of 4", "line 1", "'audio'", "--ratings-root")
     line = refused("02", unrated, "--ratings", unrated / "b.jsonl", "--ratings-root", tmp_path / "root")
     said(line, "3 of 4", "line 2, field 'audio': 'link.wav' points outside", "line 3", "twice", "line 4", "both a clip")
-    assert not (unrated / "scores").exists()
-
-
-def test_a_rater_to_exclude_who_has_not_answered_is_named(run, refused):
-    for number in ("02", "03"):
-        said(refused(number, run, "--exclude-rater", "bob", "--redo"), "--exclude-rater bob", "simulated")
-    said(refused("02", run, "--exclude-rater", "simulated", "--redo"), "at least 2")
-
-
-@pytest.mark.parametrize("name", ["nobody.csv", "nobody.jsonl", "01_samples"])
-def test_a_file_of_ratings_that_does_not_exist(name, unrated, refused):
-    said(refused("02", unrated, "--ratings", unrated / name), unrated / name, "no such file")
-
-
-def test_an_empty_sheet_of_ratings(unrated, refused):
-    (unrated / "rated.csv").write_text("clip,k,rating\ntrain00000,0,\n")
-    said(refused("02", unrated, "--ratings", unrated / "rated.csv"), unrated / "rated.csv", "no rating")
-
-
-def test_ratings_of_one_clip_cannot_be_checked_on_another(unrated, refused):
-    write(unrated / "answers.jsonl", read(unrated / "answers.jsonl")[:5])
-    said(refused("02", unrated, "--ratings", unrated / "answers.jsonl"), "answers.jsonl", "one video", "at least 2")
-
-
-def test_other_ratings_than_the_run_has_need_redo(run, refused):
-    write(run / "other.jsonl", read(run / "02_ratings.jsonl")[:-1])
-    said(refused("02", run, "--ratings", run / "other.jsonl"), run / "other.jsonl", "--redo")
-
-
-def test_a_comparison_answered_twice_by_one_rater(run, refused):
-    rows = read(run / "03_human_choices.jsonl")
-    turned = {**rows[0], "a": rows[0]["b"], "b": rows[0]["a"]}
-    write(run / "answers.jsonl", [*rows, turned])
-    line = refused("03", run, "--choices", run / "answers.jsonl", "--redo")
-    said(line, f"line {len(rows) + 1}", "twice", "line 1")
+    assert not (unrated / "02_scores").exists()
 
 
 # Chains of stages --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", ["03", "04", "05", "06", "07"])
-def test_ratings_changed_after_stage_02_name_the_stage_to_rerun(number, run, refused):
-    rows = read(run / "02_ratings.jsonl")
-    set_line(run / "02_ratings.jsonl", 1, rating="Good" if rows[0]["rating"] != "Good" else "Bad")
-    said(refused(number, run), run / "02_ratings.jsonl", "changed", "02_fit_audioscore.py", "--redo")
 
 
 def test_a_redone_audioscore_makes_the_later_stages_ask_for_theirs(run, refused):
@@ -181,41 +80,11 @@ def test_a_redone_audioscore_makes_the_later_stages_ask_for_theirs(run, refused)
     said(refused("05", run), "--out")
 
 
-CHANGED = [
-    ("00", ("--size", "tiny", "--seed", 1), "seed"),
-    ("01", ("--guidance", 3), "sampler"),
-    ("01", ("--seed", 4), "seed"),
-    ("01", ("--num-samples", 4), "num_samples"),
-    ("02", ("--num-rated-clips", 7), "num_rated_clips"),
-    ("03", ("--min-score-c", 0.1), "min_score_c"),
-    ("04", ("--threshold", 0.11), "threshold"),
-    ("05", ("--beta", 7), "beta"),
-    ("05", ("--hard-first",), "hard_first"),
-    ("06", ("--lr", 1), "lr"),
-]
-
-
-@pytest.mark.parametrize("number, flags, field", CHANGED)
-def test_changed_settings_on_an_existing_folder(number, flags, field, run, refused):
-    kept = files_of(run, *STAGES, "ru", "cl")
-    line = refused(number, run, *flags)
-    said(line, f"{field}=", "now")
-    assert re.search(r"use (--redo|another --(run-dir|out))", line), line
-    now = files_of(run, *STAGES, "ru", "cl")
-    assert {name for name in kept if now.get(name) != kept[name]} <= {"02_to_rate.csv", "03_to_choose.csv"}
-
-
 # Trainings ---------------------------------------------------------------------------------------------------
 
 
-def test_a_policy_whose_training_has_not_finished(run, refused):
-    (run / "05_flow_dpo").rename(run / "05_mine")
-    (run / "05_mine" / "policy.json").unlink()
-    said(refused("07", run, "--systems", "mine=05_mine"), run / "05_mine", "not finished")
-
-
 def test_more_processes_than_the_batch_can_be_divided_over(run, refused, monkeypatch):
-    monkeypatch.setattr(common, "setup_ranks", lambda: common.Ranks(0, 3))
+    monkeypatch.setattr(ranks, "setup", lambda: ranks.Ranks(0, 3))
     said(refused("05", run, "--out", "x"), "--global-batch 4", "3 processes")
     said(refused("06", run, "--out", "x"), "--prompts 2", "3 processes")
 
@@ -286,42 +155,7 @@ def test_a_list_without_a_single_usable_video(tmp_path, toy, refused):
     said(refused("01", tmp_path / "run", "--videos", tmp_path / "videos", *toy), "no train clip", "skipped.jsonl")
 
 
-def test_a_toy_checkpoint_without_its_scorers_beside_it(tmp_path, toy, refused):
-    make_video(tmp_path / "videos" / "good.mp4", (64, 64), 25, 2.2)
-    shutil.copy(toy[3], tmp_path / "00_base.pt")
-    flags = ("--model", "toy", "--checkpoint", tmp_path / "00_base.pt", "--videos", tmp_path / "videos")
-    said(refused("01", tmp_path / "run", *flags), tmp_path / "00_base.pt", "00_scorers.pt", "beside it")
-
-
-def test_a_video_path_that_leaves_the_root_after_stage_01(run, refused):
-    set_line(run / "clips.jsonl", 1, video="../00_base.pt")
-    said(refused("06", run), run / "clips.jsonl", "line 1", "'video'", "../00_base.pt")
-
-
 # Models and checkpoints --------------------------------------------------------------------------------------
-
-
-def test_a_policy_of_another_model(run, refused):
-    about = json.loads((run / "05_flow_dpo" / "policy.json").read_text())
-    for changes in ({"model": "frieren"}, {"base_digest": "0123456789abcdef"}):
-        (run / "05_flow_dpo" / "policy.json").write_text(json.dumps({**about, **changes}))
-        said(refused("07", run), run / "05_flow_dpo", "another base")
-
-
-def test_weights_of_another_model_are_refused_as_policy_and_as_base(run, refused, tmp_path):
-    shutil.rmtree(run / "07_audio" / "flow_dpo")
-    common.save_pt(run / "05_flow_dpo" / "policy.pt", {"weight": torch.zeros(3)})
-    said(refused("07", run), run / "05_flow_dpo" / "policy.pt", "not the file that was written here")
-    common.save_pt(tmp_path / "00_base.pt", {"weight": torch.zeros(3)})
-    flags = ("--model", "toy", "--checkpoint", tmp_path / "00_base.pt", "--videos", run / "00_videos")
-    said(refused("01", tmp_path / "new", *flags), tmp_path / "00_base.pt", "not a toy base")
-
-
-def test_another_base_than_stage_01_sampled_from(run, refused):
-    base = common.load_pt(run / "00_base.pt")
-    base["net"]["out.bias"] += 1
-    common.save_pt(run / "00_base.pt", base)
-    said(refused("05", run, "--out", "x"), run / "00_base.pt", "stage 01")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, refused, monkeypatch):
@@ -330,12 +164,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(run, refu
     def breaking(*args):
         sums = original(*args)
         step.append(1)
-        return sums * float("nan") if len(step) == 5 else sums
+        return {name: value * float("nan") for name, value in sums.items()} if len(step) == 5 else sums
 
     monkeypatch.setattr(stage("05"), "train_step", breaking)
     line = refused("05", run, "--out", "broken", "--save-every", 2)
     said(line, "step 4", "not finite", run / "broken" / "checkpoint.pt", "--lr")
-    state = common.load_pt(run / "broken" / "checkpoint.pt")
+    state = files.load_pt(run / "broken" / "checkpoint.pt")
     assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())
     assert not (run / "broken" / "policy.pt").exists() and len(read(run / "broken" / "log.jsonl")) == 4
 
@@ -352,14 +186,14 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(run, 
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", infinite)
     said(refused("05", run, "--out", "broken", "--save-every", 1), "step 2", "not finite", "broken/checkpoint.pt")
-    state = common.load_pt(run / "broken" / "checkpoint.pt")
+    state = files.load_pt(run / "broken" / "checkpoint.pt")
     assert state["step"] == 2 and all(value.isfinite().all() for value in state["model"].values())
 
 
 def test_a_learning_rate_that_explodes_stops_with_finite_weights_kept(run, refused):
     line = refused("05", run, "--out", "broken", "--save-every", 1, "--lr", 1e9, "--warmup", 0)
     said(line, "not finite", run / "broken" / "checkpoint.pt")
-    state = common.load_pt(run / "broken" / "checkpoint.pt")
+    state = files.load_pt(run / "broken" / "checkpoint.pt")
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -373,17 +207,6 @@ def test_torch_load_occurs_once_with_weights_only_and_nothing_else_unpickles():
     assert call[0] == "files.py" and "weights_only=True" in call[1]
     unsafe = re.compile(r"weights_only=False|pickle\.load|import pickle|np\.load\((?!.*allow_pickle=False)")
     assert [name for name, lines in sources.items() if any(map(unsafe.search, lines))] == []
-
-
-@pytest.mark.parametrize("name", ["00_base.pt", "02_audioscore.pt", "05_flow_dpo/checkpoint.pt", "01_samples/00000.pt"])
-def test_a_malicious_pickle_is_refused_and_not_run(name, run, refused):
-    for path in run.glob("05_flow_dpo/policy.*"):
-        path.unlink()
-    torch.save({"audioscore": Malicious(run / "mark")}, run / name)
-    number = "06" if name == "02_audioscore.pt" else "05"
-    flags = () if "checkpoint" in name else ("--out", "x")
-    said(refused(number, run, *flags), run / name, "plain tensors" if number == "05" else "not the file")
-    assert not (run / "mark").exists()
 
 
 class Scalar:
@@ -402,7 +225,7 @@ class Crafted:
         return np.dtype, ("O", False, True), (3, "<", None, None, None, -1, -1, 0)
 
 
-@pytest.mark.parametrize("ignore", [(), common.NUMPY], ids=["refused", "left out"])
+@pytest.mark.parametrize("ignore", [(), files.NUMPY], ids=["refused", "left out"])
 @pytest.mark.parametrize("core", ["core", "_core"], ids=["numpy 1", "numpy 2"])
 def test_a_numpy_object_of_a_third_party_file_is_never_built(core, ignore, tmp_path, monkeypatch):
     def scalar(*_):
@@ -412,19 +235,19 @@ def test_a_numpy_object_of_a_third_party_file_is_never_built(core, ignore, tmp_p
     monkeypatch.setattr(f"{scalar.__module__}.scalar", scalar)
     monkeypatch.setattr(Scalar, "build", staticmethod(scalar))
     torch.save({"weight": torch.ones(2), "lr": Scalar(), "dtype": Crafted()}, tmp_path / "x.pt")
-    monkeypatch.setattr(common.Ignored, "__init__", lambda self, *args: None)
+    monkeypatch.setattr(files.Ignored, "__init__", lambda self, *args: None)
     if not ignore:
-        assert "plain tensors (it holds numpy" in stopped(common.load_pt, tmp_path / "x.pt")
+        assert "plain tensors (it holds numpy" in stopped(files.load_pt, tmp_path / "x.pt")
         return
-    file = common.load_pt(tmp_path / "x.pt", ignore=ignore)
-    assert {type(file[key]) for key in ("lr", "dtype")} == {common.Ignored} and torch.equal(
+    file = files.load_pt(tmp_path / "x.pt", ignore=ignore)
+    assert {type(file[key]) for key in ("lr", "dtype")} == {files.Ignored} and torch.equal(
         file["weight"], torch.ones(2)
     )
 
 
 def test_a_bare_malicious_pickle_is_refused(tmp_path):
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "mark")))
-    assert str(tmp_path / "evil.pt") in stopped(common.load_pt, tmp_path / "evil.pt")
+    assert str(tmp_path / "evil.pt") in stopped(files.load_pt, tmp_path / "evil.pt")
     assert not (tmp_path / "mark").exists()
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ENVIRONMENT, ROOT, STAGES, arguments, files_of
 
+from common import files
 from plumbing import digits
 
 INTEL, AMD = "GenuineIntel", "AuthenticAMD"
@@ -63,5 +64,9 @@ def test_a_tiny_world_up_to_audioscore_has_the_same_bytes_on_a_pretended_avx2_ma
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | PRETENDED_AVX2, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     networks = ("00_base", "00_scorers", "00_oracle")
-    names = (*networks, "clips", "01_samples", "01_audio", "02_ratings", "02_scores", "02_audioscore")
+    names = (*networks, "clips", "01_samples", "01_audio", "02_ratings", "02_scores.jsonl", "02_audioscore")
     assert files_of(run, *names) == files_of(finished, *names)
+    for name in ("00000.toy.pt", "00000.toy_video.pt"):  # their keys hold the times of the videos' files
+        ours, theirs = (files.load_pt(place / "02_scores" / name) for place in (run, finished))
+        assert ours.pop("key") != theirs.pop("key") and ours.keys() == theirs.keys()
+        assert all(ours[part].numpy().tobytes() == theirs[part].numpy().tobytes() for part in ours)

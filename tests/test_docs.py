@@ -210,12 +210,14 @@ def files_read(source):
 def test_every_weight_file_has_its_row_and_every_row_its_reader():
     rows, read = rows_of("docs/weights.md"), set()
     for file in (ROOT / "adapters").glob("*.py"):
-        read |= files_read(file.read_text(encoding="utf-8"))
+        if file.name != "toy_people.py":  # its files are no weights: it reads them in the run folder
+            read |= files_read(file.read_text(encoding="utf-8"))
+    read -= {"run.json", "*/run.json"}  # lies beside the toy model's weights, and is none
     assert read
     for name in (name for name in read if not name.startswith("*/")):
         assert fnmatch.filter(rows, name) or fnmatch.filter(rows, f"*/{name}"), f"no row for {name}"
     unread = [row for row in rows if not any(fnmatch.fnmatch(row, name) for name in read)]
-    assert sorted(unread) == ["00_base.pt", "00_scorers.pt"]
+    assert unread == ["00_base.pt"]  # given by --checkpoint, whatever its name
     assert all(re.search(r"\b0[1-7]\b", row[-1]) for row in rows.values())
 
 

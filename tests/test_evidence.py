@@ -146,3 +146,5 @@ def test_a_world_is_judged_and_never_made_again(finished, tmp_path, monkeypatch)
     assert json.loads((twin / "run.json").read_text())["rater_noise"] == 3
     assert (twin / "02_ratings.jsonl").read_text() != (tmp_path / "tiny_0/02_ratings.jsonl").read_text()
     assert files_of(twin, "01_audio", "01_samples") == files_of(tmp_path / "tiny_0", "01_audio", "01_samples")
+    for scores in (tmp_path / "tiny_0/03_scores").glob("*.pt"):
+        assert (twin / "03_scores" / scores.name).samefile(scores)  # nothing is scored twice

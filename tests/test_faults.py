@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import call, files_of, make_video, read, stage, stopped
+from conftest import a_clip, call, files_of, make_video, read, stage, stopped
 
 import common
 from adapters.frieren import Frieren
+from common import ahead, files, media, scoring, training
+from plumbing.files import NO_MEMORY, NoFile
 
 CODES = (errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
 
@@ -47,25 +49,31 @@ class Ill:
         return len(content)
 
 
-def not_opened(patch, path, code):
-    original = builtins.open
+def replace(patch, owner, name, path, instead):
+    """Calls `instead` in the place of owner.name where this path is opened."""
+    original = getattr(owner, name)
 
     def opened(file, *rest, **options):
-        if str(file) == str(path):
-            raise OSError(code, os.strerror(code), str(file))
-        return original(file, *rest, **options)
+        call = instead if str(file) == str(path) else original
+        return call(file, *rest, **options)
 
-    patch.setattr(builtins, "open", opened)
+    patch.setattr(owner, name, opened)
+
+
+def refusal(code, named=True):
+    def refuse(file, *_, **__):
+        raise OSError(code, os.strerror(code), *([str(file)] if named else []))
+
+    return refuse
+
+
+def not_opened(patch, path, code):
+    replace(patch, builtins, "open", path, refusal(code))
 
 
 def not_read(patch, path, code, share=0.0):
-    original = builtins.open
-
-    def opened(file, *rest, **options):
-        found = original(file, *rest, **options)
-        return Ill(found, code, share * os.path.getsize(file)) if str(file) == str(path) else found
-
-    patch.setattr(builtins, "open", opened)
+    original, end = builtins.open, share * os.path.getsize(path)
+    replace(patch, builtins, "open", path, lambda *given, **options: Ill(original(*given, **options), code, end))
 
 
 def cut_off(patch, path, code):
@@ -73,66 +81,47 @@ def cut_off(patch, path, code):
 
 
 def not_opened_by_pyav(patch, path, code):
-    original = av.open
-
-    def opened(file, *rest, **options):
-        if str(file) == str(path):
-            raise OSError(code, os.strerror(code), str(file))
-        return original(file, *rest, **options)
-
-    patch.setattr(av, "open", opened)
-
-
-def said_by_ffmpeg(patch, path, code):
-    original = av.open
-
-    def opened(file, *rest, **options):
-        if str(file) == str(path):
-            av.error.err_check(-code, str(file))
-        return original(file, *rest, **options)
-
-    patch.setattr(av, "open", opened)
+    replace(patch, av, "open", path, refusal(code))
 
 
 def not_opened_by_libsndfile(patch, path, code):
-    original = soundfile.SoundFile
+    replace(patch, soundfile, "SoundFile", path, refusal(code, named=False))
 
-    def opened(file, *rest, **options):
-        if str(file) == str(path):
-            raise OSError(code, os.strerror(code))
-        return original(file, *rest, **options)
 
-    patch.setattr(soundfile, "SoundFile", opened)
+def said_by_ffmpeg(patch, path, code):
+    replace(patch, av, "open", path, lambda file, **_: av.error.err_check(-code, str(file)))
 
 
 # Readers -----------------------------------------------------------------------------------------------------
 
 
 def frames(path):
-    return common.read_frames(path, [(8, torch.clone)], 1.0)
+    return media.read_frames(path, [(8, torch.clone)], 1.0)
 
 
 def sound(path):
-    return common.read_audio(path, 16_000)
+    return media.read_audio(path, 16_000)
 
 
 def cavp(path):
-    return Frieren.read(Frieren.__new__(Frieren), {"id": "x", "cavp": str(path)})
+    clip = a_clip()
+    clip.cavp = path
+    return Frieren.read(Frieren.__new__(Frieren), clip)
 
 
 READERS = [(frames, "a.mp4"), (sound, "a.mp4"), (sound, "a.wav"), (cavp, "a.npy"), (cavp, "a.npz")]
-READERS += [(common.load_pt, "a.pt"), (common.digest, "a.pt"), (common.read_text, "a.json")]
+READERS += [(files.load_pt, "a.pt"), (files.digest, "a.pt"), (files.read_text, "a.json")]
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     make_video(folder / "a.mp4")
     soundfile.write(folder / "a.wav", np.zeros(4000), 8000)
     np.save(folder / "a.npy", np.zeros((40, 512), np.float32))
     np.savez(folder / "a.npz", feat=np.zeros((40, 512), np.float32))
-    common.save_pt(folder / "a.pt", {"x": torch.zeros(500)})
-    common.write_json(folder / "a.json", {"x": "y" * 1000})
+    files.save_pt(folder / "a.pt", {"x": torch.zeros(500)})
+    files.write_text(folder / "a.json", "x" * 1000)
     return folder
 
 
@@ -145,16 +134,16 @@ FAULTS += [(not_opened_by_libsndfile, sound, "a.wav")]
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("fault, reader, name", FAULTS)
-def test_no_reader_takes_an_error_of_the_system_for_the_files_content(fault, reader, name, code, files, monkeypatch):
-    fault(monkeypatch, files / name, code)
+def test_no_reader_takes_an_error_of_the_system_for_the_files_content(fault, reader, name, code, folder, monkeypatch):
+    fault(monkeypatch, folder / name, code)
     with pytest.raises(OSError) as raised:
-        reader(files / name)
+        reader(folder / name)
     assert not isinstance(raised.value, av.error.FFmpegError)
     line = common.one_line(raised.value, None)
-    assert line == f"{files / name}: {os.strerror(code)}; mend that, then run the command again"
+    assert line == f"{folder / name}: {os.strerror(code)}; mend that, then run the command again"
 
 
-def test_sound_is_not_shifted_where_the_first_picture_cannot_be_read(files, monkeypatch):
+def test_sound_is_not_shifted_where_the_first_picture_cannot_be_read(folder, monkeypatch):
     """The second time that the file is opened, for the time of its first picture."""
     opened, original = [], av.open
 
@@ -166,7 +155,7 @@ def test_sound_is_not_shifted_where_the_first_picture_cannot_be_read(files, monk
 
     monkeypatch.setattr(av, "open", open_once)
     with pytest.raises(OSError, match="a.mp4"):
-        sound(files / "a.mp4")
+        sound(folder / "a.mp4")
     assert len(opened) == 2
 
 
@@ -184,18 +173,18 @@ def test_a_wav_that_libsndfile_cannot_read_is_read_by_ffmpeg(tmp_path, monkeypat
 
 @pytest.mark.parametrize("reader", [frames, sound])
 @pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL, errno.EPERM, errno.ENOMEM], ids=errno.errorcode.get)
-def test_what_ffmpeg_says_of_a_file_that_can_be_read_is_said_of_its_content(reader, code, files, monkeypatch):
-    said_by_ffmpeg(monkeypatch, files / "a.mp4", code)
+def test_what_ffmpeg_says_of_a_file_that_can_be_read_is_said_of_its_content(reader, code, folder, monkeypatch):
+    said_by_ffmpeg(monkeypatch, folder / "a.mp4", code)
     with pytest.raises(common.SkipClip, match=os.strerror(code)):
-        reader(files / "a.mp4")
+        reader(folder / "a.mp4")
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EMFILE, errno.EACCES], ids=errno.errorcode.get)
-def test_what_ffmpeg_never_says_of_content_is_an_error_of_the_system(code, files, monkeypatch):
-    said_by_ffmpeg(monkeypatch, files / "a.mp4", code)
+def test_what_ffmpeg_never_says_of_content_is_an_error_of_the_system(code, folder, monkeypatch):
+    said_by_ffmpeg(monkeypatch, folder / "a.mp4", code)
     with pytest.raises(OSError, match=os.strerror(code)) as raised:
-        frames(files / "a.mp4")
-    assert raised.value.filename == str(files / "a.mp4")
+        frames(folder / "a.mp4")
+    assert raised.value.filename == str(folder / "a.mp4")
 
 
 def test_a_matroska_file_that_was_cut_is_skipped_though_ffmpeg_says_input_output_error(tmp_path):
@@ -206,7 +195,7 @@ def test_a_matroska_file_that_was_cut_is_skipped_though_ffmpeg_says_input_output
 
 
 def test_a_file_that_is_gone_is_a_reason_and_a_folder_that_is_gone_is_not(tmp_path):
-    with pytest.raises(common.NoFile, match="no such file"):
+    with pytest.raises(NoFile, match="no such file"):
         frames(tmp_path / "a.mp4")
     with pytest.raises(FileNotFoundError):
         frames(tmp_path / "disk" / "a.mp4")
@@ -214,7 +203,7 @@ def test_a_file_that_is_gone_is_a_reason_and_a_folder_that_is_gone_is_not(tmp_pa
 
 NO_MAP = "unable to mmap 9 bytes from file <a.pt>: Cannot allocate memory (12)"
 NO_HANDLE = "unable to open file <a.pt> in read-only mode: Too many open files (24)"
-NO_ROOM = f"[enforce fail] {common.NO_MEMORY}: you tried to allocate 9 bytes."
+NO_ROOM = f"[enforce fail] {NO_MEMORY}: you tried to allocate 9 bytes."
 
 
 @pytest.mark.parametrize("error, line", [
@@ -223,30 +212,30 @@ NO_ROOM = f"[enforce fail] {common.NO_MEMORY}: you tried to allocate 9 bytes."
     (RuntimeError(NO_ROOM), "the machine's memory is full"),
     (MemoryError(), "the machine's memory is full"),
 ])  # fmt: skip
-def test_torch_out_of_memory_or_files_asks_for_no_other_copy_of_the_file(error, line, files, monkeypatch):
+def test_torch_out_of_memory_or_files_asks_for_no_other_copy_of_the_file(error, line, folder, monkeypatch):
     def load(*_, **__):
         raise error
 
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises((OSError, MemoryError, RuntimeError)) as raised:
-        common.load_pt(files / "a.pt")
+        files.load_pt(folder / "a.pt")
     said = common.one_line(raised.value, None)
     assert line in said and "run the command again" in said and "copy it" not in said
 
 
-def test_a_stamp_that_cannot_be_had_is_not_called_gone(files, monkeypatch):
+def test_a_stamp_that_cannot_be_had_is_not_called_gone(folder, monkeypatch):
     original = os.stat
 
     def stat(path, **options):
-        if str(path) == str(files / "a.mp4"):
+        if str(path) == str(folder / "a.mp4"):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return original(path, **options)
 
     monkeypatch.setattr(os, "stat", stat)
     with pytest.raises(OSError, match="Input/output error"):
-        common.stamp(files / "a.mp4")
+        scoring.stamp(folder / "a.mp4")
     monkeypatch.undo()
-    assert "gone" in stopped(common.stamp, files / "none.mp4")
+    assert "gone" in stopped(scoring.stamp, folder / "none.mp4")
 
 
 def fail(error):
@@ -257,14 +246,14 @@ def fail(error):
 def test_an_error_of_the_system_comes_back_from_a_worker_with_its_file_and_reason(workers):
     error = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "a.mp4")
     with pytest.raises(OSError) as raised:
-        next(common.read_ahead(fail, [error], workers))
+        next(ahead.read_ahead(fail, [error], workers))
     assert (raised.value.errno, raised.value.filename) == (errno.ESTALE, "a.mp4")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_full_memory_comes_back_from_a_worker(workers):
     with pytest.raises(MemoryError) as raised:
-        next(common.read_ahead(fail, [MemoryError()], workers))
+        next(ahead.read_ahead(fail, [MemoryError()], workers))
     assert "memory is full" in common.one_line(raised.value, None)
 
 
@@ -304,26 +293,27 @@ def test_a_folder_of_videos_that_cannot_be_read_is_not_left_out(tmp_path, toy, r
 
 
 def test_stage_03_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(run, finished, refused):
-    shutil.rmtree(run / "scores")
+    shutil.rmtree(run / "03_scores")
     clip = common.read_clips(run, "train")[0]
-    wav = run / "01_audio" / f"{clip['id']}_1.wav"
-    for fault, path in ((not_read, clip["path"]), (not_opened_by_libsndfile, wav), (not_opened, wav)):
+    wav = run / "01_audio" / f"{clip.id}_1.wav"
+    for fault, path in ((not_read, clip.path), (not_opened_by_libsndfile, wav), (not_opened, wav)):
         with pytest.MonkeyPatch.context() as patch:
             fault(patch, path, errno.ESTALE)
             assert f"{path}: {os.strerror(errno.ESTALE)}; mend that" in refused("03", run, "--redo", "--workers", 2)
-        assert not (run / "03_pairs.jsonl").exists()
+        assert not (run / "03_pairs.jsonl").exists() and not [*(run / "03_scores").rglob("*.toy.pt")]
     call("03", run, "--redo", "--workers", 2)
     for name in ("03_scores/00000.jsonl", "03_pairs.jsonl", "03_human_pairs.jsonl"):
         assert (run / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_stage_07_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(run, refused):
-    shutil.rmtree(run / "scores")
+    for name in ("07_clips", "07_scores"):
+        shutil.rmtree(run / name)
     undisturbed = shutil.copytree(run, run.with_name("undisturbed"))
-    flags = ("--only", "--systems", "base", "--workers", 2)
+    flags = ("--systems", "base", "--workers", 2)
     clip = common.read_clips(run, "test")[1]
-    wav = run / "07_audio" / "base" / f"{clip['id']}.wav"
-    for fault, path in ((cut_off, clip["path"]), (not_opened_by_pyav, clip["path"]), (not_opened, wav)):
+    wav = run / "07_audio" / "base" / f"{clip.id}.wav"
+    for fault, path in ((cut_off, clip.path), (not_opened_by_pyav, clip.path), (not_opened, wav)):
         with pytest.MonkeyPatch.context() as patch:
             fault(patch, path, errno.EMFILE)
             assert f"{path}: Too many open files; mend that" in refused("07", run, *flags)
@@ -346,7 +336,7 @@ def zeroed(path, start, end):
 @pytest.fixture
 def shards(run):
     def of():
-        return common.Shards(run, common.read_samples(run), common.load_base_model(run))
+        return training.Shards(run, common.read_samples(run), common.load_base_model(run))
 
     return of
 
@@ -381,9 +371,9 @@ def test_a_single_bit_is_noticed_when_its_row_is_read_and_only_then(run, shards)
 
 
 def test_a_shard_of_an_older_version_is_said_to_be_one(run, shards):
-    file = common.load_pt(run / "01_samples/00000.pt")
+    file = files.load_pt(run / "01_samples/00000.pt")
     del file["crc32"]
-    common.save_pt(run / "01_samples/00000.pt", file)
+    files.save_pt(run / "01_samples/00000.pt", file)
     assert "made by an older version" in stopped(shards().latents, [(next(iter(common.read_samples(run))), 0)])
 
 

@@ -33,7 +33,7 @@ def sampled(run, device, steps=8, compiled=False):
     model, samples = common.load_base_model(run, device), common.read_samples(run)
     if compiled:
         model.compile_sampling()
-    features = common.Shards(run, samples, model).features([*samples][:4])
+    features = common.training.Shards(run, samples, model).features([*samples][:4])
     return common.sample(model, {k: v.to(device) for k, v in features.items()}, range(4), steps, 4.5).cpu()
 
 
@@ -63,7 +63,7 @@ def test_the_pretended_gpu_refuses_and_counts_what_cuda_would_and_leaves_nothing
         assert result.device == net.weight.grad.device == torch.zeros_like(result).device == gpu.device
         cpu.to(gpu, non_blocking=True)
         assert not syncs
-        with common.autocast(DEVICE, "auto"), ThreadPoolExecutor(1) as pool:
+        with common.training.autocast(DEVICE), ThreadPoolExecutor(1) as pool:
             assert net(gpu).dtype == torch.bfloat16
             assert pool.submit(torch.ones, 3, device=DEVICE).result().device == gpu.device
         assert [x.item() for x in gpu] == gpu.tolist() == gpu.cpu().tolist() and gpu.isfinite().all()
@@ -81,7 +81,7 @@ def test_the_stages_mix_no_devices_and_start_at_log2_and_ratio_1_in_bf16(fresh, 
     call("04", fresh)
     call("05", fresh, "--steps", 2, "--beta", 600, "--gradient-checkpointing")
     call("06", fresh, *ONE_ROUND, "--steps", 4)
-    call("07", fresh, "--split", "val", "--only", "--systems", "base", "flow_dpo")
+    call("07", fresh, "--split", "val", "--systems", "base", "flow_dpo")
     assert len(read(fresh / "07_results_val.jsonl")) > 10
     log = read(fresh / "05_flow_dpo/log.jsonl")
     assert log[0]["loss"] == LOG2 != log[1]["loss"] and log[0]["grad_norm"] > 0
@@ -122,7 +122,7 @@ def test_the_host_waits_for_no_micro_batch_and_no_step_of_a_rollout(number, flag
 @pytest.fixture
 def float32(monkeypatch):
     """Float32 on CUDA too, where sampling is in bf16 and stages allow TF32."""
-    monkeypatch.setattr(common, "in_bf16", lambda device, precision: False)
+    monkeypatch.setattr(common.training, "in_bf16", lambda device, precision: False)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
@@ -177,19 +177,22 @@ def test_mmaudio_large_starts_at_log2_and_fits_40_gb_with_one_pair(pairs, tmp_pa
         if not p.data.any():
             p.data.normal_(std=0.02)
     shards = SimpleNamespace(
-        features=lambda clips: {name: torch.randn(len(clips), *shape) for name, shape in model.feature_shapes.items()},
+        features=lambda clips, device: {
+            name: torch.randn(len(clips), *shape, device=device) for name, shape in model.feature_shapes.items()
+        },
         latents=lambda audios: torch.randn(len(audios), *model.latent_shape),
     )
-    reference, optimizer = model.reference(bf16=True), torch.optim.AdamW(weights, lr=args.lr, fused=True)
+    reference = common.training.frozen_copy(model, bf16=True)
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, fused=True)
     losses, seconds = [], []
     for step in range(7):
         began, (t, eps) = time.perf_counter(), dpo.draw_t_and_noise(step, model, args)
-        batch = [{"clip": "a", "winner": 0, "loser": 1}] * pairs
+        batch = [common.rows.SplitPair("a", winner=0, loser=1, score_c=1.0, source="auto")] * pairs
         optimizer.zero_grad(set_to_none=True)
         sums = dpo.train_step(model, reference, shards, batch, t, eps, 1, args, DEVICE)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        losses.append(dpo.log_row(step, 1, sums.cpu())["loss"])
+        losses.append(dpo.means_of(common.training.sum_dict_over_ranks(sums))["loss"])
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     second, peak, name = sorted(seconds[2:])[2], torch.cuda.max_memory_allocated() / 2**30, torch.cuda.get_device_name()

@@ -11,11 +11,11 @@ import time
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, STAGES, arguments, call, end_process, make_video, read, stage, start, stopped
+from conftest import ENVIRONMENT, ROOT, STAGES, arguments, call, make_video, read, stage, start, stopped
 
 import common
-import plumbing.cores
-import plumbing.files
+from common import files, record
+from plumbing import cores
 
 # Disks -------------------------------------------------------------------------------------------------------
 
@@ -34,28 +34,40 @@ def failing(*codes):
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EACCES, errno.EIO, errno.EOPNOTSUPP])
 def test_where_locks_do_not_work_that_is_said_once_for_a_run_and_the_work_goes_on(code, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "lockf", failing(code))
-    monkeypatch.setattr(plumbing.files, "UNLOCKED", set())
-    monkeypatch.setattr(common, "UNLOCKED", plumbing.files.UNLOCKED)
+    monkeypatch.setattr(record, "UNLOCKED", set())
+    foreign = tmp_path / "run" / "01_audio" / ".a_0.wav.71.tmp.wav"
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
     for name in ("01", "02"):
-        common.hold(tmp_path / "run", name, common.Ranks())
-    foreign = tmp_path / "run" / "scores" / ".00000.pesq.pt.71.tmp.pt"
-    with common.store_of(tmp_path / "run"):
-        foreign.touch()
-    with common.store_of(tmp_path / "run"):
-        assert foreign.exists()  # perhaps another process is writing it
-    end_process()
+        with record.stage(tmp_path / "run", name):
+            pass
+    assert foreign.exists()  # perhaps another process is writing it
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith(f"warning: {tmp_path / 'run'}: ") and os.strerror(code) in said[0]
     assert "two commands" in said[0]
-    common.hold(tmp_path / "another", "01", common.Ranks())
-    end_process()
-    assert str(tmp_path / "another") in capsys.readouterr().err
+    with record.stage(tmp_path / "another", "01"):
+        assert str(tmp_path / "another") in capsys.readouterr().err
 
 
 def test_only_a_lock_that_another_holds_means_another_process(tmp_path, monkeypatch):
     (tmp_path / ".01.lock").write_text("process 71 on elsewhere")
     monkeypatch.setattr(fcntl, "lockf", failing(errno.EAGAIN))
-    assert "being made by process 71 on elsewhere" in stopped(common.hold, tmp_path, "01", common.Ranks())
+    assert "being made by process 71 on elsewhere" in stopped(record.stage(tmp_path, "01").__enter__)
+
+
+def test_two_commands_on_one_output_are_refused_and_05_and_06_side_by_side_are_not(tmp_path):
+    code = "import sys; from common import record\nwith record.stage(sys.argv[1], '05_flow_dpo'):\n"
+    code += "    print('held', flush=True); sys.stdin.read()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        line = stopped(record.stage(tmp_path, "05_flow_dpo").__enter__)
+        assert f"05_flow_dpo is being made by process {other.pid} on " in line and "wait for it, or stop it" in line
+        with record.stage(tmp_path, "06_ddpo"), record.stage(tmp_path, "05_another"):
+            pass
+        other.communicate("")
+    with record.stage(tmp_path, "05_flow_dpo"):
+        pass
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP])
@@ -68,10 +80,10 @@ def test_a_folder_that_cannot_be_synced_is_no_error_and_a_file_is(code, tmp_path
 
     monkeypatch.setattr(os, "fsync", fsync)
     folders = True
-    common.write_text(tmp_path / "x.txt", "whole")
+    files.write_text(tmp_path / "x.txt", "whole")
     assert (tmp_path / "x.txt").read_text() == "whole"
     folders = False
-    line = stopped(common.write_text, tmp_path / "y.txt", "lost")
+    line = stopped(files.write_text, tmp_path / "y.txt", "lost")
     assert f"{tmp_path / 'y.txt'}: cannot be written ({os.strerror(code)})" in line
     assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
 
@@ -113,8 +125,8 @@ def test_the_same_checkpoint_and_videos_elsewhere_go_on_and_the_run_may_be_renam
     assert {path: path.stat().st_mtime_ns for path in (run / "01_samples").iterdir()} == before
     run = run.rename(tmp_path / "renamed")
     known = common.read_run(run)
-    assert (known["checkpoint"], known["video_root"]) == (str(moved), str(tmp_path / "films"))
-    assert all(clip["path"].is_file() for clip in common.read_clips(run))
+    assert (known.checkpoint, known.video_root) == (str(moved), str(tmp_path / "films"))
+    assert all(clip.path.is_file() for clip in common.read_clips(run))
     common.load_base_model(run)
     os.remove(moved)
     line = stopped(common.load_base_model, run)
@@ -124,7 +136,7 @@ def test_the_same_checkpoint_and_videos_elsewhere_go_on_and_the_run_may_be_renam
 def test_a_checkpoint_of_another_content_is_refused_by_its_name(generated, finished, tmp_path, refused):
     run, flags = generated
     other = world_at(tmp_path / "other", finished)
-    state = common.load_pt(other)
+    state = files.load_pt(other)
     next(iter(state["net"].values())).add_(1)
     torch.save(state, other)
     line = refused("01", run, *replaced(flags, "--checkpoint", other))
@@ -137,7 +149,7 @@ V2 = "0::/work/job\n"
 V1 = "5:memory:/work\n4:cpu,cpuacct:/work/job\n1:name=systemd:/work\n"
 
 
-@pytest.mark.parametrize("listed, files, expected", [
+@pytest.mark.parametrize("listed, limits, expected", [
     ("", {}, 128),
     (V2, {"cpu.max": "200000 100000"}, 2),  # a container sees its own group as the top one
     (V2, {"work/job/cpu.max": "150000 100000"}, 2),
@@ -151,18 +163,19 @@ V1 = "5:memory:/work\n4:cpu,cpuacct:/work/job\n1:name=systemd:/work\n"
     (V1, {"cpu/work/job/cpu.cfs_quota_us": "-1", "cpu/work/job/cpu.cfs_period_us": "100000"}, 128),
     (V1, {"memory/work/cpu.cfs_quota_us": "100000", "memory/work/cpu.cfs_period_us": "100000"}, 128),
 ])  # fmt: skip
-def test_the_cores_are_those_that_the_control_groups_leave(listed, files, expected, tmp_path, monkeypatch):
-    for name, text in {"proc/self/cgroup": listed, **{f"sys/fs/cgroup/{name}": x for name, x in files.items()}}.items():
+def test_the_cores_are_those_that_the_control_groups_leave(listed, limits, expected, tmp_path, monkeypatch):
+    texts = {"proc/self/cgroup": listed} | {f"sys/fs/cgroup/{name}": text for name, text in limits.items()}
+    for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(plumbing.cores, "SYSTEM", tmp_path)
+    monkeypatch.setattr(cores, "SYSTEM", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(128))
-    assert common.cores() == expected
+    assert cores.cores() == expected
 
 
-@pytest.mark.parametrize("cores, ranks, expected", [(128, 1, 16), (128, 8, 16), (128, 16, 8), (2, 1, 2), (2, 8, 0)])
-def test_the_workers_are_the_cores_of_a_rank_and_at_most_16(cores, ranks, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "cores", lambda: cores)
+@pytest.mark.parametrize("here, ranks, expected", [(128, 1, 16), (128, 8, 16), (128, 16, 8), (2, 1, 2), (2, 8, 0)])
+def test_the_workers_are_the_cores_of_a_rank_and_at_most_16(here, ranks, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(cores, "cores", lambda: here)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert stage("03").parse_args(arguments(tmp_path)).workers == expected
 
@@ -171,7 +184,7 @@ def test_torch_takes_no_more_threads_than_the_container_has_cores(monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(common, "cores", lambda: 2)
+    monkeypatch.setattr(cores, "cores", lambda: 2)
     common.launch(lambda args: None, lambda: None)
     assert threads == [2]
 
@@ -179,7 +192,7 @@ def test_torch_takes_no_more_threads_than_the_container_has_cores(monkeypatch):
 def test_without_affinity_the_pages_are_made_all_the_same(run, monkeypatch, without_pictures):
     monkeypatch.delattr(os, "sched_getaffinity")
     call("08", run, "rate")
-    assert common.cores() >= 1 and (run / "08_rate" / "00001.html").exists()
+    assert cores.cores() >= 1 and (run / "08_rate" / "00001.html").exists()
 
 
 @pytest.mark.parametrize("number", ["00", "01", "08"])  # they differ in what they import first
@@ -231,7 +244,7 @@ def test_a_video_whose_name_is_no_clips_is_left_out_and_said_and_refused_when_st
     call("01", tmp_path / "run", *flags)
     assert "2 videos have names" in capsys.readouterr().out
     assert [clip["id"] for clip in read(tmp_path / "run" / "clips.jsonl")] == ["good"]
-    assert common.read_run(tmp_path / "run")["video_root"] == os.path.realpath(videos)
+    assert common.read_run(tmp_path / "run").video_root == os.path.realpath(videos)
     line = refused("01", os.fsdecode(b"caf\xe9"), *flags)
     assert "--run-dir" in line and "not UTF-8" in line
 
@@ -242,7 +255,7 @@ def test_a_video_whose_name_is_no_clips_is_left_out_and_said_and_refused_when_st
     ("a/" * 1999, True), ("a/" * 2000, False),
 ])  # fmt: skip
 def test_a_path_is_bytes_of_the_file_system(path, fits):
-    assert common.PATH.holds(path) == fits
+    assert files.is_path(path) == fits
 
 
 # Ctrl-C ------------------------------------------------------------------------------------------------------

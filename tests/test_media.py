@@ -13,17 +13,20 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import make_video, number_of, shell
+from conftest import a_clip, make_video, number_of, shell
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from upstream_files import Decoder
 
 import common
+from common import files, media, scoring
 
 PLAIN = {"bf": "0"}  # no B-frames: the last packet is the last frame
 
 
 def shown(path, fps, duration_s):
     """The numbers of the frames that a consumer at fps is given."""
-    (frames,) = common.read_frames(path, [(fps, lambda frame: torch.tensor(number_of(frame)))], duration_s)
+    (frames,) = media.read_frames(path, [(fps, lambda frame: torch.tensor(number_of(frame)))], duration_s)
     return frames.tolist()
 
 
@@ -85,6 +88,13 @@ def test_a_still_picture_is_read_by_every_consumer(tmp_path):
         assert shown(path, fps, 8.0) == [0] * round(8 * fps)
 
 
+@settings(derandomize=True, database=None, deadline=None)
+@given(st.fractions(-100, 100), st.sampled_from((0.5, 8, 25)))
+def test_a_slot_is_the_nearest_of_a_grid_halves_away_from_zero(time_s, fps):
+    exact = time_s * Fraction(fps)
+    assert media.slot(time_s, fps) == math.copysign(math.floor(abs(exact) + Fraction(1, 2)), exact)
+
+
 @pytest.mark.parametrize("rate", ["12", "43/2", "24000/1001", "30000/1001", "30", "50", "60", "gap"])
 def test_frames_are_those_of_ffmpegs_fps_filter_for_three_consumers_of_one_decode(tmp_path, rate):
     gap = dict(times=[*np.arange(60) / 25, *(5 + np.arange(104) / 25)])
@@ -93,14 +103,14 @@ def test_frames_are_those_of_ffmpegs_fps_filter_for_three_consumers_of_one_decod
     decoder = Decoder(path)
     for fps in wanted:
         decoder.add_basic_video_stream(round(8 * fps), fps, "rgb24")
-    ours = common.read_frames(path, [(fps, torch.clone) for fps in wanted], 8.0)
+    ours = media.read_frames(path, [(fps, torch.clone) for fps in wanted], 8.0)
     for mine, theirs in zip(ours, decoder.pop_chunks(), strict=True):
         assert torch.equal(mine, theirs)
 
 
 def test_a_frame_that_no_slot_shows_is_not_even_converted(tmp_path):
     seen, path = [], make_video(tmp_path / "a.mp4", fps=50, seconds=9.0, sound=False)
-    common.read_frames(path, [(0.5, lambda frame: seen.append(number_of(frame)) or frame)], 8.0)
+    media.read_frames(path, [(0.5, lambda frame: seen.append(number_of(frame)) or frame)], 8.0)
     assert seen == [49, 149, 249, 349]
 
 
@@ -116,11 +126,11 @@ def test_frames_are_neither_turned_nor_of_another_size_than_the_first(tmp_path):
     with av.open(str(tmp_path / "turned.mp4")) as turned:
         assert next(turned.decode(video=0)).rotation in (90, -90)
     wanted = [(25, torch.clone)]
-    assert torch.equal(*(common.read_frames(p, wanted, 2.0)[0] for p in (upright, tmp_path / "turned.mp4")))
+    assert torch.equal(*(media.read_frames(p, wanted, 2.0)[0] for p in (upright, tmp_path / "turned.mp4")))
     one = make_video(tmp_path / "1.ts", (96, 64), times=np.arange(25) / 25, sound=False, options=PLAIN)
     two = make_video(tmp_path / "2.ts", (64, 48), times=1 + np.arange(25) / 25, sound=False, options=PLAIN)
     one.write_bytes(one.read_bytes() + two.read_bytes())
-    assert common.read_frames(one, wanted, 1.9)[0].shape[1:] == (3, 64, 96)
+    assert media.read_frames(one, wanted, 1.9)[0].shape[1:] == (3, 64, 96)
 
 
 # Videos that cannot be used ---------------------------------------------------------------------------------
@@ -204,39 +214,42 @@ def test_sample_0_belongs_to_the_first_frame_and_priming_is_cut_once(tmp_path, s
     about = dict(times=first_s + np.arange(50) / 25, sound=wave.numpy(), rate_hz=rate, voice=voice, late_s=late_s)
     path = make_video(tmp_path / f"a.{suffix}", codec=codec, **about)
     for read_s in (None, 3.0):
-        read = common.read_audio(path, rate, read_s)
+        read = media.read_audio(path, rate, read_s)
         assert heard_at(read, rate) == pytest.approx(1 + late_s - first_s, abs=0.002)
         assert read[: round((late_s - 0.06) * rate)].abs().max() == 0 if late_s else len(read) > 1.5 * rate
 
 
 def test_sound_without_picture_begins_with_its_first_sample(tmp_path):
     path = with_cover(tmp_path / "a.mp3")  # a cover is no first frame
-    assert len(common.read_audio(path, 44_100)) >= 300 * 1152
+    assert len(media.read_audio(path, 44_100)) >= 300 * 1152
 
 
 def test_a_silent_film_is_told_from_sound_that_cannot_be_read(tmp_path, capsys):
     def has_audio(path, seconds):
-        return common.listen(tmp_path, [path], seconds, common.Ranks())[path] is not None
+        clip = a_clip(path)
+        block = scoring.Block("0", tmp_path, tmp_path, [clip], [scoring.Audio(clip, 0, path, files.digest(path))])
+        scoring.find_peaks([block], seconds)
+        return bool(scoring.read_peaks([block], seconds).isfinite())
 
     silent, sounding = make_video(tmp_path / "s.mp4", sound=False), make_video(tmp_path / "a.mp4")
     with pytest.raises(common.NoAudio, match="no audio stream"):
-        common.read_audio(silent, 16_000)
+        media.read_audio(silent, 16_000)
     assert has_audio(sounding, 2.0) and not has_audio(silent, 2.0) and "no usable" not in capsys.readouterr().err
     with av.open(str(sounding)) as container:
         places = [(packet.pos, packet.size) for packet in container.demux(audio=0) if packet.size]
     content, (start, size) = bytearray(sounding.read_bytes()), places[len(places) // 2]
     content[start : start + size] = np.random.default_rng(0).bytes(size)
     sounding.write_bytes(content)
-    assert reason(common.read_audio, sounding, 16_000) == "unreadable audio (Invalid data found when processing input)"
+    assert reason(media.read_audio, sounding, 16_000) == "unreadable audio (Invalid data found when processing input)"
     assert not has_audio(sounding, 2.0) and "no usable audio track" in capsys.readouterr().err
     assert shown(sounding, 25, 2.0) == list(range(50))  # its picture is as good as ever
     unknown = no_decoder(make_video(tmp_path / "u.mp4"), b"mp4a", b"esds")
-    assert reason(common.read_audio, unknown, 16_000) == "unreadable audio (no decoder for it)"
-    assert reason(common.read_audio, tmp_path / "none.mp4", 16_000) == "no such file"
+    assert reason(media.read_audio, unknown, 16_000) == "unreadable audio (no decoder for it)"
+    assert reason(media.read_audio, tmp_path / "none.mp4", 16_000) == "no such file"
     (tmp_path / "text.wav").write_text("no sound")
-    assert reason(common.read_audio, tmp_path / "text.wav", 16_000).startswith("unreadable audio (")
+    assert reason(media.read_audio, tmp_path / "text.wav", 16_000).startswith("unreadable audio (")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16_000)
-    assert reason(common.read_audio, tmp_path / "empty.wav", 16_000) == "empty audio stream"
+    assert reason(media.read_audio, tmp_path / "empty.wav", 16_000) == "empty audio stream"
 
 
 # Channels, containers, rates --------------------------------------------------------------------------------
@@ -247,7 +260,7 @@ def test_audio_is_read_from_any_format_rate_and_number_of_channels(tmp_path, suf
     second = np.arange(rate) / rate
     tone = 0.5 * np.sin(2 * np.pi * 440 * second)[:, None].repeat(channels, 1)
     soundfile.write(tmp_path / f"a.{suffix}", tone, rate)
-    wave = common.read_audio(tmp_path / f"a.{suffix}", 16_000, 1.5)
+    wave = media.read_audio(tmp_path / f"a.{suffix}", 16_000, 1.5)
     assert wave.shape == (24_000,) and wave[17_000:].abs().max() < 0.01
     spectrum = np.abs(np.fft.rfft(wave[:16_000].numpy()))
     assert spectrum.argmax() == 440 and wave[2000:14_000].abs().max().item() == pytest.approx(0.5, abs=0.05)
@@ -282,7 +295,7 @@ def sound_file(path, codec, layout, channels, format=None):
     ],
 )
 def test_sound_is_the_mean_of_up_to_16_channels_with_or_without_a_layout(tmp_path, name, codec, layout, channels):
-    wave = common.read_audio(sound_file(tmp_path / name, codec, layout, channels), 48_000)[10_000:80_000]
+    wave = media.read_audio(sound_file(tmp_path / name, codec, layout, channels), 48_000)[10_000:80_000]
     assert wave.abs().max().item() == pytest.approx(0.5 / channels, rel=0.05)
 
 
@@ -292,21 +305,21 @@ def test_channels_in_an_order_of_their_own_do_not_end_the_process(tmp_path):
     content = path.read_bytes()
     assert content.count(bytes((0, 121, 0, 6))) == 1
     path.write_bytes(content.replace(bytes((0, 121, 0, 6)), bytes((0, 122, 0, 6))))
-    read = f"import common; print(common.read_audio({str(path)!r}, 48_000)[10_000:].abs().max())"
+    read = f"from common import media; print(media.read_audio({str(path)!r}, 48_000)[10_000:].abs().max())"
     assert "tensor(0.08" in shell(sys.executable, "-c", read).stdout
 
 
 def test_channels_may_change_in_mid_stream(tmp_path):
     one, two = (sound_file(tmp_path / f"{n}.aac", "aac", n, c, "adts") for n, c in (("mono", 1), ("stereo", 2)))
     one.write_bytes(one.read_bytes() + two.read_bytes())
-    wave = common.read_audio(one, 48_000)
+    wave = media.read_audio(one, 48_000)
     assert wave[20_000:80_000].abs().max().item() == pytest.approx(0.5, rel=0.05)
     assert wave[120_000:180_000].abs().max().item() == pytest.approx(0.25, rel=0.05)
 
 
 def test_a_file_is_what_it_holds_not_what_it_is_called(tmp_path):
-    expected = common.read_audio(sound_file(tmp_path / "a.m4a", "aac", "mono", 1), 16_000)
-    assert torch.equal(common.read_audio(shutil.copy(tmp_path / "a.m4a", tmp_path / "b.wav"), 16_000), expected)
+    expected = media.read_audio(sound_file(tmp_path / "a.m4a", "aac", "mono", 1), 16_000)
+    assert torch.equal(media.read_audio(shutil.copy(tmp_path / "a.m4a", tmp_path / "b.wav"), 16_000), expected)
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, 40_000)
     soundfile.write(tmp_path / "c.flac", noise, 16_000)
     soundfile.write(tmp_path / "c.wav", noise, 16_000)
@@ -316,7 +329,7 @@ def test_a_file_is_what_it_holds_not_what_it_is_called(tmp_path):
     (tmp_path / "d.flac").write_bytes(piped)
     (tmp_path / "c.wav").rename(tmp_path / "C.WAV")
     for name, expected in (("C.WAV", samples[0]), ("c.flac", samples[1]), ("d.flac", samples[1])):
-        assert torch.equal(common.read_audio(tmp_path / name, 16_000), expected)
+        assert torch.equal(media.read_audio(tmp_path / name, 16_000), expected)
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 48_000, 192_000])
@@ -324,24 +337,25 @@ def test_ordinary_rates_are_torchaudios_to_the_bit_and_a_long_file_is_read_as_fa
     noise = torch.from_numpy(np.random.default_rng(0).uniform(-0.5, 0.5, 5 * rate)).float()
     soundfile.write(tmp_path / "a.wav", noise.numpy(), rate, subtype="FLOAT")
     expected = torchaudio.functional.resample(noise, rate, 16_000)
-    assert torch.equal(common.read_audio(tmp_path / "a.wav", 16_000), expected)
-    torch.testing.assert_close(common.read_audio(tmp_path / "a.wav", 16_000, 2.0), expected[:32_000], atol=1e-6, rtol=0)
-    assert torch.equal(common.read_audio(tmp_path / "a.wav", 16_000, 9.0)[:80_000], expected)
-    assert len(common.read_audio(tmp_path / "a.wav", 16_000, 9.0, pad=False)) == 80_000
-    assert len(common.decode_audio(tmp_path / "a.wav", 2.0)[0]) == math.ceil(2.1 * rate)
+    assert torch.equal(media.read_audio(tmp_path / "a.wav", 16_000), expected)
+    torch.testing.assert_close(media.read_audio(tmp_path / "a.wav", 16_000, 2.0), expected[:32_000], atol=1e-6, rtol=0)
+    assert torch.equal(media.read_audio(tmp_path / "a.wav", 16_000, 9.0)[:80_000], expected)
+    assert len(media.read_audio(tmp_path / "a.wav", 16_000, 9.0, pad=False)) == 80_000
+    assert len(media.decode_audio(tmp_path / "a.wav", 2.0)[0]) == math.ceil(2.1 * rate)
 
 
 @pytest.mark.parametrize("rate, new_rate", [(44_056, 16_000), (47_952, 16_000), (7_992, 16_000)])
 def test_rates_with_a_large_table_of_filters_are_torchaudios_within_110_db(rate, new_rate):
     noise = torch.from_numpy(np.random.default_rng(0).uniform(-0.5, 0.5, rate // 3)).float()
-    ours, theirs = common.resample(noise, rate, new_rate), torchaudio.functional.resample(noise, rate, new_rate)
+    ours, theirs = media.resample(noise, rate, new_rate), torchaudio.functional.resample(noise, rate, new_rate)
     assert len(ours) == len(theirs) and (ours - theirs).abs().max() < 3e-6 * theirs.abs().max()
 
 
 # Memory -----------------------------------------------------------------------------------------------------
 
 GROWTH = """
-import sys, scipy.signal, common
+import sys, scipy.signal
+from common import media
 def mib(key):
     return [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)][0] / 1024
 before = mib("VmRSS")
@@ -359,9 +373,9 @@ def test_no_file_takes_more_than_half_a_gibibyte(tmp_path):
     soundfile.write(tmp_path / "long.flac", np.zeros(90_000_000, np.int16), 48_000)
     soundfile.write(tmp_path / "odd.wav", np.zeros(441_000), 44_099)
     calls = (
-        f"common.read_frames({str(film)!r}, [(8, lambda x: x[:, ::9, ::9]), (25, lambda x: x[:, ::9, ::9])], 1.0)",
-        f"common.read_audio({str(tmp_path / 'long.flac')!r}, 16_000, 8.0)",
-        f"common.read_audio({str(tmp_path / 'odd.wav')!r}, 16_000, 8.0)",
+        f"media.read_frames({str(film)!r}, [(8, lambda x: x[:, ::9, ::9]), (25, lambda x: x[:, ::9, ::9])], 1.0)",
+        f"media.read_audio({str(tmp_path / 'long.flac')!r}, 16_000, 8.0)",
+        f"media.read_audio({str(tmp_path / 'odd.wav')!r}, 16_000, 8.0)",
     )
     growth = [float(number) for number in re.findall(r"MiB (\S+)", shell(sys.executable, "-c", GROWTH, *calls).stdout)]
     assert len(growth) == 3 and max(growth) < 512, growth

@@ -9,9 +9,13 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import LATENTS, PROBABILITIES, arguments, call, close, read, stage, write
+from conftest import LATENTS, PROBABILITIES, arguments, call, close, read, stage
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import common
+from adapters.toy import VOCABULARY
+from common import files, media, people, rows, training
 
 LOG_2 = 0.6931471805599453
 
@@ -82,15 +86,15 @@ def test_in_bf16_too_training_starts_at_log2_whether_the_reference_is_halved_or_
 
 def test_a_reference_in_bf16_is_bit_equal_to_the_float32_one_under_autocast(finished):
     model = common.load_base_model(finished)
-    whole, half = model.reference(), model.reference(bf16=True)
+    whole, half = training.frozen_copy(model, bf16=False), training.frozen_copy(model, bf16=True)
     kinds = {p.dtype for p in half.parameters()}
     assert kinds == {torch.float32, torch.bfloat16} and half.net.place.dtype == torch.float32
     generator = torch.Generator().manual_seed(0)
     a_t, t = torch.randn(6, *model.latent_shape, generator=generator), torch.linspace(0.01, 1, 6)
     draw = functools.partial(torch.randn, generator=generator)
     features = {"frames": draw(6, 25, 64), "pooled": draw(6, 32)}
-    features["text"] = torch.rand(6, len(stage("00").VOCABULARY), generator=generator)
-    with torch.no_grad(), common.autocast("cpu", "bf16"):
+    features["text"] = torch.rand(6, len(VOCABULARY), generator=generator)
+    with torch.no_grad(), training.autocast("cpu", "bf16"):
         assert torch.equal(whole(a_t, t, features), half(a_t, t, features))
 
 
@@ -98,8 +102,8 @@ def test_compiled_sampling_gives_the_same_latents_within_1e_4(finished, monkeypa
     plain, compiled = (common.load_base_model(finished) for _ in range(2))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     compiled.compile_sampling()
-    shards = common.Shards(finished, common.read_samples(finished), plain)
-    features = shards.features(list(common.read_samples(finished))[:2])
+    samples = common.read_samples(finished)
+    features = training.Shards(finished, samples, plain).features([*samples][:2])
     ours, theirs = (common.sample(model, features, [1, 2, 3, 4], 3, 1.5) for model in (compiled, plain))
     assert close(ours, theirs, LATENTS) and ours.std() > 0.1
     torch._dynamo.reset()
@@ -124,10 +128,10 @@ def test_score_c_matches_eq3_by_hand():
 
 def audioscore():
     torch.manual_seed(0)
-    judge = common.AudioScore(tags=2)
-    judge.mean.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4, 2.0]))
-    judge.std.copy_(torch.tensor([0.5, 0.5, 0.1, 1.0, 0.7]))
-    return judge.requires_grad_(False)
+    made = common.AudioScore(tags=2)
+    made.mean.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4, 2.0]))
+    made.std.copy_(torch.tensor([0.5, 0.5, 0.1, 1.0, 0.7]))
+    return made.requires_grad_(False)
 
 
 def test_audioscore_gives_three_probabilities_and_takes_a_score_that_does_not_apply_for_the_mean():
@@ -149,7 +153,7 @@ def test_inception_score_of_one_audio_by_hand():
 P = [(0.1, 0.2, 0.7), (0.6, 0.3, 0.1), (0.2, 0.2, 0.6), (0.5, 0.1, 0.4), (0.3, 0.3, 0.4)]
 
 
-@pytest.mark.parametrize("p, may_win, may_lose, expected", [
+@pytest.mark.parametrize("p, winners, losers, expected", [
     (P, range(5), range(5), (1, 0)),  # argmax P(Good), argmax P(Bad)
     ([*P[:4], (0.6, 0.2, 0.2)], range(5), range(5), "tie"), ([*P[:4], (0.2, 0.1, 0.7)], range(5), range(5), "tie"),
     ([(0.2, 0.3, 0.5)] * 5, range(5), range(5), "tie"),  # AudioScore blind: no audio beats itself
@@ -158,8 +162,21 @@ P = [(0.1, 0.2, 0.7), (0.6, 0.3, 0.1), (0.2, 0.2, 0.6), (0.5, 0.1, 0.4), (0.3, 0
     (P, [1, 2, 3, 4], range(5), (1, 0)),  # 0 is silent and loses
     (P, [], range(5), "fewer than two usable audios"), (P, [1], [1], "fewer than two usable audios"),
 ])  # fmt: skip
-def test_a_pair_by_eq2(p, may_win, may_lose, expected):
-    assert stage("03").select_pair(p, may_win, may_lose) == expected
+def test_a_pair_by_eq2(p, winners, losers, expected):
+    assert stage("03").select_pair(dict(enumerate(p)), [*winners], [*losers]) == expected
+
+
+@settings(derandomize=True, database=None, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.booleans(), st.booleans()), max_size=6))
+def test_a_pair_is_the_one_that_eq2_defines_or_none(drawn):
+    p = {k: (good / 10, (10 - good - bad) / 10, bad / 10) for k, (good, bad, _, _) in enumerate(drawn)}
+    losers = [k for k, (*_, finite) in enumerate(drawn) if finite]
+    winners = [k for k, (_, _, loud, finite) in enumerate(drawn) if loud and finite]
+    best = [k for k in winners if all(p[k][0] > p[other][0] for other in winners if other != k)]
+    worst = [k for k in losers if all(p[k][2] > p[other][2] for other in losers if other != k)]
+    pairs = [(winner, loser) for winner in best for loser in worst if winner != loser]
+    found = stage("03").select_pair(p, winners, losers)
+    assert [found] == pairs if pairs else isinstance(found, str)
 
 
 def test_what_stage_01_records_of_an_audio_says_whether_it_is_silent_or_clipped(tmp_path):
@@ -167,68 +184,80 @@ def test_what_stage_01_records_of_an_audio_says_whether_it_is_silent_or_clipped(
     barely = torch.cat([torch.full((9,), 1.7), loud[9:]])  # 9 of 1000 samples at full scale, then 10
     waves = {"loud": loud, "silent": quiet, "barely": barely, "clipped": torch.cat([barely[:9], barely[:1], loud[10:]])}
     waves["broken"] = torch.cat([loud[1:], torch.tensor([math.nan])])
-    rows = {name: common.write_audio(tmp_path / f"{name}.wav", wave, 16_000) for name, wave in waves.items()}
-    assert {name: (row["finite"], row["peak"], row["clipped"]) for name, row in rows.items()} == {
+    written = {name: media.write_audio(tmp_path / f"{name}.wav", wave, 16_000) for name, wave in waves.items()}
+    assert {name: (row["finite"], row["peak"], row["clipped"]) for name, row in written.items()} == {
         "loud": (True, 0.5, 0), "silent": (True, 0.0009, 0), "barely": (True, 1, 0.009), "clipped": (True, 1, 0.01),
         "broken": (False, 0.5, 0),
     }  # fmt: skip
-    faults = {name: stage("03").fault(row) for name, row in rows.items()}
-    assert faults == {"loud": None, "silent": "silent", "barely": None, "clipped": "clipped", "broken": None}
-    assert all(row["digest"] == common.digest(tmp_path / f"{name}.wav") for name, row in rows.items())
+    may_win = {name: stage("03").may_win(sample(**row)) for name, row in written.items()}
+    assert may_win == {"loud": True, "silent": False, "barely": True, "clipped": False, "broken": False}
+    assert all(row["digest"] == files.digest(tmp_path / f"{name}.wav") for name, row in written.items())
+
+
+def sample(k=0, finite=True, peak=0.5, clipped=0.0, digest=""):
+    return rows.Sample(
+        clip="x", k=k, seed=0, wav="", row=0, digest=digest, finite=finite, peak=peak, clipped=clipped
+    )
 
 
 def test_mining_by_hand():
-    whole, p_of = dict(finite=True, peak=0.5, clipped=0), {(clip, k): p for clip in "abcdef" for k, p in enumerate(P)}
-    samples = {clip: [dict(whole, k=k) for k in range(5)] for clip in "abcdef"}
-    samples["b"][1]["peak"] = samples["c"][0]["clipped"] = 1e-4  # b's best is silent, c's worst has one loud sample
-    samples["d"][1]["finite"] = samples["d"][0]["finite"] = False  # neither may be in a pair
-    samples["e"] = [dict(row, finite=row["k"] == 2) for row in samples["e"]]
-    p_of["f", 3] = p_of["f", 1]
+    p_of = {clip: dict(enumerate(P)) for clip in "abcdef"}
+    samples = {clip: [sample(k) for k in range(5)] for clip in "abcdef"}
+    samples["b"][1].peak = samples["c"][0].clipped = 1e-4  # b's best is silent, c's worst has one loud sample
+    samples["d"][1].finite = samples["d"][0].finite = False  # neither may be in a pair
+    samples["e"] = [sample(k, finite=k == 2) for k in range(5)]
+    p_of["f"][3] = p_of["f"][1]
     pairs, dropped = stage("03").mine(samples, p_of, {"a"}, 0.0)
-    assert {(p["clip"], p["winner"], p["loser"]) for p in pairs} == {("b", 3, 0), ("c", 1, 0), ("d", 3, 2)}
+    assert {(pair.clip, pair.winner, pair.loser) for pair in pairs} == {("b", 3, 0), ("c", 1, 0), ("d", 3, 2)}
     assert dropped == {"rated by people": 1, "fewer than two usable audios": 1, "tie": 1}
-    assert pairs[0]["p_winner"] == list(P[3]) and pairs[0]["p_loser"] == list(P[0])
+    assert pairs[0].p_winner == P[3] and pairs[0].p_loser == P[0]
     # score_c, Eq. 3: b ((0.5 - 0.1) + (0.7 - 0.4)) / 2 = 0.35, c 0.55, d ((0.5 - 0.2) + (0.6 - 0.4)) / 2 = 0.25
     pairs, dropped = stage("03").mine(samples, p_of, {"a"}, 0.3)
-    assert [p["clip"] for p in pairs] == ["b", "c"] and dropped["score_c below 0.3"] == 1
+    assert [pair.clip for pair in pairs] == ["b", "c"] and dropped["score_c below 0.3"] == 1
 
 
 def test_people_are_asked_about_audios_of_one_clip_with_one_rating():
-    samples = {clip: [{"k": k, "finite": (clip, k) != ("y", 1)} for k in range(4)] for clip in "xyz"}
-    given = {"x": "GGBB", "y": "GGG", "z": "GMB"}
-    ratings = [{"clip": clip, "k": k, "rating": r} for clip, row in given.items() for k, r in enumerate(row)]
+    samples = {clip: [sample(k, finite=(clip, k) != ("y", 1)) for k in range(4)] for clip in "xyz"}
+    given = {"x": ["Good", "Good", "Bad", "Bad"], "y": ["Good"] * 3, "z": ["Good", "Medium", "Bad"]}
+    ratings = [rows.RatedScore(clip=clip, k=k, rating=r) for clip, row in given.items() for k, r in enumerate(row)]
     asked = stage("03").comparisons(samples, ratings, 10, seed=0)
     assert asked == [("x", 0, 1), ("x", 2, 3), ("y", 0, 2)]  # y's audio 1 is not finite
 
 
 def test_human_pairs_follow_the_majority_and_a_tie_makes_none():
-    answers = [("x", 0, 1, "a"), ("x", 1, 0, "a"), ("x", 0, 1, "b")]
-    answers += [("y", 2, 3, "a"), ("y", 2, 3, "b"), ("z", 4, 2, "tie")]
-    answers = [dict(zip(("clip", "a", "b", "choice"), answer)) for answer in answers]
-    pairs = stage("03").human_pairs(answers, {(c, k): (0.2, 0.3, 0.5) for c in "xyz" for k in range(5)})
-    assert [(p["clip"], p["winner"], p["loser"]) for p in pairs] == [("x", 1, 0)]
+    given = [("x", 0, 1, "a"), ("x", 1, 0, "a"), ("x", 0, 1, "b")]
+    given += [("y", 2, 3, "a"), ("y", 2, 3, "b"), ("z", 4, 2, "tie")]
+    answers = [rows.ChoiceAnswer(clip=clip, a=a, b=b, choice=choice) for clip, a, b, choice in given]
+    pairs = stage("03").human_pairs(answers, {clip: dict.fromkeys(range(5), (0.2, 0.3, 0.5)) for clip in "xyz"})
+    assert [(pair.clip, pair.winner, pair.loser) for pair in pairs] == [("x", 1, 0)]
 
 
 def test_raters_are_compared_with_the_others_and_with_themselves_and_named_below_the_line(capsys):
     # Two raters, three questions, aa ab bb: 2 of 6 ordered pairs differ, by chance 2 * 3 * 3 / (6 * 5) = 0.6 would.
     given = [("ann", 1, "a"), ("ann", 2, "a"), ("ann", 3, "b"), ("bob", 1, "a"), ("bob", 2, "b"), ("bob", 3, "b")]
-    answers = [dict(rater=rater, item=item, word=word, seconds=4.0 + item) for rater, item, word in given]
 
-    def report(answers):
-        common.report_raters(answers, lambda a: a["item"], lambda a: "ab".index(a["word"]), "nominal")
+    def answered(given, first=0, repeat=0):
+        """Choices between audios 0 and 1 of so many clips."""
+        named = [(rater, f"{first + clip:02d}", word, 4.0 + clip) for rater, clip, word in given]
+        common_parts = dict(a=0, b=1, repeat=repeat)
+        return [rows.ChoiceAnswer(clip=c, choice=w, rater=r, seconds=s, **common_parts) for r, c, w, s in named]
+
+    def printed(answers):
+        people.print_agreement(answers, lambda answer: "ab".index(answer.choice), "nominal")
         return capsys.readouterr().out.splitlines()
 
-    assert report(answers) == [
+    assert printed(answered(given)) == [
         "raters: 2; 3 of 3 questions answered by several, Krippendorff's alpha 0.444 (nominal)",
         "  ann: 3 answers, alpha 0.444 with the others (3 pairs), median 6.0 s",
         "  bob: 3 answers, alpha 0.444 with the others (3 pairs), median 6.0 s",
     ]
-    many = [a | {"item": a["item"] + 3 * i} for i in range(7) for a in answers]
-    again = [dict(a, repeat=1, word="a") for a in many if a["rater"] == "bob"][:6]  # bob said a, b, b, a, b, b
-    *_, bob, line = report([*again, *many])
+    many = [answer for i in range(7) for answer in answered(given, 3 * i)]
+    of_bob = [("bob", clip, "a") for _, clip, _ in given[3:]]
+    again = answered(of_bob, 0, 1) + answered(of_bob, 3, 1)  # bob said a, b, b, a, b, b
+    *_, bob, line = printed([*again, *many])
     assert "2 of 6 repeats alike" in bob and "below the line" in line and "--exclude-rater 'bob'" in line
-    turned = [dict(a, rater="cat", word="b" if a["word"] == "a" else "a") for a in many if a["rater"] == "ann"]
-    *_, cat, line = report([*many, *turned])
+    turned = [("cat", clip, "b" if word == "a" else "a") for rater, clip, word in given if rater == "ann"]
+    *_, cat, line = printed([*many, *(answer for i in range(7) for answer in answered(turned, 3 * i))])
     assert "alpha -0." in cat and "--exclude-rater 'cat'" in line
 
 
@@ -384,12 +413,15 @@ def test_ddpo_ratio_is_1_on_its_first_update(precision, run):
 # Curriculum --------------------------------------------------------------------------------------------------
 
 
+def pair(clip, score_c=0.0, source="auto"):
+    return rows.SplitPair(clip=clip, winner=0, loser=1, score_c=score_c, source=source)
+
+
 def pairs(easy, hard, human=0):
-    """Stage files with this many pairs."""
-    auto = [{"clip": f"e{i}", "winner": 0, "loser": 1, "score_c": 0.9, "source": "auto"} for i in range(easy)]
-    weak = [{"clip": f"h{i}", "winner": 0, "loser": 1, "score_c": 0.4, "source": "auto"} for i in range(hard)]
-    people = [{"clip": f"p{i}", "winner": 0, "loser": 1, "score_c": 0.0, "source": "human"} for i in range(human)]
-    return auto, weak + people
+    """The two stages, with this many pairs."""
+    auto = [pair(f"e{i}", 0.9) for i in range(easy)]
+    weak = [pair(f"h{i}", 0.4) for i in range(hard)]
+    return auto, weak + [pair(f"p{i}", source="human") for i in range(human)]
 
 
 def test_steps_are_divided_in_proportion_to_the_pairs():
@@ -405,7 +437,7 @@ def test_every_pair_is_seen_equally_often_and_in_its_stage():
     assert stage_steps == [10, 6]
     seen = [stage("05").batch_at(step, stages, stage_steps, args) for step in range(16)]
     assert [i for i, _ in seen] == [0] * 10 + [1] * 6
-    counts = [Counter(pair["clip"] for i, batch in seen if i == which for pair in batch) for which in (0, 1)]
+    counts = [Counter(pair.clip for i, batch in seen if i == which for pair in batch) for which in (0, 1)]
     assert counts[0] == {f"e{i}": 8 for i in range(5)}  # 40 draws of 5
     assert counts[1] == {"h0": 8, "h1": 8, "p0": 8}  # 24 draws of 3
     again = [stage("05").batch_at(step, stages, stage_steps, args) for step in range(16)]
@@ -436,25 +468,24 @@ def test_winner_and_loser_share_time_and_noise():
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.7, 1.0])
 def test_human_pairs_are_in_stage_2_with_score_c_0_at_any_threshold(threshold):
-    pair = dict(winner=0, loser=1)
-    auto = [dict(pair, clip="a", p_winner=[g, 0, 1 - g], p_loser=[1 - g, 0, g]) for g in (0.55, 0.8, 0.9)]
-    people = [dict(clip="p", winner=2, loser=3, p_winner=[1, 0, 0], p_loser=[0, 0, 1])]  # the judge agrees fully
-    scored = stage("04").complexity(auto, people)
-    assert [pair["score_c"] for pair in scored] == pytest.approx([0.1, 0.6, 0.8, 0.0])
+    auto = [rows.Pair("a", 0, 1, (g, 0, 1 - g), (1 - g, 0, g)) for g in (0.55, 0.8, 0.9)]
+    human = [rows.Pair("p", 2, 3, (1, 0, 0), (0, 0, 1))]  # AudioScore agrees fully
+    scored = stage("04").with_score_c(auto, human)
+    assert [pair.score_c for pair in scored] == pytest.approx([0.1, 0.6, 0.8, 0.0])
     stage1, stage2 = stage("04").split(scored, threshold)
-    assert stage2[-1] == {"clip": "p", "winner": 2, "loser": 3, "score_c": 0.0, "source": "human"}
-    assert [pair["source"] for pair in stage1] == ["auto"] * {0.0: 3, 0.5: 2, 0.7: 1, 1.0: 0}[threshold]
+    assert stage2[-1] == rows.SplitPair("p", 2, 3, 0.0, "human")
+    assert [pair.source for pair in stage1] == ["auto"] * {0.0: 3, 0.5: 2, 0.7: 1, 1.0: 0}[threshold]
 
 
 def test_ablations_of_the_curriculum(tmp_path):
     def stages(*flags):
         found = stage("05").read_stages(tmp_path, shards, stage("05").parse_args(arguments(tmp_path, *flags)))
-        return [[pair["clip"] for pair in part] for part in found]
+        return [[pair.clip for pair in part] for part in found]
 
-    for name, rows in zip(("04_stage1.jsonl", "04_stage2.jsonl"), pairs(3, 2, 2)):
-        write(tmp_path / name, rows)
-    audios = {(pair["clip"], k): None for part in pairs(3, 2, 2) for pair in part for k in (0, 1)}
-    shards = argparse.Namespace(place=audios)
+    for name, part in zip(("04_stage1.jsonl", "04_stage2.jsonl"), pairs(3, 2, 2)):
+        rows.write(tmp_path / name, part)
+    audios = {(pair.clip, k): None for part in pairs(3, 2, 2) for pair in part for k in (0, 1)}
+    shards = argparse.Namespace(place_of_audio=audios)
     assert stages() == [["e0", "e1", "e2"], ["h0", "h1", "p0", "p1"]]
     assert stages("--hard-first") == [["h0", "h1", "p0", "p1"], ["e0", "e1", "e2"]]
     assert stages("--no-human") == [["e0", "e1", "e2"], ["h0", "h1"]]
@@ -463,39 +494,36 @@ def test_ablations_of_the_curriculum(tmp_path):
     assert stages("--threshold", "0.0")[1] == ["p0", "p1"]
 
 
-@pytest.mark.parametrize("case, accuracy, gap_w, ref_w, saturated, share", [
-    ("healthy", 0.964, 0.226, 0.51, 0.699, 0.51), ("too few pairs", 0.996, 0.959, 0.51, 0.978, 0.59),
-    ("lr too high", 0.962, 2.406, 0.51, 0.924, 0.90), ("beta too large", 0.938, 0.306, 0.51, 0.932, 0.99),
-    ("beta too small", 0.958, 7.710, 0.51, 0.584, 0.42), ("winner's error rises", 0.975, 1.407, 0.51, 0.846, 0.63),
-    ("has hardly learned", 0.52, 0.001, 0.51, 0.0, 0.49),
-])  # fmt: skip
-def test_the_last_line_names_the_case_of_docs_curves(case, accuracy, gap_w, ref_w, saturated, share):
-    row = dict(loss=0.1, accuracy=accuracy, gap_w=gap_w, gap_l=2 * gap_w, ref_w=ref_w, saturated=saturated)
-    row |= dict(opposed=0.0, weight=0.2, weight_wrong=0.2 * share)
-    other = {key: 0.5 for key in row}  # the shorter stage, and steps before the last 50, do not count
-    rows = [other | {"stage": 1}] * 10 + [row | {"stage": 1}] * 50 + [other | {"stage": 2}] * 20
-    assert stage("05").reading(rows).startswith(f"curves: {case}: ")
+def logged(stage_number, accuracy, gap_w, saturated, share):
+    """A step of 05's log, `share` of whose gradient's weight lies on wrongly ordered pairs."""
+    step = dict.fromkeys(rows.FlowDpoStep.__struct_fields__, 0) | dict(stage=stage_number, loss=0.1, accuracy=accuracy)
+    step |= dict(gap_w=gap_w, gap_l=2 * gap_w, ref_w=0.51, saturated=saturated, weight=0.2, weight_wrong=0.2 * share)
+    return rows.FlowDpoStep(**step)
 
 
-@pytest.mark.parametrize("backwards, accuracy, case", [
-    (0.0, 0.96, "healthy"), (0.01, 0.96, "some pairs are backwards"), (1.0, 0.96, "pairs are backwards"),
-    (0.01, 0.52, "has hardly learned"), (1.0, 0.52, "pairs are backwards"),
+@pytest.mark.parametrize("case, accuracy, gap_w, saturated, share, backwards", [
+    ("healthy", 0.964, 0.226, 0.699, 0.51, 0), ("too few pairs", 0.996, 0.959, 0.978, 0.59, 0),
+    ("lr too high", 0.962, 2.406, 0.924, 0.90, 0), ("beta too large", 0.938, 0.306, 0.932, 0.99, 0),
+    ("beta too small", 0.958, 7.710, 0.584, 0.42, 0), ("winner's error rises", 0.975, 1.407, 0.846, 0.63, 0),
+    ("has hardly learned", 0.52, 0.001, 0.0, 0.49, 0),
+    # On pairs whose winner is the worse audio curves are never called healthy:
+    ("some pairs are backwards", 0.96, 0.2, 0.6, 0.5, 0.01), ("pairs are backwards", 0.96, 0.2, 0.6, 0.5, 1.0),
+    ("has hardly learned", 0.52, 0.2, 0.6, 0.5, 0.01), ("pairs are backwards", 0.52, 0.2, 0.6, 0.5, 1.0),
 ])  # fmt: skip
-def test_curves_on_pairs_whose_winner_is_the_worse_audio_are_never_called_healthy(backwards, accuracy, case):
-    row = dict(stage=2, loss=0.1, accuracy=accuracy, gap_w=0.2, gap_l=0.5, ref_w=0.5, saturated=0.6)
-    row |= dict(opposed=0.0, weight=0.2, weight_wrong=0.1)
-    line = stage("05").reading([row] * 50, backwards)
+def test_the_last_line_names_the_case_of_docs_curves(case, accuracy, gap_w, saturated, share, backwards):
+    last = logged(1, accuracy, gap_w, saturated, share)
+    # The shorter stage, and steps before the last 50, do not count.
+    log = [logged(1, 0.5, 0.5, 0.5, 1)] * 10 + [last] * 50 + [logged(2, 0.5, 0.5, 0.5, 1)] * 20
+    line = stage("05").reading(log, backwards)
     assert line.startswith(f"curves: {case}: ")
     assert (f"score_c is negative for {backwards:.0%}" in line) == case.endswith("backwards")
 
 
 def test_only_mined_pairs_can_be_backwards():
-    def pair(score_c, source="auto"):
-        return {"score_c": score_c, "source": source}
-
-    stages = [pair(0.9)], [pair(-0.1), pair(0.0), pair(0.1), pair(0.0, "human"), pair(0.0, "human")]
+    human = pair("p", source="human")
+    stages = [pair("a", 0.9)], [pair("b", -0.1), pair("c", 0.0), pair("d", 0.1), human, human]
     assert stage("05").share_backwards(stages) == 0.25
-    assert stage("05").share_backwards(([], [pair(0.0, "human")])) == 0
+    assert stage("05").share_backwards(([], [human])) == 0
 
 
 def test_learning_rate_warms_up_once_and_then_stays():
@@ -530,55 +558,53 @@ def test_an_explicit_flag_wins_over_the_runs_defaults_and_they_over_the_paper(fi
 
 
 def made_up_scores(count, seed=0):
-    """Scores of `count` audios, 5 per clip, whose rating depends on ib and desync alone."""
+    """What scorers said of `count` audios, 5 per clip, whose rating depends on ib and desync alone."""
     generator = torch.Generator().manual_seed(seed)
-    column = {name: torch.randn(count, generator=generator) for name in ("ib", "clap", "desync_s", "pesq")}
-    column["pesq"][::2] = float("nan")
-    scorers = (("imagebind", "ib"), ("clap", "clap"), ("synchformer", "desync_s"), ("pesq", "pesq"))
-    found = {scorer: {key: column[key]} for scorer, key in scorers}
-    found["panns"] = {"logits": torch.randn(count, 4, generator=generator)}
-    merit = column["ib"] - column["desync_s"]
+    said = {name: torch.randn(count, generator=generator) for name in ("ib", "clap", "desync_s", "pesq")}
+    said["pesq"][::2] = float("nan")
+    said["logits"] = torch.randn(count, 4, generator=generator)
+    merit = said["ib"] - said["desync_s"]
     rating = (merit < 0.7).long() + (merit < -0.7).long()
-    return found, torch.nn.functional.one_hot(rating, 3).float(), [f"clip{i // 5}" for i in range(count)]
+    return said, torch.nn.functional.one_hot(rating, 3).float(), [f"clip{i // 5}" for i in range(count)]
 
 
 def test_audioscore_learns_ratings_that_its_scores_determine_and_is_judged_on_other_clips():
-    found, target, clips = made_up_scores(200)
-    p = stage("02").cross_validate(found, target, clips, seed=0)
+    said, target, clips = made_up_scores(200)
+    p = stage("02").cross_validate(said, target, clips, seed=0)
     assert p.isfinite().all()
     accuracy = (p.argmax(dim=1) == target.argmax(dim=1)).float().mean().item()
     majority = target.mean(dim=0).max().item()
     assert accuracy > majority + 0.2
     shuffled = target[torch.randperm(200, generator=torch.Generator().manual_seed(3))]
-    blind = stage("02").cross_validate(found, shuffled, clips, seed=0)
+    blind = stage("02").cross_validate(said, shuffled, clips, seed=0)
     chance = (blind.argmax(dim=1) == shuffled.argmax(dim=1)).float().mean().item()
     assert chance < accuracy - 0.2  # nothing leaks from the held-out clips
 
 
 def test_a_score_that_never_varied_among_the_rated_audios_does_not_decide_alone_elsewhere():
-    found, target, _ = made_up_scores(40)
-    found["synchformer"]["desync_s"][:] = 0.6
-    judge = stage("02").fit(found, target, seed=0)
-    scores = common.five_scores(found, judge)
+    said, target, _ = made_up_scores(40)
+    said["desync_s"][:] = 0.6
+    fitted = stage("02").fit(said, target, seed=0)
+    scores = fitted.five_scores(said)
     scores[:, 2] = 1.0  # DeSync moves in steps of 0.1 s: a handful of audios may share one value
-    p = judge(scores)
-    assert judge.std[2] == 1 and p.max() < 0.9999 and len(p.unique(dim=0)) == 40
+    p = fitted(scores)
+    assert fitted.std[2] == 1 and p.max() < 0.9999 and len(p.unique(dim=0)) == 40
 
 
 def test_a_fold_never_splits_a_clip_nor_a_youtube_video(monkeypatch):
-    found, target, _ = made_up_scores(60)
+    said, target, _ = made_up_scores(60)
     clips = [f"abcdefghij{i // 10}_{i % 10:06d}" for i in range(60)]  # 6 videos of 10 clips
-    seen, fit = [], stage("02").fit
+    parts, fit = [], stage("02").fit
 
     def spy(part, share, seed):
-        seen.append({round(x, 6) for x in part["imagebind"]["ib"].tolist()})
+        parts.append({round(x, 6) for x in part["ib"].tolist()})
         return fit(part, share, seed, steps=1)
 
     monkeypatch.setattr(stage("02"), "fit", spy)
-    stage("02").cross_validate(found, target, [*map(stage("02").video_of, clips)], seed=0)
-    assert len(seen) == 5
-    for fitted in seen:
-        used = Counter(clip[:11] for clip, x in zip(clips, found["imagebind"]["ib"].tolist()) if round(x, 6) in fitted)
+    stage("02").cross_validate(said, target, [*map(stage("02").video_of, clips)], seed=0)
+    assert len(parts) == 5
+    for fitted in parts:
+        used = Counter(clip[:11] for clip, x in zip(clips, said["ib"].tolist()) if round(x, 6) in fitted)
         assert set(used.values()) == {10}  # whole videos only
 
 
@@ -587,11 +613,11 @@ def test_of_equally_many_raters_the_worse_rating_counts():
     assert stage("02").majority(rows).tolist() == [1, 2, 2, 0]
 
 
-def test_clips_to_rate_are_a_seeded_draw():
-    draw, names = stage("02").draw_rated_clips, {f"c{i:02d}": [] for i in range(40)}
-    assert draw(names, 10, 0) == draw(dict(random.Random(1).sample(sorted(names.items()), 40)), 10, 0)
-    assert len(set(draw(names, 10, 0))) == 10 and draw(names, 10, 0) != draw(names, 10, 1)
-    assert draw(names, 100, 0) == sorted(names)
+def test_clips_to_rate_are_the_first_of_a_seeded_permutation():
+    order, names = stage("02").drawn_order, {f"c{i:02d}": [] for i in range(40)}
+    turned = dict(random.Random(1).sample(sorted(names.items()), 40))
+    assert order(names, 0) == order(turned, 0) != order(names, 1)
+    assert sorted(order(names, 0)) == sorted(names) and order(names, 0) != sorted(names)
 
 
 def test_sft_weight_adds_the_winners_own_error(run):

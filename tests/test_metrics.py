@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import stage
 
-import common
+from common import AudioScore, rows
 
 needs_upstream = pytest.mark.skipif(
     "UPSTREAM_DIR" not in os.environ, reason="set UPSTREAM_DIR to the folder that holds the clone av-benchmark"
@@ -136,44 +136,52 @@ def made_up(n, shift=0.0, seed=0):
     return rng.standard_normal((n, 3)) + shift
 
 
-def results_of(base, better, n, **against):
-    """Result lines of two systems and the ground truth, by the stage's own code."""
-    rows, truth = np.arange(n), made_up(n, seed=9)
+MEASURES = {"ib": ("mean", "toy", "ib"), "fd": ("fd", "toy", "embedding"), "is": ("is", "toy", "logits")}
+
+
+def results_of(base, better, **against):
+    """Result rows of two systems and the ground truth, by the stage's own code. base, better: their ib, (n,)."""
+    n, truth = len(base), made_up(len(base), seed=9)
     means = {"ground_truth": {}, "base": {"ib": base}, "flow_dpo": {"ib": better}}
     sets = {
-        name: {"fd": (made_up(n, shift, seed), rows), "is": (made_up(n, shift, seed) * 3, rows)}
+        name: {"fd": made_up(n, shift, seed), "is": made_up(n, shift, seed) * 3}
         for name, shift, seed in (("base", 2.0, 1), ("flow_dpo", 1.0, 2))
     }
-    sets["ground_truth"] = {"fd": (truth, rows), "is": (truth, rows)}
-    return {(row["system"], row["metric"]): row for row in metrics.results_of(means, sets, n, **against)}
+    sets["ground_truth"] = {"fd": truth, "is": truth}
+    return {(row.system, row.metric): row for row in metrics.results_of(means, sets, MEASURES, **against)}
+
+
+def only_row(sets, system, metric):
+    """The row of one system's metric of the whole set."""
+    found = metrics.results_of({name: {} for name in sets}, sets, MEASURES)
+    (row,) = [row for row in found if (row.system, row.metric) == (system, metric)]
+    return row
 
 
 def test_differences_to_another_system_are_those_to_base_turned_round():
     values = np.random.default_rng(3).standard_normal((2, 60))
-    usual, turned = results_of(*values, 60), results_of(*values, 60, against="flow_dpo")
+    usual, turned = results_of(*values), results_of(*values, against="flow_dpo")
     for metric in ("ib", "fd", "is"):
         to_base, to_ours = usual["flow_dpo", metric], turned["base", metric]
-        assert to_ours["diff"] == pytest.approx(-to_base["diff"]) and turned["flow_dpo", metric]["diff"] is None
-        assert (to_ours["diff_low"], to_ours["diff_high"]) == pytest.approx(
-            (-to_base["diff_high"], -to_base["diff_low"])
-        )
-        assert to_ours["value"] == usual["base", metric]["value"]
+        assert to_ours.diff == pytest.approx(-to_base.diff) and turned["flow_dpo", metric].diff is None
+        assert (to_ours.diff_low, to_ours.diff_high) == pytest.approx((-to_base.diff_high, -to_base.diff_low))
+        assert to_ours.value == usual["base", metric].value
 
 
 def test_differences_to_base_are_paired_and_keep_their_sign():
     rng = np.random.default_rng(5)
     base = rng.standard_normal(60) * 10  # clips differ much, systems by exactly 0.5 within a clip
-    lines = results_of(base, base + 0.5, 60)
+    lines = results_of(base, base + 0.5)
     row = lines["flow_dpo", "ib"]
-    assert (row["diff"], row["diff_low"], row["diff_high"]) == pytest.approx((0.5, 0.5, 0.5))
-    assert row["high"] - row["low"] > 3
+    assert (row.diff, row.diff_low, row.diff_high) == pytest.approx((0.5, 0.5, 0.5))
+    assert row.high - row.low > 3
     base_row = lines["base", "ib"]
-    assert base_row["diff"] is base_row["diff_low"] is base_row["diff_high"] is None
+    assert base_row.diff is base_row.diff_low is base_row.diff_high is None
     fd = lines["flow_dpo", "fd"]
-    assert fd["diff"] == pytest.approx(fd["value"] - lines["base", "fd"]["value"])
-    assert fd["diff"] < 0 and fd["better"] == "lower" and fd["diff_high"] < 0  # nearer to the truth: negative, as it is
+    assert fd.diff == pytest.approx(fd.value - lines["base", "fd"].value)
+    assert fd.diff < 0 and fd.better == "lower" and fd.diff_high < 0  # nearer to the truth: negative, as it is
     assert ("ground_truth", "fd") not in lines
-    verdicts = [lines[key]["verdict"] for key in (("flow_dpo", "ib"), ("flow_dpo", "fd"), ("base", "ib"))]
+    verdicts = [lines[key].verdict for key in (("flow_dpo", "ib"), ("flow_dpo", "fd"), ("base", "ib"))]
     assert verdicts == ["better", "better", None]
 
 
@@ -184,45 +192,40 @@ def test_a_difference_is_better_or_worse_only_where_its_interval_excludes_0():
 
 
 def test_metrics_are_shown_in_the_tables_order_and_a_users_own_comes_last():
-    assert list(metrics.describe(["mine", "ib", "fd", "ib"])) == ["fd", "ib", "mine"]
-    assert metrics.describe(["mine"])["mine"].text(0.25) == "0.250"
+    assert metrics.in_order(["mine", "ib", "fd", "ib"]) == ["fd", "ib", "mine"]
+    assert metrics.metric_of("mine").text(0.25) == "0.250"
 
 
 @pytest.mark.parametrize("n", [2, 5, 9, 10, 45])
 def test_every_interval_contains_its_value_or_is_absent(n):
     rng = np.random.default_rng(n)
-    for row in results_of(rng.standard_normal(n), rng.standard_normal(n), n).values():
-        for value, low, high in (("value", "low", "high"), ("diff", "diff_low", "diff_high")):
-            if row[low] is not None:
-                assert row[low] <= row[value] <= row[high]
-        assert row["metric"] != "is" or (row["value"] is None) == (n < 10)
+    for row in results_of(rng.standard_normal(n), rng.standard_normal(n)).values():
+        for value, low, high in ((row.value, row.low, row.high), (row.diff, row.diff_low, row.diff_high)):
+            assert low is None or low <= value <= high
+        assert row.metric != "is" or (row.value is None) == (n < 10)
 
 
 def test_a_clip_without_audio_of_one_system_counts_for_neither_in_the_difference():
     base, ours = np.array([1.0, 2.0, np.nan, 4.0]), np.array([2.0, np.nan, 9.0, 6.0])
-    row = results_of(base, ours, 4)["flow_dpo", "ib"]
-    assert row["diff"] == pytest.approx(1.5)  # (1 + 2) / 2
-    assert row["n"] == 3
+    row = results_of(base, ours)["flow_dpo", "ib"]
+    assert row.diff == pytest.approx(1.5)  # (1 + 2) / 2
+    assert row.n == 3
 
 
 def test_set_metrics_compare_two_systems_on_the_clips_that_both_have():
-    base, rows = made_up(60, 2.0, 1), np.arange(60)
-    few = np.where(rows % 3 == 0, rows // 3, -1)  # the same audio on every third clip, none on the others
-    truth = made_up(60, seed=9)
-    sets = {"base": {"fd": (base, rows)}, "flow_dpo": {"fd": (base[::3], few)}, "ground_truth": {"fd": (truth, rows)}}
-    means = {"ground_truth": {}, "base": {}, "flow_dpo": {}}
-    (row,) = [r for r in metrics.results_of(means, sets, 60) if (r["system"], r["metric"]) == ("flow_dpo", "fd")]
-    assert row["diff"] == pytest.approx(0, abs=1e-9) and row["n"] == 20
-    assert row["diff_low"] == pytest.approx(0, abs=1e-9) and row["diff_high"] == pytest.approx(0, abs=1e-9)
+    base, few = made_up(60, 2.0, 1), np.full((60, 3), np.nan)
+    few[::3] = base[::3]  # the same audio on every third clip, none on the others
+    of = {"ground_truth": made_up(60, seed=9), "base": base, "mine": few}
+    row = only_row({name: {"fd": values} for name, values in of.items()}, "mine", "fd")
+    assert (row.diff, row.diff_low, row.diff_high) == pytest.approx((0, 0, 0), abs=1e-9) and row.n == 20
 
 
 def test_fd_is_of_the_clips_that_both_sides_have():
     # truth on 4 clips, the system on the last two of them: values 6 and 10 against 1 and 3, as by hand above: 38, while
     # all four of the truth, (100, 200, 1, 3), are of another mean
-    truth, ours = np.array([[100.0], [200.0], [1.0], [3.0]]), np.array([[6.0], [10.0]])
-    sets = {"ground_truth": {"fd": (truth, np.arange(4))}, "mine": {"fd": (ours, np.array([-1, -1, 0, 1]))}}
-    (row,) = metrics.results_of({"ground_truth": {}, "mine": {}}, sets, 4)
-    assert (row["system"], row["value"], row["n"]) == ("mine", pytest.approx(38), 2)
+    truth, ours = np.array([[100.0], [200.0], [1.0], [3.0]]), np.array([[np.nan], [np.nan], [6.0], [10.0]])
+    row = only_row({"ground_truth": {"fd": truth}, "mine": {"fd": ours}}, "mine", "fd")
+    assert (row.value, row.n) == (pytest.approx(38), 2)
 
 
 def test_the_jackknife_of_is_leaves_clips_out_of_one_shuffle():
@@ -231,52 +234,64 @@ def test_the_jackknife_of_is_leaves_clips_out_of_one_shuffle():
     # where fresh shuffles of the rest would make splits of 2 and 6.
     order, logits = metrics.shuffled(80), np.empty((80, 2))
     logits[order] = np.tile([[30.0, 0.0], [0.0, 30.0]], (40, 1))
-    rows, block = np.arange(80), np.random.default_rng(0).permutation(80) % 20
-    (row,) = metrics.results_of({"mine": {}}, {"mine": {"is": (logits, rows)}}, 80)
+    block = np.random.default_rng(0).permutation(80) % 20
+    row = only_row({"mine": {"is": logits}}, "mine", "is")
     parts = [metrics.inception_score(logits, order=order[block[order] != i]) for i in range(20)]
     error = np.sqrt(19 / 20 * np.square(np.array(parts) - np.mean(parts)).sum())
-    assert row["value"] == pytest.approx(2) and min(parts) > 1.85
-    assert row["high"] - row["value"] == pytest.approx(2.0930 * error, rel=1e-3)  # t of 19 degrees of freedom
+    assert row.value == pytest.approx(2) and min(parts) > 1.85
+    assert row.high - row.value == pytest.approx(2.0930 * error, rel=1e-3)  # t of 19 degrees of freedom
 
 
-def test_p_good_that_differs_by_rounding_is_a_tie(finished, tmp_path, monkeypatch):
+class OneScorer:
+    """Of which five tensors AudioScore's scores are made."""
+
+    @staticmethod
+    def five(said):
+        return said["toy"]
+
+
+def test_p_good_that_differs_by_rounding_is_a_tie():
     torch.manual_seed(0)
-    common.save_pt(tmp_path / "02_audioscore.pt", {"audioscore": common.AudioScore(tags=8).state_dict()})
-    names = {"imagebind": "ib", "clap": "clap", "synchformer": "desync_s", "pesq": "pesq"}
-    base = {name: {key: torch.full((1,), 0.3)} for name, key in names.items()} | {
-        "panns": {"logits": torch.zeros(1, 8)}
-    }
-    base["passt"] = {"logits": torch.zeros(1, 8), "embedding": torch.zeros(1, 64)}
-    found = {"base": base, "same": base | {"imagebind": {"ib": torch.full((1,), 0.3 + 1e-6)}}}
-    found["better"] = base | {"imagebind": {"ib": torch.full((1,), 0.5)}}
-    monkeypatch.setattr(common, "people_of", lambda run: None)
-    measures = common.scorers_of(finished, "weights").measures
-    means, _ = metrics.per_clip(tmp_path, found, [{"id": "a"}], {name: {"a": "a.wav"} for name in found}, measures)
-    assert means["same"]["p_good"] != means["base"]["p_good"]
-    assert [means[name]["win_rate"].item() for name in ("base", "same")] == [0.5, 0.5]
-    assert means["better"]["win_rate"].item() in (0.0, 1.0)
+    audioscore = AudioScore(tags=8).requires_grad_(False)
+    p_good = {}
+    for name, ib in (("base", 0.3), ("same", 0.3 + 1e-6), ("better", 0.5), ("absent", np.nan)):
+        said = {part: np.array([0.3]) for part in ("clap", "desync_s", "pesq")} | {"ib": np.array([ib])}
+        said["logits"] = np.full((1, 8), np.nan if name == "absent" else 0.0)
+        p_good[name] = metrics.clip_values({"toy": said}, {}, OneScorer, audioscore, None)["p_good"]
+    wins = {name: metrics.win_rate(values, p_good["base"]).item() for name, values in p_good.items()}
+    assert p_good["same"] != p_good["base"]
+    assert (wins["base"], wins["same"]) == (0.5, 0.5) and wins["better"] in (0.0, 1.0) and np.isnan(wins["absent"])
 
 
 # Table 1 ------------------------------------------------------------------------------------------------------
 
 
 def test_table_1_sets_each_system_beside_the_papers_own_row():
-    names = common.PAPER_COLUMNS
+    def run_of(model, scorers="real"):
+        return rows.World(
+            model=model, checkpoint="a", checkpoint_digest="b", video_root="c", clip_s=8.0, scorers=scorers
+        )
+
     values = {"base": (61.6, 1.6, None, 17.0, 0.3422, 0.45), "V-AURA": (218.5, 2.5, 2.0, 10.0, 0.27, 0.60)}
-    results = [{"system": s, "metric": m, "value": v} for s, row in values.items() for m, v in zip(names, row)]
-    rows, remark = common.table_1({"model": "mmaudio:large_44k"}, results, ["ground_truth", "base", "V-AURA", "mine"])
-    assert [name for name, _ in rows[:11]] == list(common.PAPER) and "0.69 FD_PaSST" in remark
-    assert rows[11:] == [
+    results = []
+    for system, row in values.items():
+        for metric, value in zip(metrics.PAPER_COLUMNS, row):
+            results.append(rows.Result(system=system, metric=metric, better="higher", value=value, n=2))
+    systems = ["ground_truth", "base", "V-AURA", "mine"]
+    shown, remark = metrics.table_1(run_of("mmaudio:large_44k"), results, systems)
+    assert [name for name, _ in shown[:11]] == list(metrics.PAPER) and "0.69 FD_PaSST" in remark
+    assert shown[11:] == [
         ("here: base", ["61.60", "1.60", "-", "17.00", "34.22", "0.450"]),
         ("  minus the paper's MMAudio", ["+1.00", "-0.05", "-", "-0.40", "+1.00", "+0.010"]),
         ("here: V-AURA", ["218.50", "2.50", "2.00", "10.00", "27.00", "0.600"]),
         ("  minus the paper's V-AURA", ["+0.00", "+0.08", "-0.07", "-0.08", "-0.64", "-0.050"]),
         ("here: mine", ["-"] * 6),
     ]
-    twin = common.paper_twin
-    assert twin("flow_dpo", {"model": "frieren"}) == "Frieren-DPO" and twin("mmaudio", {"model": "toy"}) == "MMAudio"
-    assert twin("base", {"model": "mmaudio:small_16k"}) is None and twin("mine", {"model": "frieren"}) is None
-    assert not any(name.startswith("here") for name, _ in common.table_1({"scorers": "x"}, results, ["base"])[0])
+    twin = metrics.paper_twin
+    assert twin("flow_dpo", "frieren") == "Frieren-DPO" and twin("mmaudio", "toy") == "MMAudio"
+    assert twin("base", "mmaudio:small_16k") is None and twin("mine", "frieren") is None
+    in_the_toy_world, _ = metrics.table_1(run_of("toy", "toy"), results, ["base"])
+    assert not any(name.startswith("here") for name, _ in in_the_toy_world)
 
 
 # Upstream ----------------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from conftest import TORCHRUN, shell
 ASK = """
 import json, torch, common
 class One(common.Scorer):
-    def score_audio(self, waves, clips, sides):
+    def score(self, waves, clips, videos):
         return {"one": torch.ones(len(waves))}
 def ask(rows):
-    return One("", "cpu")(torch.zeros(rows, 8), [{"id": "a"}] * rows, {"a": None})["one"][0].item()
+    return common.scoring.score_waves(One("", "cpu"), torch.zeros(rows, 8), [None] * rows)["one"][0].item()
 print(json.dumps([ask(5), ask(20)]), flush=True)
 """
 

@@ -1,12 +1,13 @@
 """The whole pipeline as a user runs it, smaller: what a run contains, and that it can be stopped, repeated, divided."""
 
-import argparse
 import csv
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -17,12 +18,14 @@ import pytest
 import soundfile
 import torch
 from conftest import (
+    ENVIRONMENT,
     LATENTS,
     PROBABILITIES,
     ROOT,
     SCORES,
     STAGES,
     TORCHRUN,
+    a_clip,
     arguments,
     call,
     cells,
@@ -41,6 +44,8 @@ from conftest import (
 )
 
 import common
+from adapters.toy import Toy, ToyScorer
+from common import AudioScore, files, media, rows, scoring, training
 
 SYSTEMS = ("ground_truth", "base", "flow_dpo", "ddpo")
 
@@ -52,16 +57,25 @@ def without_times(name, content):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in content.decode().splitlines()]
 
 
+def logs_of(run, *folders):
+    return [without_times("log.jsonl", (run / folder / "log.jsonl").read_bytes()) for folder in folders]
+
+
 def weights(run, out):
-    return common.load_pt(run / out / "policy.pt")
+    return files.load_pt(run / out / "policy.pt")
 
 
 def about(file):
     return json.loads(file.read_text())
 
 
+def results(run, split="test"):
+    file = run / ("07_results.jsonl" if split == "test" else f"07_results_{split}.jsonl")
+    return {(row["system"], row["metric"]): row for row in read(file)}
+
+
 def shards_of(run):
-    return common.Shards(run, common.read_samples(run), common.load_base_model(run))
+    return training.Shards(run, common.read_samples(run), common.load_base_model(run))
 
 
 def largest_difference(a, b):
@@ -77,14 +91,10 @@ def test_every_file_of_a_run_is_there(finished):
     names += ["01_samples/00000.jsonl", "01_samples/00000.pt", "01_audio"]
     names += ["02_to_rate.csv", "02_ratings.jsonl", "02_scores.jsonl", "02_audioscore.pt"]
     names += ["03_to_choose.csv", "03_human_choices.jsonl", "03_scores/00000.jsonl", "03_pairs.jsonl"]
-    names += ["03_human_pairs.jsonl", "scores/00000.pesq.pt", "04_stage1.jsonl", "04_stage2.jsonl"]
-    names += [
-        "07_results.jsonl",
-        "07_systems.json",
-        "07_audio",
-        "scores/test_00000.model_video.pt",
-        "scores/test_00000.passt.pt",
-    ]
+    names += ["03_human_pairs.jsonl", "04_stage1.jsonl", "04_stage2.jsonl"]
+    names += ["02_scores/00000.toy.pt", "03_scores/00000.toy.pt", "03_scores/00000.toy_video.pt", "weights.json"]
+    names += ["07_results.jsonl", "07_systems.json", "07_clips/test_00000.toy_video.pt"]
+    names += ["07_clips/test_00000.features_video.pt", "07_scores/base/test_00000.toy.pt"]
     for folder in ("05_flow_dpo", "06_ddpo"):
         names += [f"{folder}/{x}" for x in ("policy.pt", "policy.json", "checkpoint.pt", "log.jsonl", "settings.json")]
     assert [name for name in names if not (finished / name).exists()] == []
@@ -111,7 +121,7 @@ def test_clips_have_their_fields_and_real_videos_and_the_truth_is_apart(finished
 def test_run_json_records_model_sampler_and_seed(finished):
     run = about(finished / "run.json")
     assert (run["model"], run["num_samples"], run["seed"], run["size"]) == ("toy", 5, 0, "tiny")
-    assert run["checkpoint_digest"] == common.digest(finished / "00_base.pt")
+    assert run["checkpoint_digest"] == files.digest(finished / "00_base.pt")
     assert run["sampler"] == {"steps": 8, "guidance": 1.5} and len(run["latent_shape"]) == 2
 
 
@@ -124,7 +134,7 @@ def test_five_audible_audios_per_train_clip(finished):
         wave, found = soundfile.read(finished / row["wav"])
         assert found == rate and wave.shape == (2 * rate,)
         assert np.abs(wave).max() == pytest.approx(row["peak"], abs=1e-4)
-    shard = common.load_pt(finished / "01_samples" / "00000.pt")
+    shard = files.load_pt(finished / "01_samples" / "00000.pt")
     assert shard["latents"].shape[0] == len(rows) and shard["latents"].isfinite().all()
     assert {len(value) for value in shard["features"].values()} == {len(train)}
 
@@ -152,13 +162,13 @@ def test_a_pair_is_the_best_and_the_worst_of_its_clip_and_rated_clips_are_not_mi
     p, rated = {}, {row["clip"] for row in read(finished / "02_ratings.jsonl")}
     for row in read(finished / "03_scores" / "00000.jsonl"):
         p.setdefault(row["clip"], {})[row["k"]] = row["p"]
-    mined, people = read(finished / "03_pairs.jsonl"), read(finished / "03_human_pairs.jsonl")
-    assert mined and people and {pair["clip"] for pair in people} <= rated
-    assert all(pair["winner"] != pair["loser"] for pair in mined + people)
+    mined, human = read(finished / "03_pairs.jsonl"), read(finished / "03_human_pairs.jsonl")
+    assert mined and human and {pair["clip"] for pair in human} <= rated
+    assert all(pair["winner"] != pair["loser"] for pair in mined + human)
     samples = common.read_samples(finished)
     for pair in mined:
         ours = p[pair["clip"]]
-        may_win = [row["k"] for row in samples[pair["clip"]] if stage("03").fault(row) is None]
+        may_win = [audio.k for audio in samples[pair["clip"]] if stage("03").may_win(audio)]
         assert pair["clip"] not in rated and pair["winner"] == max(may_win, key=lambda k: ours[k][0])
         assert pair["loser"] == max(ours, key=lambda k: ours[k][2])
         assert (pair["p_winner"], pair["p_loser"]) == (ours[pair["winner"]], ours[pair["loser"]])
@@ -169,53 +179,40 @@ def test_the_curriculum_splits_at_the_threshold_and_keeps_people_for_stage_2(fin
     threshold = about(finished / "04_settings.json")["settings"]["threshold"]
     assert stage1 and all(pair["score_c"] > threshold and pair["source"] == "auto" for pair in stage1)
     assert all(pair["score_c"] <= threshold for pair in stage2)
-    people = [pair["score_c"] for pair in stage2 if pair["source"] == "human"]
-    assert people == [0.0] * len(read(finished / "03_human_pairs.jsonl")) != []
-    assert len(stage1) + len(stage2) - len(people) == len(read(finished / "03_pairs.jsonl"))
+    human = [pair["score_c"] for pair in stage2 if pair["source"] == "human"]
+    assert human == [0.0] * len(read(finished / "03_human_pairs.jsonl")) != []
+    assert len(stage1) + len(stage2) - len(human) == len(read(finished / "03_pairs.jsonl"))
 
 
 def test_both_stages_are_trained_in_order_and_logged(finished):
     log, ddpo = (read(finished / out / "log.jsonl") for out in ("05_flow_dpo", "06_ddpo"))
-    for number, rows in (("05", log), ("06", ddpo)):
-        assert [row["step"] for row in rows] == list(range(stage("00").DEFAULTS["tiny"][number]["steps"]))
+    for number, steps in (("05", log), ("06", ddpo)):
+        assert [row["step"] for row in steps] == list(range(stage("00").DEFAULTS["tiny"][number]["steps"]))
     stages = [row["stage"] for row in log]
     assert stages == sorted(stages) and set(stages) == {1, 2}
-    wanted = {
-        "loss",
-        "accuracy",
-        "gap_w",
-        "gap_l",
-        "gap_w_t",
-        "gap_l_t",
-        "saturated",
-        "opposed",
-        "weight",
-        "weight_wrong",
-        "grad_norm",
-        "lr",
-        "seconds",
-    }
+    wanted = {"loss", "accuracy", "gap_w", "gap_l", "gap_w_t", "gap_l_t", "saturated", "opposed", "weight"}
+    wanted |= {"weight_wrong", "grad_norm", "lr", "seconds"}
     assert all(wanted <= row.keys() and len(row["gap_w_t"]) == 4 for row in log)
     assert all(0 <= row["reward"] <= 1 and row["grad_norm"] >= 0 and row["forwards"] > 0 for row in ddpo)
 
 
 def test_training_moves_the_policy_and_leaves_the_base_alone(finished):
-    base = common.load_pt(finished / "00_base.pt")["net"]
+    base = files.load_pt(finished / "00_base.pt")["net"]
     for out in ("05_flow_dpo", "06_ddpo"):
         tuned = weights(finished, out)
         moved = {key for key in base if not torch.equal(base[key], tuned[key])}
         assert tuned.keys() == base.keys() and len(moved) > len(base) / 2
         assert not moved & {"null_tokens", "null_vector"}  # null conditions are frozen
         policy = about(finished / out / "policy.json")
-        assert (policy["model"], policy["base_digest"]) == ("toy", common.digest(finished / "00_base.pt"))
+        assert (policy["model"], policy["base_digest"]) == ("toy", files.digest(finished / "00_base.pt"))
 
 
 def test_the_reference_stays_the_base_while_the_policy_learns(run, monkeypatch):
-    kept, reference = [], common.FlowModel.reference
-    monkeypatch.setattr(common.FlowModel, "reference", lambda *given: kept.append(reference(*given)) or kept[-1])
+    kept, copied = [], training.frozen_copy
+    monkeypatch.setattr(training, "frozen_copy", lambda *given: kept.append(copied(*given)) or kept[-1])
     call("05", run, "--out", "watched", "--steps", 3)
     assert largest_difference(kept[0].state_dict(), common.load_base_model(run).state_dict()) == 0
-    assert largest_difference(weights(run, "watched"), common.load_pt(run / "00_base.pt")["net"]) > 1e-5
+    assert largest_difference(weights(run, "watched"), files.load_pt(run / "00_base.pt")["net"]) > 1e-5
 
 
 def test_results_have_every_system_metric_and_field(finished):
@@ -238,30 +235,31 @@ def test_results_have_every_system_metric_and_field(finished):
 
 
 def test_p_good_in_the_results_is_the_mean_of_audioscore_on_that_systems_audio(finished):
-    run = finished
-    clips = common.read_clips(run, "test")
-    audios = [common.Audio(c, run / "07_audio" / "flow_dpo" / f"{c['id']}.wav", "", "") for c in clips]
-    found = {}
-    for name in common.AUDIOSCORE_SCORERS:
-        scorer = common.load_scorer(name, run)
-        found[name] = judged(scorer, common.read_waves(audios, scorer.sample_rate_hz, 2.0), clips, 2.0)
-    judge = common.AudioScore.load(run / "02_audioscore.pt")
-    expected = judge(common.five_scores(found, judge))[:, 0].mean().item()
-    row = next(r for r in read(run / "07_results.jsonl") if (r["system"], r["metric"]) == ("flow_dpo", "p_good"))
+    clips = common.read_clips(finished, "test")
+    folder = finished / "07_audio" / "flow_dpo"
+    audios = [scoring.Audio(clip, 0, folder / f"{clip.id}.wav", "") for clip in clips]
+    scorers = common.scorers_of(finished, "weights")
+    said = {}
+    for name in scorers.of_audioscore:
+        scorer = scorers.load(name)
+        said[name] = judged(scorer, scoring.read_waves(audios, scorer.sample_rate_hz, 2.0), clips, 2.0)
+    audioscore = AudioScore.load(finished / "02_audioscore.pt")
+    expected = audioscore(audioscore.five_scores(scorers.five(said)))[:, 0].mean().item()
+    row = results(finished)["flow_dpo", "p_good"]
     assert close(row["value"], expected, PROBABILITIES) and row["n"] == len(clips)
 
 
 def test_a_rehearsal_of_07_says_what_audio_there_is_and_makes_nothing(run, tmp_path, capsys, refused):
-    first, *_ = [clip["id"] for clip in common.read_clips(run, "test")]
+    first, *_ = [clip.id for clip in common.read_clips(run, "test")]
     for name in (first, "stranger"):
-        common.write_audio(tmp_path / "own" / f"{name}.wav", torch.zeros(8), 16000)
+        media.write_audio(tmp_path / "own" / f"{name}.wav", torch.zeros(8), 16000)
     shutil.rmtree(run / "07_audio" / "ddpo")
-    before = files_of(run, "0", "scores")
-    call("07", run, "--dry-run", "--systems", f"own={tmp_path / 'own'}")
+    before = files_of(run, "0")
+    call("07", run, "--dry-run", "--systems", "ddpo", f"own={tmp_path / 'own'}")
     said = capsys.readouterr().out
     assert "own: audio for 1 of 8 test clips; 1 files name no clip of this split, first stranger\n" in said
     assert "ddpo: audio for 0 of 8 test clips, 8 will be generated\n" in said and "missing" not in said
-    assert files_of(run, "0", "scores") == before
+    assert files_of(run, "0") == before
     assert "--judge audiobox" in refused("07", run, "--judge", "audiobox")  # the toy world's scorers have none
 
 
@@ -279,19 +277,20 @@ def test_two_systems_are_compared_and_what_their_intervals_leave_out_is_said(run
 
 def test_a_policy_beyond_the_two_that_is_judged_on_test_is_warned_of(run, capsys):
     shutil.copytree(run / "05_flow_dpo", run / "other")
-    call("07", run, "--split", "val", "--only", "--systems", "base", "other")
+    call("07", run, "--split", "val", "--systems", "base", "other")
     assert "warning" not in capsys.readouterr().out
-    call("07", run, "--only", "--systems", "base", "other")
+    call("07", run, "--systems", "base", "other")
     assert "warning: other on the test split; choose on --split val" in capsys.readouterr().out
 
 
-def test_a_policy_that_gains_on_audioscore_and_loses_by_another_judge_is_said():
+def test_a_policy_that_gains_on_audioscore_and_loses_by_another_judge_is_said(capsys):
     def row(system, metric, verdict):
-        return dict(system=system, metric=metric, verdict=verdict)
+        return rows.Result(system=system, metric=metric, better="higher", n=8, verdict=verdict)
 
-    gains = [row(s, "p_good", "better") for s in ("a", "b")] + [row("c", "p_good", None)]
-    judged = [row("a", "audiobox_pq", "worse"), row("b", "fd", "worse"), row("c", "oracle_semantic", "worse")]
-    (line,) = common.hacked(gains + judged)
+    gains = [row(system, "p_good", "better") for system in ("a", "b")] + [row("c", "p_good", None)]
+    losses = [row("a", "audiobox_pq", "worse"), row("b", "fd", "worse"), row("c", "oracle_semantic", "worse")]
+    stage("07").print_hacked(gains + losses, ["a", "b", "c"])
+    (line,) = capsys.readouterr().out.splitlines()
     assert "a gains on AudioScore and loses on audiobox_pq" in line
 
 
@@ -310,11 +309,11 @@ def test_preparing_a_run_lists_the_missing_weights_of_all_stages_with_their_size
 
 def test_the_same_content_has_the_same_bytes_whichever_process_writes_it(tmp_path, monkeypatch):
     value = {"x": torch.arange(10.0), "name": "x"}
-    common.save_pt(tmp_path / "one.pt", value)
+    files.save_pt(tmp_path / "one.pt", value)
     monkeypatch.setattr(os, "getpid", lambda: 1)
     (tmp_path / "again").mkdir()
-    common.save_pt(tmp_path / "again" / "one.pt", value)
-    assert common.digest(tmp_path / "one.pt") == common.digest(tmp_path / "again" / "one.pt")
+    files.save_pt(tmp_path / "again" / "one.pt", value)
+    assert files.digest(tmp_path / "one.pt") == files.digest(tmp_path / "again" / "one.pt")
 
 
 @pytest.fixture
@@ -331,8 +330,8 @@ def counted(monkeypatch):
 
         monkeypatch.setattr(owner, name, counting)
 
-    watched = ((common, "sample"), (stage("00").Toy, "encode"), (common, "flow_dpo_loss"), (stage("06"), "collect"))
-    for owner, name in (*watched, (common.Scorer, "__call__"), (stage("00"), "draw_picture")):
+    watched = ((common, "sample"), (Toy, "encode"), (common, "flow_dpo_loss"), (stage("06"), "collect"))
+    for owner, name in (*watched, (ToyScorer, "score"), (stage("00"), "draw_picture")):
         watch(owner, name)
     return counts
 
@@ -375,7 +374,7 @@ def test_interrupted_generation_goes_on_without_repeating_or_losing_anything(fre
         path.unlink()
     times = {p.name: p.stat().st_mtime_ns for p in (fresh / "01_samples").iterdir()}
     with monkeypatch.context() as patch:
-        interrupt_after(patch, common, "write_audio", 30)  # in the second of the three missing shards
+        interrupt_after(patch, media, "write_audio", 30)  # in the second of the three missing shards
         with pytest.raises(KeyboardInterrupt):
             call("01", fresh)
     assert not (fresh / "01_samples" / "00003.jsonl").exists()
@@ -414,17 +413,23 @@ def wait_until(happened, process, seconds=300):
         time.sleep(0.005)
 
 
-def test_interrupted_scoring_goes_on_and_gives_the_same_audioscore(run, finished, monkeypatch):
-    shutil.rmtree(run / "scores")
+def test_interrupted_scoring_goes_on_and_gives_the_same_audioscore(run, monkeypatch):
+    monkeypatch.setattr(scoring, "BLOCK_CLIPS", 4)
+    shutil.rmtree(run / "02_scores")
     (run / "02_audioscore.pt").unlink()
+    whole = shutil.copytree(run, run.with_name("whole"))
+    call("02", whole)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, common.Scorer, "__call__", 5)
+        interrupt_after(patch, ToyScorer, "score", 2)
         with pytest.raises(KeyboardInterrupt):
             call("02", run)
-    assert list((run / "scores").glob("0*.pt")) and not (run / "02_audioscore.pt").exists()
+    assert [path.name for path in run.glob("02_scores/*.toy.pt")] == ["00000.toy.pt"]
+    assert not (run / "02_audioscore.pt").exists()
+    kept = (run / "02_scores/00000.toy.pt").stat().st_mtime_ns
     call("02", run)
-    for name in ("02_audioscore.pt", "02_scores.jsonl"):
-        assert (run / name).read_bytes() == (finished / name).read_bytes()
+    names = ("02_scores", "02_audioscore.pt")
+    assert files_of(run, *names) == files_of(whole, *names)
+    assert (run / "02_scores/00000.toy.pt").stat().st_mtime_ns == kept
 
 
 REDO = {"02": "fit", "03": "mine", "04": "split"}  # each stage's first step after its record is written
@@ -477,18 +482,18 @@ def test_resume_equals_uninterrupted(run, number, flags, how):
     assert not (run / "stopped" / "policy.pt").exists()
     if how == signal.SIGINT:
         assert started.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors
-    assert 0 < common.load_pt(run / "stopped" / "checkpoint.pt")["step"] < flags[1]
+    assert 0 < files.load_pt(run / "stopped" / "checkpoint.pt")["step"] < flags[1]
     call(number, run, "--out", "stopped", *flags)
     assert largest_difference(weights(run, "stopped"), weights(run, "whole")) == 0
-    logs = [without_times("log.jsonl", (run / out / "log.jsonl").read_bytes()) for out in ("stopped", "whole")]
-    assert logs[0] == logs[1]
+    stopped_log, whole_log = logs_of(run, "stopped", "whole")
+    assert stopped_log == whole_log
 
 
 @pytest.mark.parametrize("number, flags", [("05", ("--steps", 20)), ("06", ("--steps", 4, "--lr", 3e-5))])
 def test_two_ranks_match_one(run, number, flags):
     call(number, run, "--out", "one", *flags)
     torchrun(number, run, "--out", "two", *flags)
-    one, two, base = weights(run, "one"), weights(run, "two"), common.load_pt(run / "00_base.pt")["net"]
+    one, two, base = weights(run, "one"), weights(run, "two"), files.load_pt(run / "00_base.pt")["net"]
     assert largest_difference(one, two) < 1e-4
     apart, moved = (sum((a[key] - b[key]).square().sum().item() for key in a) for a, b in ((one, two), (one, base)))
     # Adam turns the rounding of a vanishing gradient, and of rewards that hardly differ, into a step now and then.
@@ -502,33 +507,54 @@ def test_two_ranks_match_one(run, number, flags):
     assert logs[0][0]["grad_norm"] == pytest.approx(logs[1][0]["grad_norm"], rel=1e-2)
 
 
-def spread_of_some(self, model, a_0, clips, pool):
+def spread_of_some(self, model, a_0, clips):
     """Rewards in the place of stage 06's: for every second clip they differ, for the others by rounding alone."""
-    repeat = torch.arange(len(clips)) // len({clip["id"] for clip in clips})  # 0, 1, 2: row r * B + b is clip b's
-    half_width = torch.tensor([0.1 if int(clip["id"][-1]) % 2 else 6e-8 for clip in clips], dtype=torch.float64)
+    repeat = torch.arange(len(clips)) // len({clip.id for clip in clips})  # 0, 1, 2: row r * B + b is clip b's
+    half_width = torch.tensor([0.1 if int(clip.id[-1]) % 2 else 6e-8 for clip in clips], dtype=torch.float64)
     return 0.3 + (repeat - 1) * half_width
 
 
-def spread_of_none(self, model, a_0, clips, pool):
-    return spread_of_some(self, model, a_0, [dict(clip, id=clip["id"] + "0") for clip in clips], pool)
+def spread_of_none(self, model, a_0, clips):
+    return spread_of_some(self, model, a_0, [a_clip(id=clip.id + "0") for clip in clips])
 
 
-DDPO_OF_SOME = f"""
-import sys
+TWO_RANKS = f"""
+import json, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import common, test_pipeline
-ddpo = test_pipeline.stage("06")
-ddpo.Reward.__call__ = test_pipeline.spread_of_some
-common.launch(ddpo.main, ddpo.parse_args)
+import test_pipeline
+from test_pipeline import stage
+exec(sys.argv[1])
+for number, *flags in json.loads(sys.argv[2]):
+    stage(number).main(stage(number).parse_args(flags))
 """
+
+
+def in_two_ranks(run, change, *jobs):
+    """Stages one after the other, each with its flags, in the same two ranks, after a change to their code."""
+    script = run.with_name("two_ranks.py")
+    script.write_text(TWO_RANKS)
+    commands = json.dumps([[number, *arguments(run, *flags)] for number, *flags in jobs])
+    shell(TORCHRUN, "--standalone", "--nproc_per_node", 2, script, change, commands)
+
+
+def test_two_ranks_divide_01_02_03_and_07_and_give_the_bytes_of_one(fresh, small_shards):
+    two = shutil.copytree(fresh, fresh.with_name("two"))
+    jobs = [("01", "--sampling-steps", 2, "--max-clips", 12, "--num-samples", 3), ("02", "--num-rated-clips", 4)]
+    jobs += [("03",), ("07", "--systems", "ground_truth", "base")]
+    for number, *flags in jobs:
+        call(number, fresh, *flags)
+    in_two_ranks(two, "stage('01').SHARD_CLIPS = 4", *jobs)
+    ours, theirs = (files_of(place, *STAGES) for place in (two, fresh))
+    assert len([name for name in theirs if name.startswith("03_scores/")]) == 3 * 3
+    assert {name: content.replace(bytes(two), bytes(fresh)) for name, content in ours.items()} == theirs
 
 
 def test_ddpo_on_equal_rewards_leaves_the_policy_as_it_was_and_says_so(run, capsys, monkeypatch):
     monkeypatch.setattr(stage("06").Reward, "__call__", spread_of_none)
     call("06", run, "--out", "none", "--steps", 4)
-    base = common.load_pt(run / "00_base.pt")["net"]
+    base = files.load_pt(run / "00_base.pt")["net"]
     assert largest_difference(weights(run, "none"), base) == 0
-    assert common.load_pt(run / "none/checkpoint.pt")["optimizer"]["state"] == {}
+    assert files.load_pt(run / "none/checkpoint.pt")["optimizer"]["state"] == {}
     log = read(run / "none/log.jsonl")
     assert [row["step"] for row in log] == [0, 1, 2, 3]
     assert [(row["no_spread"], row["grad_norm"]) for row in log] == [(1, 0)] * 4
@@ -536,17 +562,17 @@ def test_ddpo_on_equal_rewards_leaves_the_policy_as_it_was_and_says_so(run, caps
     assert "100% of the prompts taught nothing" in warning and "02's report" in warning and "--group-size" in warning
 
 
-def test_a_round_without_spread_changes_nothing_also_after_a_resume_and_on_two_ranks(run, tmp_path, monkeypatch):
+def test_a_round_without_spread_changes_nothing_also_after_a_resume_and_on_two_ranks(run, monkeypatch):
     flags = ("--steps", 12, "--save-every", 1, "--lr", 3e-5)
     monkeypatch.setattr(stage("06").Reward, "__call__", spread_of_some)
-    kept, save = {}, common.save_training
+    kept, save = {}, training.save_checkpoint
 
-    def keeping(folder, step, model, optimizer):
+    def keeping(folder, step, model, optimizer, made_from):
         moments = [moment.clone() for state in optimizer.state.values() for moment in state.values()]
-        kept[step] = [value.clone() for value in model.trained_state().values()] + moments
-        save(folder, step, model, optimizer)
+        kept[step] = [value.clone() for value in training.trained_state(model).values()] + moments
+        save(folder, step, model, optimizer, made_from)
 
-    monkeypatch.setattr(common, "save_training", keeping)
+    monkeypatch.setattr(training, "save_checkpoint", keeping)
     call("06", run, "--out", "whole", *flags)
     log = read(run / "whole/log.jsonl")
     by_round = [row["no_spread"] for row in log[::2]]
@@ -562,22 +588,28 @@ def test_a_round_without_spread_changes_nothing_also_after_a_resume_and_on_two_r
     call("06", run, "--out", "stopped", *flags)
     assert largest_difference(weights(run, "stopped"), weights(run, "whole")) == 0
 
-    (tmp_path / "ddpo.py").write_text(DDPO_OF_SOME)
-    two_ranks = (TORCHRUN, "--standalone", "--nproc_per_node", 2)
-    shell(*two_ranks, tmp_path / "ddpo.py", *arguments(run, "--out", "two", *flags))
+    in_two_ranks(run, "stage('06').Reward.__call__ = test_pipeline.spread_of_some", ("06", "--out", "two", *flags))
     two = read(run / "two/log.jsonl")
     assert [row["no_spread"] for row in two] == [row["no_spread"] for row in log]
     assert [row["grad_norm"] for row in two] == pytest.approx([row["grad_norm"] for row in log], rel=1e-2)
     assert largest_difference(weights(run, "two"), weights(run, "whole")) < 1e-4
 
 
+def seal_anew(run, name):
+    """Makes the record of an output believe what it has become."""
+    record = run / f"{name[:2]}_settings.json"
+    made = json.loads(record.read_text())
+    made["outputs"][name] = files.digest(run / name)
+    record.write_text(json.dumps(made))
+
+
 def exchange_winners_and_losers(run):
     """What another program's idea of the columns makes of 03_pairs.jsonl."""
-    rows = read(run / "03_pairs.jsonl")
+    pairs = read(run / "03_pairs.jsonl")
     other = dict(winner="loser", loser="winner", p_winner="p_loser", p_loser="p_winner", clip="clip")
-    write(run / "03_pairs.jsonl", [{other[key]: value for key, value in row.items()} for row in rows])
-    common.seal(run, "03_settings.json", ["03_pairs.jsonl"])
-    return len(rows)
+    write(run / "03_pairs.jsonl", [{other[key]: value for key, value in pair.items()} for pair in pairs])
+    seal_anew(run, "03_pairs.jsonl")
+    return len(pairs)
 
 
 def test_pairs_whose_winner_is_the_worse_audio_are_named_by_04_and_05(run, capsys):
@@ -609,8 +641,8 @@ def test_two_nodes_equal_two_ranks_of_one_node(run):
     torchrun("05", run, "--out", "ranks", "--steps", 3)
     torchrun("05", run, "--out", "nodes", "--steps", 3, nodes=2)
     assert (run / "nodes" / "policy.pt").read_bytes() == (run / "ranks" / "policy.pt").read_bytes()
-    logs = [without_times("log.jsonl", (run / out / "log.jsonl").read_bytes()) for out in ("ranks", "nodes")]
-    assert logs[0] == logs[1]
+    ranks_log, nodes_log = logs_of(run, "ranks", "nodes")
+    assert ranks_log == nodes_log
 
 
 @pytest.mark.parametrize("number, flags, within", [
@@ -728,29 +760,20 @@ TSV_SPLITS += [("latest", "train"), ("testing", "train"), ("test-2", "train")]
 @pytest.mark.parametrize("name, split", TSV_SPLITS)
 def test_the_split_of_a_tsv_is_the_last_word_of_its_name(tmp_path, name, split):
     (tmp_path / f"{name}.tsv").write_text("id\tlabel\na\tdog\n")
-    assert [clip["split"] for clip in stage("01").clips_of_table(tmp_path / f"{name}.tsv")] == [split]
+    assert [clip.split for clip in stage("01").clips_of_table(tmp_path / f"{name}.tsv")] == [split]
 
 
-def test_captions_and_labels_are_counted_and_near_misses_said(tmp_path, capsys):
+def test_captions_labels_and_clips_of_speech_are_counted_and_unread_fields_said(tmp_path, capsys):
     speech = "male speech, man speaking"
-    rows = [
-        {"id": "a", "captoin": "x", "label": f" {speech} "},
-        {"id": "b", "caption": "y", "label": "Male Speech man speaking"},
-    ]
-    rows += [
-        {"id": "c", "label": "male speach, man speaking"},
-        {"id": "d", "label": "dog barking"},
-        {"id": "e", "label": "dog-barking"},
-    ]
-    write(tmp_path / "list.jsonl", rows)
-    clips = stage("01").listed_clips(argparse.Namespace(clips=str(tmp_path / "list.jsonl"), videos=None))
+    lines = [{"id": "a", "captoin": "x", "label": f" {speech} "}, {"id": "b", "caption": "y", "label": "Male Speech"}]
+    lines += [{"id": "c", "label": "male speach, man speaking"}, {"id": "d", "label": "dog barking"}, {"id": "e"}]
+    write(tmp_path / "list.jsonl", lines)
+    clips = stage("01").clips_of_jsonl(tmp_path / "list.jsonl")
     stage("01").check_clips(clips, "list.jsonl")
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith("field 'captoin' of 1 lines is not read; 'caption' was meant?")
-    assert clips[0]["label"] == speech  # stripped
-    near = {("Male Speech man speaking", speech), ("male speach, man speaking", speech), ("dog-barking", "dog barking")}
-    assert {tuple(line.split("'")[1::2]) for line in said if "nearly, but not" in line} == near
-    assert said[-1] == "clips: 5, with caption 1, with label 5"
+    unread, counts = capsys.readouterr().out.splitlines()
+    assert "field 'captoin' of 1 lines is not read" in unread and "caption" in unread
+    assert clips[0].label == speech  # stripped
+    assert counts == "clips: 5, with caption 1, with label 4, of human speech 1"
 
 
 def test_a_folder_run_keeps_its_list_when_a_video_is_added(tmp_path, youtube, toy, capsys):
@@ -836,27 +859,57 @@ def test_another_shards_latents_are_not_taken_for_this_ones(fresh, finished, sma
 def test_another_trainings_checkpoint_or_a_later_one_is_refused(run, refused):
     call("05", run, "--out", "other", "--steps", 2, "--seed", 1)
     for source, step in (("06_ddpo", None), ("other", None), ("05_flow_dpo", 1_000_000)):
-        state = common.load_pt(run / source / "checkpoint.pt")
-        common.save_pt(run / "05_flow_dpo/checkpoint.pt", state | ({"step": step} if step else {}))
+        state = files.load_pt(run / source / "checkpoint.pt")
+        files.save_pt(run / "05_flow_dpo/checkpoint.pt", state | ({"step": step} if step else {}))
         assert "05_flow_dpo/checkpoint.pt: of another training" in refused("05", run)
 
 
-def test_another_runs_pairs_or_judge_are_refused(run, refused):
-    for name, number in (("02_audioscore.pt", "03"), ("03_pairs.jsonl", "04"), ("04_stage1.jsonl", "05")):
-        kept = (run / name).read_bytes()
-        (run / name).write_bytes(kept + b" ")
-        assert f"{name}: not the file that was written here" in refused(
-            number, run, *(("--out", "x") * (number == "05"))
-        )
-        (run / name).write_bytes(kept)
+MADE = [("02_audioscore.pt", "03", "02_fit_audioscore.py"), ("03_pairs.jsonl", "04", "03_mine_pairs.py")]
+MADE += [("04_stage1.jsonl", "05", "04_curriculum_split.py"), ("02_scores.jsonl", "06", "02_fit_audioscore.py")]
+GIVEN = [("01_samples/00000.jsonl", "03", "02_fit_audioscore.py")]
+GIVEN += [("03_human_choices.jsonl", "05", "03_mine_pairs.py"), ("02_ratings.jsonl", "07", "02_fit_audioscore.py")]
+
+
+@pytest.mark.parametrize("name, number, script", MADE + GIVEN)
+def test_a_changed_input_is_refused_by_every_later_stage_and_the_stage_to_rerun_named(
+    name, number, script, run, refused
+):
+    (run / name).write_bytes((run / name).read_bytes() + b"\n")
+    line = refused(number, run, *(("--out", "x") if number in ("05", "06") else ()))
+    reason = "not the file that was written here" if (name, number, script) in MADE else "changed after it was read for"
+    assert reason in line and f"rerun {script} --run-dir {run} --redo" in line
+
+
+FAILING = """
+import sys
+from common import ranks, record, rows
+here = ranks.setup()
+with record.stage(sys.argv[1], "04", outputs=["04_x.jsonl"]) as stage:
+    stage.claim({})
+    if here.first:
+        rows.write(stage.run / "04_x.jsonl", [])
+    if str(here.rank) in sys.argv[2:]:
+        raise KeyError
+"""
+
+
+@pytest.mark.parametrize("failing, outputs", [((), ["04_x.jsonl"]), ((0,), []), ((1,), [])])
+def test_an_error_on_any_rank_seals_nothing(failing, outputs, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    launch = [str(TORCHRUN), "--standalone", "--nproc_per_node", "2"] if failing == (1,) else [sys.executable]
+    command = [*launch, str(script), str(tmp_path / "run"), *map(str, failing)]
+    ended = subprocess.run(command, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120)
+    assert (ended.returncode == 0) == (not failing), ended.stderr
+    assert list(about(tmp_path / "run" / "04_settings.json")["outputs"]) == outputs
 
 
 def test_equal_pairs_and_a_winner_against_itself_are_refused(tmp_path):
-    pair = dict(clip="a", winner=0, loser=1)
-    for other in (pair, dict(clip="a", winner=1, loser=0), dict(clip="b", winner=2, loser=2)):
+    pair = dict(clip="a", winner=0, loser=1, score_c=0.5, source="auto")
+    for other in (pair, pair | dict(winner=1, loser=0), pair | dict(clip="b", winner=2, loser=2)):
         write(tmp_path / "pairs.jsonl", [pair, other])
         with pytest.raises(common.Stop, match="pairs.jsonl, line 2: .* is no pair, or stands here twice"):
-            common.read_pairs(tmp_path / "pairs.jsonl", "")
+            common.read_pairs(tmp_path / "pairs.jsonl", rows.SplitPair, "")
 
 
 def test_a_cut_last_line_of_a_log_is_dropped_and_the_rest_kept(run):
@@ -869,7 +922,7 @@ def test_a_cut_last_line_of_a_log_is_dropped_and_the_rest_kept(run):
 
 def test_temporaries_of_killed_runs_are_removed_by_the_next_that_holds_the_lock_and_others_left(run):
     stale = {
-        "02": [".02_scores.jsonl.1.tmp.jsonl", "scores/.00000.clap.pt.1.tmp.pt"],
+        "02": [".02_scores.jsonl.1.tmp.jsonl", "02_scores/.00000.toy.pt.1.tmp.pt"],
         "05": ["05_flow_dpo/.x.pt.1.tmp.pt"],
     }
     stale["01"] = [".run.json.1.tmp.json", "01_audio/.a_0.wav.1.tmp.wav", "01_samples/.00000.pt.1.tmp.pt"]
@@ -889,7 +942,7 @@ def test_a_file_and_its_folder_are_synced_before_and_after_the_rename(tmp_path, 
         os, "fsync", lambda handle: order.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
     )
     monkeypatch.setattr(os, "replace", lambda a, b, replace=os.replace: (order.append("rename"), replace(a, b)))
-    common.write_json(tmp_path / "x.json", {})
+    files.write_text(tmp_path / "x.json", "{}")
     assert order == [f".x.json.{os.getpid()}.tmp.json", "rename", tmp_path.name]
 
 
@@ -922,17 +975,17 @@ def test_sheets_that_people_fill_in_are_read_in_place_and_never_written_over(run
 
 
 def test_words_are_taken_as_meant_and_replaced_answers_counted(run, capsys):
-    rows = read(run / "02_ratings.jsonl")
-    spelled = [
-        {**row, "rating": row["rating"].upper() if i % 2 else f" {row['rating'].lower()} "}
-        for i, row in enumerate(rows)
-    ]
+    answers = read(run / "02_ratings.jsonl")
+    spelled = []
+    for i, answer in enumerate(answers):
+        rating = answer["rating"].upper() if i % 2 else f" {answer['rating'].lower()} "
+        spelled.append(answer | {"rating": rating})
     write(run / "spelled.jsonl", spelled)
     call("02", run, "--ratings", run / "spelled.jsonl")
-    assert read(run / "02_ratings.jsonl") == rows
+    assert read(run / "02_ratings.jsonl") == answers
     write(run / "spelled.jsonl", spelled[:10])
     call("02", run, "--ratings", run / "spelled.jsonl", "--redo")
-    assert f"{len(rows)} answers are replaced by the 10 of" in capsys.readouterr().out
+    assert f"{len(answers)} answers are replaced by the 10 of" in capsys.readouterr().out
 
 
 def test_that_nothing_will_be_left_to_mine_is_said_when_the_sheet_is_written(run, capsys):
@@ -945,18 +998,13 @@ def test_that_nothing_will_be_left_to_mine_is_said_when_the_sheet_is_written(run
 
 
 def test_cells_are_no_formulas_and_ids_come_back_as_they_are(run):
-    name, samples = "-0jeONf82dE_000021", {"-0jeONf82dE_000021": [{"k": 0, "wav": "01_audio/-0jeONf82dE_000021_0.wav"}]}
-    for caption, cell in (
-        ("=1+1", "'=1+1"),
-        ("+a", "'+a"),
-        ("-a", "'-a"),
-        ("@a", "'@a"),
-        ("a\n=b", "a =b"),
-        (None, ""),
-    ):
-        sheet = stage("02").rating_sheet([name], samples, {name: {"path": "x.mp4", "caption": caption}})
-        common.write_sheet(run / "sheet.csv", *sheet, "rating")
-        ((_, row),) = common.read_csv(run / "sheet.csv", ("clip", "caption"))
+    name = "-0jeONf82dE_000021"
+    sample = common.FoundSample(name, 0, 1, f"01_audio/{name}_0.wav", 0, "", True, 0.5, 0.0, "00000")
+    texts = {"=1+1": "'=1+1", "+a": "'+a", "-a": "'-a", "@a": "'@a", "a\n=b": "a =b", None: ""}
+    for caption, cell in texts.items():
+        (run / "02_to_rate.csv").unlink()
+        stage("02").write_rating_sheet(run, [name], {name: [sample]}, {name: a_clip(caption=caption)})
+        ((_, row),) = files.read_csv(run / "02_to_rate.csv", ("clip", "caption"))
         assert (row["clip"], row["caption"]) == (name, cell)
 
 
@@ -965,32 +1013,32 @@ def test_prompts_of_ddpo_are_no_clips_that_audioscore_was_fitted_on(run, monkeyp
     monkeypatch.setattr(stage("06"), "draw_prompts", lambda clips, *args: drawn.append(clips) or draw(clips, *args))
     call("06", run, "--out", "x", "--steps", 1, "--updates", 1)
     rated = {row["clip"] for row in read(run / "02_ratings.jsonl")}
-    assert {clip["id"] for clip in drawn[0]} == {f"train{i:05d}" for i in range(20)} - rated and len(rated) == 8
+    assert {clip.id for clip in drawn[0]} == {f"train{i:05d}" for i in range(20)} - rated and len(rated) == 8
 
 
 def test_silent_audio_of_a_broken_policy_is_counted_and_warned_of(run, tmp_path, capsys):
     shutil.copytree(run / "05_flow_dpo", tmp_path / "broken")
     state = weights(run, "05_flow_dpo")
-    common.save_pt(tmp_path / "broken/policy.pt", {key: value * float("nan") for key, value in state.items()})
-    call("07", run, "--split", "val", "--only", "--systems", "base", f"broken={tmp_path / 'broken'}")
+    files.save_pt(tmp_path / "broken/policy.pt", {key: value * float("nan") for key, value in state.items()})
+    call("07", run, "--split", "val", "--systems", "base", f"broken={tmp_path / 'broken'}")
     assert "warning: 6 of 6 audios of broken are silent or broken" in capsys.readouterr().out
-    base = common.load_pt(run / "00_base.pt")
+    base = files.load_pt(run / "00_base.pt")
     base["net"] = {key: value * float("nan") for key, value in base["net"].items()}
     for name in ("00_scorers.pt", "run.json"):
         shutil.copy(run / name, tmp_path)
-    common.save_pt(tmp_path / "00_base.pt", base)
+    files.save_pt(tmp_path / "00_base.pt", base)
     flags = ("--model", "toy", "--checkpoint", tmp_path / "00_base.pt", "--videos", run / "00_videos", "--max-clips", 2)
     call("01", tmp_path / "new", *flags, "--num-samples", 2)
     said = capsys.readouterr().out
     assert "audios: 4, 4 not finite (never used in a pair), 4 silent" in said and "warning: more than 1 %" in said
 
 
-def test_a_policy_folder_is_named_as_stage_05_says_and_kept_by_a_rerun(run, capsys):
+def test_a_policy_folder_is_named_as_stage_05_says_and_exactly_what_is_named_is_evaluated(run, capsys):
     call("05", run, "--out", "05_beta200", "--beta", 200, "--steps", 2)
-    assert f"07_evaluate.py --run-dir {run} --systems 05_beta200\n" in capsys.readouterr().out
-    call("07", run, "--systems", "05_beta200")
-    call("07", run)
-    assert list(dict.fromkeys(row["system"] for row in read(run / "07_results.jsonl"))) == [*SYSTEMS, "05_beta200"]
+    assert f"07_evaluate.py --run-dir {run} --systems ground_truth base 05_beta200\n" in capsys.readouterr().out
+    for flags, systems in ((("--systems", "base", "05_beta200"), ["base", "05_beta200"]), ((), list(SYSTEMS))):
+        call("07", run, *flags)
+        assert list(dict.fromkeys(row["system"] for row in read(run / "07_results.jsonl"))) == systems
 
 
 def test_the_toy_worlds_people_answer_anew_when_redo_asks_them_other_questions(run):
@@ -1071,14 +1119,9 @@ def test_audioscore_is_fitted_on_ratings_from_elsewhere_alone_which_are_never_mi
     assert cells(run / "03_to_choose.csv") == []
 
 
-def results(run, split="test"):
-    file = run / ("07_results.jsonl" if split == "test" else f"07_results_{split}.jsonl")
-    return {(row["system"], row["metric"]): row for row in read(file)}
-
-
 def test_an_untrained_policy_differs_from_base_by_nothing_and_wins_half(run):
     call("05", run, "--lr", 0, "--steps", 2, "--out", "still")
-    call("07", run, "--split", "val", "--only", "--systems", "ground_truth", "base", "still=still")
+    call("07", run, "--split", "val", "--systems", "ground_truth", "base", "still=still")
     found = results(run, "val")
     assert found["still", "win_rate"]["value"] == 0.5
     for metric in ("ib", "desync_s", "p_good", "oracle_semantic"):
@@ -1089,18 +1132,20 @@ def test_an_untrained_policy_differs_from_base_by_nothing_and_wins_half(run):
 
 
 def test_a_folder_of_audio_is_a_system_and_the_truth_itself_is_at_distance_0(run, tmp_path, refused):
+    """Neither needs the weights of a model."""
     folder, clips = tmp_path / "published", common.read_clips(run, "val")
     folder.mkdir()
+    (run / "00_base.pt").unlink()
     for clip in clips:  # a container with the same sound
-        shutil.copy(clip["path"], folder / f"{clip['id']}.mp4")
-    flags = ("--split", "val", "--only", "--systems", "ground_truth", f"published={folder}")
+        shutil.copy(clip.path, folder / f"{clip.id}.mp4")
+    flags = ("--split", "val", "--systems", "ground_truth", f"published={folder}")
     call("07", run, *flags)
     found = results(run, "val")
     assert found["published", "fd"]["value"] == pytest.approx(0, abs=1e-3)
     assert found["published", "kl"]["value"] == pytest.approx(0, abs=1e-6)
     assert found["published", "ib"]["value"] == found["ground_truth", "ib"]["value"]
-    (folder / f"{clips[3]['id']}.mp4").unlink()
-    assert f"published: audio for 5 of 6 val clips, first missing {clips[3]['id']}" in refused("07", run, *flags)
+    (folder / f"{clips[3].id}.mp4").unlink()
+    assert f"published: audio for 5 of 6 val clips, first missing {clips[3].id}" in refused("07", run, *flags)
     call("07", run, *flags, "--allow-missing")
     found = results(run, "val")
     assert (found["published", "ib"]["n"], found["ground_truth", "ib"]["n"]) == (5, 6)
@@ -1111,7 +1156,6 @@ def test_a_test_clip_whose_video_or_sound_cannot_be_read_is_left_out_where_it_mu
     whole = (run / "00_videos" / f"{names[0]}.mp4").read_bytes()
     make_video(run / "00_videos" / f"{names[0]}.mp4", (64, 64), 25, 0.8)  # too short to look at, but it sounds
     (run / "00_videos" / f"{names[1]}.mp4").write_bytes(whole[:700])  # neither
-    shutil.rmtree(run / "scores")
     call("07", run, "--allow-missing")
     found, said = results(run), capfd.readouterr().err
     assert f"{names[0]}: too short" in said and f"{names[1]}: unreadable" in said
@@ -1122,17 +1166,17 @@ def test_a_test_clip_whose_video_or_sound_cannot_be_read_is_left_out_where_it_mu
 
 def test_coverage_counts_the_listed_clips_without_video(run, capsys):
     write(run / "01_missing.jsonl", [{"id": x, "split": s, "reason": "no"} for x, s in (("a", "test"), ("b", "train"))])
-    call("07", run, "--only", "--systems", "ground_truth", "base")
+    call("07", run, "--systems", "ground_truth", "base")
     assert "1 more listed test clips have no video" in capsys.readouterr().out
 
 
 def test_a_cached_audio_of_another_policy_is_never_taken_for_this_ones_and_foreign_audio_left_alone(run, refused):
     record, names = run / "07_audio/flow_dpo/settings.json", sorted((run / "07_audio/flow_dpo").glob("*.wav"))
-    kept, about = names[0].read_bytes(), record.read_text()
+    kept, made = names[0].read_bytes(), about(record)
     names[0].write_bytes(names[1].read_bytes())
-    record.write_text(json.dumps(json.loads(about) | {"policy": "0123456789abcdef"}))
+    record.write_text(json.dumps(made | {"settings": made["settings"] | {"policy": "0123456789abcdef"}}))
     call("07", run)
-    assert names[0].read_bytes() == kept and record.read_text() == about
+    assert names[0].read_bytes() == kept and about(record) == made
     record.unlink()
     assert "07_audio/flow_dpo: holds audio that stage 07 did not make" in refused("07", run)
     assert all(path.exists() for path in names)

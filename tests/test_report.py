@@ -56,9 +56,9 @@ def test_the_report_says_how_every_policy_was_trained(finished):
         made = json.loads((finished / folder / "settings.json").read_text())["settings"]
         beta = f"beta {made['beta']}, " if "beta" in made else ""
         line = f"model toy, method {name}, {beta}lr {made['lr']}, steps {made['steps']}, seed {made['seed']}"
-        assert line + (f", commit {common.commit()}" if common.commit() else "") + "</p>" in page.replace(
-            " </p>", "</p>"
-        )
+        if common.record.commit():
+            line += f", commit {common.record.commit()}"
+        assert f"{line}</p>" in page.replace(" </p>", "</p>")
 
 
 def test_markup_in_a_caption_or_a_name_is_text(run, without_pictures):
@@ -69,15 +69,14 @@ def test_markup_in_a_caption_or_a_name_is_text(run, without_pictures):
     (run / "07_systems.json").write_text(json.dumps(about))
     page = page_of(run)
     assert "alert(" in page and "<script>alert" not in page and '"x"' not in page
-    assert page.count("&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; &#39;more&#39;") == 2 + min(
-        6, sum(row["split"] == "test" for row in rows)
-    )
+    cards = min(6, sum(row["split"] == "test" for row in rows))
+    assert page.count("&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; &#39;more&#39;") == 2 + cards
 
 
 def test_true_events_come_from_the_simulated_world_alone(run, without_pictures):
     truth = {row["id"]: row["hits_s"] for row in read(run / "00_truth.jsonl")}
     before, clips = (run / "08_report.html").read_text(encoding="utf-8"), common.read_clips(run, "test")
-    shown = [clip["id"] for clip in clips if f"<h3>{clip['id']}:" in before]
+    shown = [clip.id for clip in clips if f"<h3>{clip.id}:" in before]
     assert before.count("<i style=") == len(SYSTEMS) * sum(len(truth[clip]) for clip in shown) > 0
     (run / "00_truth.jsonl").unlink()
     assert "<i style=" not in page_of(run)
@@ -109,10 +108,10 @@ def test_a_copied_run_makes_its_page_from_its_own_files(finished, run):
 
 def test_what_is_missing_is_named_in_one_line(run, without_pictures):
     clip = common.read_clips(run, "test")[0]
-    for path in (run / "07_audio" / "flow_dpo" / f"{clip['id']}.wav", clip["path"]):
+    for path in (run / "07_audio" / "flow_dpo" / f"{clip.id}.wav", clip.path):
         content = path.read_bytes()
         path.unlink()
-        with pytest.raises(common.Stop, match=rf"^{re.escape(str(path))}: gone, .*{clip['id']}.*07_evaluate\.py"):
+        with pytest.raises(common.Stop, match=rf"^{re.escape(str(path))}: gone, .*{clip.id}.*07_evaluate\.py"):
             call("08", run)
         path.write_bytes(content)
     (run / "07_results.jsonl").unlink()
@@ -129,10 +128,10 @@ def test_numbers_of_other_systems_than_those_evaluated_are_refused(run):
 
 def test_a_clip_without_picture_is_left_out_and_said(run, capsys):
     clip = common.read_clips(run, "test")[0]
-    clip["path"].write_bytes(clip["path"].read_bytes()[:700])
+    clip.path.write_bytes(clip.path.read_bytes()[:700])
     page = page_of(run)
-    assert f"<h3>{clip['id']}:" not in page and page.count('<section class="card">') == 5
-    assert f"{clip['id']}: unreadable video" in "".join(capsys.readouterr())
+    assert f"<h3>{clip.id}:" not in page and page.count('<section class="card">') == 5
+    assert f"{clip.id}: unreadable video" in "".join(capsys.readouterr())
 
 
 def test_an_interrupted_page_leaves_the_old_one(run, monkeypatch):

@@ -1,42 +1,50 @@
-"""The toy world by itself: its vocoder, its second judge, its sizes."""
+"""The toy world by itself: its vocoder, its second judge."""
 
 import numpy as np
 import pytest
 import torch
 import torchaudio
-from conftest import stage
+from conftest import a_clip, stage
+
+from adapters import toy, toy_people
+from common import media, rows
 
 world = stage("00")
 
 
-def drawn(corpus, count, **changed):
+def drawn(corpus, count):
     """Scripts of a corpus and their sounds (count, 32000)."""
-    scripts = [world.draw_script(0, corpus, i) | changed for i in range(count)]
+    scripts = [world.draw_script(0, corpus, i) for i in range(count)]
     return scripts, torch.stack([torch.from_numpy(world.draw_sound(script)) for script in scripts])
 
 
 @pytest.mark.parametrize("steps, momentum", [(1, 0.0), (4, 0.99), (6, 0.5)])
 def test_griffin_lim_is_torchaudios_but_for_the_edges_which_it_mirrors(steps, momentum):
     _, waves = drawn("val", 6)
-    window = torch.hann_window(world.N_FFT)
-    magnitude = torch.stft(waves, world.N_FFT, world.HOP, window=window, return_complex=True).abs()
-    ours = world.griffin_lim(magnitude.transpose(1, 2), steps, momentum / (1 + momentum))  # as torchaudio takes it
-    options = dict(n_iter=steps, momentum=momentum, rand_init=False, length=world.SAMPLES)
-    theirs = torchaudio.functional.griffinlim(magnitude, window, world.N_FFT, world.HOP, world.N_FFT, 1.0, **options)
-    inside = slice(steps * world.N_FFT, -steps * world.N_FFT)
+    window = torch.hann_window(toy.N_FFT)
+    magnitude = torch.stft(waves, toy.N_FFT, toy.HOP, window=window, return_complex=True).abs()
+    ours = toy.griffin_lim(magnitude.transpose(1, 2), steps, momentum / (1 + momentum))  # as torchaudio takes it
+    options = dict(n_iter=steps, momentum=momentum, rand_init=False, length=toy.SAMPLES)
+    theirs = torchaudio.functional.griffinlim(magnitude, window, toy.N_FFT, toy.HOP, toy.N_FFT, 1.0, **options)
+    inside = slice(steps * toy.N_FFT, -steps * toy.N_FFT)
     assert (ours - theirs)[:, inside].abs().max() < 1e-4 * theirs.abs().max()
 
 
 def test_the_codec_keeps_what_the_oracle_measures():
     scripts, waves = drawn("val", 24)
-    codec = world.Codec.fit(world.log_mel(waves))
-    decoded = codec.decode(codec.encode(world.log_mel(waves)))
-    before, after = (
-        np.array([world.measure(wave, script["hits_s"]) for wave, script in zip(x, scripts)]) for x in (waves, decoded)
-    )
-    assert np.abs(after[:, 0] - before[:, 0]).mean() < 0.015  # seconds
-    assert np.abs(after[:, 1] - before[:, 1]).mean() < 1.5  # dB of the floor
-    assert np.mean((after[:, 2] > world.WET_DB) == (before[:, 2] > world.WET_DB)) > 0.9
+    mel = toy.log_mel(waves)
+    codec = world.fit_codec(mel)
+    decoded = codec.decode(codec.encode(mel))
+
+    def measured(waves, name):
+        return np.array([toy_people.measure(w, script.hits_s)[name] for w, script in zip(waves, scripts)])
+
+    moved_s = measured(decoded, "sync_s") - measured(waves, "sync_s")
+    moved_db = measured(decoded, "floor_db") - measured(waves, "floor_db")
+    wet, wet_before = (measured(x, "wet_db") > toy_people.WET_DB for x in (decoded, waves))
+    assert np.abs(moved_s).mean() < 0.015
+    assert np.abs(moved_db).mean() < 1.5
+    assert np.mean(wet == wet_before) > 0.9
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +53,39 @@ def judged(tmp_path_factory):
     run = tmp_path_factory.mktemp("judge")
     _, waves = drawn("pretrain", 64)
     scripts, own = drawn("judge", 160)
-    codec, kind = world.Codec.fit(world.log_mel(waves)), torch.tensor([script["kind"] for script in scripts])
-    world.train_judge(run / "00_judge.pt", {"wave": own, "kind": kind}, codec, {}, 0)
-    ids = [f"c{i}" for i in range(48)]
-    scripts = [world.draw_script(0, "val", i) for i in range(48)]
-    truth = [{"id": i, "class": s["kind"], "hits_s": [round(float(h), 4) for h in s["hits_s"]]}
-             for i, s in zip(ids, scripts)]  # fmt: skip
-    world.common.write_jsonl(run / "00_truth.jsonl", truth)
+    kind = torch.tensor([script.kind for script in scripts])
+    world.train_judge(run / "00_judge.pt", {"wave": own, "kind": kind}, world.fit_codec(toy.log_mel(waves)))
+    truth = []
+    for i in range(48):
+        script = world.draw_script(0, "val", i)
+        hits_s = [round(float(hit), 4) for hit in script.hits_s]
+        truth.append({"id": f"c{i}", "class": script.kind, "hits_s": hits_s})
+    rows.write(run / "00_truth.jsonl", truth)
 
-    def hear(*spoil):
-        changed, found = dict(spoil), []
-        for i, name in enumerate(ids):
+    def columns(change):
+        """Of the same clips, `change(script)` having been done to each."""
+        audios = []
+        for i in range(48):
             script = world.draw_script(0, "val", i)
-            for key, value in changed.items():
-                script[key] = value(script[key]) if callable(value) else value
-            world.common.write_audio(run / f"{name}.wav", torch.from_numpy(world.draw_sound(script)), world.RATE_HZ)
-            found.append(({"id": name}, run / f"{name}.wav"))
-        return world.judge(run, found)
+            change(script)
+            file = run / f"c{i}.wav"
+            media.write_audio(file, torch.from_numpy(world.draw_sound(script)), toy.RATE_HZ)
+            audios.append((a_clip(id=f"c{i}"), file))
+        return toy_people.second_judge(run, audios)
+
+    def change_class(script):
+        script.sound_kind = (script.sound_kind + 3) % 8
+
+    def come_early(script):
+        script.sound_s = np.clip(script.sound_s - 0.2, 0.04, 1.7)
 
     return {
-        "truth": hear(),
-        "another class": hear(("heard_kind", lambda kind: (kind + 3) % 8)),
-        "0.2 s early": hear(("heard_s", lambda hits: np.clip(hits - 0.2, 0.04, 1.7))),
-        "noise": hear(("noise", 0.01)),
-        "room": hear(("wet", 0.8)),
-        "no room": hear(("wet", 0.0)),
+        "truth": columns(lambda script: None),
+        "another class": columns(change_class),
+        "0.2 s early": columns(come_early),
+        "noise": columns(lambda script: setattr(script, "noise", 0.01)),
+        "room": columns(lambda script: setattr(script, "wet", 0.8)),
+        "no room": columns(lambda script: setattr(script, "wet", 0.0)),
     }
 
 
@@ -83,7 +99,9 @@ def test_the_judge_hears_what_was_done_to_a_sound_and_nothing_else(judged):
 
 
 def test_an_audio_without_attacks_counts_as_wholly_out_of_time():
-    assert len(world.attacks(world.band_energy(torch.zeros(world.SAMPLES)))) == 0
-    energy = world.band_energy(torch.full((world.SAMPLES,), torch.nan))
-    assert np.isfinite(world.attack_shape(energy, world.attacks(energy))).all()
-    assert world.late_db(energy, world.attacks(energy)) == -50
+    silence = toy_people.band_energy(torch.zeros(toy.SAMPLES))
+    assert len(toy_people.find_attacks(silence)) == 0
+    energy = toy_people.band_energy(torch.full((toy.SAMPLES,), torch.nan))
+    attacks = toy_people.find_attacks(energy)
+    assert np.isfinite(toy_people.attack_shape(energy, attacks)).all()
+    assert toy_people.late_db(energy, attacks) == -50

@@ -110,7 +110,7 @@ def mmaudio(weights, tmp_path_factory):
     clips = ("--clips", folder / "vggsound.csv", "--videos", folder / "videos", "--test-list", test_list)
     with pretended_gpu(), pytest.MonkeyPatch.context() as patch:
         # Training in bf16, as on a real one; `sample`, which says `cuda`, in float32, as upstream, which it must equal.
-        patch.setattr(common, "in_bf16", lambda device, precision: device != "cuda")
+        patch.setattr(common.training, "in_bf16", lambda device, precision: device != "cuda")
         done = pipeline(folder / "run", weights, "--model", "mmaudio:small_16k", *clips)
     done.test, done.listed, done.missing = [name for name, _ in test], len(listed), "dead_train0_000004"
     return done
@@ -198,7 +198,7 @@ def test_mmaudio_strictly_loads_the_policies_and_generates_the_audio_of_stage_07
     for out in ("06_ddpo", "05_flow_dpo"):
         net.load_weights(torch.load(mmaudio.run / out / "policy.pt", weights_only=True))
     model = common.load_base_model(mmaudio.run, weights=weights)
-    (clip,) = (clip for clip in common.read_clips(mmaudio.run) if clip["id"] == name)
+    (clip,) = (clip for clip in common.read_clips(mmaudio.run) if clip.id == name)
     theirs = mmaudio_generate(net, model, clip, steps=2, seed=common.seed_of(0, name, 0)).numpy()
     ours, base = (soundfile.read(mmaudio.run / f"07_audio/{s}/{name}.wav")[0] for s in ("flow_dpo", "base"))
     assert len(theirs) == len(ours) == 128_000
@@ -257,7 +257,7 @@ def test_a_folder_of_audio_files_has_the_numbers_of_the_system_it_was_copied_fro
         wide = torchaudio.functional.resample(torch.from_numpy(samples), own, 44_100).clamp(-1, 1)
         soundfile.write(tmp_path / f"stereo/{clip}.flac", wide[:, None].repeat(1, 2).numpy(), 44_100, subtype="PCM_24")
     folders = [f"{name}={tmp_path / name}" for name in ("wav", "flac", "stereo")]
-    call("07", done.run, "--weights", done.weights, "--only", "--systems", "ground_truth", "base", *folders)
+    call("07", done.run, "--weights", done.weights, "--systems", "ground_truth", "base", *folders)
     before, now = table(done.results), table(read(done.run / "07_results.jsonl"))
     assert {system for system, _ in now} == {"ground_truth", "base", "wav", "flac", "stereo"}
     for metric in EVERY - {"is"}:
@@ -279,7 +279,7 @@ def test_a_published_system_is_judged_before_any_training(mmaudio, weights, tmp_
     run, published = tmp_path / "run", mmaudio.run / "07_audio/flow_dpo"
     source = ("--clips", test_list, "--videos", mmaudio.run.parent / "videos", "--max-clips", 0)
     call("01", run, "--weights", weights, "--model", "mmaudio:small_16k", *source)
-    call("07", run, "--weights", weights, "--only", "--systems", "ground_truth", f"published={published}")
+    call("07", run, "--weights", weights, "--systems", "ground_truth", f"published={published}")
     rows, before = table(read(run / "07_results.jsonl")), table(mmaudio.results)
     assert {metric for name, metric in rows if name == "published"} == EVERY - {"p_good", "win_rate"}
     for (system, metric), row in rows.items():

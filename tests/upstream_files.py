@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.nn as nn
 import yaml
-from conftest import ROOT, judged, make_video
+from conftest import ROOT, a_clip, judged, make_video
 
 import common
 from adapters import mmaudio, scorers
@@ -213,9 +213,9 @@ def mmaudio_generate(net, model, clip, steps, seed):
         setattr(utils, name, getattr(encoders, name))
     settings = dict(feature_utils=utils, net=net, fm=code.flow_matching.FlowMatching(0, "euler", steps))
     settings |= dict(rng=torch.Generator().manual_seed(seed), cfg_strength=4.5)
-    frames = (part[None] for part in mmaudio_frames(clip["path"]))
+    frames = (part[None] for part in mmaudio_frames(clip.path))
     with torch.inference_mode():
-        return code.eval_utils.generate(*frames, [clip["caption"]], **settings)[0, 0].clone()
+        return code.eval_utils.generate(*frames, [clip.caption], **settings)[0, 0].clone()
 
 
 def shrink_motionformer(module, patch):
@@ -411,7 +411,7 @@ def write_synchformer(folder, patch=None):
         return
 
     # Random weights give every clip and sound the same offset: centre the logits on what some of them give.
-    logits, clip = [], dict(id="a", path=film(folder / "a.mp4"))
+    logits, clip = [], a_clip(film(folder / "a.mp4"))
     hook = synchformer.Synchformer.compare_v_a
     scorer = scorers.SCORERS["synchformer"](folder, "cpu")
     scorer.net.compare_v_a = lambda *x: logits.append(hook(scorer.net, *x)) or logits[-1]

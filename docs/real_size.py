@@ -1,13 +1,13 @@
 """What MMAudio costs on a GPU: every stage, and its parts, with all networks at their real size and random weights.
 
-Run:   UPSTREAM_DIR=<clones> python tests/real_size.py --videos DIR        # one GPU of 80 GB, 15 minutes, 30 GB
-       UPSTREAM_DIR=<clones> python tests/real_size.py --videos DIR --tiny     # does this script work? Anywhere
+Run:   UPSTREAM_DIR=<clones> python docs/real_size.py --videos DIR        # one GPU of 80 GB, 15 minutes, 30 GB
+       UPSTREAM_DIR=<clones> python docs/real_size.py --videos DIR --tiny     # does this script work? Anywhere
 
 Stages run as a user runs them, one after the other in this process, on --clips train clips (names for DIR's videos, in
 turn) of five audios, and a test clip for every eight. The last lines are two tables in markdown.
     stages  seconds, loading and saving included; of those with an inner loop, of a turn of it in its stride, and in
             training its share of the GPU's peak arithmetic; peak GiB of tensors, GiB of the GPU in use at the end (what
-            nvidia-smi shows: with the allocator's gaps and the context), GiB that the stage said it would need
+            nvidia-smi shows: with the allocator's gaps and the context)
     parts   median seconds: encoders (one clip), sampler (20 audios, also compiled), codec (8 audios); upstream's
             generate() in bf16 as its demo runs it, its frames decoded beforehand; each scorer (20 audios)
 """
@@ -19,7 +19,6 @@ import io
 import itertools
 import os
 import random
-import re
 import sys
 import tempfile
 import time
@@ -28,15 +27,16 @@ from statistics import median
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-import upstream_files as files  # noqa: E402
-from conftest import answer, call, read, stage, utilisation, write  # noqa: E402
+import upstream_files  # noqa: E402
+from conftest import a_clip, answer, call, read, stage, utilisation, write  # noqa: E402
 
 import common  # noqa: E402
 from adapters import scorers  # noqa: E402
+from common import files, media, scoring, training  # noqa: E402
 
 SPEECH = common.HUMAN_SPEECH_CLASSES[0]
 TFLOP = dict(pair=4.166, row=26.05 / 50, clip=64.4, sync=9.5, audio=26.05, codec=2.66)  # docs/cost.md, of large_44k
@@ -58,16 +58,14 @@ def clean():
 def spend(what, number, run, *flags, stride=lambda: ""):
     """Runs a stage and adds its row. stride: what its loop did, from its log."""
     clean()
-    began, said = time.perf_counter(), io.StringIO()
-    with contextlib.redirect_stdout(said):
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
         call(number, run, *flags)
     took, peak, used = time.perf_counter() - began, 0.0, 0.0
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         peak, used = (x / 2**30 for x in (torch.cuda.max_memory_allocated(), total - free))
-    expected = re.search(r"expected peak: (\S+) GiB", said.getvalue())
-    cells = f"{took:.0f}", stride(), f"{peak:.1f}", f"{used:.1f}", expected[1] if expected else ""
-    row(STAGES, what, *cells)
+    row(STAGES, what, f"{took:.0f}", stride(), f"{peak:.1f}", f"{used:.1f}")
 
 
 def part(what, call, tflop=None):
@@ -80,7 +78,12 @@ def part(what, call, tflop=None):
             torch.cuda.synchronize()
         found.append(time.perf_counter() - began)
     took = median(found[1:])
-    row(PARTS, what, f"{took:.4g}", f"{tflop / took:.0f}" if tflop and torch.cuda.is_available() else "")
+    row(
+        PARTS,
+        what,
+        f"{took:.4g}",
+        f"{tflop / took:.0f}" if tflop and torch.cuda.is_available() else "",
+    )
 
 
 # Stages ------------------------------------------------------------------------------------------------------
@@ -117,9 +120,13 @@ def train(what, number, run, *flags, unit=1, tflop=None, keep=False):
         return f"{turn:.3f} s per {'step' if unit == 1 else 'round'}{share}"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "save_training", lambda *_: None)  # 12 GB each
+        patch.setattr(training, "save_checkpoint", lambda *_: None)  # 12 GB each
         if not keep:
-            patch.setattr(common, "save_policy", lambda *_, **__: None)
+            patch.setattr(
+                training,
+                "save_policy",
+                lambda run, out, *_: files.save_pt(run / out / "policy.pt", {}),
+            )
         spend(what, number, run, "--out", out, *flags, stride=stride)
 
 
@@ -129,16 +136,22 @@ def run_stages(folder, args, model, weights):
     splits = ["train"] * args.clips + ["test"] * (args.clips // 8)
     clips = [dict(id=f"clip{i:05d}", video=next(videos).name, split=split) for i, split in enumerate(splits)]
     about = itertools.cycle([("a man talks", SPEECH), ("a car passes by", "car passing by")])
-    write(folder / "clips.jsonl", [dict(clip, **dict(zip(("caption", "label"), next(about)))) for clip in clips])
+    write(
+        folder / "clips.jsonl",
+        [dict(clip, **dict(zip(("caption", "label"), next(about)))) for clip in clips],
+    )
     source = ("--clips", folder / "clips.jsonl", "--videos", args.videos, "--model", model)
 
     generate(f"01, {args.clips} clips", run, args, source, weights)
     rated = ("--num-rated-clips", args.clips // 4)
     call("02", run, *weights, *rated)
-    ratings, words = folder / "ratings.csv", random.Random(0).choices(common.RATINGS, k=5 * args.clips)
+    ratings, words = (
+        folder / "ratings.csv",
+        random.Random(0).choices(common.RATINGS, k=5 * args.clips),
+    )
     answer(run / "02_to_rate.csv", ratings, "rating", dict(enumerate(words)))
     spend(f"02, {args.clips // 4} clips", "02", run, *weights, *rated, "--ratings", ratings)
-    spend(f"03, {args.clips - args.clips // 4} clips", "03", run, *weights)
+    spend(f"03, {args.clips} clips", "03", run, *weights)
     call("04", run)
 
     dpo, eight = ("--steps", steps, "--warmup", 0, *weights), 8 * TFLOP["pair"]
@@ -155,25 +168,38 @@ def run_stages(folder, args, model, weights):
     if args.tiny:
         ddpo += ("--prompts", 1, "--group-size", 2)
     train("06, 64 audios", "06", run, *ddpo, unit=8, tflop=one_round, keep=True)
-    train("06 --lora 16 --gradient-checkpointing", "06", run, *ddpo, *checkpointing, "--lora", 16, unit=8)
-    spend(f"07, {args.clips // 8} clips, 3 systems", "07", run, *weights)
+    train(
+        "06 --lora 16 --gradient-checkpointing",
+        "06",
+        run,
+        *ddpo,
+        *checkpointing,
+        "--lora",
+        16,
+        unit=8,
+    )
+    spend(f"07, {args.clips // 8} clips, ground truth and 3 systems", "07", run, *weights)
 
 
 # Parts -------------------------------------------------------------------------------------------------------
 
 
 def first_clip(args):
-    return dict(id="clip", path=sorted(args.videos.glob("*.mp4"))[0], caption="a man talks", label=SPEECH)
+    return a_clip(sorted(args.videos.glob("*.mp4"))[0], caption="a man talks", label=SPEECH)
 
 
 def run_model(args, name, weights):
-    device, clip = common.setup_ranks().device, first_clip(args)
+    device, clip = common.ranks.setup().device, first_clip(args)
     model = common.load_model(name, device=device, weights=weights)
     part("reading a video, CPU", lambda: model.read(clip))
     squashed, cropped = (frames.to(device).float()[None] / 255 for frames in model.read(clip))
     cropped, encoders = 2 * cropped - 1, model.encoders()
     part("CLIP, 64 pictures", lambda: encoders.encode_video_with_clip(squashed), TFLOP["clip"])
-    part("Synchformer, video", lambda: encoders.encode_video_with_sync(cropped, batch_size=8), TFLOP["sync"])
+    part(
+        "Synchformer, video",
+        lambda: encoders.encode_video_with_sync(cropped, batch_size=8),
+        TFLOP["sync"],
+    )
     features = model.encode(clip, model.read(clip))
     batch = {key: value[None].repeat(4, *[1] * value.dim()).to(device) for key, value in features.items()}
     sample = lambda: common.sample(model, batch, range(20), 25, 4.5)  # noqa: E731
@@ -181,21 +207,35 @@ def run_model(args, name, weights):
     part("sampling 20 audios of 4 clips", sample, 20 * TFLOP["audio"])
     part("codec, 8 audios", lambda: model.decode(latents[:8]), 8 * TFLOP["codec"])
 
-    code, utils = files.mmaudio_modules(), SimpleNamespace(device=device, dtype=torch.bfloat16)
+    code, utils = (
+        upstream_files.mmaudio_modules(),
+        SimpleNamespace(device=device, dtype=torch.bfloat16),
+    )
     with torch.inference_mode():  # upstream's parts, cast as its demo casts them
         net = code.networks.get_my_mmaudio(model.variant)
         net.load_state_dict(model.net.state_dict())
-        net, half = net.to(device, torch.bfloat16).eval(), [x.bfloat16() for x in (encoders, model.codec())]
+        net, half = (
+            net.to(device, torch.bfloat16).eval(),
+            [x.bfloat16() for x in (encoders, model.codec())],
+        )
         for kind in ("encode_video_with_clip", "encode_video_with_sync", "encode_text"):
             setattr(utils, kind, getattr(half[0], kind))
         utils.decode, utils.vocode = half[1].decode, half[1].vocode
-    settings = dict(feature_utils=utils, net=net, cfg_strength=4.5, rng=torch.Generator(device=device).manual_seed(0))
+    settings = dict(
+        feature_utils=utils,
+        net=net,
+        cfg_strength=4.5,
+        rng=torch.Generator(device=device).manual_seed(0),
+    )
     settings["fm"] = code.flow_matching.FlowMatching(0, "euler", 25)
 
     @torch.inference_mode()
     def upstream(count):
-        frames = squashed.expand(count, *squashed.shape[1:]), cropped.expand(count, *cropped.shape[1:])
-        code.eval_utils.generate(*frames, [clip["caption"]] * count, **settings)
+        frames = (
+            squashed.expand(count, *squashed.shape[1:]),
+            cropped.expand(count, *cropped.shape[1:]),
+        )
+        code.eval_utils.generate(*frames, [clip.caption] * count, **settings)
 
     part("generate(), one audio, bf16", lambda: upstream(1))
     part("generate(), five audios of a clip, bf16", lambda: upstream(5))
@@ -205,44 +245,47 @@ def run_model(args, name, weights):
 
 
 def run_scorers(args, weights):
-    device, clip = common.setup_ranks().device, first_clip(args)
+    device, clip = common.ranks.setup().device, first_clip(args)
     for key in [key for key in scorers.SCORERS if key not in scorers.JUDGES]:
         clean()
         scorer = scorers.SCORERS[key](weights, device)
         waves = 0.1 * torch.randn(20, round(8 * scorer.sample_rate_hz))
-        if scorer.reads == "video":
-            pictures = common.read_frames(clip["path"], [scorer.frames], 8.0)
-            part(f"{key}, video of a clip", lambda: scorer.embed_clip(clip, *pictures))  # noqa: B023
-            known = {"clip": scorer.embed_clip(clip, *pictures)}
-        else:
-            known = scorer.embed_clips([clip])
-        part(f"{key}, 20 audios", lambda: scorer(waves, [clip] * 20, known))  # noqa: B023
+        seen = None
+        if "video" in scorer.reads:
+            (frames,) = media.read_frames(clip.path, [scorer.frames], 8.0)
+            with torch.inference_mode():
+                part(f"{key}, video of a clip", lambda: scorer.embed_video(frames))  # noqa: B023
+                seen = {clip.id: scorer.embed_video(frames)}
+        part(f"{key}, 20 audios", lambda: scoring.score_waves(scorer, waves, [clip] * 20, seen))  # noqa: B023
         if torch.cuda.is_available():
-            print(f"{key}: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; the account says {scorer.gib}")
+            print(f"{key}: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def main(args):
     variant = "small_16k" if args.tiny else "large_44k"
     name = f"mmaudio:{variant}"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory(prefix="real", dir=args.folder) as folder, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory(prefix="real", dir=args.folder) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         folder, weights = Path(folder), Path(folder) / "weights"
         weights.mkdir()
         began = time.perf_counter()
         if args.tiny:
-            files.write_mmaudio(weights, patch)
-            for make in (files.write_synchformer, files.write_imagebind, files.write_passt):
-                make(weights, patch)
-            files.shrink_htsat(patch)
-            files.write_clap(weights, patch)
-            files.shrink_cnn14(patch)
+            upstream_files.write_mmaudio(weights, patch)
+            for name in ("synchformer", "imagebind", "passt"):
+                getattr(upstream_files, f"write_{name}")(weights, patch)
+            upstream_files.shrink_htsat(patch)
+            upstream_files.write_clap(weights, patch)
+            upstream_files.shrink_cnn14(patch)
         else:
             with torch.device(device):
-                files.write_real(weights, variant)
-                files.write_clip(weights, patch, files.CLIP_REAL)
-                for make in (files.write_synchformer, files.write_imagebind, files.write_passt, files.write_clap):
-                    make(weights)
-        files.write_panns(weights)
+                upstream_files.write_real(weights, variant)
+                upstream_files.write_clip(weights, patch, upstream_files.CLIP_REAL)
+                for name in ("synchformer", "imagebind", "passt", "clap"):
+                    getattr(upstream_files, f"write_{name}")(weights)
+        upstream_files.write_panns(weights)
         print(f"weights written in {time.perf_counter() - began:.0f} s", flush=True)
         if args.only != "stages":
             run_model(args, name, weights)
@@ -251,7 +294,7 @@ def main(args):
             run_stages(folder, args, name, ("--weights", weights))
     about = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{about}, torch {torch.__version__}, {os.cpu_count()} cores, {name}")
-    print("| stage | s | in its stride | tensors, GiB | GPU, GiB | said, GiB |", f"|{6 * '---|'}", sep="\n")
+    print("| stage | s | in its stride | tensors, GiB | GPU, GiB |", f"|{5 * '---|'}", sep="\n")
     print(*STAGES, "", "| part | s | TFLOP/s |", "|---|---|---|", *PARTS, sep="\n")
 
 

@@ -1,9 +1,9 @@
 """What the code costs beside the least that it could cost, and beside upstream's own code: ratios, each of one run.
 
-Run:   python tests/bench.py                                           # about 4 minutes on 2 cores
-       UPSTREAM_DIR=<clones> python tests/bench.py --clips VIDEOS      # every row but the next one's, 8 minutes
-       UPSTREAM_DIR=<clones> python tests/bench.py --real              # and small_16k at its real size: 2 hours
-       UPSTREAM_DIR=<clones> python tests/bench.py --count             # only counts the arithmetic of docs/cost.md
+Run:   python docs/bench.py                                           # about 4 minutes on 2 cores
+       UPSTREAM_DIR=<clones> python docs/bench.py --clips VIDEOS      # every row but the next one's, 8 minutes
+       UPSTREAM_DIR=<clones> python docs/bench.py --real              # and small_16k at its real size: 2 hours
+       UPSTREAM_DIR=<clones> python docs/bench.py --count             # only counts the arithmetic of docs/cost.md
 
 Random weights, on the CPU, no file of a real model. What is compared runs in turn, once to warm up; a row has medians,
 the ratio of the seconds (below 1: ours is faster) and, in brackets, the quartiles of the ratios of neighbours. All but
@@ -35,18 +35,19 @@ from pathlib import Path
 from statistics import median, quantiles
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-import upstream_files as files  # noqa: E402
-from conftest import make_video, read, shell, sides, stage  # noqa: E402
+import upstream_files  # noqa: E402
+from conftest import a_clip, make_video, shell, stage, videos_of  # noqa: E402
 
 import common  # noqa: E402
-from adapters import mmaudio, scorers  # noqa: E402
+from adapters import mmaudio, scorers, toy  # noqa: E402
+from common import rows, scoring, training  # noqa: E402
 
 GPU_S = 1.65  # of one clip; an H100 takes 1.87 in stage 01 with large_44k, N = 5 (docs/cost.md)
 TABLE = []
@@ -87,21 +88,38 @@ def compare(what, seconds, ours, theirs, **least):
 # Stage 05 ----------------------------------------------------------------------------------------------------
 
 
-def made_up_run(run, model, clips=40, n=2, **more):
+def made_up_run(run, model, clips=40, n=2, defaults=None):
     """A run whose latents and features are noise. Returns its shards, and a pair of each clip."""
-    about = dict(model=model.name, checkpoint="upstream", checkpoint_digest=model.checkpoint_digest, video_root=".")
-    about |= dict(latent_shape=list(model.latent_shape), sample_rate_hz=model.sample_rate_hz, clip_s=model.clip_s)
-    about |= dict(sampler=dict(steps=25, guidance=4.5), num_samples=n, seed=0, max_clips=clips)
-    (run / "01_samples").mkdir(parents=True)
-    common.write_json(run / "run.json", about | more)
-    lines = [
-        dict(clip=f"c{i}", k=k, row=n * i + k, shard="0", digest=f"{i}_{k}") for i in range(clips) for k in range(n)
-    ]
+    run_json = rows.Run(
+        model=model.name,
+        checkpoint="upstream",
+        checkpoint_digest=model.checkpoint_digest,
+        video_root=".",
+        clip_s=model.clip_s,
+        defaults=defaults or {},
+        latent_shape=model.latent_shape,
+        sample_rate_hz=model.sample_rate_hz,
+        sampler=rows.Sampler(steps=25, guidance=4.5),
+        num_samples=n,
+        seed=0,
+        max_clips=clips,
+        clips_digest="",
+    )
+    rows.write_json(run / "run.json", run_json)
+    samples = {}
+    pairs = []
+    digests = []
+    for i in range(clips):
+        audios = []
+        for k in range(n):
+            usable = {"finite": True, "peak": 1.0, "clipped": 0.0, "digest": f"{i}_{k}"}
+            audios.append(common.FoundSample(clip=f"c{i}", k=k, seed=0, wav="", row=n * i + k, shard="0", **usable))
+            digests.append(audios[-1].digest)
+        samples[f"c{i}"] = audios
+        pairs.append(rows.SplitPair(f"c{i}", winner=0, loser=1, score_c=1.0, source="auto"))
     features = {key: torch.randn(clips, *shape) for key, shape in model.feature_shapes.items()}
-    latents = torch.randn(len(lines), *model.latent_shape)
-    common.save_shard(run / "01_samples/0.pt", latents, features, [line["digest"] for line in lines])
-    samples = {f"c{i}": lines[n * i : n * i + n] for i in range(clips)}
-    return common.Shards(run, samples, model), [dict(clip=clip, winner=0, loser=1) for clip in samples]
+    training.save_shard(run / "01_samples/0.pt", torch.randn(clips * n, *model.latent_shape), features, digests)
+    return training.Shards(run, samples, model), pairs
 
 
 def bench_05(what, run, model, seconds, **more):
@@ -110,23 +128,23 @@ def bench_05(what, run, model, seconds, **more):
     train, steps = stage("05"), itertools.count()
     args = train.parse_args(["--run-dir", str(run)])
     size, micro = args.global_batch, min(args.micro_batch, args.global_batch)
-    reference, weights = model.reference(), model.trainable_parameters()
+    reference, weights = training.frozen_copy(model, bf16=False), model.trainable_parameters()
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6)
 
     def ours():
         step = next(steps)
-        number, batch = train.batch_at(step, [pairs, []], [10**9, 0], args)
+        _, batch = train.batch_at(step, [pairs, []], [10**9, 0], args)
         t, eps = train.draw_t_and_noise(step, model, args)
         optimizer.zero_grad(set_to_none=True)
         sums = train.train_step(model, reference, shards, batch, t, eps, 1, args, "cpu")
-        train.log_row(step, number, sums)
+        train.means_of(training.sum_dict_over_ranks(sums))
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
 
     ready = []
     for part in (pairs[i : i + micro] for i in range(0, size, micro)):
         v, t = torch.randn(2 * len(part), *model.latent_shape), torch.rand(len(part)).repeat(2)
-        ready.append((torch.randn_like(v), t, shards.features([pair["clip"] for pair in part]), v))
+        ready.append((torch.randn_like(v), t, shards.features([pair.clip for pair in part]), v))
 
     def bare():
         optimizer.zero_grad(set_to_none=True)
@@ -146,11 +164,16 @@ def bench_05(what, run, model, seconds, **more):
 
 def bench_01(what, run, model, seconds, five=5, **least):
     """generate_shard's audios of one clip against generate()'s; the encoders give both the same noise at once."""
-    code, sampling = files.mmaudio_modules(), stage("01")
+    code, sampling = upstream_files.mmaudio_modules(), stage("01")
     args = sampling.parse_args(["--run-dir", str(run), "--num-samples", str(five), "--model", model.name])
     (run / "01_samples").mkdir(parents=True, exist_ok=True)
     generator = code.flow_matching.FlowMatching(0, "euler", args.sampling_steps)
-    settings = dict(net=model.net, fm=generator, rng=torch.Generator().manual_seed(0), cfg_strength=args.guidance)
+    settings = dict(
+        net=model.net,
+        fm=generator,
+        rng=torch.Generator().manual_seed(0),
+        cfg_strength=args.guidance,
+    )
     noise = {key: torch.randn(shape) for key, shape in model.feature_shapes.items()}
     utils = types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     utils.decode, utils.vocode = model.codec().decode, model.codec().vocode
@@ -158,7 +181,7 @@ def bench_01(what, run, model, seconds, five=5, **least):
         setattr(utils, f"encode_{name}", lambda x, key=key, **_: noise[key].expand(len(x), -1, -1))
 
     def ours():
-        sampling.generate_shard(model, [{"id": "clip"}], [noise], run / "01_samples", "00000", args)
+        sampling.generate_shard(run, "00000", model, [a_clip()], [noise], args)
 
     @torch.inference_mode()
     def theirs(count):
@@ -176,11 +199,18 @@ def bench_01(what, run, model, seconds, five=5, **least):
 
 
 def bench_scorers(what, classes, folder, clip, clip_s, seconds):
-    for name, scorer in ((name, make(folder, "cpu")) for name, make in classes.items()):
+    for name, make in classes.items():
+        scorer = make(folder, "cpu")
         waves = 0.1 * torch.randn(5, round(clip_s * scorer.sample_rate_hz))
-        known = sides(scorer, [clip], clip_s)
-        together = lambda: scorer(waves.clone(), [clip] * 5, known)  # noqa: B023, E731
-        alone = lambda: [scorer(wave[None], [clip], known) for wave in waves]  # noqa: B023, E731
+        seen = videos_of(scorer, [clip], clip_s)
+
+        def together():
+            scoring.score_waves(scorer, waves, [clip] * 5, seen)  # noqa: B023
+
+        def alone():
+            for wave in waves:  # noqa: B023
+                scoring.score_waves(scorer, wave[None], [clip], seen)  # noqa: B023
+
         compare(f"scorers, five audios together : each alone, {what} {name}", seconds, together, alone)
 
 
@@ -188,10 +218,15 @@ def extra_gb(call):
     """What a call's memory peaks at beyond what was there before, with nothing free in the heap."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    status = lambda: dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())  # noqa: E731
-    before = int(status()["VmRSS"].split()[0])
+    before = status()["VmRSS"]
     call()
-    return (int(status()["VmHWM"].split()[0]) - before) / 2**20
+    return (status()["VmHWM"] - before) / 2**20
+
+
+def status():
+    """What the system says of this process's memory, {name: kB}."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split()[0].rstrip(":"): int(line.split()[1]) for line in lines if line.endswith("kB")}
 
 
 def bench_metrics(n, seconds):
@@ -205,38 +240,51 @@ def bench_metrics(n, seconds):
     isc = dict(feat_layer_name=None, rng_seed=2020, samples_shuffle=True, splits=10)
     pairs = {
         "FD": (lambda: ours.frechet_distance(made, truth), lambda: compute_fd(made, truth)),
-        "IS": (lambda: ours.inception_score(q), lambda: compute_isc(q, **isc)["inception_score_mean"]),
+        "IS": (
+            lambda: ours.inception_score(q),
+            lambda: compute_isc(q, **isc)["inception_score_mean"],
+        ),
         "KL": (lambda: ours.kl_divergence(p, q).mean(), lambda: compute_kl([q], p)["kl_softmax"]),
     }
     for name, calls in pairs.items():
-        (a, b), value, gb = alternate(seconds, *calls), [call() for call in calls], [*map(extra_gb, calls)]
+        (a, b), value, gb = (
+            alternate(seconds, *calls),
+            [call() for call in calls],
+            [*map(extra_gb, calls)],
+        )
         cells = [f"{median(x):.3g} s, {peak:.2f} GB" for x, peak in zip((a, b), gb)]
         said = f"{ratio(a, b)}; values differ by {abs(value[0] / value[1] - 1):.0e} of theirs"
         row(f"metrics, {name} of {n} clips : av-benchmark's", *cells, said)
 
 
 def bench_pesq(repeats=5):
-    voice, took = torch.from_numpy(files.bursts(8.0, 16000)).float(), {0: [], 2: []}
+    voice, took = torch.from_numpy(upstream_files.bursts(8.0, 16000)).float(), {0: [], 2: []}
     waves = voice + 0.01 * torch.randn(20, len(voice))
     for workers in (2, 0) * (repeats + 1):
         began = time.perf_counter()
-        common.pesq_scores([voice] * len(waves), waves, workers)
+        common.media.pesq_scores([voice] * len(waves), waves, workers)
         took[workers].append(time.perf_counter() - began)
     ours, other = took[2][1:], took[0][1:]  # the first starts the processes
-    row("PESQ of 20 audios, two processes : one", *(f"{median(x):.3g} s" for x in (ours, other)), ratio(ours, other))
+    row(
+        "PESQ of 20 audios, two processes : one",
+        *(f"{median(x):.3g} s" for x in (ours, other)),
+        ratio(ours, other),
+    )
 
 
 # Workers -----------------------------------------------------------------------------------------------------
 
 
 def bench_workers(videos, what, clips):
-    read = lambda path: mmaudio.MMAudio.read(mmaudio.MMAudio, {"path": path})  # noqa: E731, it uses clip_s alone
+    def read(path):
+        return mmaudio.MMAudio.read(mmaudio.MMAudio, a_clip(path))  # it uses clip_s alone
+
     began = time.process_time()
     read(videos[0])
     print(f"reading {videos[0].name}: {time.process_time() - began:.2f} CPU s; GPU_S {GPU_S:.2f}")
     for workers in (0, 1, 2):
         began, waited = time.perf_counter(), 0.0
-        found = common.read_ahead(read, [videos[i % len(videos)] for i in range(clips)], workers)
+        found = common.ahead.read_ahead(read, [videos[i % len(videos)] for i in range(clips)], workers)
         for _ in range(clips):
             asked = time.perf_counter()
             if isinstance(seen := next(found), common.SkipClip):
@@ -256,14 +304,17 @@ def main(args):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     world, s = importlib.import_module("00_toy_world"), args.seconds
-    with tempfile.TemporaryDirectory(prefix="bench") as folder, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench") as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         folder = Path(folder)
         shell(sys.executable, "00_toy_world.py", "--size", "tiny", "--run-dir", folder / "toy")
-        toy, label = common.load_model("toy", folder / "toy/00_base.pt"), common.HUMAN_SPEECH_CLASSES[0]
-        bench_05("toy", folder / "05_toy", toy, s, defaults=world.DEFAULTS["default"])
-        clip = dict(read(folder / "toy/clips.jsonl")[0], label="person speaking")
-        clip["path"] = folder / "toy/00_videos" / clip["video"]
-        bench_scorers("toy", world.SCORERS, folder / "toy", clip, world.CLIP_S, s / 4)
+        model = common.load_model("toy", folder / "toy/00_base.pt")
+        bench_05("toy", folder / "05_toy", model, s, defaults=world.DEFAULTS["default"])
+        first = rows.read(folder / "toy/clips.jsonl", rows.Clip)[0]
+        clip = a_clip(folder / "toy/00_videos" / first.video, caption=first.caption, label="person speaking")
+        bench_scorers("toy", toy.SCORERS, folder / "toy", clip, toy.CLIP_S, s / 4)
         bench_pesq()
         if args.clips:
             bench_workers(sorted(args.clips.glob("*.mp4")), f"{args.clips.name}/*.mp4", args.videos)
@@ -272,29 +323,35 @@ def main(args):
         if os.environ.get("UPSTREAM_DIR"):
             bench_metrics(2000, s)
             bench_metrics(15_000, s)
-            clip = dict(id="film", path=files.film(folder / "film.mp4"), caption="a man talks", label=label)
+            film = upstream_files.film(folder / "film.mp4")
+            clip = a_clip(film, caption="a man talks", label=common.HUMAN_SPEECH_CLASSES[0])
             if args.real:
                 (folder / "real").mkdir()
-                files.write_real(folder / "real", "small_16k")
+                upstream_files.write_real(folder / "real", "small_16k")
                 model = common.load_model("mmaudio:small_16k", weights=folder / "real")
                 bench_05("small_16k", folder / "05_real", model, s)
                 bench_01("small_16k", folder / "01_real", model, s, rounds=2)
                 del model
-            files.write_mmaudio(folder, patch)
+            upstream_files.write_mmaudio(folder, patch)
             model = common.load_model("mmaudio:small_16k", weights=folder)
             bench_05("tiny small_16k", folder / "05_tiny", model, s)
             bench_01("tiny small_16k", folder / "01_tiny", model, s)
-            for write in (files.write_synchformer, files.write_imagebind, files.write_passt):
-                write(folder, patch)
-            files.shrink_htsat(patch)
-            files.write_clap(folder, patch)
-            files.shrink_cnn14(patch)
-            files.write_panns(folder)
+            for name in ("synchformer", "imagebind", "passt"):
+                getattr(upstream_files, f"write_{name}")(folder, patch)
+            upstream_files.shrink_htsat(patch)
+            upstream_files.write_clap(folder, patch)
+            upstream_files.shrink_cnn14(patch)
+            upstream_files.write_panns(folder)
             asked = {name: made for name, made in scorers.SCORERS.items() if name not in scorers.JUDGES}
             bench_scorers("tiny", asked, folder, clip, 8.0, s / 4)
         else:
             print("left out, UPSTREAM_DIR is not set: 05 and 01 with small_16k, scorers of the real set, metrics")
-    print("| what : beside what | ours | the other | ratio (quartiles) |", "|---|---|---|---|", *TABLE, sep="\n")
+    print(
+        "| what : beside what | ours | the other | ratio (quartiles) |",
+        "|---|---|---|---|",
+        *TABLE,
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":
@@ -305,4 +362,4 @@ if __name__ == "__main__":
     parser.add_argument("--real", action="store_true", help="also small_16k at its real size")
     parser.add_argument("--count", action="store_true", help="only count the arithmetic of the real networks")
     given = parser.parse_args()
-    files.count() if given.count else main(given)
+    upstream_files.count() if given.count else main(given)

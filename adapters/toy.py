@@ -1,0 +1,670 @@
+"""The toy world's model and scorers (docs/toy.md): every stage runs on a CPU in minutes.
+
+00_toy_world.py draws the world's clips and trains the networks. Here is what the other stages need
+of them, in the same form as of MMAudio and the real scorers: a codec, encoders of picture and
+caption, the velocity network, and scorers.
+"""
+
+import functools
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchaudio
+from tqdm import tqdm
+
+from common import FlowModel, NoAudio, NoFile, Scorer, SkipClip, files, media, stop, weight_file
+
+# Networks so small that a second thread pays in training alone, where no other work waits for the
+# cores.
+TRAINING_THREADS = min(2, torch.get_num_threads())
+torch.set_num_threads(1)
+
+RATE_HZ = 16000
+CLIP_S = 2.0
+FPS = 25
+SAMPLES = int(RATE_HZ * CLIP_S)
+FRAMES = int(FPS * CLIP_S)
+PIXELS = 64  # on file; moments are taken at half of it, where yuv420p has kept all colour
+
+N_FFT = 1024
+HOP = 320  # samples: a mel frame is 20 ms, two per video frame
+MELS = 64
+MEL_FRAMES = 100
+
+PATCH = 4  # mel frames to a token of the latent
+TOKENS = 25
+CHANNELS = 40  # numbers of a token
+
+MOMENTS = 10  # numbers that describe a picture
+EMBED = 32  # width of all embeddings of picture and caption
+
+# Label and caption of each class of sound. A class is known by its place here: its `kind`, 0 to 7.
+CLASSES = {
+    "bell ringing": "a bell ringing",
+    "wood block knocking": "knocking on a wood block",
+    "snare drum": "a snare drum being hit",
+    "water dripping": "water dripping into a sink",
+    "synthesizer": "an electronic synthesizer bleep",
+    "person speaking": "a person speaking single syllables",
+    "bass drum": "the deep thump of a bass drum",
+    "hi-hat": "a closed hi-hat ticking",
+}
+LABELS = list(CLASSES)
+SPEECH = LABELS.index("person speaking")
+OPENINGS = ("", "the sound of ", "we hear ", "close-up: ")  # of captions
+VOCABULARY = sorted(set(" ".join([*CLASSES.values(), *OPENINGS]).split()))
+
+OTHER_VERSION = "made by another version of 00_toy_world.py; make the run folder anew"
+
+
+# --------------------------------------------------------------------------------------------------
+# Codec: log-mel, PCA of patches, Griffin-Lim
+# --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def mel_filters():
+    """Mel filters (513, 64) and their pseudo-inverse (64, 513)."""
+    bins = N_FFT // 2 + 1
+    filters = torchaudio.functional.melscale_fbanks(bins, 30.0, RATE_HZ / 2, MELS, RATE_HZ)
+    return filters, torch.linalg.pinv(filters)
+
+
+def log_mel(waves):
+    """(B, S) -> (B, 100, 64), about zero mean and unit standard deviation.
+
+    S is cut or padded to 2 s; what is not finite is silence.
+    """
+    waves = torch.nan_to_num(waves.float(), 0, 0, 0)
+    waves = media.fit_length(waves, SAMPLES)
+    padded = F.pad(waves, (N_FFT // 2, N_FFT // 2), "reflect")
+    window = torch.hann_window(N_FFT)
+    filters, _ = mel_filters()
+    mels = []
+    for part in padded.split(4):  # what fits the cache
+        frames = part.unfold(1, N_FFT, HOP)[:, :MEL_FRAMES]
+        spectrum = torch.fft.rfft(frames * window)
+        power = torch.view_as_real(spectrum).square().sum(-1)
+        level = (power @ filters + 1e-4).log()
+        mels.append((level + 2.5) / 4)
+    return torch.cat(mels)
+
+
+def overlap_add(frames):
+    """(B, F, 1024), one every 320 samples -> (B, (F + 3) * 320)."""
+    padded = F.pad(frames, (0, 4 * HOP - N_FFT))
+    quarters = padded.unflatten(2, (4, HOP))
+    wave = 0
+    for i in range(4):
+        wave = wave + F.pad(quarters[:, :, i], (0, 0, i, 3 - i))
+    return wave.flatten(1)
+
+
+def griffin_lim(magnitude, steps=4, momentum=0.5):
+    """(B, 101, 513) magnitudes -> (B, 32000), from zero phase.
+
+    torchaudio's, in less than half of its time: without angles, frames side by side. After 4 steps
+    the oracle hears what it hears after 8, within 2 ms and 0.1 dB.
+    """
+    count = magnitude.shape[1]
+    window = torch.hann_window(N_FFT)
+    squares = window.square().expand(1, count, N_FFT)
+    envelope = overlap_add(squares).clamp(min=1e-3)
+
+    def synthesise(spectrum):
+        frames = torch.fft.irfft(spectrum, N_FFT)
+        return overlap_add(frames * window) / envelope
+
+    spectrum = magnitude + 0j
+    previous = 0
+    for _ in range(steps):
+        frames = synthesise(spectrum).unfold(1, N_FFT, HOP)[:, :count]
+        analysed = torch.fft.rfft(frames * window)
+        ahead = analysed - momentum * previous
+        previous = analysed
+        power = torch.view_as_real(ahead).square().sum(-1)
+        scale = magnitude * (power + 1e-12).rsqrt()
+        spectrum = ahead * scale  # the phase of `ahead` alone
+    wave = synthesise(spectrum)
+    return wave[:, N_FFT // 2 :][:, :SAMPLES]
+
+
+class Codec(nn.Module):
+    """Waveform <-> latent (B, 25, 40) with unit standard deviation: PCA of log-mel patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(PATCH * MELS))
+        self.register_buffer("down", torch.zeros(PATCH * MELS, CHANNELS))
+        self.register_buffer("up", torch.zeros(CHANNELS, PATCH * MELS))
+
+    def encode(self, mel):
+        """(B, 100, 64) -> (B, 25, 40)."""
+        patches = mel.reshape(len(mel), TOKENS, PATCH * MELS)
+        return (patches - self.mean) @ self.down
+
+    def mel(self, latents):
+        """(B, 25, 40) -> (B, 100, 64)."""
+        patches = latents @ self.up + self.mean
+        return patches.reshape(len(latents), MEL_FRAMES, MELS)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """(B, 25, 40) -> (B, 32000) on the CPU, by Griffin-Lim without randomness."""
+        _, inverse_filters = mel_filters()
+        waves = []
+        for part in latents.float().cpu().split(4):  # what fits the cache
+            level = 4 * self.mel(part).clamp(max=3.5) - 2.5  # as log_mel made it, backwards
+            power = (level.exp() - 1e-4).clamp(min=0) @ inverse_filters
+            power = torch.cat([power, power[:, -1:]], dim=1)  # a frame every 20 ms, the last at 2 s
+            magnitude = power.clamp(min=0).sqrt()
+            waves.append(griffin_lim(magnitude))
+        return torch.cat(waves)
+
+
+# --------------------------------------------------------------------------------------------------
+# Frozen encoders of picture and caption
+# --------------------------------------------------------------------------------------------------
+
+
+def frame_transform(frame):
+    """(3, H, W) uint8 of any size -> (64, 64, 3) uint8: the central square, averaged down."""
+    _, height, width = frame.shape
+    if (height, width) != (PIXELS, PIXELS):
+        side = min(height, width)
+        top = (height - side) // 2
+        left = (width - side) // 2
+        square = frame[:, top : top + side, left : left + side].float()
+        frame = F.adaptive_avg_pool2d(square, PIXELS).round().to(torch.uint8)
+    return frame.permute(1, 2, 0)
+
+
+def picture_moments(frames):
+    """(50, 64, 64, 3) uint8 -> (50, 10) float32.
+
+    Of what differs from the ground: its mass, place (2), extent (2), hollowness, whether there is
+    anything, and its colour (3).
+    """
+    # Every second pixel and its diagonal neighbour, averaged: (50, 32, 32, 3) in [0, 1].
+    frames = (frames[:, ::2, ::2].float() + frames[:, 1::2, 1::2]) / 510
+    ground = frames.reshape(-1, 3)[::7].median(dim=0).values
+    difference = frames - ground
+    weight = (difference.abs().sum(-1) - 0.25).clamp(min=0)
+    mass = weight.sum((1, 2))
+    # What share of the object's mass is in each pixel, (50, 32, 32): time, y, x.
+    share = weight / mass.clamp(min=1e-3)[:, None, None]
+    share_x = share.sum(1)
+    share_y = share.sum(2)
+
+    grid = (torch.arange(PIXELS // 2) + 0.5) / (PIXELS // 2)
+    centre_x = (share_x * grid).sum(-1)
+    centre_y = (share_y * grid).sum(-1)
+    dx = grid - centre_x[:, None]
+    dy = grid - centre_y[:, None]
+    extent_x = (share_x * dx**2).sum(-1).sqrt()
+    extent_y = (share_y * dy**2).sum(-1).sqrt()
+
+    squared_distance = dx[:, None, :] ** 2 + dy[:, :, None] ** 2
+    near_centre = torch.exp(-(squared_distance / 0.002))
+    in_the_middle = (share * near_centre).sum((1, 2))  # little for a ring, which is hollow
+    colour = (share[..., None] * difference).sum((1, 2))
+
+    columns = [
+        mass / 30,
+        2 * centre_x - 1,
+        2 * centre_y - 1,
+        10 * extent_x,
+        10 * extent_y,
+        4 * in_the_middle,
+        (mass > 0.5).float(),
+    ]
+    return torch.cat([torch.stack(columns, dim=1), 2 * colour], dim=1)
+
+
+def words(caption):
+    """Bag of words (V,) float32. Unknown words vanish; no caption is all zeros."""
+    bag = torch.zeros(len(VOCABULARY))
+    for word in (caption or "").lower().split():
+        if word in VOCABULARY:
+            bag[VOCABULARY.index(word)] = 1.0
+    return bag
+
+
+class VideoTower(nn.Module):
+    """Moments (B, 50, 10) -> an embedding of every frame (B, 50, 32), and of the video (B, 32)."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv1d(MOMENTS, EMBED, 5, padding=2)
+        self.two = nn.Conv1d(EMBED, EMBED, 5, padding=2)
+        self.pool = nn.Linear(2 * EMBED, EMBED)
+
+    def forward(self, moments):
+        x = F.relu(self.one(moments.transpose(1, 2)))
+        x = F.relu(self.two(x))
+        per_frame = x.transpose(1, 2)
+        pooled = torch.cat([x.mean(-1), x.amax(-1)], dim=-1)
+        return per_frame, self.pool(pooled)
+
+
+class VideoEncoder(nn.Module):
+    """The base model's own frozen video encoder.
+
+    A tower, and the two heads by which stage 00 trains it: to mark the hits, to name the class.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.tower = VideoTower()
+        self.strike = nn.Linear(EMBED, 1)
+        self.kind = nn.Linear(EMBED, len(CLASSES))
+
+
+# --------------------------------------------------------------------------------------------------
+# The velocity network: a small diffusion transformer
+# --------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Attention and an MLP, both scaled, shifted and gated by the condition c."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.query = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        # A key bias has no true gradient: Adam would amplify rounding.
+        self.key = nn.Linear(width, width, bias=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 3 * width),
+            nn.GELU(),
+            nn.Linear(3 * width, width),
+        )
+
+    def split_heads(self, x):
+        """(B, T, width) -> (B, heads, T, width / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x, c):
+        """x: (B, T, width); c: (B, width) -> (B, T, width)."""
+        modulation = self.modulation(F.silu(c))[:, None]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
+
+        y = F.layer_norm(x, x.shape[-1:]) * (1 + scale_a) + shift_a
+        q = self.split_heads(self.query(y))
+        k = self.split_heads(self.key(y))
+        v = self.split_heads(self.value(y))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + gate_a * self.out(attended)
+
+        y = F.layer_norm(x, x.shape[-1:]) * (1 + scale_m) + shift_m
+        return x + gate_m * self.mlp(y)
+
+
+class ToyNet(nn.Module):
+    """u(a_t, t, video, text) in the paper's convention: t = 1 is noise, the target is eps - a_0.
+
+    a_t: (B, 25, 40); frames: (B, 25, 64), two video frames to a token; pooled: (B, 32);
+    text: (B, V).
+    """
+
+    def __init__(self, width=96, depth=3, heads=4):
+        super().__init__()
+        self.latent_in = nn.Linear(CHANNELS, width)
+        self.frames_in = nn.Linear(2 * EMBED, width)
+        self.pooled_in = nn.Linear(EMBED, width)
+        self.text_in = nn.Linear(len(VOCABULARY), width)
+        self.place = nn.Parameter(0.02 * torch.randn(1, TOKENS, width))
+        self.null_tokens = nn.Parameter(torch.zeros(1, 1, width))
+        self.null_vector = nn.Parameter(torch.zeros(1, width))
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.last = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, CHANNELS)
+        for layer in (self.last, self.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        frequencies = 1000 * torch.exp(-math.log(1e4) * torch.arange(32) / 32)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def condition(self, frames, pooled, text):
+        """-> `tokens` (B, 25, width), one for each token, and `vector` (B, width)."""
+        return {
+            "tokens": self.frames_in(frames),
+            "vector": self.pooled_in(pooled) + self.text_in(text),
+        }
+
+    def null(self, conditions):
+        """The unconditional counterpart, with as many rows."""
+        return {
+            "tokens": self.null_tokens.expand_as(conditions["tokens"]),
+            "vector": self.null_vector.expand_as(conditions["vector"]),
+        }
+
+    def forward(self, a_t, t, conditions):
+        phase = t.float()[:, None] * self.frequencies
+        time = self.time(torch.cat([phase.sin(), phase.cos()], dim=-1))
+        c = time + conditions["vector"]
+        x = self.latent_in(a_t) + conditions["tokens"] + self.place
+        for block in self.blocks:
+            x = block(x, c)
+        shift, scale = self.last(F.silu(c))[:, None].chunk(2, dim=-1)
+        return self.out(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
+
+
+class Toy(FlowModel):
+    """The pre-trained toy model: `net` is trainable, encoder and codec are frozen.
+
+    Its time is the paper's already.
+    """
+
+    sample_rate_hz = RATE_HZ
+    clip_s = CLIP_S
+    latent_shape = (TOKENS, CHANNELS)
+    feature_shapes = {
+        "frames": (TOKENS, 2 * EMBED),
+        "pooled": (EMBED,),
+        "text": (len(VOCABULARY),),
+    }
+    reads_video = True
+
+    def __init__(self, variant, checkpoint, weights):
+        super().__init__()
+        if variant:
+            stop(f"--model toy:{variant}: the toy model has no variants; give --model toy")
+        if checkpoint is None:
+            advice = "give --checkpoint runs/toy/00_base.pt, which stage 00 writes"
+            stop(f"--model toy: needs its weights; {advice}")
+        state = files.load_pt(checkpoint)
+        if not isinstance(state, dict) or state.get("kind") != "toy base":
+            advice = "give the 00_base.pt that 00_toy_world.py writes"
+            stop(f"{checkpoint}: is not a toy base model; {advice}")
+        if state.get("vocabulary") != VOCABULARY:
+            stop(f"{checkpoint}: {OTHER_VERSION}")
+        self.checkpoint = Path(checkpoint)
+        for name in ("00_scorers.pt", "run.json"):
+            if not self.checkpoint.with_name(name).is_file():
+                stop(f"--checkpoint {checkpoint}: {name} of stage 00 must lie beside it")
+
+        self.net = ToyNet()
+        encoder = VideoEncoder()
+        codec = Codec()
+        files.load_weights(self.net, state.get("net"), checkpoint, OTHER_VERSION, finite=False)
+        files.load_weights(encoder, state.get("encoder"), checkpoint, OTHER_VERSION)
+        files.load_weights(codec, state.get("codec"), checkpoint, OTHER_VERSION)
+        self.net.null_tokens.requires_grad_(False)
+        self.net.null_vector.requires_grad_(False)
+        # In a dict they are no submodules: copying, training and saving do not touch them.
+        self.frozen = {"encoder": encoder.requires_grad_(False), "codec": codec}
+
+    def read(self, clip, others=()):
+        """Moments (50, 10), then what `others` want of the video."""
+        wanted = [(FPS, frame_transform), *others]
+        frames, *for_others = media.read_frames(clip.path, wanted, CLIP_S)
+        return [picture_moments(frames), *for_others]
+
+    @torch.no_grad()
+    def encode(self, clip, tensors):
+        moments = tensors[0]
+        per_frame, pooled = self.frozen["encoder"].tower(moments[None])
+        return {
+            "frames": per_frame.reshape(TOKENS, 2 * EMBED),
+            "pooled": pooled[0],
+            "text": words(clip.caption),
+        }
+
+    def project(self, features):
+        frames = features["frames"].to(self.device).float()
+        pooled = features["pooled"].to(self.device).float()
+        text = features["text"].to(self.device).float()
+        return self.net.condition(frames, pooled, text)
+
+    def null_conditions(self, conditions):
+        return self.net.null(conditions)
+
+    def velocity(self, *given):
+        training = torch.is_grad_enabled()
+        torch.set_num_threads(TRAINING_THREADS if training else 1)
+        return super().velocity(*given)
+
+    def predict(self, a_t, t, conditions):
+        return self.net(a_t, t, conditions)
+
+    def decode(self, latents):
+        return self.frozen["codec"].decode(latents)
+
+    def blocks(self):
+        return self.net.blocks
+
+    def policy_state(self):
+        return {key: value.detach().cpu().clone() for key, value in self.net.state_dict().items()}
+
+    def load_policy(self, path):
+        """path: policy.pt, a bare state dict of ToyNet."""
+        advice = "give the policy.pt of a run whose --model is toy"
+        otherwise = f"is not a policy of the toy model; {advice}"
+        files.load_weights(self.net, files.load_pt(path), path, otherwise, finite=False)
+
+
+ADAPTER = Toy
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks of the scorers
+# --------------------------------------------------------------------------------------------------
+
+
+class AudioTower(nn.Module):
+    """log-mel (B, 100, 64) -> (B, out), and before that an embedding (B, 64)."""
+
+    def __init__(self, out, width=64):
+        super().__init__()
+        self.one = nn.Conv1d(MELS, width, 5, stride=2, padding=2)
+        self.two = nn.Conv1d(width, width, 5, padding=2)
+        self.three = nn.Conv1d(width, width, 5, padding=2)
+        self.mix = nn.Linear(3 * width, 64)
+        self.head = nn.Linear(64, out)
+
+    def embedding(self, mel):
+        x = F.relu(self.one(mel.transpose(1, 2)))
+        x = F.relu(self.two(x))
+        x = F.relu(self.three(x))
+        # The minimum hears noise, but no tails.
+        pooled = torch.cat([x.mean(-1), x.amax(-1), x.amin(-1)], dim=-1)
+        return self.mix(pooled)
+
+    def classify(self, embedding):
+        return self.head(F.relu(embedding))
+
+    def forward(self, mel):
+        return self.classify(self.embedding(mel))
+
+
+class PooledVideoTower(VideoTower):
+    """Moments (B, 50, 10) -> the embedding of the video alone, (B, 32)."""
+
+    def forward(self, moments):
+        _, pooled = super().forward(moments)
+        return pooled
+
+
+def text_tower():
+    """words (B, V) -> (B, 32)."""
+    return nn.Sequential(nn.Linear(len(VOCABULARY), EMBED), nn.ReLU(), nn.Linear(EMBED, EMBED))
+
+
+class Match(nn.Module):
+    """Towers for sound and for something else, video or caption, to be compared by cosine."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.sound = AudioTower(EMBED)
+        self.other = other
+
+
+class SyncNet(nn.Module):
+    """Offset of sound against picture.
+
+    The correlation of eight learned channels at 21 lags of 40 ms, then softmax.
+    """
+
+    LAGS = 10  # video frames, to either side
+
+    def __init__(self):
+        super().__init__()
+        self.sound = nn.Sequential(
+            nn.Conv1d(MELS, 32, 5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.Conv1d(32, 32, 5, padding=2),
+            nn.ReLU(),
+            nn.Conv1d(32, 8, 1),
+        )
+        self.sight = nn.Sequential(
+            nn.Conv1d(MOMENTS, 32, 5, padding=2),
+            nn.ReLU(),
+            nn.Conv1d(32, 32, 5, padding=2),
+            nn.ReLU(),
+            nn.Conv1d(32, 8, 1),
+        )
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def embed_picture(self, moments):
+        """(B, 50, 10) -> (B, 8, 50) with unit norm."""
+        return F.normalize(self.sight(moments.transpose(1, 2)), dim=(1, 2))
+
+    def embed_sound(self, mel):
+        """(B, 100, 64) -> (B, 8, 50) with unit norm."""
+        return F.normalize(self.sound(mel.transpose(1, 2)), dim=(1, 2))
+
+    def forward(self, mel, picture):
+        """mel: (B, 100, 64); picture: (B, 8, 50) -> logits of the lag (B, 21), from -10 to 10 video
+        frames; positive when the sound comes late."""
+        sound = F.pad(self.embed_sound(mel), (self.LAGS, self.LAGS))
+        shifted = sound.unfold(2, FRAMES, 1)  # (B, 8, 21, 50)
+        return self.scale * (shifted * picture[:, :, None]).sum((1, 3))
+
+    def desync_s(self, logits):
+        """E|offset| in seconds, (B,)."""
+        offset_s = torch.arange(-self.LAGS, self.LAGS + 1).abs() / FPS
+        return logits.softmax(-1) @ offset_s
+
+
+# --------------------------------------------------------------------------------------------------
+# Scorers
+# --------------------------------------------------------------------------------------------------
+
+class ToyScorer(Scorer):
+    """All of AudioScore's five, and what stage 07 needs besides: networks so small that they hear
+    an audio together.
+
+    ib: cosine of video and sound; clap: of caption and sound, nan without caption; desync_s:
+    expected |offset| of sound against picture in seconds; logits (B, 8) and embedding (B, 64) of
+    the tagger, for score_4 and for FD, KL, IS; pesq: the real package's.
+    """
+
+    sample_rate_hz = RATE_HZ
+    files = ("00_scorers.pt",)
+    reads = ("caption", "video", "reference")
+    frames = (FPS, frame_transform)
+    video_shapes = {"ib": (EMBED,), "sync": (8, FRAMES)}
+
+    def __init__(self, weights, device):
+        path = weight_file(weights, self.files[0])
+        state = files.load_pt(path)
+        if not isinstance(state, dict) or state.get("kind") != "toy scorers":
+            stop(f"{path}: {OTHER_VERSION}")
+        if state.get("vocabulary") != VOCABULARY:
+            stop(f"{path}: {OTHER_VERSION}")
+        self.imagebind = Match(PooledVideoTower())
+        self.clap = Match(text_tower())
+        self.synchformer = SyncNet()
+        self.panns = AudioTower(len(CLASSES))
+        self.codec = Codec()
+        for part in ("imagebind", "clap", "synchformer", "panns", "codec"):
+            network = getattr(self, part)
+            files.load_weights(network, state.get(part), path, OTHER_VERSION)
+            network.requires_grad_(False)
+
+    def embed_video(self, frames):
+        moments = picture_moments(frames)[None]
+        return {
+            "ib": self.imagebind.other(moments)[0],
+            "sync": self.synchformer.embed_picture(moments)[0],
+        }
+
+    def score(self, waves, clips, videos):
+        mel = log_mel(waves)
+        embedding = self.panns.embedding(mel)
+        sync_logits = self.synchformer(mel, videos["sync"])
+        return {
+            "ib": F.cosine_similarity(self.imagebind.sound(mel), videos["ib"]),
+            "clap": F.cosine_similarity(self.clap.sound(mel), self.embed_captions(clips)),
+            "desync_s": self.synchformer.desync_s(sync_logits),
+            "logits": self.panns.classify(embedding),
+            "embedding": embedding,
+            "pesq": media.pesq_scores([self.reference(clip) for clip in clips], waves, self.workers),
+        }
+
+    def embed_captions(self, clips):
+        """(B, 32), nan for a clip without caption."""
+        embeddings = torch.full((len(clips), EMBED), math.nan)
+        for row, clip in enumerate(clips):
+            if clip.caption is not None:
+                embeddings[row] = self.clap.other(words(clip.caption)[None])[0]
+        return embeddings
+
+    def reference(self, clip):
+        """The clip's own sound, (32000,); None where PESQ does not apply: no speech, no sound.
+
+        It goes through the codec: against the untouched original, Griffin-Lim's phases alone cost
+        so much that nothing else would be heard.
+        """
+        if clip.label != LABELS[SPEECH]:
+            return None
+        return self.reference_of(clip.path)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019, a clip's audios follow each other
+    def reference_of(self, path):
+        try:
+            wave = media.read_audio(path, RATE_HZ, CLIP_S)
+        except NoAudio:  # a silent film
+            return None
+        except NoFile:
+            files.gone(path)
+        except SkipClip as reason:
+            tqdm.write(f"{path}: {reason}; PESQ cannot use it", file=sys.stderr)
+            return None
+        latents = self.codec.encode(log_mel(wave[None]))
+        sound = self.codec.decode(latents)[0]
+        return None if sound.abs().max() <= 1e-3 else sound
+
+
+SCORERS = {"toy": ToyScorer}
+
+# Where AudioScore's five are said: {name: (scorer, tensor)}.
+AUDIOSCORE = {
+    "ib": ("toy", "ib"),
+    "clap": ("toy", "clap"),
+    "desync_s": ("toy", "desync_s"),
+    "logits": ("toy", "logits"),
+    "pesq": ("toy", "pesq"),
+}
+
+# What stage 07 makes of them: {metric: (how, scorer, tensor)}; `mean` over clips, or a formula over
+# the set of audios.
+MEASURES = {
+    "fd": ("fd", "toy", "embedding"),
+    "kl": ("kl", "toy", "logits"),
+    "is": ("is", "toy", "logits"),
+    "ib": ("mean", "toy", "ib"),
+    "clap": ("mean", "toy", "clap"),
+    "desync_s": ("mean", "toy", "desync_s"),
+}

@@ -1,0 +1,75 @@
+"""Processes under torchrun or alone, and their devices."""
+
+import os
+import sys
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from plumbing.files import stop
+
+
+class Ranks(NamedTuple):
+    """Which of how many processes this is, and the device that it computes on."""
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def share(self, items):
+        """The items that fall to this process."""
+        return items[self.rank :: self.world]
+
+
+def setup():
+    """Joins the other processes of torchrun, by nccl on CUDA, by gloo elsewhere. Others than the first speak of errors
+    alone."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
+    device = "cpu"
+    options = {}
+    if torch.cuda.is_available():
+        here = torch.cuda.device_count()
+        if local >= here:
+            stop(f"process {local} of this node has no GPU ({here} here); lower --nproc_per_node")
+        device = f"cuda:{local}"
+        options["device_id"] = torch.device(device)
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():
+        to_meet = timedelta(seconds=60)
+        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=to_meet))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # Restarted by torchrun, ranks would find their predecessors' addresses, and wait for them.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "gloo" if device == "cpu" else "nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=to_meet, **options)
+        to_wait = timedelta(hours=12)  # for the slowest clip, scorer or encoder
+        dist.distributed_c10d._set_pg_timeout(to_wait)
+    return Ranks(rank, world, device)
+
+
+def is_first():
+    """Whether this is the one process that prints and writes what all share."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
