@@ -714,7 +714,10 @@ def main(args):
         usable, silent = find_audio(run, run_json, systems, clips, here, args)
 
         # -- scores
-        blocks_of = {name: clip_blocks(run, name, clips, usable[name], args.split) for name in systems}
+        blocks_of = {}
+        for name in systems:
+            blocks = clip_blocks(run, name, clips, usable[name], args.split)
+            blocks_of[name] = [block for block in blocks if block.audios]
         blocks = [block for name in systems for block in blocks_of[name]]
         scoring.score(blocks, scorers, names, run_json.clip_s, here, args.workers)
         if not here.first:

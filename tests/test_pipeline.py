@@ -1151,6 +1151,16 @@ def test_a_folder_of_audio_is_a_system_and_the_truth_itself_is_at_distance_0(run
     assert (found["published", "ib"]["n"], found["ground_truth", "ib"]["n"]) == (5, 6)
 
 
+def test_a_system_without_audio_for_a_whole_block_of_clips_is_judged_on_the_others(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "BLOCK_CLIPS", 4)
+    clips = [clip["id"] for clip in read(run / "clips.jsonl") if clip["split"] == "test"]
+    for clip in clips[:3]:
+        shutil.copy(run / "07_audio/base" / f"{clip}.wav", tmp_path / f"{clip}.wav")
+    call("07", run, "--systems", "base", f"few={tmp_path}", "--allow-missing")
+    found = results(run)
+    assert (found["few", "ib"]["n"], found["base", "ib"]["n"], len(clips)) == (3, 8, 8)
+
+
 def test_a_test_clip_whose_video_or_sound_cannot_be_read_is_left_out_where_it_must(run, capfd):
     names = [clip["id"] for clip in read(run / "clips.jsonl") if clip["split"] == "test"]
     whole = (run / "00_videos" / f"{names[0]}.mp4").read_bytes()
