@@ -561,7 +561,16 @@ def train_flow(net, encoder, clips, codec, size, seed):
         for key, value in net.state_dict().items():
             averages[key].lerp_(value, share)
 
-    fit(net, loss, len(latents), size["batch"], size["base_steps"], seed, "base model", after=average)
+    fit(
+        net,
+        loss,
+        len(latents),
+        size["batch"],
+        size["base_steps"],
+        seed,
+        "base model",
+        after=average,
+    )
     return averages
 
 

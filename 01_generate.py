@@ -48,34 +48,58 @@ def parse_args(argv=None):
     io = parser.io
     paper = parser.paper
     engineering = parser.engineering
-    io.add_argument("--model", help="toy, mmaudio:small_16k ... mmaudio:large_44k, frieren; the toy run knows its own")
-    io.add_argument("--checkpoint", help="weights of the velocity network, if not the upstream file under --weights")
+    io.add_argument(
+        "--model",
+        help="toy, mmaudio:small_16k ... mmaudio:large_44k, frieren; the toy run knows its own",
+    )
+    io.add_argument(
+        "--checkpoint",
+        help="weights of the velocity network, if not the upstream file under --weights",
+    )
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     io.add_argument("--clips", help=".jsonl, VGGSound's .csv or MMAudio's .tsv")
-    io.add_argument("--test-list", help="MMAudio's sets/vgg-test.tsv: the test split is exactly these clips")
+    io.add_argument(
+        "--test-list", help="MMAudio's sets/vgg-test.tsv: the test split is exactly these clips"
+    )
     io.add_argument("--videos", help="folder of videos")
     io.add_argument("--cavp", help="Frieren only: folder of CAVP features, <id>.npz or <id>.npy")
-    io.add_argument("--strict", action="store_true", help="a video that cannot be used is an error, not a counted skip")
+    io.add_argument(
+        "--strict",
+        action="store_true",
+        help="a video that cannot be used is an error, not a counted skip",
+    )
     described = "train clips, a seeded random subset; 0 only prepares the run folder, for stage 07 [Sec. 2.2]"
     paper.add_argument("--max-clips", type=number(int, 0), default=50_000, help=described)
-    paper.add_argument("--num-samples", type=number(int, 2), default=5, help="audios per clip [Sec. 3.1]")
-    paper.add_argument("--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]")
-    paper.add_argument("--sampling-steps", type=number(int, 1), default=25, help="Euler steps; upstream's")
-    engineering.add_argument("--compile", action="store_true", help="torch.compile the network that samples")
-    engineering.add_argument("--batch-clips", type=number(int, 1), default=4, help="clips sampled together")
-    engineering.add_argument("--seed", type=number(int, 0), default=0, help="of the clips' draw and all noise")
+    paper.add_argument(
+        "--num-samples", type=number(int, 2), default=5, help="audios per clip [Sec. 3.1]"
+    )
+    paper.add_argument(
+        "--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]"
+    )
+    paper.add_argument(
+        "--sampling-steps", type=number(int, 1), default=25, help="Euler steps; upstream's"
+    )
+    engineering.add_argument(
+        "--compile", action="store_true", help="torch.compile the network that samples"
+    )
+    engineering.add_argument(
+        "--batch-clips", type=number(int, 1), default=4, help="clips sampled together"
+    )
+    engineering.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of the clips' draw and all noise"
+    )
     common.workers_flag(parser)
     return common.parse(parser, argv, "01")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Clips in
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def clips_of_table(path):
-    """VGGSound's csv or MMAudio's tsv as rows.ListedClip; ids in upstream's form, `<youtube id>_<start second, 6
-    digits>`; the label is the caption too."""
+    """VGGSound's csv or MMAudio's tsv as rows.ListedClip; ids in upstream's form, `<youtube
+    id>_<start second, 6 digits>`; the label is the caption too."""
     found = []
     if path.suffix.lower() == ".tsv":
         word = re.split(r"[-_. ]", path.stem)[-1].lower()
@@ -90,10 +114,18 @@ def clips_of_table(path):
             where = f"{path}, line {line}"
             start = cells["start second"]
             if not files.is_name(cells["youtube id"]):
-                stop(f"{where}, field 'youtube id': {cells['youtube id']!r:.60} is not a name that a file can have")
+                stop(
+                    f"{where}, field 'youtube id': {cells['youtube id']!r:.60} is not a name that "
+                    "a file can have"
+                )
             if not start.isdecimal() or len(start) > 6:
-                stop(f"{where}, field 'start second': {start!r:.60} is not a whole number of up to six digits")
-            found.append((line, f"{cells['youtube id']}_{int(start):06d}", cells["label"], cells["split"]))
+                stop(
+                    f"{where}, field 'start second': {start!r:.60} is not a whole number of up to "
+                    "six digits"
+                )
+            found.append(
+                (line, f"{cells['youtube id']}_{int(start):06d}", cells["label"], cells["split"])
+            )
     clips = []
     for line, name, label, split in found:
         clip = {"id": name, "caption": label, "label": label, "split": split}
@@ -116,8 +148,8 @@ def clips_of_jsonl(path):
 
 
 def files_below(root):
-    """Paths relative to root, sorted, without hidden ones. A folder that cannot be read stops the stage: pathlib would
-    leave it out."""
+    """Paths relative to root, sorted, without hidden ones. A folder that cannot be read stops the
+    stage: pathlib would leave it out."""
 
     def refuse(error):
         raise error
@@ -132,7 +164,8 @@ def files_below(root):
 
 
 def clips_of_folder(root, strict):
-    """Every video of a folder, for training. Those whose name cannot name a clip are said, or with `strict` refused."""
+    """Every video of a folder, for training. Those whose name cannot name a clip are said, or with
+    `strict` refused."""
     videos = [path for path in files_below(root) if path.suffix.lower() in VIDEO_SUFFIXES]
     if not videos:
         stop(f"--videos {root}: no video ({', '.join(VIDEO_SUFFIXES[::2])}) in this folder")
@@ -166,7 +199,8 @@ def listed_clips(args):
 
 
 def with_test_list(clips, path):
-    """The test split becomes exactly the clips of MMAudio's list; what --clips says of them is kept."""
+    """The test split becomes exactly the clips of MMAudio's list; what --clips says of them is
+    kept."""
     listed = {clip.id: clip for clip in clips}
     test = clips_of_table(path)
     names = {clip.id for clip in test}
@@ -179,8 +213,8 @@ def with_test_list(clips, path):
 
 
 def check_clips(clips, where):
-    """Ids are unique, one split each. Says which YouTube ids recur across splits, since one video's clips sound alike,
-    and how many clips PESQ will apply to."""
+    """Ids are unique, one split each. Says which YouTube ids recur across splits, since one video's
+    clips sound alike, and how many clips PESQ will apply to."""
     split_of = {}
     splits_of_video = defaultdict(set)
     for i, clip in enumerate(clips, 1):
@@ -194,11 +228,16 @@ def check_clips(clips, where):
     shared = sorted(video for video, splits in splits_of_video.items() if len(splits) > 1)
     if shared:
         more = " ..." if len(shared) > 10 else ""
-        print(f"{len(shared)} YouTube ids occur in more than one split: {' '.join(shared[:10])}{more}")
+        print(
+            f"{len(shared)} YouTube ids occur in more than one split: {' '.join(shared[:10])}{more}"
+        )
     captions = sum(bool(clip.caption) for clip in clips)
     labels = sum(bool(clip.label) for clip in clips)
     speech = sum(clip.label in common.HUMAN_SPEECH_CLASSES for clip in clips)
-    print(f"clips: {len(clips)}, with caption {captions}, with label {labels}, of human speech {speech}")
+    print(
+        f"clips: {len(clips)}, with caption {captions}, with label {labels}, of human speech "
+        f"{speech}"
+    )
 
 
 def find_video(clip, root, where):
@@ -211,7 +250,8 @@ def find_video(clip, root, where):
 
 
 def gather_clips(args):
-    """From the user's list: the lines of clips.jsonl (videos that exist) and of 01_missing.jsonl."""
+    """From the user's list: the lines of clips.jsonl (videos that exist) and of
+    01_missing.jsonl."""
     where = " and ".join(filter(None, (args.clips or args.videos, args.test_list)))
     root = Path(args.videos).resolve()
     clips = listed_clips(args)
@@ -228,25 +268,36 @@ def gather_clips(args):
             continue
         caption = clip.caption or None
         label = clip.label or None
-        found.append(rows.Clip(id=clip.id, video=name, caption=caption, label=label, split=clip.split))
+        found.append(
+            rows.Clip(id=clip.id, video=name, caption=caption, label=label, split=clip.split)
+        )
     if missing and args.strict:
         first = missing[0]
-        stop(f"{len(missing)} of {len(clips)} videos are missing, first {first.id} ({first.reason})")
+        stop(
+            f"{len(missing)} of {len(clips)} videos are missing, first {first.id} ({first.reason})"
+        )
     have = Counter(clip.split for clip in found)
     listed = Counter(clip.split for clip in clips)
-    print("videos found: " + ", ".join(f"{split} {have[split]} of {listed[split]}" for split in sorted(listed)))
+    print(
+        "videos found: "
+        + ", ".join(f"{split} {have[split]} of {listed[split]}" for split in sorted(listed))
+    )
     if not found:
-        stop(f"none of the {len(clips)} clips of {where} has a video below {args.videos}: {missing[0].reason} ...")
+        stop(
+            f"none of the {len(clips)} clips of {where} has a video below {args.videos}: "
+            f"{missing[0].reason} ..."
+        )
     return found, missing
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run: run.json and its record
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def check_flags(run, world, own_clips, args):
-    """Flags that do not fit together or to this run. own_clips: stage 00 wrote clips.jsonl itself."""
+    """Flags that do not fit together or to this run. own_clips: stage 00 wrote clips.jsonl
+    itself."""
     if own_clips and not args.model:
         stop(f"{run}: stage 00 has not finished; run it again with --run-dir {run}")
     if own_clips and not (run / "clips.jsonl").exists():
@@ -264,8 +315,8 @@ def check_flags(run, world, own_clips, args):
 
 
 def places(world, args):
-    """Where things lie, for the stages to come and for people: fields of run.json. They are no part of the record:
-    what has moved is still the same."""
+    """Where things lie, for the stages to come and for people: fields of run.json. They are no part
+    of the record: what has moved is still the same."""
     found = {} if world is None else rows.as_dict(world)
     if args.videos:
         found["video_root"] = str(Path(args.videos).resolve())
@@ -277,7 +328,9 @@ def places(world, args):
     checkpoint = Path(args.checkpoint).resolve()
     found["checkpoint"] = str(checkpoint)
     beside = checkpoint.with_name("run.json")
-    if beside.is_file():  # a world's model keeps its scorers and its replacements for the paper's numbers
+    if (
+        beside.is_file()
+    ):  # a world's model keeps its scorers and its replacements for the paper's numbers
         own = rows.read_json(beside, rows.World)
         found["defaults"] = own.defaults
         if own.scorers != "real":
@@ -287,23 +340,29 @@ def places(world, args):
 
 
 def claim_run(stage, settings, model):
-    """The record of stage 01. Returns whether the run was only prepared before, by --max-clips 0, and may get its train
-    clips now."""
+    """The record of stage 01. Returns whether the run was only prepared before, by --max-clips 0,
+    and may get its train clips now."""
     prepared = False
     if stage.file.exists():
         before = rows.read_json(stage.file, rows.Record).settings
         same_model = before.get("model") == settings["model"]
         if same_model and before.get("checkpoint_digest") != settings["checkpoint_digest"]:
-            stop(f"{model.checkpoint}: not the checkpoint that {stage.run} was made with; give that one, or {ADVICE}")
+            stop(
+                f"{model.checkpoint}: not the checkpoint that {stage.run} was made with; give that "
+                f"one, or {ADVICE}"
+            )
         prepared = before.get("max_clips") == 0
         if prepared:
             may_change = {key: before.get(key) for key in ("max_clips", "clips_digest")}
-            record.compare(stage.file, rows.Record(settings=settings | may_change, inputs={}), ADVICE)
+            record.compare(
+                stage.file, rows.Record(settings=settings | may_change, inputs={}), ADVICE
+            )
     return prepared
 
 
 def prepare_run(run, stage, world, own_clips, model, args):
-    """run.json, clips.jsonl and 01_missing.jsonl, or the proof that those of this run are of the same settings."""
+    """run.json, clips.jsonl and 01_missing.jsonl, or the proof that those of this run are of the
+    same settings."""
     settings = {
         "model": args.model,
         "checkpoint_digest": model.checkpoint_digest,
@@ -325,26 +384,31 @@ def prepare_run(run, stage, world, own_clips, model, args):
         own = {clip.id for clip in rows.read(listed, rows.Clip)}
         now = {clip.id for clip in found}
         if own != now:
-            print(f"{listed} stays as it is: {len(now - own)} videos appeared since, {len(own - now)} vanished")
+            print(
+                f"{listed} stays as it is: {len(now - own)} videos appeared since, "
+                f"{len(own - now)} vanished"
+            )
     settings["clips_digest"] = files.digest(listed)
     stage.write(settings, redo=prepared)
     run_json = rows.typed(places(world, args) | settings, rows.Run, run / "run.json")
     rows.write_json(run / "run.json", run_json)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Audios out
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def encode(model, clip, videos):
-    """The clip's features, or the SkipClip that says why it has none. videos: what `model.read` read, in order."""
+    """The clip's features, or the SkipClip that says why it has none. videos: what `model.read`
+    read, in order."""
     tensors = next(videos)
     return tensors if isinstance(tensors, SkipClip) else model.encode(clip, tensors)
 
 
 def is_whole(folder, shard, clips, wavs):
-    """Whether each clip of a shard is used or skipped, its latents and wavs there. wavs: names of the run's wavs."""
+    """Whether each clip of a shard is used or skipped, its latents and wavs there. wavs: names of
+    the run's wavs."""
     if not (folder / f"{shard}.jsonl").exists():
         return False
     samples = rows.read(folder / f"{shard}.jsonl", rows.Sample)
@@ -358,8 +422,9 @@ def is_whole(folder, shard, clips, wavs):
 
 
 def holds_tensors(file, samples):
-    """Whether a shard's .pt is the one that was written with these lines. Its directory is at its end: one that was cut
-    cannot be opened. Its rows are checked when they are read (training.Shards)."""
+    """Whether a shard's .pt is the one that was written with these lines. Its directory is at its
+    end: one that was cut cannot be opened. Its rows are checked when they are read
+    (training.Shards)."""
     if not file.exists():
         return False
     try:
@@ -370,7 +435,8 @@ def holds_tensors(file, samples):
 
 
 def generate_shard(run, shard, model, clips, encoded, args):
-    """Samples, decodes and writes one shard; its .jsonl comes last, so that a shard that has one is whole.
+    """Samples, decodes and writes one shard; its .jsonl comes last, so that a shard that has one is
+    whole.
 
     encoded: for each clip its features, or the SkipClip that says why it has none.
     """
@@ -419,13 +485,17 @@ def generate_shard(run, shard, model, clips, encoded, args):
 
 
 def generate(run, model, blocks, todo, here, args):
-    """All shards of this process. Worker processes decode video ahead; while a shard is sampled, the next one is
-    encoded."""
+    """All shards of this process. Worker processes decode video ahead; while a shard is sampled,
+    the next one is encoded."""
     if todo:
-        model.decode(torch.zeros(1, *model.latent_shape))  # a missing codec is said now, not after the first shard
+        model.decode(
+            torch.zeros(1, *model.latent_shape)
+        )  # a missing codec is said now, not after the first shard
     clips = [clip for i in todo for clip in blocks[i]]
     with closing(ahead.read_ahead(model.read, clips, args.workers)) as videos:
-        encoded = ahead.in_threads(lambda clip: encode(model, clip, videos), clips, threads=1, waiting=SHARD_CLIPS)
+        encoded = ahead.in_threads(
+            lambda clip: encode(model, clip, videos), clips, threads=1, waiting=SHARD_CLIPS
+        )
         with closing(encoded):
             for i in tqdm(todo, unit="shard", disable=not here.first):
                 found = [next(encoded) for _ in blocks[i]]
@@ -436,10 +506,15 @@ def generate(run, model, blocks, todo, here, args):
 
 def refuse_unusable(shard, clips, encoded):
     """--strict, of one shard."""
-    unusable = [f"{clip.id} ({found})" for clip, found in zip(clips, encoded) if isinstance(found, SkipClip)]
+    unusable = [
+        f"{clip.id} ({found})" for clip, found in zip(clips, encoded) if isinstance(found, SkipClip)
+    ]
     if unusable:
         more = " ..." if len(unusable) > 10 else ""
-        stop(f"--strict: {len(unusable)} clips of shard {shard} cannot be used: {', '.join(unusable[:10])}{more}")
+        stop(
+            f"--strict: {len(unusable)} clips of shard {shard} cannot be used: "
+            f"{', '.join(unusable[:10])}{more}"
+        )
 
 
 def print_report(run, train):
@@ -452,13 +527,19 @@ def print_report(run, train):
     for reason, count in Counter(row.reason for row in skipped).most_common(20):
         print(f"  {count} x {reason}, e.g. {example[reason]}")
     if len(skipped) == len(train):
-        stop(f"no train clip of {run} could be used; the reasons are above and in {run}/01_samples/*.skipped.jsonl")
+        stop(
+            f"no train clip of {run} could be used; the reasons are above and in "
+            f"{run}/01_samples/*.skipped.jsonl"
+        )
     samples = [sample for audios in common.read_samples(run).values() for sample in audios]
     broken = sum(not sample.finite for sample in samples)
     silent = sum(sample.peak < common.SILENT_PEAK for sample in samples)
     print(f"audios: {len(samples)}, {broken} not finite (never used in a pair), {silent} silent")
     if max(broken, silent) > 0.01 * len(samples):
-        print("warning: more than 1 % of the audios are broken: look at the checkpoint, --guidance and precision")
+        print(
+            "warning: more than 1 % of the audios are broken: look at the checkpoint, --guidance "
+            "and precision"
+        )
     print(f"next: python 02_fit_audioscore.py --run-dir {run}")
 
 
@@ -491,14 +572,19 @@ def main(args):
         # -- audios
         wavs = {wav.name for wav in (run / "01_audio").glob("*.wav")}
         folder = run / "01_samples"
-        todo = [i for i, block in enumerate(blocks) if not is_whole(folder, f"{i:05d}", block, wavs)]
+        todo = [
+            i for i, block in enumerate(blocks) if not is_whole(folder, f"{i:05d}", block, wavs)
+        ]
         ranks.barrier()  # every rank has seen the same
         generate(run, model, blocks, here.share(todo), here, args)
 
     if not here.first:
         return
     if not train:
-        print(f"prepared {run}, no train clips\nnext: python 07_evaluate.py --run-dir {run} --systems NAME=DIR")
+        print(
+            f"prepared {run}, no train clips\nnext: python 07_evaluate.py --run-dir {run} "
+            "--systems NAME=DIR"
+        )
         return
     print_report(run, train)
 

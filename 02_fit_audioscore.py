@@ -14,8 +14,8 @@ The five scores of an audio (networks: adapters/scorers.py; the toy world's own:
     score_4  is_nats   KL(p(y|a) || p(y)) in nats, y: PANNs' tags; the audio's part of the inception score
     score_5  pesq      PESQ against the clip's own sound, MOS-LQO; only of human speech
 
-AudioScore (common.py) standardises them, takes one that does not apply for the mean, and maps them by Linear(5, 32),
-ReLU, Linear(32, 3), softmax to p = (Good, Medium, Bad).
+AudioScore (common.py) standardises them, takes one that does not apply for the mean, and maps them
+by Linear(5, 32), ReLU, Linear(32, 3), softmax to p = (Good, Medium, Bad).
 
 Reads:
     01_samples/, 01_audio/      stage 01's audios
@@ -42,7 +42,19 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import RATINGS, SCORES, AudioScore, files, number, people, ranks, record, rows, scoring, stop
+from common import (
+    RATINGS,
+    SCORES,
+    AudioScore,
+    files,
+    number,
+    people,
+    ranks,
+    record,
+    rows,
+    scoring,
+    stop,
+)
 
 FOLDS = 5
 
@@ -50,29 +62,50 @@ FOLDS = 5
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     io = parser.io
-    io.add_argument("--ratings", nargs="+", help="answers to 02_to_rate.csv (.csv, .jsonl); else 02_ratings.jsonl")
-    io.add_argument("--ratings-root", help="folder of the files that ratings from elsewhere name as audio and video")
-    io.add_argument("--exclude-rater", nargs="+", action="extend", default=[], help="names whose answers do not count")
+    io.add_argument(
+        "--ratings",
+        nargs="+",
+        help="answers to 02_to_rate.csv (.csv, .jsonl); else 02_ratings.jsonl",
+    )
+    io.add_argument(
+        "--ratings-root",
+        help="folder of the files that ratings from elsewhere name as audio and video",
+    )
+    io.add_argument(
+        "--exclude-rater",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="names whose answers do not count",
+    )
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
-    io.add_argument("--redo", action="store_true", help="replace this stage's outputs; what is scored stays")
+    io.add_argument(
+        "--redo", action="store_true", help="replace this stage's outputs; what is scored stays"
+    )
     paper = parser.paper
-    paper.add_argument("--num-rated-clips", type=number(int, 2), default=2000, help="clips to rate [Sec. 2.1]")
+    paper.add_argument(
+        "--num-rated-clips", type=number(int, 2), default=2000, help="clips to rate [Sec. 2.1]"
+    )
     engineering = parser.engineering
-    engineering.add_argument("--seed", type=number(int, 0), default=0, help="of the draw, the folds and the fit")
+    engineering.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of the draw, the folds and the fit"
+    )
     common.workers_flag(parser)
     return common.parse(parser, argv, "02")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The fit of AudioScore (cross entropy, Sec. 2.1)
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def fit(said, target, seed, steps=200):
-    """AudioScore fitted on n audios: standardiser, marginal p(y), then cross entropy on the raters' shares.
+    """AudioScore fitted on n audios: standardiser, marginal p(y), then cross entropy on the raters'
+    shares.
 
-    said: what the scorers said, {name: (n, ...)}; target: (n, 3). Paper silent: the optimizer. Full-batch AdamW, lr
-    3e-3, weight decay 0.3, 200 steps: of six settings the best cross-validated log-loss in the toy world.
+    said: what the scorers said, {name: (n, ...)}; target: (n, 3). Paper silent: the optimizer.
+    Full-batch AdamW, lr 3e-3, weight decay 0.3, 200 steps: of six settings the best cross-validated
+    log-loss in the toy world.
     """
     torch.manual_seed(seed)
     audioscore = AudioScore(tags=said["logits"].shape[1])
@@ -96,7 +129,8 @@ def select(said, chosen):
 
 
 def cross_validate(said, target, videos, seed):
-    """p (n, 3) of every audio from a fit that saw no other of the same video; videos: the name of each audio's."""
+    """p (n, 3) of every audio from a fit that saw no other of the same video; videos: the name of
+    each audio's."""
     names = sorted(set(videos))
     random.Random(seed).shuffle(names)
     folds = min(FOLDS, len(names))
@@ -112,7 +146,8 @@ def cross_validate(said, target, videos, seed):
 
 
 def print_heldout(p, truth):
-    """Accuracy against the majority class, confusion matrix, calibration of P(Good). p: (n, 3); truth: (n,) classes."""
+    """Accuracy against the majority class, confusion matrix, calibration of P(Good). p: (n, 3);
+    truth: (n,) classes."""
     guess = p.argmax(dim=-1)
     shares = truth.bincount(minlength=len(RATINGS)) / len(truth)
     accuracy = (guess == truth).float().mean()
@@ -129,17 +164,19 @@ def print_heldout(p, truth):
         if inside.any():
             mean = p[inside, 0].mean()
             rate = (truth[inside] == 0).float().mean()
-            print(f"    {i / 5:.1f}-{(i + 1) / 5:.1f}: {mean:.2f} -> {rate:.2f} ({int(inside.sum())})")
+            print(
+                f"    {i / 5:.1f}-{(i + 1) / 5:.1f}: {mean:.2f} -> {rate:.2f} ({int(inside.sum())})"
+            )
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ratings
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def drawn_order(samples, seed):
-    """All clips with audio in a random order. The first --num-rated-clips are to be rated, so that those of a smaller
-    number are among those of a larger one."""
+    """All clips with audio in a random order. The first --num-rated-clips are to be rated, so that
+    those of a smaller number are among those of a larger one."""
     names = sorted(samples)
     random.Random(seed).shuffle(names)
     return names
@@ -151,13 +188,16 @@ def write_rating_sheet(run, to_rate, samples, clips):
     for name in to_rate:
         clip = clips[name]
         for audio in samples[name]:
-            lines.append((name, audio.k, audio.wav, clip.path, people.as_cell(clip.caption), "", ""))
+            lines.append(
+                (name, audio.k, audio.wav, clip.path, people.as_cell(clip.caption), "", "")
+            )
     columns = ("clip", "k", "wav", "video", "caption", "rating", "rater")
     people.write_sheet(run / "02_to_rate.csv", columns, lines, "rating")
 
 
 def read_ratings(paths, samples, root=None):
-    """Every answer, a list of rows.RatingAnswer, each proved to be about an audio of this run, or one below root."""
+    """Every answer, a list of rows.RatingAnswer, each proved to be about an audio of this run, or
+    one below root."""
 
     def checked(line, where):
         if line.get("audio"):
@@ -171,14 +211,18 @@ def read_ratings(paths, samples, root=None):
 
 
 def take_ratings(run, samples, clips, to_rate, root, args):
-    """Writes the sheet, and returns the answers: of --ratings, of simulated people, or those that the run has; None
-    where nobody has answered yet."""
+    """Writes the sheet, and returns the answers: of --ratings, of simulated people, or those that
+    the run has; None where nobody has answered yet."""
     file = run / "02_ratings.jsonl"
     if ranks.is_first():
         write_rating_sheet(run, to_rate, samples, clips)
         asked = [(name, audio.k) for name in to_rate for audio in samples[name]]
         if not args.ratings and common.to_simulate(run, file, asked, args.redo):
-            audios = [(clips[audio.clip], audio.k, run / audio.wav) for name in to_rate for audio in samples[name]]
+            audios = [
+                (clips[audio.clip], audio.k, run / audio.wav)
+                for name in to_rate
+                for audio in samples[name]
+            ]
             rows.write(file, common.people_of(run).simulated_ratings(run, audios, args.seed))
     ranks.barrier()
     if not args.ratings and not file.exists():
@@ -192,7 +236,10 @@ def take_ratings(run, samples, clips, to_rate, root, args):
 def print_how_to_rate(run, to_rate, samples):
     count = sum(len(samples[name]) for name in to_rate)
     if len(to_rate) == len(samples):
-        print("warning: that is every clip, and rated clips are not mined: lower --num-rated-clips to keep some")
+        print(
+            "warning: that is every clip, and rated clips are not mined: lower --num-rated-clips "
+            "to keep some"
+        )
     print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(to_rate)} clips")
     print(f"Fill its column 'rating' ({', '.join(RATINGS)}), or have pages made for it:")
     print(f"      python 08_listen.py rate --run-dir {run}")
@@ -212,9 +259,9 @@ def majority(target):
     return len(RATINGS) - 1 - target.flip(-1).argmax(dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Ratings from elsewhere: of audio that is not this run's, never mined nor tested on
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def video_of(name):
@@ -244,36 +291,46 @@ def clip_from_elsewhere(answer, root):
 
 
 def without_own_videos(answers, clips, root):
-    """The answers less those from elsewhere whose video this run mines or tests on, which are counted."""
+    """The answers less those from elsewhere whose video this run mines or tests on, which are
+    counted."""
     own = set()
     for clip in clips.values():
         own.add(video_of(clip.id))
         own.add(str(clip.path.with_suffix("")))
-    kept = [answer for answer in answers if answer.audio is None or rated_video(answer, root) not in own]
+    kept = [
+        answer for answer in answers if answer.audio is None or rated_video(answer, root) not in own
+    ]
     if len(kept) < len(answers):
-        print(f"left out: {len(answers) - len(kept)} ratings from elsewhere, of videos that this run mines or tests on")
+        print(
+            f"left out: {len(answers) - len(kept)} ratings from elsewhere, of videos that this run "
+            "mines or tests on"
+        )
     return kept
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the scorers say of the rated clips
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def rated_blocks(run, order, samples, clips, answers, root):
-    """Blocks of 32 clips, those of which any audio is rated: this run's clips in the order of the draw, then clips from
-    elsewhere in the order of their names."""
+    """Blocks of 32 clips, those of which any audio is rated: this run's clips in the order of the
+    draw, then clips from elsewhere in the order of their names."""
     audios_of = defaultdict(list)
     for name in order:
         for audio in samples[name]:
-            audios_of[name].append(scoring.Audio(clips[name], audio.k, run / audio.wav, audio.digest))
+            audios_of[name].append(
+                scoring.Audio(clips[name], audio.k, run / audio.wav, audio.digest)
+            )
     blocks = blocks_of(run, "", order, audios_of, {answer.clip for answer in answers})
 
     elsewhere = {(answer.clip, answer.k): answer for answer in answers if answer.audio is not None}
     audios_of = defaultdict(list)
     for (name, k), answer in sorted(elsewhere.items()):
         path = root / answer.audio
-        audios_of[name].append(scoring.Audio(clip_from_elsewhere(answer, root), k, path, files.digest(path)))
+        audios_of[name].append(
+            scoring.Audio(clip_from_elsewhere(answer, root), k, path, files.digest(path))
+        )
     return blocks + blocks_of(run, "elsewhere_", list(audios_of), audios_of, audios_of.keys())
 
 
@@ -290,7 +347,8 @@ def blocks_of(run, prefix, names, audios_of, wanted):
 
 
 def said_of(rated, blocks, scorers):
-    """What the five scorers said of the rated audios, in their order: {name: (n, ...)}. rated: (clip, k) of each."""
+    """What the five scorers said of the rated audios, in their order: {name: (n, ...)}. rated:
+    (clip, k) of each."""
     said = scorers.five(scoring.read_scores(blocks, scorers, scorers.of_audioscore))
     row_of = {}
     for block in blocks:
@@ -300,7 +358,8 @@ def said_of(rated, blocks, scorers):
 
 
 def write_scores(run, rated, scores, truth, samples):
-    """02_scores.jsonl and, of audios from elsewhere, 02_elsewhere.jsonl. scores: (n, 5); truth: (n,) classes."""
+    """02_scores.jsonl and, of audios from elsewhere, 02_elsewhere.jsonl. scores: (n, 5); truth:
+    (n,) classes."""
     own = []
     elsewhere = []
     for (clip, k), five, rating in zip(rated, scores, truth.tolist()):
@@ -362,7 +421,11 @@ def main(args):
 
         # -- fit
         people.print_agreement(kept, lambda answer: RATINGS.index(answer.rating), "ordinal")
-        print(f"ratings: {len(counted)} of {len(shares)} audios of {len({clip for clip, _ in shares})} clips, ", end="")
+        print(
+            f"ratings: {len(counted)} of {len(shares)} audios of "
+            f"{len({clip for clip, _ in shares})} clips, ",
+            end="",
+        )
         counts = Counter(answer.rating for answer in counted)
         print(", ".join(f"{name} {count}" for name, count in counts.most_common()))
         p = cross_validate(said, target, [video_of_audio[audio] for audio in shares], args.seed)
@@ -372,7 +435,9 @@ def main(args):
         # -- save
         write_scores(run, list(shares), audioscore.five_scores(said), truth, samples)
         heldout = {"p": p, "rating": truth}
-        files.save_pt(run / "02_audioscore.pt", {"audioscore": audioscore.state_dict(), "heldout": heldout})
+        files.save_pt(
+            run / "02_audioscore.pt", {"audioscore": audioscore.state_dict(), "heldout": heldout}
+        )
     print(f"wrote {run / '02_audioscore.pt'}")
     print(f"next: python 03_mine_pairs.py --run-dir {run}")
 

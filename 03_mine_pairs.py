@@ -1,4 +1,5 @@
-"""Stage 03: omni-preference pairs, best versus worst by AudioScore, and human choices (Sec. 2.2, Eq. 1-2).
+"""Stage 03: omni-preference pairs, best versus worst by AudioScore, and human choices (Sec. 2.2,
+Eq. 1-2).
 
 Run:
     python 03_mine_pairs.py                                   # toy world: simulated choices
@@ -37,41 +38,65 @@ CLIPPED_SHARE = 0.01  # of samples at full scale: from here on an audio is clipp
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     io = parser.io
-    io.add_argument("--choices", nargs="+", help="answers to 03_to_choose.csv (.csv, .jsonl); else those this run has")
-    io.add_argument("--exclude-rater", nargs="+", action="extend", default=[], help="names whose answers do not count")
+    io.add_argument(
+        "--choices",
+        nargs="+",
+        help="answers to 03_to_choose.csv (.csv, .jsonl); else those this run has",
+    )
+    io.add_argument(
+        "--exclude-rater",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="names whose answers do not count",
+    )
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
-    io.add_argument("--redo", action="store_true", help="replace this stage's outputs; what is scored stays")
+    io.add_argument(
+        "--redo", action="store_true", help="replace this stage's outputs; what is scored stays"
+    )
     paper = parser.paper
-    paper.add_argument("--num-human-pairs", type=number(int, 0), default=2000, help="pairs for people [Sec. 2.2]")
-    paper.add_argument("--min-score-c", type=number(float, -1, 1), default=0.0, help="drop weaker pairs; paper silent")
+    paper.add_argument(
+        "--num-human-pairs", type=number(int, 0), default=2000, help="pairs for people [Sec. 2.2]"
+    )
+    paper.add_argument(
+        "--min-score-c",
+        type=number(float, -1, 1),
+        default=0.0,
+        help="drop weaker pairs; paper silent",
+    )
     engineering = parser.engineering
-    engineering.add_argument("--seed", type=number(int, 0), default=0, help="of the draw of comparisons")
+    engineering.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of the draw of comparisons"
+    )
     common.workers_flag(parser)
     return common.parse(parser, argv, "03")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # p of every audio (Eq. 1)
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def apply_audioscore(blocks, scorers, audioscore):
-    """Writes 03_scores/00012.jsonl of every block; returns {clip: {k: p}}, p = (Good, Medium, Bad)."""
+    """Writes 03_scores/00012.jsonl of every block; returns {clip: {k: p}}, p = (Good, Medium,
+    Bad)."""
     p_of = defaultdict(dict)
     for block in tqdm(blocks, desc="AudioScore", unit="shard"):
         said = scorers.five(scoring.read_scores([block], scorers, scorers.of_audioscore))
         scores = audioscore.five_scores(said)
         lines = []
         for audio, five, p in zip(block.audios, scores, audioscore(scores).tolist()):
-            lines.append(rows.Score(clip=audio.clip.id, k=audio.k, p=p, **common.score_fields(five)))
+            lines.append(
+                rows.Score(clip=audio.clip.id, k=audio.k, p=p, **common.score_fields(five))
+            )
             p_of[audio.clip.id][audio.k] = tuple(p)
         rows.write(block.scores / f"{block.name}.jsonl", lines)
     return p_of
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Best versus worst (Eq. 2)
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def may_win(audio):
@@ -82,8 +107,8 @@ def may_win(audio):
 def select_pair(p, winners, losers):
     """Eq. 2: winner = argmax P(Good), loser = argmax P(Bad).
 
-    p: {k: (Good, Medium, Bad)} of one clip's audios; winners, losers: the k that may be one. Returns (winner, loser),
-    or the reason why the clip makes no pair.
+    p: {k: (Good, Medium, Bad)} of one clip's audios; winners, losers: the k that may be one.
+    Returns (winner, loser), or the reason why the clip makes no pair.
     """
     if len(losers) < 2 or not winners:
         return "fewer than two usable audios"
@@ -92,7 +117,10 @@ def select_pair(p, winners, losers):
     winner = max(p_good, key=p_good.get)
     loser = max(p_bad, key=p_bad.get)
     # Paper silent: ties. An audio that ties with another is not the best or the worst.
-    if list(p_good.values()).count(p_good[winner]) > 1 or list(p_bad.values()).count(p_bad[loser]) > 1:
+    if (
+        list(p_good.values()).count(p_good[winner]) > 1
+        or list(p_bad.values()).count(p_bad[loser]) > 1
+    ):
         return "tie"
     if winner == loser:
         return "winner is loser"
@@ -100,7 +128,8 @@ def select_pair(p, winners, losers):
 
 
 def mine(samples, p_of, rated, min_score_c):
-    """Pairs of all clips that were not rated, and a count of the clips that make none, by reason."""
+    """Pairs of all clips that were not rated, and a count of the clips that make none, by
+    reason."""
     pairs = []
     dropped = Counter()
     for clip, audios in samples.items():
@@ -126,15 +155,15 @@ def pair_of(clip, winner, loser, p_of):
     return rows.Pair(clip=clip, winner=winner, loser=loser, p_winner=p[winner], p_loser=p[loser])
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What people choose (Sec. 2.2)
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def comparisons(samples, ratings, count, seed):
-    """Pairs of one rated clip's audios with the same rating, which AudioScore's classes cannot tell apart: what is left
-    to prefer is the aesthetic appeal. ratings: of rows.RatedScore. Returns [(clip, a, b), ...], sorted, of as many
-    clips as possible."""
+    """Pairs of one rated clip's audios with the same rating, which AudioScore's classes cannot tell
+    apart: what is left to prefer is the aesthetic appeal. ratings: of rows.RatedScore. Returns
+    [(clip, a, b), ...], sorted, of as many clips as possible."""
     rating_of = defaultdict(dict)
     for row in ratings:
         rating_of[row.clip][row.k] = row.rating
@@ -164,7 +193,8 @@ def write_choice_sheet(run, asked, wav_of, clips):
 
 
 def read_choices(paths, samples):
-    """Every answer, a list of rows.ChoiceAnswer, each proved to be about two audios of a clip of this run."""
+    """Every answer, a list of rows.ChoiceAnswer, each proved to be about two audios of a clip of
+    this run."""
 
     def checked(line, where):
         a = common.known_k(line, samples, where, "a")
@@ -178,15 +208,20 @@ def read_choices(paths, samples):
 
 
 def take_choices(run, samples, clips, ratings, args):
-    """Writes the sheet, and returns the answers: of --choices, of simulated people, or those that the run has; none
-    where nobody has chosen."""
+    """Writes the sheet, and returns the answers: of --choices, of simulated people, or those that
+    the run has; none where nobody has chosen."""
     file = run / "03_human_choices.jsonl"
     if ranks.is_first():
         asked = comparisons(samples, ratings, args.num_human_pairs, args.seed)
-        wav_of = {(audio.clip, audio.k): audio.wav for audios in samples.values() for audio in audios}
+        wav_of = {
+            (audio.clip, audio.k): audio.wav for audios in samples.values() for audio in audios
+        }
         write_choice_sheet(run, asked, wav_of, clips)
         if not args.choices and common.to_simulate(run, file, asked, args.redo):
-            audios = [(clips[clip], a, b, run / wav_of[clip, a], run / wav_of[clip, b]) for clip, a, b in asked]
+            audios = [
+                (clips[clip], a, b, run / wav_of[clip, a], run / wav_of[clip, b])
+                for clip, a, b in asked
+            ]
             rows.write(file, common.people_of(run).simulated_choices(run, audios, args.seed))
     ranks.barrier()
     if not args.choices and not file.exists():
@@ -219,26 +254,33 @@ def human_pairs(answers, p_of):
     return pairs
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Report, main
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def print_mined(run, samples, pairs, dropped):
     print(f"clips: {len(samples)} in, {len(pairs)} pairs kept, dropped: ", end="")
     print(", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "none")
     if not pairs:
-        stop(f"{run}: no pair could be mined, see above; give 01 more clips, or 02 a lower --num-rated-clips")
+        stop(
+            f"{run}: no pair could be mined, see above; give 01 more clips, or 02 a lower "
+            "--num-rated-clips"
+        )
     values = torch.tensor([common.score_c(pair.p_winner, pair.p_loser) for pair in pairs])
     low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     print(f"score_c: median {median:.3f}, 90 % between {low:.3f} and {high:.3f}")
     negative = int((values < 0).sum())
     if negative:
         print(
-            f"warning: {negative} of {len(pairs)} pairs have a negative score_c: AudioScore likes their winner "
+            f"warning: {negative} of {len(pairs)} pairs have a negative score_c: AudioScore likes "
+            "their winner "
             "less than their loser; give --min-score-c 0"
         )
-    print(f"  --min-score-c {values.quantile(0.08):.3f} would drop 8 %, the paper's share (50K to about 46K)")
+    print(
+        f"  --min-score-c {values.quantile(0.08):.3f} would drop 8 %, the paper's share (50K to "
+        "about 46K)"
+    )
 
 
 def print_chosen(run, kept, counted, pairs, ratings):
@@ -247,8 +289,14 @@ def print_chosen(run, kept, counted, pairs, ratings):
         ties = sum(answer.choice == "tie" for answer in counted)
         print(f"human choices: {len(counted)} in ({ties} ties), {len(pairs)} pairs")
     elif ratings:
-        print(f"no human choices: to add some, fill {run / '03_to_choose.csv'}, or have pages made for it:")
-        print(f"      python 08_listen.py choose --run-dir {run}; then rerun with --choices FILE --redo")
+        print(
+            f"no human choices: to add some, fill {run / '03_to_choose.csv'}, or have pages made "
+            "for it:"
+        )
+        print(
+            f"      python 08_listen.py choose --run-dir {run}; then rerun with --choices FILE "
+            "--redo"
+        )
     else:
         print("no human choices: they compare rated audios, and none of this run's own is rated")
 
@@ -263,7 +311,9 @@ def main(args):
     with record.stage(run, "03", inputs, outputs, args.redo) as stage:
         samples = common.read_samples(run)
         clips = {clip.id: clip for clip in common.read_clips(run, "train")}
-        ratings = rows.read(run / "02_scores.jsonl", rows.RatedScore, "; rerun 02_fit_audioscore.py --redo")
+        ratings = rows.read(
+            run / "02_scores.jsonl", rows.RatedScore, "; rerun 02_fit_audioscore.py --redo"
+        )
         audioscore = AudioScore.load(run / "02_audioscore.pt")
         scorers = common.scorers_of(run, args.weights)
 

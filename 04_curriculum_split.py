@@ -27,12 +27,15 @@ def parse_args(argv=None):
     io = parser.io
     io.add_argument("--redo", action="store_true", help="replace this stage's outputs")
     paper = parser.paper
-    paper.add_argument("--threshold", type=number(float, 0, 1), default=0.7, help="score_delta [Sec. 3.1, Tab. 2]")
+    paper.add_argument(
+        "--threshold", type=number(float, 0, 1), default=0.7, help="score_delta [Sec. 3.1, Tab. 2]"
+    )
     return common.parse(parser, argv, "04")
 
 
 def with_score_c(pairs, human):
-    """Every pair with its score_c; human pairs have 0, so that they are in stage 2 at any threshold >= 0."""
+    """Every pair with its score_c; human pairs have 0, so that they are in stage 2 at any threshold
+    >= 0."""
     found = []
     for pair in pairs:
         score_c = round(common.score_c(pair.p_winner, pair.p_loser), 6)
@@ -43,7 +46,9 @@ def with_score_c(pairs, human):
 
 
 def split_pair(pair, score_c, source):
-    return rows.SplitPair(clip=pair.clip, winner=pair.winner, loser=pair.loser, score_c=score_c, source=source)
+    return rows.SplitPair(
+        clip=pair.clip, winner=pair.winner, loser=pair.loser, score_c=score_c, source=source
+    )
 
 
 def split(pairs, threshold):
@@ -55,7 +60,9 @@ def split(pairs, threshold):
 
 def print_shares(score_c, num_human):
     """Share of easy pairs at Table 2's thresholds, and the thresholds that give its shares here."""
-    print("threshold   easy here (with human pairs)   easy in Table 2   threshold for that share here")
+    print(
+        "threshold   easy here (with human pairs)   easy in Table 2   threshold for that share here"
+    )
     for threshold, paper in PAPER_SHARES.items():
         easy = int((score_c > threshold).sum())
         here = "-" if paper == 0 else f"{score_c.quantile(1 - paper / 100):.3f}"
@@ -65,13 +72,15 @@ def print_shares(score_c, num_human):
 
 
 def warn_of_backwards(score_c):
-    """Names mined pairs whose winner is the worse audio: on them Flow-DPO learns what nobody wants, and its curves look
-    healthy. score_c: of the mined pairs; human pairs have none of their own."""
+    """Names mined pairs whose winner is the worse audio: on them Flow-DPO learns what nobody wants,
+    and its curves look healthy. score_c: of the mined pairs; human pairs have none of their own."""
     negative = sum(value < 0 for value in score_c)
     if negative:
         print(
-            f"warning: {negative} of {len(score_c)} mined pairs have a negative score_c: AudioScore likes their winner "
-            "less than their loser; in 03_pairs.jsonl winner and loser are exchanged, or Good and Bad in p_winner and "
+            f"warning: {negative} of {len(score_c)} mined pairs have a negative score_c: "
+            "AudioScore likes their winner "
+            "less than their loser; in 03_pairs.jsonl winner and loser are exchanged, or Good and "
+            "Bad in p_winner and "
             "p_loser, or 03 was given a negative --min-score-c"
         )
 
@@ -93,14 +102,18 @@ def main(args):
         rows.write(run / "04_stage2.jsonl", stage2)
 
     hard = len(stage2) - len(human)
-    print(f"pairs: {len(scored)} in; stage 1: {len(stage1)} easy; stage 2: {hard} hard + {len(human)} human")
+    print(
+        f"pairs: {len(scored)} in; stage 1: {len(stage1)} easy; stage 2: {hard} hard + "
+        f"{len(human)} human"
+    )
     if pairs:
         mined = [pair.score_c for pair in scored if pair.source == "auto"]
         print_shares(torch.tensor(mined), len(human))
         warn_of_backwards(mined)
     if not stage1:
         print(
-            f"stage 1 is empty: no score_c is above the threshold {args.threshold}, so 05 trains on stage 2 alone, "
+            f"stage 1 is empty: no score_c is above the threshold {args.threshold}, so 05 trains "
+            "on stage 2 alone, "
             "without a curriculum"
         )
     print(f"next: python 05_train_flow_dpo.py --run-dir {run}")

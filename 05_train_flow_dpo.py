@@ -47,39 +47,74 @@ def parse_args(argv=None):
     io.add_argument("--out", default="05_flow_dpo", help="name of the output folder inside the run")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     paper = parser.paper
-    paper.add_argument("--beta", type=number(float, 0), default=600.0, help="KL strength [Sec. 3.1, Tab. 2]")
-    paper.add_argument("--lr", type=number(float, 0), default=5e-6, help="learning rate after the warm-up [Sec. 3.1]")
-    paper.add_argument("--warmup", type=number(int, 0), default=1000, help="linear warm-up steps [Sec. 3.1]")
-    paper.add_argument("--steps", type=number(int, 1), default=12_000, help="optimizer steps of both stages [Sec. 3.1]")
-    paper.add_argument("--global-batch", type=number(int, 1), default=8, help="pairs per step, all GPUs [Sec. 3.1]")
-    paper.add_argument("--threshold", type=number(float, 0, 1), help="score_delta: split anew [Tab. 2]")
+    paper.add_argument(
+        "--beta", type=number(float, 0), default=600.0, help="KL strength [Sec. 3.1, Tab. 2]"
+    )
+    paper.add_argument(
+        "--lr",
+        type=number(float, 0),
+        default=5e-6,
+        help="learning rate after the warm-up [Sec. 3.1]",
+    )
+    paper.add_argument(
+        "--warmup", type=number(int, 0), default=1000, help="linear warm-up steps [Sec. 3.1]"
+    )
+    paper.add_argument(
+        "--steps",
+        type=number(int, 1),
+        default=12_000,
+        help="optimizer steps of both stages [Sec. 3.1]",
+    )
+    paper.add_argument(
+        "--global-batch", type=number(int, 1), default=8, help="pairs per step, all GPUs [Sec. 3.1]"
+    )
+    paper.add_argument(
+        "--threshold", type=number(float, 0, 1), help="score_delta: split anew [Tab. 2]"
+    )
     paper.add_argument("--hard-first", action="store_true", help="ablation: stage 2 before stage 1")
     paper.add_argument("--no-human", action="store_true", help="ablation: without the human pairs")
     described = "ablation: Eq. 5's brackets as printed, -beta/2 W - L, instead of Eq. 4's"
     paper.add_argument("--printed-brackets", action="store_true", help=described)
-    described = "weight of the winner's own error; paper: 0; with --beta 0 this is SFT on the winners"
+    described = (
+        "weight of the winner's own error; paper: 0; with --beta 0 this is SFT on the winners"
+    )
     paper.add_argument("--sft-weight", type=number(float, 0), default=0.0, help=described)
     engineering = parser.engineering
-    engineering.add_argument("--micro-batch", type=number(int, 1), default=32, help="pairs per forward on one GPU")
-    engineering.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
-    described = "of the frozen reference's weights; auto: bf16, half the memory, where --precision is bf16"
-    engineering.add_argument("--reference-precision", choices=("auto", "fp32", "bf16"), default="auto", help=described)
-    engineering.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory")
+    engineering.add_argument(
+        "--micro-batch", type=number(int, 1), default=32, help="pairs per forward on one GPU"
+    )
+    engineering.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
+    )
+    described = (
+        "of the frozen reference's weights; auto: bf16, half the memory, where --precision is bf16"
+    )
+    engineering.add_argument(
+        "--reference-precision", choices=("auto", "fp32", "bf16"), default="auto", help=described
+    )
+    engineering.add_argument(
+        "--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory"
+    )
     described = "rank of adapters on every linear and convolution layer, trained instead of the weights; 0: the weights"
     engineering.add_argument("--lora", type=number(int, 0, 4096), default=0, help=described)
-    engineering.add_argument("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
-    engineering.add_argument("--seed", type=number(int, 0), default=0, help="of batches, times and noise")
+    engineering.add_argument(
+        "--save-every", type=number(int, 1), default=500, help="steps between checkpoints"
+    )
+    engineering.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of batches, times and noise"
+    )
     return common.parse(parser, argv, "05")
 
 
 def lr_at(step, args):
-    """Linear warm-up, then constant [Sec. 3.1]; over both stages, since the optimizer is kept across the switch."""
+    """Linear warm-up, then constant [Sec. 3.1]; over both stages, since the optimizer is kept
+    across the switch."""
     return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Curriculum (Sec. 2.3)
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_stages(run, shards, args):
@@ -103,13 +138,15 @@ def read_stages(run, shards, args):
 
 
 def divide_steps(stages, steps):
-    """Paper silent: steps per stage. In proportion to the pairs, so that every pair is seen equally often."""
+    """Paper silent: steps per stage. In proportion to the pairs, so that every pair is seen equally
+    often."""
     first = round(steps * len(stages[0]) / sum(map(len, stages)))
     return [first, steps - first]
 
 
 def batch_at(step, stages, stage_steps, args):
-    """The pairs of a step, a function of the seed and the step alone: epochs of fresh permutations, stage by stage."""
+    """The pairs of a step, a function of the seed and the step alone: epochs of fresh permutations,
+    stage by stage."""
     stage = 0 if step < stage_steps[0] else 1
     pairs = stages[stage]
     start = (step - stage * stage_steps[0]) * args.global_batch
@@ -121,9 +158,11 @@ def batch_at(step, stages, stage_steps, args):
 
 
 def draw_t_and_noise(step, model, args):
-    """One t and one eps per pair, shared by winner and loser; the same on every rank and world size.
+    """One t and one eps per pair, shared by winner and loser; the same on every rank and world
+    size.
 
-    t ~ U(0, 1) as under Eq. 5 (not the backbones' own training laws), snapped to what the network knows.
+    t ~ U(0, 1) as under Eq. 5 (not the backbones' own training laws), snapped to what the network
+    knows.
     """
     generator = torch.Generator().manual_seed(common.seed_of(args.seed, "step", step))
     t = model.snap_t(torch.rand(args.global_batch, generator=generator))
@@ -131,9 +170,9 @@ def draw_t_and_noise(step, model, args):
     return t, eps
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One step (Eq. 5)
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def pair_errors(network, features, a_0, eps, t):
@@ -151,14 +190,17 @@ def load_pairs(pairs, shards, device):
     """Latents (2, B, T, C) of the winners, then the losers; features of their clips, B rows."""
     winners = [(pair.clip, pair.winner) for pair in pairs]
     losers = [(pair.clip, pair.loser) for pair in pairs]
-    a_0 = torch.stack([shards.latents(winners), shards.latents(losers)]).to(device, non_blocking=True)
+    a_0 = torch.stack([shards.latents(winners), shards.latents(losers)]).to(
+        device, non_blocking=True
+    )
     features = shards.features([pair.clip for pair in pairs], device)
     return a_0, features
 
 
 def train_step(policy, reference, shards, pairs, t, eps, world, args, device):
-    """Accumulates the gradient of this rank's share of the global batch. Returns what is logged as sums over its pairs
-    by quarter of t, {name: (T_BINS,) float64 on the device}, for which nothing here waits."""
+    """Accumulates the gradient of this rank's share of the global batch. Returns what is logged as
+    sums over its pairs by quarter of t, {name: (T_BINS,) float64 on the device}, for which nothing
+    here waits."""
     totals = {}
     for start in range(0, len(pairs), args.micro_batch):
         micro = slice(start, start + args.micro_batch)
@@ -172,7 +214,9 @@ def train_step(policy, reference, shards, pairs, t, eps, world, args, device):
             with torch.no_grad():
                 ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps_micro, t_micro)
             err_w, err_l = pair_errors(policy, features, a_0, eps_micro, t_micro)
-        loss, logits = common.flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, args.beta, args.printed_brackets)
+        loss, logits = common.flow_dpo_loss(
+            err_w, err_l, ref_err_w, ref_err_l, args.beta, args.printed_brackets
+        )
         loss = loss + args.sft_weight * err_w
         # DDP averages over ranks: times world is the mean over the global batch.
         (loss.sum() / args.global_batch * world).backward()
@@ -206,18 +250,21 @@ def sum_by_quarter(measured, t):
 
 
 def means_of(sums):
-    """What is logged of the global batch. sums: {name: (T_BINS,)}; by quarter of t, None where it has no pair."""
+    """What is logged of the global batch. sums: {name: (T_BINS,)}; by quarter of t, None where it
+    has no pair."""
     pairs = sums["pairs"]
-    means = {name: (value.sum() / pairs.sum()).item() for name, value in sums.items() if name != "pairs"}
+    means = {
+        name: (value.sum() / pairs.sum()).item() for name, value in sums.items() if name != "pairs"
+    }
     for name in ("gap_w", "gap_l"):
         by_quarter = (sums[name] / pairs).tolist()
         means[f"{name}_t"] = [None if math.isnan(gap) else gap for gap in by_quarter]
     return means
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the curves show
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def share_backwards(stages):
@@ -227,9 +274,9 @@ def share_backwards(stages):
 
 
 def diagnosis(mean, rise, wrong, backwards):
-    """The case of docs/curves.md, and what to do. mean: of the logged means; rise: the winner's error gap as a share of
-    the reference's error; wrong: the share of the gradient's weight on wrongly ordered pairs; backwards: see
-    `share_backwards`."""
+    """The case of docs/curves.md, and what to do. mean: of the logged means; rise: the winner's
+    error gap as a share of the reference's error; wrong: the share of the gradient's weight on
+    wrongly ordered pairs; backwards: see `share_backwards`."""
     negative = f"score_c is negative for {backwards:.0%} of the mined pairs, whose winner is the worse audio"
     if backwards > 0.5:  # then the better the curves, the worse the policy
         return "pairs are backwards", f"{negative}; exchange winner and loser, then rerun 04"
@@ -246,7 +293,10 @@ def diagnosis(mean, rise, wrong, backwards):
     if rise > 2:
         return "winner's error rises", "lower --lr, raise --beta, or give --sft-weight 2"
     if backwards > 0:
-        return "some pairs are backwards", f"{negative}; drop them, or rerun 03 with --min-score-c 0"
+        return (
+            "some pairs are backwards",
+            f"{negative}; drop them, or rerun 03 with --min-score-c 0",
+        )
     return "healthy", "nothing to change"
 
 
@@ -255,8 +305,8 @@ def mean_of(steps, name):
 
 
 def reading(log, backwards=0.0):
-    """What the last 50 steps of the longer stage show, in one line; docs/curves.md has a picture of each case. log: of
-    rows.FlowDpoStep."""
+    """What the last 50 steps of the longer stage show, in one line; docs/curves.md has a picture of
+    each case. log: of rows.FlowDpoStep."""
     stages = [step.stage for step in log]
     longer = 1 if stages.count(1) >= stages.count(2) else 2
     last = [step for step in log if step.stage == longer][-50:]
@@ -277,16 +327,25 @@ def print_plan(model, stages, stage_steps, done, here, args):
             plan = "no pairs, so all steps are the other stage's"
         print(f"stage {i + 1} ({names[i]}): {plan}")
     size = model.latent_shape[0] * model.latent_shape[1]
-    print(f"beta {args.beta:g} on errors averaged over {size} latent values (as a sum: beta {args.beta / size:g})")
+    print(
+        f"beta {args.beta:g} on errors averaged over {size} latent values (as a sum: beta "
+        f"{args.beta / size:g})"
+    )
     trained = sum(p.numel() for p in model.trainable_parameters())
-    print(f"trained parameters: {trained:,}; step {done} of {args.steps}; {here.world} process(es) on {here.device}")
+    print(
+        f"trained parameters: {trained:,}; step {done} of {args.steps}; {here.world} process(es) "
+        f"on {here.device}"
+    )
 
 
 def print_curves(log, stages):
     for i in (1, 2):
         last = [step for step in log if step.stage == i][-50:]
         if last:
-            means = [f"{name} {mean_of(last, name):.4f}" for name in ("loss", "accuracy", "gap_w", "gap_l")]
+            means = [
+                f"{name} {mean_of(last, name):.4f}"
+                for name in ("loss", "accuracy", "gap_w", "gap_l")
+            ]
             print(f"stage {i}, last {len(last)} steps: {', '.join(means)}")
     print(reading(log, share_backwards(stages)))
 
@@ -302,12 +361,20 @@ def main(args):
         divided = f"cannot be divided over {here.world} processes; start as many as divide it"
         stop(f"--global-batch {args.global_batch} {divided}")
     if args.reference_precision == "bf16" and not training.in_bf16(device, args.precision):
-        stop("--reference-precision bf16: the policy is in float32; give --precision bf16 too, or neither")
+        stop(
+            "--reference-precision bf16: the policy is in float32; give --precision bf16 too, or "
+            "neither"
+        )
     if args.lora and args.reference_precision != "auto":
-        stop("--reference-precision: with --lora the reference is the policy's own network; give one of the two")
+        stop(
+            "--reference-precision: with --lora the reference is the policy's own network; give "
+            "one of the two"
+        )
 
     inputs = ["01_samples", "04_stage1.jsonl", "04_stage2.jsonl"]
-    with record.stage(run, args.out, inputs, [f"{args.out}/policy.pt"], advice=training.ADVICE) as stage:
+    with record.stage(
+        run, args.out, inputs, [f"{args.out}/policy.pt"], advice=training.ADVICE
+    ) as stage:
         stage.claim(training.settings_of(args))
 
         # -- data
@@ -327,29 +394,45 @@ def main(args):
         if args.gradient_checkpointing:
             training.checkpoint_blocks(model)
         optimizer = torch.optim.AdamW(
-            model.trainable_parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6, fused=device != "cpu"
+            model.trainable_parameters(),
+            lr=args.lr,
+            betas=(0.9, 0.95),
+            weight_decay=1e-6,
+            fused=device != "cpu",
         )
-        done = training.resume(folder, model, optimizer, args.steps, stage.digest(), rows.FlowDpoStep)
+        done = training.resume(
+            folder, model, optimizer, args.steps, stage.digest(), rows.FlowDpoStep
+        )
         policy = training.data_parallel(model, device)
         if here.first:
             print_plan(model, stages, stage_steps, done, here, args)
 
         # -- loop
-        bar = tqdm(range(done, args.steps), initial=done, total=args.steps, unit="step", disable=not here.first)
+        bar = tqdm(
+            range(done, args.steps),
+            initial=done,
+            total=args.steps,
+            unit="step",
+            disable=not here.first,
+        )
         for step in bar:
             began = time.time()
             stage_of_step, batch = batch_at(step, stages, stage_steps, args)
             t, eps = draw_t_and_noise(step, model, args)
             mine = slice(here.rank, None, here.world)
             optimizer.zero_grad(set_to_none=True)
-            sums = train_step(policy, reference, shards, batch[mine], t[mine], eps[mine], here.world, args, device)
+            sums = train_step(
+                policy, reference, shards, batch[mine], t[mine], eps[mine], here.world, args, device
+            )
             means = means_of(training.sum_dict_over_ranks(sums))
             grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
             if not (math.isfinite(means["loss"]) and grad_norm.isfinite()):
                 last_good = f"{folder}/checkpoint.pt holds the last good step"
                 stop(f"step {step}: the loss is not finite; {last_good}; lower --lr")
             if step == 0 and args.sft_weight == 0 and abs(means["loss"] - math.log(2)) > 1e-3:
-                wrong = f"step 0: the loss is {means['loss']:.4f}, not log 2, so the reference differs"
+                wrong = (
+                    f"step 0: the loss is {means['loss']:.4f}, not log 2, so the reference differs"
+                )
                 stop(f"{wrong}; use --reference-precision fp32 or --precision fp32")
             lr = lr_at(step, args)
             for group in optimizer.param_groups:
@@ -369,7 +452,9 @@ def main(args):
                     peak_gb=training.peak_gb(device),
                 )
                 rows.append(folder / "log.jsonl", logged)
-                bar.set_postfix(loss=f"{logged.loss:.3f}", accuracy=f"{logged.accuracy:.2f}", refresh=False)
+                bar.set_postfix(
+                    loss=f"{logged.loss:.3f}", accuracy=f"{logged.accuracy:.2f}", refresh=False
+                )
                 if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                     if lora and lr > 0:
                         lora.check_moved()

@@ -41,32 +41,54 @@ TIE = 1e-6  # of P(Good): what rounding may make of one and the same audio
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     io = parser.io
-    io.add_argument("--split", choices=("val", "test"), default="test", help="val is for your own choices")
+    io.add_argument(
+        "--split", choices=("val", "test"), default="test", help="val is for your own choices"
+    )
     described = "exactly these: ground_truth, base, a policy folder of the run, a folder of audio named by clip id"
     io.add_argument("--systems", nargs="+", default=[], metavar="NAME[=DIR]", help=described)
-    io.add_argument("--against", default="base", metavar="NAME", help="the system that the others are compared with")
-    io.add_argument("--allow-missing", action="store_true", help="evaluate a system that lacks audio for some clips")
-    described = "a scorer outside AudioScore, since a policy may gain on AudioScore's own alone: audiobox"
+    io.add_argument(
+        "--against",
+        default="base",
+        metavar="NAME",
+        help="the system that the others are compared with",
+    )
+    io.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="evaluate a system that lacks audio for some clips",
+    )
+    described = (
+        "a scorer outside AudioScore, since a policy may gain on AudioScore's own alone: audiobox"
+    )
     io.add_argument("--judge", nargs="+", default=[], metavar="NAME", help=described)
-    described = "check systems and weights, print what audio there is, and end before any is made or scored"
+    described = (
+        "check systems and weights, print what audio there is, and end before any is made or scored"
+    )
     io.add_argument("--dry-run", action="store_true", help=described)
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
-    parser.paper.add_argument("--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]")
+    parser.paper.add_argument(
+        "--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]"
+    )
     engineering = parser.engineering
-    engineering.add_argument("--compile", action="store_true", help="torch.compile the network that samples")
-    engineering.add_argument("--batch-clips", type=number(int, 1), default=16, help="clips sampled together")
+    engineering.add_argument(
+        "--compile", action="store_true", help="torch.compile the network that samples"
+    )
+    engineering.add_argument(
+        "--batch-clips", type=number(int, 1), default=16, help="clips sampled together"
+    )
     common.workers_flag(parser)
     return common.parse(parser, argv, "07")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics, to av-benchmark's definitions
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def frechet_distance(a, b):
-    """FD between Gaussians fitted to a (n, d) and b (m, d): |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), unbiased
-    covariances, float64. Fewer audios than dimensions: defined, biased upwards. None below two audios."""
+    """FD between Gaussians fitted to a (n, d) and b (m, d): |mu_a - mu_b|^2 + tr(A + B - 2 (A
+    B)^(1/2)), unbiased covariances, float64. Fewer audios than dimensions: defined, biased upwards.
+    None below two audios."""
     a = torch.as_tensor(a).double()
     b = torch.as_tensor(b).double()
     if len(a) < 2 or len(b) < 2:
@@ -75,13 +97,16 @@ def frechet_distance(a, b):
     cov_b = b.T.cov().reshape(b.shape[1], b.shape[1])
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()  # tr (A B)^(1/2), by similarity
+    cross = (
+        torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    )  # tr (A B)^(1/2), by similarity
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return distance.item()
 
 
 def kl_divergence(truth, generated):
-    """KL(ground truth || generated) of the softmax class distributions, per clip; logits (n, classes) -> (n,) nats."""
+    """KL(ground truth || generated) of the softmax class distributions, per clip; logits (n,
+    classes) -> (n,) nats."""
     log_p = torch.as_tensor(truth).double().log_softmax(dim=1)
     log_q = torch.as_tensor(generated).double().log_softmax(dim=1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=1).numpy()
@@ -92,7 +117,8 @@ def shuffled(n, seed=2020):
 
 
 def inception_score(logits, splits=10, order=None):
-    """exp of the mean KL(p(y|a) || p(y)), per split of a seeded shuffle, mean over splits. None below 10 audios."""
+    """exp of the mean KL(p(y|a) || p(y)), per split of a seeded shuffle, mean over splits. None
+    below 10 audios."""
     order = shuffled(len(logits)) if order is None else order
     if len(order) < splits:
         return None
@@ -107,8 +133,8 @@ def inception_score(logits, splits=10, order=None):
 
 
 def bootstrap(values, resamples=2000, seed=0):
-    """95 % percentile interval of the mean over clips; values (n,), nan = the metric does not apply to the clip. None
-    below two clips, which have no spread."""
+    """95 % percentile interval of the mean over clips; values (n,), nan = the metric does not apply
+    to the clip. None below two clips, which have no spread."""
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return None, None
@@ -120,9 +146,9 @@ def bootstrap(values, resamples=2000, seed=0):
 
 
 def jackknife(statistic, n, blocks=20, seed=0):
-    """95 % interval of a set metric by deleting one of 20 blocks of clips at a time (a bootstrap of FD would exclude
-    its own value: resampled sets have fewer distinct clips). statistic: indices of clips -> float or None. Returns its
-    value for all n clips, low and high."""
+    """95 % interval of a set metric by deleting one of 20 blocks of clips at a time (a bootstrap of
+    FD would exclude its own value: resampled sets have fewer distinct clips). statistic: indices of
+    clips -> float or None. Returns its value for all n clips, low and high."""
     value = statistic(np.arange(n))
     block = np.random.default_rng(seed).permutation(n) % blocks
     parts = [statistic(np.flatnonzero(block != i)) for i in range(min(blocks, n))]
@@ -141,9 +167,9 @@ def verdict(better, diff, low, high):
     return "better" if (diff > 0) == (better == "higher") else "worse"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # How they are shown, and the paper's Table 1
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Metric(NamedTuple):
@@ -205,11 +231,14 @@ def metric_of(name):
 def in_order(names):
     """Metrics in the table's order, those of a user's own scorer last."""
     names = dict.fromkeys(names)
-    return [name for name in METRICS if name in names] + [name for name in names if name not in METRICS]
+    return [name for name in METRICS if name in names] + [
+        name for name in names if name not in METRICS
+    ]
 
 
 def print_table(results, systems, against="base"):
-    """Values, then differences to one of the systems with 95 % intervals; better and worse mark intervals without 0."""
+    """Values, then differences to one of the systems with 95 % intervals; better and worse mark
+    intervals without 0."""
     cell = {(row.metric, row.system): row for row in results}
     metrics = in_order(row.metric for row in results)
     print("\n" + f"{'':<18}" + "".join(f"{system[:14]:>15}" for system in systems))
@@ -224,13 +253,19 @@ def print_table(results, systems, against="base"):
     others = [system for system in systems if system not in (against, "ground_truth")]
     if against not in systems or not others:
         return
-    print(f"\n{f'minus {against[:14]}, 95 % interval':<29}" + "".join(f"{system[:24]:>36}" for system in others))
+    print(
+        f"\n{f'minus {against[:14]}, 95 % interval':<29}"
+        + "".join(f"{system[:24]:>36}" for system in others)
+    )
     for name in metrics:
         line = f"{metric_of(name).column:<29}"
         for system in others:
             line += f"{difference_text(cell.get((name, system))):>36}"
         print(line)
-    print("intervals over clips, one training seed: another seed may move a policy by more than they are wide")
+    print(
+        "intervals over clips, one training seed: another seed may move a policy by more than they "
+        "are wide"
+    )
 
 
 def difference_text(row):
@@ -244,13 +279,17 @@ def difference_text(row):
 
 
 def print_hacked(results, systems):
-    """A line for each system that gains on AudioScore and loses by who is no part of it: a judge, the toy's oracle."""
+    """A line for each system that gains on AudioScore and loses by who is no part of it: a judge,
+    the toy's oracle."""
     for system in systems:
         own = [row for row in results if row.system == system]
         gains = any(row.metric == "p_good" and row.verdict == "better" for row in own)
         lost = [row.metric for row in own if row.verdict == "worse" and is_outside(row.metric)]
         if gains and lost:
-            print(f"warning: {system} gains on AudioScore and loses on {', '.join(lost)}: is it gaming its reward?")
+            print(
+                f"warning: {system} gains on AudioScore and loses on {', '.join(lost)}: is it "
+                "gaming its reward?"
+            )
 
 
 def is_outside(metric):
@@ -259,8 +298,8 @@ def is_outside(metric):
 
 
 def paper_twin(system, model):
-    """The row of Table 1 that a system repeats: base, flow_dpo and ddpo of the two models that the paper tunes, and any
-    system named like a row (mmaudio=DIR). None for others."""
+    """The row of Table 1 that a system repeats: base, flow_dpo and ddpo of the two models that the
+    paper tunes, and any system named like a row (mmaudio=DIR). None for others."""
     family = {"mmaudio:large_44k": "MMAudio", "frieren": "Frieren"}.get(model)
     ending = {"base": "", "flow_dpo": "-DPO", "ddpo": "-DDPO"}.get(system)
     if family is not None and ending is not None:
@@ -276,12 +315,17 @@ def letters(name):
 
 
 def table_1(run_json, results, systems):
-    """The paper's rows, then ours, then each of ours minus the paper's own: [(label, six texts)], and a remark. In the
-    toy world only MMAudio's rows, without ours: only the signs of the differences compare."""
+    """The paper's rows, then ours, then each of ours minus the paper's own: [(label, six texts)],
+    and a remark. In the toy world only MMAudio's rows, without ours: only the signs of the
+    differences compare."""
     of_paper = [(name, [f"{value:.2f}" for value in row]) for name, row in PAPER.items()]
     if run_json.scorers != "real":  # not the paper's
         shown = [row for row in of_paper if row[0].startswith("MMAudio")]
-        return shown, "another world and other scorers: compare the signs of the differences, not the numbers"
+        return (
+            shown,
+            "another world and other scorers: compare the signs of the differences, not the "
+            "numbers",
+        )
     value = {(row.system, row.metric): row.value for row in results}
     shown = of_paper
     for system in systems:
@@ -307,9 +351,9 @@ def print_table_1(shown, remark):
     print(f"({remark})")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Systems and their audio
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def choose_systems(run, args):
@@ -318,9 +362,14 @@ def choose_systems(run, args):
     for item in args.systems:
         name, _, folder = item.partition("=")
         if not name.replace("_", "").replace("-", "").isalnum() or not files.is_name(name):
-            stop(f"--systems {item}: a name has letters, digits, _ and -, and at most {files.LONGEST_NAME} bytes")
+            stop(
+                f"--systems {item}: a name has letters, digits, _ and -, and at most "
+                f"{files.LONGEST_NAME} bytes"
+            )
         if name in systems:
-            stop(f"--systems {item}: the name {name} is given twice; choose another for one of them")
+            stop(
+                f"--systems {item}: the name {name} is given twice; choose another for one of them"
+            )
         if folder and name in ("ground_truth", "base"):
             stop(f"--systems {item}: {name} comes from the run itself; choose another name")
         systems[name] = folder_of(run, item, name, folder)
@@ -331,7 +380,10 @@ def choose_systems(run, args):
             else:
                 print(f"{name}: left out, {run / folder} does not exist")
     if args.against not in ("base", *systems):
-        stop(f"--against {args.against}: is none of the systems ({', '.join(systems)}); name it under --systems too")
+        stop(
+            f"--against {args.against}: is none of the systems ({', '.join(systems)}); name it "
+            "under --systems too"
+        )
     return {name: systems[name] for name in sorted(systems, key=[*DEFAULT_SYSTEMS, *systems].index)}
 
 
@@ -353,19 +405,25 @@ def folder_of(run, item, name, folder):
 
 
 def check_policies(run, run_json, systems):
-    """Every policy among the systems is finished and tuned from this run's model. Returns the names of those of this
-    run, whose records are followed."""
+    """Every policy among the systems is finished and tuned from this run's model. Returns the names
+    of those of this run, whose records are followed."""
     names = []
     for folder in systems.values():
         if folder is None:
             continue
         if (folder / "log.jsonl").exists() and not (folder / "policy.json").exists():
-            stop(f"{folder}: no policy.json, its training has not finished; run the same command of 05 or 06 again")
+            stop(
+                f"{folder}: no policy.json, its training has not finished; run the same command of "
+                "05 or 06 again"
+            )
         if not (folder / "policy.json").exists():
             continue
         policy = rows.read_json(folder / "policy.json", rows.Policy)
         if (policy.model, policy.base_digest) != (run_json.model, run_json.checkpoint_digest):
-            stop(f"{folder}: a policy of {policy.model} tuned from another base than this run's; use its own run")
+            stop(
+                f"{folder}: a policy of {policy.model} tuned from another base than this run's; "
+                "use its own run"
+            )
         if folder.parent == run:
             names.append(f"{folder.name}/policy.pt")
     return names
@@ -382,21 +440,34 @@ def audio_folder(run, run_json, name, guidance):
 
 
 def generate(run, run_json, name, folder, model, features, clips, here, args):
-    """One audio per clip of a policy, 07_audio/<name>/<clip>.wav; what is there of the same policy is kept.
+    """One audio per clip of a policy, 07_audio/<name>/<clip>.wav; what is there of the same policy
+    is kept.
 
     features: {clip id: its features}, of the clips whose video can be used.
     """
     out = audio_folder(run, run_json, name, args.guidance)
     policy = run_json.checkpoint_digest if folder is None else files.digest(folder / "policy.pt")
-    settings = {"policy": policy, "guidance": args.guidance, "steps": run_json.sampler.steps, "seed": run_json.seed}
+    settings = {
+        "policy": policy,
+        "guidance": args.guidance,
+        "steps": run_json.sampler.steps,
+        "seed": run_json.seed,
+    }
     made = rows.Record(settings=settings, inputs={})
     file = out / "settings.json"
     wav_of = {clip.id: out / f"{clip.id}.wav" for clip in clips}
     old = [wav for wav in wav_of.values() if wav.exists()]
     if old and not file.exists():
-        stop(f"{out}: holds audio that stage 07 did not make; move it away, or evaluate it as --systems NAME=DIR")
-    stale = old if old and rows.read_json(file, rows.Record) != made else []  # of another policy, or sampled otherwise
-    todo = [clip for clip in clips if clip.id in features and (stale or not wav_of[clip.id].exists())]
+        stop(
+            f"{out}: holds audio that stage 07 did not make; move it away, or evaluate it as "
+            "--systems NAME=DIR"
+        )
+    stale = (
+        old if old and rows.read_json(file, rows.Record) != made else []
+    )  # of another policy, or sampled otherwise
+    todo = [
+        clip for clip in clips if clip.id in features and (stale or not wav_of[clip.id].exists())
+    ]
     if todo and folder is not None:
         model.load_policy(folder / "policy.pt")  # before any audio goes: it may be another model's
     ranks.barrier()  # every rank has seen the same
@@ -406,7 +477,9 @@ def generate(run, run_json, name, folder, model, features, clips, here, args):
         rows.write_json(file, made)
     ranks.barrier()
     batches = [todo[i : i + args.batch_clips] for i in range(0, len(todo), args.batch_clips)]
-    todo = [clip for batch in here.share(batches) for clip in batch]  # whole ones: other sizes may round otherwise
+    todo = [
+        clip for batch in here.share(batches) for clip in batch
+    ]  # whole ones: other sizes may round otherwise
 
     def write(clip, latents, waves):
         media.write_audio(wav_of[clip.id], waves[0], model.sample_rate_hz)
@@ -416,7 +489,9 @@ def generate(run, run_json, name, folder, model, features, clips, here, args):
 
     sampler = rows.Sampler(steps=run_json.sampler.steps, guidance=args.guidance)
     title = name if here.first and todo else None
-    for _ in common.sample_clips(model, todo, features, seeds_of, write, sampler, args.batch_clips, title):
+    for _ in common.sample_clips(
+        model, todo, features, seeds_of, write, sampler, args.batch_clips, title
+    ):
         pass
     ranks.barrier()
 
@@ -441,7 +516,8 @@ def audio_files(run, run_json, name, folder, clips, guidance):
 
 
 def rehearse(run, run_json, systems, clips, scorers, names, args):
-    """What an evaluation would find: audio of each system for the clips of the split, and files that are missing."""
+    """What an evaluation would find: audio of each system for the clips of the split, and files
+    that are missing."""
     ids = {clip.id for clip in clips}
     for name, folder in systems.items():
         have = audio_files(run, run_json, name, folder, clips, args.guidance)
@@ -449,7 +525,9 @@ def rehearse(run, run_json, systems, clips, scorers, names, args):
         if is_policy(name, folder):
             line += f", {len(clips) - len(have)} will be generated"
         elif folder is not None:
-            named = {file.stem for file in folder.iterdir() if file.suffix.lower() in AUDIO_SUFFIXES}
+            named = {
+                file.stem for file in folder.iterdir() if file.suffix.lower() in AUDIO_SUFFIXES
+            }
             foreign = sorted(named - ids)
             if foreign:
                 line += f"; {len(foreign)} files name no clip of this split, first {foreign[0]}"
@@ -458,9 +536,9 @@ def rehearse(run, run_json, systems, clips, scorers, names, args):
     common.print_missing(scorers.root, wanted)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers: arrays whose rows are the clips of the split, nan where a system has no audio or a metric does not apply
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def clip_blocks(run, name, clips, audio_of, split):
@@ -470,12 +548,15 @@ def clip_blocks(run, name, clips, audio_of, split):
         part = clips[start : start + scoring.BLOCK_CLIPS]
         audios = [audio_of[clip.id] for clip in part if clip.id in audio_of]
         block = f"{split}_{start // scoring.BLOCK_CLIPS:05d}"
-        blocks.append(scoring.Block(block, run / "07_scores" / name, run / "07_clips", part, audios))
+        blocks.append(
+            scoring.Block(block, run / "07_scores" / name, run / "07_clips", part, audios)
+        )
     return blocks
 
 
 def aligned(values, places, n):
-    """(m, ...) values of the clips at `places` -> (n, ...) float64 array, nan for the other clips."""
+    """(m, ...) values of the clips at `places` -> (n, ...) float64 array, nan for the other
+    clips."""
     full = np.full((n, *values.shape[1:]), np.nan)
     full[places] = values
     return full
@@ -493,7 +574,8 @@ def read_said(blocks, scorers, names, clips):
 
 
 def clip_values(said, measures, scorers, audioscore, truth):
-    """Metrics that are means over clips: {metric: (clips,) array}. truth: as said, of the ground truth, or None."""
+    """Metrics that are means over clips: {metric: (clips,) array}. truth: as said, of the ground
+    truth, or None."""
     values = {}
     for metric, (how, scorer, column) in measures.items():
         if how == "mean":
@@ -501,34 +583,45 @@ def clip_values(said, measures, scorers, audioscore, truth):
         elif how == "kl" and truth is not None:
             values[metric] = kl_divergence(truth[scorer][column], said[scorer][column])
     if audioscore is not None:
-        five = {name: torch.from_numpy(column).float() for name, column in scorers.five(said).items()}
+        five = {
+            name: torch.from_numpy(column).float() for name, column in scorers.five(said).items()
+        }
         p_good = audioscore(audioscore.five_scores(five))[:, 0].numpy()
-        has_audio = five["logits"].isfinite().all(dim=1).numpy()  # the one score that applies to every audio
+        has_audio = (
+            five["logits"].isfinite().all(dim=1).numpy()
+        )  # the one score that applies to every audio
         values["p_good"] = np.where(has_audio, p_good, np.nan)
     return values
 
 
 def oracle_values(run, people, audio_of, clips):
-    """What the toy world's oracle and judge say, {metric: (clips,) array}; people: the world's, or None."""
+    """What the toy world's oracle and judge say, {metric: (clips,) array}; people: the world's, or
+    None."""
     if people is None:
         return {}
     places = [i for i, clip in enumerate(clips) if clip.id in audio_of]
     said = people.oracle_scores(run, [(clips[i], audio_of[clips[i].id].path) for i in places])
-    return {metric: aligned(values, places, len(clips)) for metric, values in said.items() if metric in METRICS}
+    return {
+        metric: aligned(values, places, len(clips))
+        for metric, values in said.items()
+        if metric in METRICS
+    }
 
 
 def win_rate(p_good, against):
-    """Per clip: 1 where this system's P(Good) is higher, 1/2 for a tie; nan where one of the two is absent."""
+    """Per clip: 1 where this system's P(Good) is higher, 1/2 for a tie; nan where one of the two is
+    absent."""
     wins = (p_good > against + TIE) + 0.5 * (np.abs(p_good - against) <= TIE)
     return np.where(np.isfinite(p_good) & np.isfinite(against), wins, np.nan)
 
 
 def set_value(how, ours, truth, chosen):
-    """FD (of the clips that both sides have) or IS of the chosen clips. ours, truth: (clips, d) arrays; chosen: indices
-    of clips. None where there are too few."""
+    """FD (of the clips that both sides have) or IS of the chosen clips. ours, truth: (clips, d)
+    arrays; chosen: indices of clips. None where there are too few."""
     has_ours = np.isfinite(ours).all(axis=1)
     if how == "is":
-        # Shuffled once, then clips are left out: with fresh shuffles every replicate would have other splits.
+        # Shuffled once, then clips are left out: with fresh shuffles every replicate would have
+        # other splits.
         have = np.flatnonzero(has_ours)
         order = have[shuffled(len(have))]
         return inception_score(ours, order=order[np.isin(order, chosen)])
@@ -537,7 +630,8 @@ def set_value(how, ours, truth, chosen):
 
 
 def mean_result(system, metric, values, against):
-    """A metric that is a mean over clips. values: (clips,); against: the other system's, None for itself."""
+    """A metric that is a mean over clips. values: (clips,); against: the other system's, None for
+    itself."""
     value = float(np.nanmean(values)) if np.isfinite(values).any() else None
     low, high = bootstrap(values)
     diff = (None, None, None)
@@ -548,14 +642,17 @@ def mean_result(system, metric, values, against):
 
 
 def set_result(system, metric, how, ours, truth, against):
-    """A metric of the whole set. ours, truth, against: (clips, d); against: the other system's, None for itself."""
+    """A metric of the whole set. ours, truth, against: (clips, d); against: the other system's,
+    None for itself."""
     n = len(ours)
 
     def value(chosen):
         return set_value(how, ours, truth, chosen)
 
     def difference(chosen):
-        both = chosen[np.isfinite(ours[chosen]).all(axis=1) & np.isfinite(against[chosen]).all(axis=1)]  # paired
+        both = chosen[
+            np.isfinite(ours[chosen]).all(axis=1) & np.isfinite(against[chosen]).all(axis=1)
+        ]  # paired
         mine = set_value(how, ours, truth, both)
         other = set_value(how, against, truth, both)
         return None if mine is None or other is None else mine - other
@@ -583,7 +680,8 @@ def result(system, metric, value, diff, n):
 
 
 def results_of(means, sets, measures, against="base"):
-    """The rows of 07_results.jsonl. means: {system: {metric: (clips,)}}; sets: {system: {metric: (clips, d)}}."""
+    """The rows of 07_results.jsonl. means: {system: {metric: (clips,)}}; sets: {system: {metric:
+    (clips, d)}}."""
     found = []
     for system in means:
         compared = against if system != against and against in means else None
@@ -603,17 +701,20 @@ def results_of(means, sets, measures, against="base"):
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Main
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def measures_asked(scorers, judges):
-    """{metric: (how, scorer, column)}, without the judges that nobody asked; and the scorers that they and AudioScore
-    need."""
+    """{metric: (how, scorer, column)}, without the judges that nobody asked; and the scorers that
+    they and AudioScore need."""
     for name in judges:
         if name not in scorers.judges:
-            stop(f"--judge {name}: the scorers of this run know no such judge ({', '.join(scorers.judges)})")
+            stop(
+                f"--judge {name}: the scorers of this run know no such judge "
+                f"({', '.join(scorers.judges)})"
+            )
     measures = {}
     for metric, (how, scorer, column) in scorers.measures.items():
         if scorer not in scorers.judges or scorer in judges:
@@ -623,18 +724,23 @@ def measures_asked(scorers, judges):
 
 
 def make_audio(run, run_json, systems, clips, scorers, names, here, args):
-    """The audio of every policy among the systems. The model's encoders and the scorers see a video in one decode."""
+    """The audio of every policy among the systems. The model's encoders and the scorers see a video
+    in one decode."""
     model = common.load_base_model(run, here.device, args.weights)
     if args.compile:
         model.compile_sampling()
     blocks = clip_blocks(run, "base", clips, {}, args.split)
     seers = names if model.reads_video else ()
-    scoring.embed_videos(here.share(blocks), scorers, seers, run_json.clip_s, here.device, args.workers, model)
+    scoring.embed_videos(
+        here.share(blocks), scorers, seers, run_json.clip_s, here.device, args.workers, model
+    )
     ranks.barrier()
     features = {}
     for block in blocks:
         key = scoring.features_key(model, block.clips)
-        for clip_id, found in scoring.read_videos(block, key, scoring.FEATURES, model.feature_shapes).items():
+        for clip_id, found in scoring.read_videos(
+            block, key, scoring.FEATURES, model.feature_shapes
+        ).items():
             if all(value.isfinite().all() for value in found.values()):
                 features[clip_id] = found
     for name, folder in systems.items():  # base comes before any policy replaces its weights
@@ -643,7 +749,8 @@ def make_audio(run, run_json, systems, clips, scorers, names, here, args):
 
 
 def find_audio(run, run_json, systems, clips, here, args):
-    """{system: {clip id: scoring.Audio}} of the audios that can be used, {system: how many of them are silent}."""
+    """{system: {clip id: scoring.Audio}} of the audios that can be used, {system: how many of them
+    are silent}."""
     usable = {}
     silent = {}
     for name, folder in systems.items():
@@ -655,7 +762,9 @@ def find_audio(run, run_json, systems, clips, here, args):
         ranks.barrier()
         peaks = scoring.read_peaks(blocks, run_json.clip_s)
         audios = [audio for block in blocks for audio in block.audios]
-        usable[name] = {audio.clip.id: audio for audio, peak in zip(audios, peaks) if peak.isfinite()}
+        usable[name] = {
+            audio.clip.id: audio for audio, peak in zip(audios, peaks) if peak.isfinite()
+        }
         silent[name] = int((peaks < common.SILENT_PEAK).sum())
         missing = [clip.id for clip in clips if clip.id not in usable[name]]
         if missing:
@@ -673,10 +782,14 @@ def describe_run(run, run_json, systems, usable, results, clap_file, args):
     listed = []
     for name, folder in systems.items():
         audio = {clip_id: files.below(run, audio.path) for clip_id, audio in usable[name].items()}
-        listed.append(rows.System(name=name, folder=folder and files.below(run, folder), audio=audio))
+        listed.append(
+            rows.System(name=name, folder=folder and files.below(run, folder), audio=audio)
+        )
     metrics = {}
     for name in in_order(row.metric for row in results):
-        metrics[name] = rows.ShownMetric(**metric_of(name)._asdict(), by=clap_file if name == "clap" else None)
+        metrics[name] = rows.ShownMetric(
+            **metric_of(name)._asdict(), by=clap_file if name == "clap" else None
+        )
     columns = [METRICS[metric].column for metric in PAPER_COLUMNS]
     return rows.Systems(
         split=args.split,
@@ -695,7 +808,10 @@ def main(args):
     run_json = common.read_run(run)
     clips = common.read_clips(run, args.split)
     if not clips:
-        stop(f"{run}/clips.jsonl has no clip of the split {args.split}; give some that split in stage 01's --clips")
+        stop(
+            f"{run}/clips.jsonl has no clip of the split {args.split}; give some that split in "
+            "stage 01's --clips"
+        )
     scorers = common.scorers_of(run, args.weights)
     measures, names = measures_asked(scorers, args.judge)
     systems = choose_systems(run, args)
@@ -739,7 +855,9 @@ def main(args):
                     sets[name][metric] = said[name][scorer][column]
         if audioscore is not None and args.against in means:
             for name in systems:
-                means[name]["win_rate"] = win_rate(means[name]["p_good"], means[args.against]["p_good"])
+                means[name]["win_rate"] = win_rate(
+                    means[name]["p_good"], means[args.against]["p_good"]
+                )
         results = results_of(means, sets, measures, args.against)
 
         # -- save
@@ -771,15 +889,27 @@ def print_report(run, systems, clips, usable, silent, results, systems_json, arg
         if silent[name]:
             text += f" ({silent[name]} silent)"
         coverage.append(text)
-    print(f"{args.split} split, guidance {args.guidance:g}; clips with audio: {', '.join(coverage)}")
+    print(
+        f"{args.split} split, guidance {args.guidance:g}; clips with audio: {', '.join(coverage)}"
+    )
     missing = rows.read_if_there(run / "01_missing.jsonl", rows.MissingClip)
     gone = sum(clip.split == args.split for clip in missing)
     if gone:
-        print(f"{gone} more listed {args.split} clips have no video (01_missing.jsonl), so no system is judged on them")
+        print(
+            f"{gone} more listed {args.split} clips have no video (01_missing.jsonl), so no system "
+            "is judged on them"
+        )
     print_table(results, list(systems), args.against)
-    tuned = [name for name, folder in systems.items() if name not in DEFAULT_SYSTEMS and is_policy(name, folder)]
+    tuned = [
+        name
+        for name, folder in systems.items()
+        if name not in DEFAULT_SYSTEMS and is_policy(name, folder)
+    ]
     if tuned and args.split == "test":
-        print(f"warning: {', '.join(tuned)} on the test split; choose on --split val, test is for what is frozen")
+        print(
+            f"warning: {', '.join(tuned)} on the test split; choose on --split val, test is for "
+            "what is frozen"
+        )
     print_hacked(results, systems)
     for name in systems:
         if name != "ground_truth" and silent[name] > 0.01 * len(usable[name]):

@@ -1,4 +1,5 @@
-"""Stage 08: pages for people: the report (Sec. 3.2); packs to rate (2.1), to choose from (2.2), and of unnamed systems.
+"""Stage 08: pages for people: the report (Sec. 3.2); packs to rate (2.1), to choose from (2.2), and
+of unnamed systems.
 
 Run:
     python 08_listen.py                                         # after 07: the report
@@ -88,21 +89,35 @@ Tie: you hear no difference, or find both equally good or bad."""),
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     io = parser.io
-    io.add_argument("what", nargs="?", choices=("report", *MODES), default="report", help="the pages to make")
-    io.add_argument("--guide", help="text file that replaces a pack's question and its sentence on each answer")
+    io.add_argument(
+        "what", nargs="?", choices=("report", *MODES), default="report", help="the pages to make"
+    )
+    io.add_argument(
+        "--guide", help="text file that replaces a pack's question and its sentence on each answer"
+    )
     io.add_argument("--answers", nargs="+", help="saved packs of blind, to be counted")
-    io.add_argument("--exclude-rater", nargs="+", action="extend", default=[], help="whose --answers do not count")
+    io.add_argument(
+        "--exclude-rater",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="whose --answers do not count",
+    )
     io.add_argument("--systems", nargs="+", help="of 07, to be compared by blind; else all")
     engineering = parser.engineering
     engineering.add_argument("--pack", type=number(int, 1, 50), default=10, help="clips in a pack")
-    engineering.add_argument("--num-clips", type=number(int, 1), default=100, help="test clips that blind draws")
-    engineering.add_argument("--seed", type=number(int, 0), default=0, help="of that draw, and of what is asked twice")
+    engineering.add_argument(
+        "--num-clips", type=number(int, 1), default=100, help="test clips that blind draws"
+    )
+    engineering.add_argument(
+        "--seed", type=number(int, 0), default=0, help="of that draw, and of what is asked twice"
+    )
     return common.parse(parser, argv, "08")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a page shows and plays
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def data_uri(kind, content):
@@ -119,7 +134,8 @@ def picture(draw, *about):
 
 
 def draw_differences(figure, cell, metrics, systems):
-    """One small plot per metric: difference to base with its 95 % interval, green better, red worse, grey undecided."""
+    """One small plot per metric: difference to base with its 95 % interval, green better, red
+    worse, grey undecided."""
     tested = {metric for metric, _ in cell}
     shown = [name for name in metrics if name in tested]
     lines = math.ceil(len(shown) / 4)
@@ -133,7 +149,9 @@ def draw_differences(figure, cell, metrics, systems):
                 draw_interval(axis, y, cell[name, system], how.times)
         axis.axvline(0, color="black", lw=0.8)
         first_of_line = i % 4 == 0
-        axis.set_yticks(range(len(systems)), systems if first_of_line else [""] * len(systems), fontsize=8)
+        axis.set_yticks(
+            range(len(systems)), systems if first_of_line else [""] * len(systems), fontsize=8
+        )
         axis.set_ylim(len(systems) - 0.4, -0.6)
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.tick_params(axis="x", labelsize=7)
@@ -163,11 +181,18 @@ TRAINING_PLOTS = {
     "gap": "error gap (dashed: losers)",
     "reward": "DDPO: reward P(Good)",
 }
-TRAINING_CURVES = {"loss": "loss", "accuracy": "accuracy", "gap_w": "gap", "gap_l": "gap", "reward": "reward"}
+TRAINING_CURVES = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "gap_w": "gap",
+    "gap_l": "gap",
+    "reward": "reward",
+}
 
 
 def draw_training(figure, logs):
-    """Loss, implicit accuracy and error gaps of Flow-DPO, reward of DDPO. logs: {system: lines of its log}."""
+    """Loss, implicit accuracy and error gaps of Flow-DPO, reward of DDPO. logs: {system: lines of
+    its log}."""
     figure.set_size_inches(11, 3)
     axes = dict(zip(TRAINING_PLOTS, figure.subplots(1, len(TRAINING_PLOTS))))
     for plot, axis in axes.items():
@@ -186,8 +211,8 @@ def draw_training(figure, logs):
 
 
 def draw_log(axes, log, colour):
-    """The curves of one training. Every stage is smoothed by itself: a mean across the switch would show its jump
-    before it."""
+    """The curves of one training. Every stage is smoothed by itself: a mean across the switch would
+    show its jump before it."""
     width = min(25, len(log) // 10)
     stages = stages_of(log)
     for field, plot in TRAINING_CURVES.items():
@@ -224,12 +249,14 @@ def draw_audioscore(figure, heldout, score_cs, threshold):
     right.hist(score_cs, bins=30, color="#4a6fa5")
     right.axvline(threshold, color="#b3261e")
     right.set(xlabel="score_c (high = easy)", ylabel="pairs")
-    right.set_title(f"Complexity of {len(score_cs)} mined pairs; red: score_delta {threshold:g}", fontsize=9)
+    right.set_title(
+        f"Complexity of {len(score_cs)} mined pairs; red: score_delta {threshold:g}", fontsize=9
+    )
 
 
 def draw_calibration(axis, p_good, is_good):
-    """P(Good) in ten bins against the share that was rated Good; a larger dot is of more audios. p_good, is_good: (n,)
-    arrays."""
+    """P(Good) in ten bins against the share that was rated Good; a larger dot is of more audios.
+    p_good, is_good: (n,) arrays."""
     bins = np.digitize(p_good, np.linspace(0, 1, 11)[1:-1])
     axis.plot([0, 1], [0, 1], color="grey", lw=0.8)
     predicted = []
@@ -241,7 +268,12 @@ def draw_calibration(axis, p_good, is_good):
         rated.append(is_good[inside].mean())
         sizes.append(15 + 250 * inside.mean())
     axis.scatter(predicted, rated, s=sizes)
-    axis.set(xlabel="predicted P(Good)", ylabel="share rated Good", xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+    axis.set(
+        xlabel="predicted P(Good)",
+        ylabel="share rated Good",
+        xlim=(-0.05, 1.05),
+        ylim=(-0.05, 1.05),
+    )
     axis.set_title(f"AudioScore on {len(p_good)} audios of held-out clips", fontsize=9)
 
 
@@ -255,13 +287,16 @@ def shown_frame(frame):
 
 
 def playable_video(path, seconds):
-    """The silent picture as H.264 that every browser plays (4:2:0, 360 pixels high), `seconds` long."""
+    """The silent picture as H.264 that every browser plays (4:2:0, 360 pixels high), `seconds`
+    long."""
     fps = 25
     # Made small one by one: 8 s of full-size frames are a gigabyte.
     (frames,) = media.read_frames(path, [(fps, shown_frame)], seconds)
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=fps, options={"crf": "26", "preset": "veryfast"})
+        video = container.add_stream(
+            "libx264", rate=fps, options={"crf": "26", "preset": "veryfast"}
+        )
         video.height = frames.shape[1]
         video.width = frames.shape[2]
         video.pix_fmt = "yuv420p"
@@ -279,14 +314,17 @@ def playable_sound(wave, rate):
 
 
 def spectrogram(wave, rate):
-    """Time to the right, 0 to rate / 2 upwards, -100 (black) to -20 dB of a full-scale sine as colour."""
+    """Time to the right, 0 to rate / 2 upwards, -100 (black) to -20 dB of a full-scale sine as
+    colour."""
     window = torch.hann_window(512)
     hop = max(64, len(wave) // 320)
     spectrum = torch.stft(wave, 512, hop, window=window, return_complex=True).abs()
     amplitude = 2 * spectrum / window.sum()
     level_db = 20 * amplitude.clamp_min(1e-9).log10()
     png = io.BytesIO()
-    matplotlib.image.imsave(png, level_db.numpy(), vmin=-100, vmax=-20, cmap="magma", origin="lower", format="png")
+    matplotlib.image.imsave(
+        png, level_db.numpy(), vmin=-100, vmax=-20, cmap="magma", origin="lower", format="png"
+    )
     return data_uri("image/png", png.getvalue())
 
 
@@ -297,9 +335,9 @@ def write_page(path, **parts):
     files.write_text(path, page.render(parts))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The report
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_results(run):
@@ -309,13 +347,16 @@ def read_results(run):
     evaluated = rows.read_json(run / "07_systems.json", rows.Systems, hint)
     same_systems = {row.system for row in results} == {system.name for system in evaluated.systems}
     if not same_systems or not {row.metric for row in results} <= evaluated.metrics.keys():
-        stop(f"{run}/07_systems.json: not of 07_results.jsonl; run 07_evaluate.py --run-dir {run} again")
+        stop(
+            f"{run}/07_systems.json: not of 07_results.jsonl; run 07_evaluate.py --run-dir {run} "
+            "again"
+        )
     return results, evaluated
 
 
 def read_policies(run, systems):
-    """Of the policies among the systems: how each was trained, {system: {setting: value}}, and their logs, {system:
-    lines}."""
+    """Of the policies among the systems: how each was trained, {system: {setting: value}}, and
+    their logs, {system: lines}."""
     made = {}
     logs = {}
     for system in systems:
@@ -323,7 +364,9 @@ def read_policies(run, systems):
             continue
         folder = run / system.folder
         policy = rows.read_json(folder / "policy.json", rows.Policy)
-        made[system.name] = rows.read_json(folder / "settings.json", rows.Record).settings | rows.as_dict(policy)
+        made[system.name] = rows.read_json(
+            folder / "settings.json", rows.Record
+        ).settings | rows.as_dict(policy)
         line_type = rows.FlowDpoStep if policy.method == "flow_dpo" else rows.DdpoStep
         log = rows.read_if_there(folder / "log.jsonl", line_type)
         if log:
@@ -359,13 +402,16 @@ def read_blind(run, systems):
     names = {system.name for system in systems}
     for row in blind:
         if row.a not in names or row.b not in names:
-            stop(f"{run}/08_blind.jsonl: of other systems than 07_systems.json; run 08_listen.py blind --answers again")
+            stop(
+                f"{run}/08_blind.jsonl: of other systems than 07_systems.json; run 08_listen.py "
+                "blind --answers again"
+            )
     return blind
 
 
 def drawn_clips(run, clips, systems):
-    """Up to LISTEN clips, evenly drawn, with their audio: [(clip, {system: path}), ...]. Stops at a file that is
-    gone."""
+    """Up to LISTEN clips, evenly drawn, with their audio: [(clip, {system: path}), ...]. Stops at a
+    file that is gone."""
     drawn = []
     for i in np.linspace(0, len(clips) - 1, min(LISTEN, len(clips))).astype(int):
         clip = clips[i]
@@ -375,13 +421,17 @@ def drawn_clips(run, clips, systems):
                 sounds[system.name] = run / system.audio[clip.id]
         for path in (clip.path, *sounds.values()):
             if not path.exists():
-                stop(f"{path}: gone, though stage 07 used it for {clip.id}; put it back or run 07_evaluate.py again")
+                stop(
+                    f"{path}: gone, though stage 07 used it for {clip.id}; put it back or run "
+                    "07_evaluate.py again"
+                )
         drawn.append((clip, sounds))
     return drawn
 
 
 def player_of(clip, sounds, run_json):
-    """What the report's player shows of a clip. Raises SkipClip where it has no picture of the whole length."""
+    """What the report's player shows of a clip. Raises SkipClip where it has no picture of the
+    whole length."""
     card = {"clip": clip.id, "caption": clip.caption or clip.label, "sounds": []}
     card["video"] = playable_video(clip.path, run_json.clip_s)
     for name, path in sounds.items():
@@ -446,9 +496,9 @@ def report(run):
     print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB); open it in a browser")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What packs ask
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Question(NamedTuple):
@@ -464,7 +514,9 @@ def questions_of(run, mode, args):
     samples = common.read_samples(run)
     if not sheet.exists():
         stop(f"{sheet}: no such file; run {mode.script} --run-dir {run} first")
-    wav_of = {(audio.clip, audio.k): run / audio.wav for audios in samples.values() for audio in audios}
+    wav_of = {
+        (audio.clip, audio.k): run / audio.wav for audios in samples.values() for audio in audios
+    }
     questions = []
     for number_of, line in files.read_csv(sheet, ("clip", *mode.heard, mode.answer)):
         audios = {}
@@ -478,13 +530,16 @@ def questions_of(run, mode, args):
 
 
 def comparisons(run, args):
-    """Questions about every pair of systems on drawn test clips, in rounds. Each round asks every clip once, and the
-    pairs take turns, so that the first packs compare them all."""
+    """Questions about every pair of systems on drawn test clips, in rounds. Each round asks every
+    clip once, and the pairs take turns, so that the first packs compare them all."""
     audio_of = systems_of(run)
     clips = [clip.id for clip in common.read_clips(run, "test")]
     for name in args.systems or ():
         if name not in audio_of:
-            stop(f"--systems {name}: is no system of {run}/07_systems.json (there are {', '.join(audio_of)})")
+            stop(
+                f"--systems {name}: is no system of {run}/07_systems.json (there are "
+                f"{', '.join(audio_of)})"
+            )
     chosen = [name for name in audio_of if name in (args.systems or audio_of)]
     pairs = list(combinations(chosen, 2))
     if not pairs:
@@ -525,13 +580,16 @@ def guide_of(mode, path):
         words[word.strip()] = sentence.strip()
     if list(words) != list(mode.words) or not all(words.values()):
         wanted = ", ".join(f"'{word}: ...'" for word in mode.words)
-        stop(f"--guide {path}: must hold a line with the question, then a line for each answer: {wanted}")
+        stop(
+            f"--guide {path}: must hold a line with the question, then a line for each answer: "
+            f"{wanted}"
+        )
     return {"question": lines[0], "words": words}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Packs
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Pack(NamedTuple):
@@ -542,7 +600,8 @@ class Pack(NamedTuple):
 
 
 def level_checks(rate=16_000):
-    """{n: 4 s of noise at -23 dB of full scale, then n beeps at -50}: who can count them hears soft faults too."""
+    """{n: 4 s of noise at -23 dB of full scale, then n beeps at -50}: who can count them hears soft
+    faults too."""
     t = torch.arange(rate // 5) / rate
     noise = torch.randn(rate, generator=torch.Generator().manual_seed(0)) * 10**-1.15
     beep = torch.hann_window(len(t)) * torch.sin(2000 * torch.pi * t) * 10**-2.5
@@ -573,7 +632,10 @@ def stamps_of(questions, clips, folder):
     for question in questions:
         for path in (clips[question.line["clip"]].path, *question.audios.values()):
             if not path.exists():
-                stop(f"{path}: gone, though {folder.name} needs it; put it back, or run the stage that made it again")
+                stop(
+                    f"{path}: gone, though {folder.name} needs it; put it back, or run the stage "
+                    "that made it again"
+                )
             stat = path.stat()
             stamps.append((stat.st_size, stat.st_mtime_ns))
     return stamps
@@ -588,7 +650,9 @@ def packs_of(folder, mode, columns, questions, clips, guide, clip_s, args):
         i = len(packs) + 1
         part = [question for group in groups[start : start + args.pack] for question in group]
         after = before + len(part)
-        count = math.ceil(after / REPEATED) - math.ceil(before / REPEATED)  # so that of all packs one in REPEATED is
+        count = math.ceil(after / REPEATED) - math.ceil(
+            before / REPEATED
+        )  # so that of all packs one in REPEATED is
         before = after
         data = {
             "name": f"{args.what}_{i:05}",
@@ -622,7 +686,9 @@ def cards_of(questions, clips, clip_s):
         try:
             card["video"] = playable_video(clip.path, clip_s)
             for i, question in enumerate(group):
-                sounds = [sound_of(column, path, clip_s) for column, path in question.audios.items()]
+                sounds = [
+                    sound_of(column, path, clip_s) for column, path in question.audios.items()
+                ]
                 card["questions"].append({"row": row + i, "sounds": sounds})
             cards.append(card)
         except SkipClip as reason:
@@ -654,7 +720,8 @@ def write_pack(pack, mode, guide, clips, clip_s, levels):
 
 
 def write_packs(run, args):
-    """08_<what>/00001.html ..., of --pack clips each. One that is there, of the same questions and files, is kept."""
+    """08_<what>/00001.html ..., of --pack clips each. One that is there, of the same questions and
+    files, is kept."""
     # -- questions
     mode = MODES[args.what]
     folder = run / f"08_{args.what}"
@@ -688,20 +755,23 @@ def write_packs(run, args):
     if todo:
         line += f"; {len(todo)} made now, {took / len(todo):.1f} s and {sum(sizes) / len(todo):.1f} MB each"
     print(f"{line}; {len(packs) - len(todo)} were there")
-    print(f"next: open {folder / '00001.html'} in a browser, or send the packs to people; then, with what they save,")
+    print(
+        f"next: open {folder / '00001.html'} in a browser, or send the packs to people; then, with "
+        "what they save,"
+    )
     flags = {"rate": "--ratings", "choose": "--redo --choices", "blind": "--answers"}[args.what]
     script = "08_listen.py blind" if args.what == "blind" else mode.script
     print(f"      python {script} --run-dir {run} {flags} {args.what}_*.csv")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Answers to blind
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_comparisons(audio_of, paths):
-    """Every answer, a list of rows.ChoiceAnswer, each proved to be about two systems' audio that is still the same.
-    audio_of: {system: {clip id: path}}."""
+    """Every answer, a list of rows.ChoiceAnswer, each proved to be about two systems' audio that is
+    still the same. audio_of: {system: {clip id: path}}."""
     known = {}
 
     def checked(line, where):
@@ -710,15 +780,26 @@ def read_comparisons(audio_of, paths):
         clip = answer.clip
         for column, name in (("a", answer.a), ("b", answer.b)):
             if name not in audio_of:
-                stop(f"{where}, field '{column}': {name!r} is no system of 07 (there are {', '.join(audio_of)})")
+                stop(
+                    f"{where}, field '{column}': {name!r} is no system of 07 (there are "
+                    f"{', '.join(audio_of)})"
+                )
         if answer.a == answer.b or clip not in audio_of[answer.a] or clip not in audio_of[answer.b]:
             both = f"{answer.a} and {answer.b}"
-            stop(f"{where}: {clip} has no audio of two systems, {both}; these are answers of another run")
+            stop(
+                f"{where}: {clip} has no audio of two systems, {both}; these are answers of "
+                "another run"
+            )
         asked = (clip, answer.a, answer.b)
         if asked not in known:
-            known[asked] = digest_of_both({"a": audio_of[answer.a][clip], "b": audio_of[answer.b][clip]})
+            known[asked] = digest_of_both(
+                {"a": audio_of[answer.a][clip], "b": audio_of[answer.b][clip]}
+            )
         if line.get("audios") not in (None, "", known[asked]):
-            stop(f"{where}: about other audio of {clip} than is here now; these are answers of another run")
+            stop(
+                f"{where}: about other audio of {clip} than is here now; these are answers of "
+                "another run"
+            )
         return answer
 
     return people.read_answers(paths, "choice", checked)
@@ -733,7 +814,8 @@ def wins(answer, name):
 
 
 def wins_of_first(answer):
-    """The same of the two systems' first by name, so that an answer means the same whichever way it was asked."""
+    """The same of the two systems' first by name, so that an answer means the same whichever way it
+    was asked."""
     return wins(answer, min(answer.a, answer.b))
 
 
@@ -749,8 +831,8 @@ def win_rates(answers, systems, resamples=2000):
 
 
 def win_rate(answers, a, b, rng, resamples):
-    """The interval is a bootstrap over clips and, where there are several, raters: both are drawn anew, and an answer
-    counts as often as its clip and its rater together."""
+    """The interval is a bootstrap over clips and, where there are several, raters: both are drawn
+    anew, and an answer counts as often as its clip and its rater together."""
     won = np.array([wins(answer, a) for answer in answers])
     clips, clip_times = drawn_anew([answer.clip for answer in answers], rng, resamples)
     raters, rater_times = drawn_anew([answer.rater for answer in answers], rng, resamples)
@@ -775,7 +857,8 @@ def win_rate(answers, a, b, rng, resamples):
 
 
 def drawn_anew(names, rng, resamples):
-    """How many different names there are, and how often each of `names` was drawn in each resample, (resamples, n)."""
+    """How many different names there are, and how often each of `names` was drawn in each resample,
+    (resamples, n)."""
     different, place = np.unique(names, return_inverse=True)
     count = len(different)
     times = rng.multinomial(count, np.full(count, 1 / count), resamples)

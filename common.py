@@ -1,9 +1,10 @@
 """What several stages of the V2A-DPO reproduction share.
 
-Read in this order: notation, Flow-DPO (Eq. 5, Eq. 3), AudioScore (Sec. 2.1), sampler, the interfaces of a backbone and
-of a scorer. A reader of the paper can stop there. Then their loaders, what stages read, flags, and a stage's entry.
-What a reader of the paper need not open is in the rooms of `plumbing/`, which stages take from here by name: typed rows
-of files, records of what was made from what, ranks, blocks of scores, training, media, people's answers.
+Read in this order: notation, Flow-DPO (Eq. 5, Eq. 3), AudioScore (Sec. 2.1), sampler, the
+interfaces of a backbone and of a scorer. A reader of the paper can stop there. Then their loaders,
+what stages read, flags, and a stage's entry. What a reader of the paper need not open is in the
+rooms of `plumbing/`, which stages take from here by name: typed rows of files, records of what was
+made from what, ranks, blocks of scores, training, media, people's answers.
 
 Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 
@@ -40,23 +41,45 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from plumbing import ahead, cores, digits, files, media, people, ranks, record, rows, scoring, training
+from plumbing import (
+    ahead,
+    cores,
+    digits,
+    files,
+    media,
+    people,
+    ranks,
+    record,
+    rows,
+    scoring,
+    training,
+)
 from plumbing.files import NoAudio, NoFile, SkipClip, Stop, stop
 
-__all__ = ["NoAudio", "NoFile", "SkipClip", "ahead", "media", "people", "ranks", "record"]  # for stages and adapters
+__all__ = [
+    "NoAudio",
+    "NoFile",
+    "SkipClip",
+    "ahead",
+    "media",
+    "people",
+    "ranks",
+    "record",
+]  # for stages and adapters
 
 digits.same_on_every_cpu()  # before torch computes anything
 
 RATINGS = ("Good", "Medium", "Bad")  # the order of every probability vector (Eq. 1)
 SCORES = ("ib", "clap", "desync_s", "is_nats", "pesq")  # score_1 ... score_5 (Sec. 2.1)
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flow-DPO (Sec. 2.3)
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def interpolate(a_0, eps, t):
-    """Rectified flow's straight path (below Eq. 5). a_0, eps: (B, T, C); t: (B,) in [0, 1], 1 = noise.
+    """Rectified flow's straight path (below Eq. 5). a_0, eps: (B, T, C); t: (B,) in [0, 1], 1 =
+    noise.
 
     Returns a_t (B, T, C), the point at time t, and v (B, T, C) = eps - a_0, the path's velocity.
     """
@@ -67,42 +90,47 @@ def interpolate(a_0, eps, t):
 def flow_error(v, u):
     """||v - u||^2 of Eq. 5 for each row: v, u (B, T, C), any float type -> (B,) float32.
 
-    Paper silent: sum or mean. We average over the latent, as Diffusion-DPO's code and its followers do, so that
-    beta means the same for every latent size; the sum reading is beta times T * C.
+    Paper silent: sum or mean. We average over the latent, as Diffusion-DPO's code and its followers
+    do, so that beta means the same for every latent size; the sum reading is beta times T * C.
     """
     return (v.float() - u.float()).square().mean(dim=(1, 2))
 
 
 def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
-    """Eq. 5 for each pair; no model, no randomness. err_*: (B,) float32, `flow_error` of policy and reference.
+    """Eq. 5 for each pair; no model, no randomness. err_*: (B,) float32, `flow_error` of policy and
+    reference.
 
-    The printed brackets subtract the loser's gap outside beta/2, which pulls towards the loser too and contradicts the
-    paragraph below Eq. 5; we use Eq. 4's, -log sigmoid(-beta/2 (W - L)). `printed` takes them literally, to compare.
-    Returns loss (B,), log 2 where policy equals reference, and logits (B,), positive where the policy already
-    prefers the winner (the implicit reward's margin).
+    The printed brackets subtract the loser's gap outside beta/2, which pulls towards the loser too
+    and contradicts the paragraph below Eq. 5; we use Eq. 4's, -log sigmoid(-beta/2 (W - L)).
+    `printed` takes them literally, to compare. Returns loss (B,), log 2 where policy equals
+    reference, and logits (B,), positive where the policy already prefers the winner (the implicit
+    reward's margin).
     """
-    gap_w = err_w - ref_err_w  # W, below 0 where the policy fits the winner better than the reference does
+    gap_w = (
+        err_w - ref_err_w
+    )  # W, below 0 where the policy fits the winner better than the reference does
     gap_l = err_l - ref_err_l  # L
     logits = -0.5 * beta * gap_w - gap_l if printed else -0.5 * beta * (gap_w - gap_l)
     return -F.logsigmoid(logits), logits
 
 
 def score_c(p_w, p_l):
-    """Eq. 3; p_w, p_l: (Good, Medium, Bad) of winner and loser -> float in [-1, 1], high = an easy pair."""
+    """Eq. 3; p_w, p_l: (Good, Medium, Bad) of winner and loser -> float in [-1, 1], high = an easy
+    pair."""
     return 0.5 * ((p_w[0] - p_l[0]) + (p_l[2] - p_w[2]))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # AudioScore (Sec. 2.1)
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class AudioScore(nn.Module):
     """S(.) of Eq. 1: five scores -> probabilities of (Good, Medium, Bad).
 
-    z-score, Linear(5, 32), ReLU, Linear(32, 3), softmax. Its buffers hold the standardiser (mean, std: (5,)) and
-    the tagger's marginal p(y) (p_y: (tags,)) over the fitting clips, so that score_4 means the same at every use.
-    Paper silent: hidden width; 32 is ours.
+    z-score, Linear(5, 32), ReLU, Linear(32, 3), softmax. Its buffers hold the standardiser (mean,
+    std: (5,)) and the tagger's marginal p(y) (p_y: (tags,)) over the fitting clips, so that score_4
+    means the same at every use. Paper silent: hidden width; 32 is ours.
     """
 
     def __init__(self, tags, hidden=32):
@@ -110,29 +138,38 @@ class AudioScore(nn.Module):
         self.register_buffer("mean", torch.zeros(len(SCORES)))
         self.register_buffer("std", torch.ones(len(SCORES)))
         self.register_buffer("p_y", torch.full((tags,), 1.0 / tags))
-        self.mlp = nn.Sequential(nn.Linear(len(SCORES), hidden), nn.ReLU(), nn.Linear(hidden, len(RATINGS)))
+        self.mlp = nn.Sequential(
+            nn.Linear(len(SCORES), hidden), nn.ReLU(), nn.Linear(hidden, len(RATINGS))
+        )
 
     def logits(self, scores):
-        """scores: (B, 5) float32, nan where a score does not apply (it then counts as the mean) -> (B, 3)."""
+        """scores: (B, 5) float32, nan where a score does not apply (it then counts as the mean) ->
+        (B, 3)."""
         return self.mlp(torch.nan_to_num((scores - self.mean) / self.std, nan=0.0))
 
     def forward(self, scores):
-        """scores: (B, 5) -> p: (B, 3) float64, each row sums to 1. In float32 several bad audios would have P(Bad) = 1
-        exactly, a tie."""
+        """scores: (B, 5) -> p: (B, 3) float64, each row sums to 1. In float32 several bad audios
+        would have P(Bad) = 1 exactly, a tie."""
         return self.logits(scores).double().softmax(dim=-1)
 
     def five_scores(self, said):
-        """What the five scorers said of n audios, {ib, clap, desync_s, pesq: (n,), logits: (n, tags)} -> (n, 5) float32
-        in the order of SCORES, nan where one does not apply."""
+        """What the five scorers said of n audios, {ib, clap, desync_s, pesq: (n,), logits: (n,
+        tags)} -> (n, 5) float32 in the order of SCORES, nan where one does not apply."""
         if said["logits"].shape[1:] != self.p_y.shape:
-            stop("02_audioscore.pt: fitted with another tagger than this run's; rerun 02_fit_audioscore.py --redo")
+            stop(
+                "02_audioscore.pt: fitted with another tagger than this run's; rerun "
+                "02_fit_audioscore.py --redo"
+            )
         is_nats = self.inception(said["logits"])
-        return torch.stack([said["ib"], said["clap"], said["desync_s"], is_nats, said["pesq"]], dim=1)
+        return torch.stack(
+            [said["ib"], said["clap"], said["desync_s"], is_nats, said["pesq"]], dim=1
+        )
 
     def inception(self, tag_logits):
         """score_4: KL(p(y|a) || p(y)) in nats for each audio; tag_logits (B, tags) -> (B,).
 
-        Paper silent: the inception score of one audio. This is its contribution to the usual IS, exp of the mean.
+        Paper silent: the inception score of one audio. This is its contribution to the usual IS,
+        exp of the mean.
         """
         log_p = tag_logits.float().log_softmax(dim=-1)
         return (log_p.exp() * (log_p - self.p_y.clamp_min(1e-12).log())).sum(dim=-1)
@@ -149,18 +186,20 @@ class AudioScore(nn.Module):
         return self.to(device).eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampler
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def seed_of(*parts):
-    """A seed, a function of these parts alone: an audio's is of (seed, clip, k), never of rank, shard or batch."""
+    """A seed, a function of these parts alone: an audio's is of (seed, clip, k), never of rank,
+    shard or batch."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
 def initial_noise(model, seeds):
-    """eps at t = 1 for each seed, drawn on the CPU so that every device starts alike -> (len(seeds), T, C)."""
+    """eps at t = 1 for each seed, drawn on the CPU so that every device starts alike ->
+    (len(seeds), T, C)."""
     eps = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -172,8 +211,9 @@ def initial_noise(model, seeds):
 def sample(model, features, seeds, steps=25, guidance=4.5):
     """Euler's method from noise (t = 1) to data (t = 0), classifier-free guidance inside.
 
-    features: dict of tensors with B rows; seeds: R * B integers, row r * B + b belongs to clip b. The conditions are
-    projected once; on CUDA the network runs in bf16. Returns a_0 (R * B, T, C) float32 on the model's device.
+    features: dict of tensors with B rows; seeds: R * B integers, row r * B + b belongs to clip b.
+    The conditions are projected once; on CUDA the network runs in bf16. Returns a_0 (R * B, T, C)
+    float32 on the model's device.
     """
     a_t = initial_noise(model, seeds)
     times = torch.linspace(1, 0, steps + 1)
@@ -187,10 +227,12 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
 
 
 def sample_clips(model, clips, features, seeds_of, finish, sampler, batch_clips, title=None):
-    """Samples and decodes audio of clips, some clips at a time; a batch is decoded while the next one is sampled.
+    """Samples and decodes audio of clips, some clips at a time; a batch is decoded while the next
+    one is sampled.
 
-    features: {clip id: dict of its features}; seeds_of(clip): its seeds, as many for every clip; sampler: rows.Sampler;
-    finish(clip, latents (N, T, C), waves (N, S)): what to do with a clip's audios, on the CPU. Yields what it returns.
+    features: {clip id: dict of its features}; seeds_of(clip): its seeds, as many for every clip;
+    sampler: rows.Sampler; finish(clip, latents (N, T, C), waves (N, S)): what to do with a clip's
+    audios, on the CPU. Yields what it returns.
     """
 
     def batches():
@@ -213,17 +255,19 @@ def sample_clips(model, clips, features, seeds_of, finish, sampler, batch_clips,
         yield from finished
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The interface of a backbone: what toy, MMAudio and Frieren offer to the stages
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class FlowModel(nn.Module):
-    """A V2A flow model in the paper's convention (t = 1 noise, v = eps - a_0); only adapters flip time and sign.
+    """A V2A flow model in the paper's convention (t = 1 noise, v = eps - a_0); only adapters flip
+    time and sign.
 
-    Registered parameters are those of the velocity network: everything that maps features and a_t to u, condition
-    projections included. Null-condition parameters are frozen. Encoders and codec are loaded on first use and are no
-    submodules, so that copying, training and saving never touch them.
+    Registered parameters are those of the velocity network: everything that maps features and a_t
+    to u, condition projections included. Null-condition parameters are frozen. Encoders and codec
+    are loaded on first use and are no submodules, so that copying, training and saving never touch
+    them.
     """
 
     name: str  # as given to load_model
@@ -234,7 +278,8 @@ class FlowModel(nn.Module):
     checkpoint: Path  # the file that the velocity network came from
     reads_video = False  # whether `read` decodes the clip's video, and what `others` want of it
 
-    # What an adapter fills in -------------------------------------------------------------------------------
+    # What an adapter fills in
+    # -------------------------------------------------------------------------------
 
     @classmethod
     def files(cls, variant):
@@ -242,9 +287,10 @@ class FlowModel(nn.Module):
         return []
 
     def read(self, clip, others=()):
-        """What `encode` needs of a clip's files, a list of CPU tensors: decoded and made small here, where no GPU is
-        used, by a process of its own (`read_ahead`); then, if `reads_video`, what `others` (as `Scorer.frames`) want of
-        it. clip: rows.Clip with `path`. Raises SkipClip(reason) for a video that cannot be used."""
+        """What `encode` needs of a clip's files, a list of CPU tensors: decoded and made small
+        here, where no GPU is used, by a process of its own (`read_ahead`); then, if `reads_video`,
+        what `others` (as `Scorer.frames`) want of it. clip: rows.Clip with `path`. Raises
+        SkipClip(reason) for a video that cannot be used."""
         return []
 
     def stamp_of(self, clip):
@@ -252,8 +298,8 @@ class FlowModel(nn.Module):
         return scoring.stamp(clip.path)
 
     def encode(self, clip, tensors):
-        """Frozen encoders, once per clip. tensors: what `read` returned. Returns a dict of float32 CPU tensors without
-        batch dimension."""
+        """Frozen encoders, once per clip. tensors: what `read` returned. Returns a dict of float32
+        CPU tensors without batch dimension."""
         raise NotImplementedError
 
     def project(self, features):
@@ -269,11 +315,13 @@ class FlowModel(nn.Module):
         raise NotImplementedError
 
     def decode(self, latents):
-        """(B, T, C) normalised latents -> (B, S) float32 waveforms at sample_rate_hz, on the CPU."""
+        """(B, T, C) normalised latents -> (B, S) float32 waveforms at sample_rate_hz, on the
+        CPU."""
         raise NotImplementedError
 
     def snap_t(self, t):
-        """The nearest earlier time that the network knows; the identity for continuous-time networks."""
+        """The nearest earlier time that the network knows; the identity for continuous-time
+        networks."""
         return t
 
     def blocks(self):
@@ -281,24 +329,28 @@ class FlowModel(nn.Module):
         return []
 
     def load_policy(self, path):
-        """Replaces the velocity network's weights, strictly, by a file of `save_policy`; stops when it is another
-        model's."""
+        """Replaces the velocity network's weights, strictly, by a file of `save_policy`; stops when
+        it is another model's."""
         raise NotImplementedError
 
     def policy_state(self):
-        """What `save_policy` writes: the upstream's own format, loadable by upstream's own loader."""
+        """What `save_policy` writes: the upstream's own format, loadable by upstream's own
+        loader."""
         raise NotImplementedError
 
-    # What all adapters share --------------------------------------------------------------------------------
+    # What all adapters share
+    # --------------------------------------------------------------------------------
 
     @property
     def device(self):
         return next(self.parameters()).device
 
     def velocity(self, a_t, t, conditions, guidance=1.0):
-        """u with classifier-free guidance gamma: u_null + gamma (u_cond - u_null), both in one forward.
+        """u with classifier-free guidance gamma: u_null + gamma (u_cond - u_null), both in one
+        forward.
 
-        a_t: (R * B, T, C), t: (R * B,), conditions: B rows, each serving R rows of a_t (row r * B + b takes row b).
+        a_t: (R * B, T, C), t: (R * B,), conditions: B rows, each serving R rows of a_t (row r * B +
+        b takes row b).
         """
         repeats = len(a_t) // len(next(iter(conditions.values())))
         conditions = tile(conditions, repeats)
@@ -310,37 +362,42 @@ class FlowModel(nn.Module):
         return u_null + guidance * (u_cond - u_null)
 
     def forward(self, a_t, t, features, guidance=1.0):
-        """`velocity` from features: what stages 05 and 06 train, through DistributedDataParallel."""
+        """`velocity` from features: what stages 05 and 06 train, through
+        DistributedDataParallel."""
         return self.velocity(a_t, t, self.project(features), guidance)
 
     def trainable_parameters(self):
         return [p for p in self.parameters() if p.requires_grad]
 
     def compile_sampling(self):
-        """Makes `sample` faster after a first, slow call. Training stays eager: in bf16 a compiled policy rounds
-        otherwise than its reference, which Eq. 5's beta would magnify."""
+        """Makes `sample` faster after a first, slow call. Training stays eager: in bf16 a compiled
+        policy rounds otherwise than its reference, which Eq. 5's beta would magnify."""
         self.project = torch.compile(self.project)
         self.predict = torch.compile(self.predict)
 
 
 def tile(conditions, repeats):
     """Repeats every tensor of a dict along its batch: (B, ...) -> (repeats * B, ...)."""
-    return {key: value.repeat(repeats, *[1] * (value.dim() - 1)) for key, value in conditions.items()}
+    return {
+        key: value.repeat(repeats, *[1] * (value.dim() - 1)) for key, value in conditions.items()
+    }
 
 
 def stack_features(features, device):
-    """A list of dicts of tensors without batch dimension -> a dict of (B, ...) tensors on the device."""
+    """A list of dicts of tensors without batch dimension -> a dict of (B, ...) tensors on the
+    device."""
     return {key: torch.stack([one[key] for one in features]).to(device) for key in features[0]}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The interface of a scorer
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SILENT_PEAK = 1e-3  # of full scale, -60 dB
 
-# Paper silent: which classes are "the category of human speech" (Sec. 2.1). These are VGGSound's in which people talk,
-# spelled as among the 309 of MMAudio's sets/vgg-test.tsv; not singing, rapping, shouting, babbling, crowds and radios.
+# Paper silent: which classes are "the category of human speech" (Sec. 2.1). These are VGGSound's in
+# which people talk, spelled as among the 309 of MMAudio's sets/vgg-test.tsv; not singing, rapping,
+# shouting, babbling, crowds and radios.
 HUMAN_SPEECH_CLASSES = (
     "child speech, kid speaking",
     "female speech, woman speaking",
@@ -363,13 +420,14 @@ class Scorer:
         """weights: folder of `files`."""
 
     def embed_video(self, frames):
-        """Its video tower. frames: (n, ...), each transformed. Returns a dict of float32 tensors, once per clip."""
+        """Its video tower. frames: (n, ...), each transformed. Returns a dict of float32 tensors,
+        once per clip."""
         raise NotImplementedError
 
     def score(self, waves, clips, videos):
-        """waves: (B, S) float32 at sample_rate_hz; clips: B of rows.Clip with `path`; videos: what `embed_video`
-        returned, a dict of (B, ...) tensors, rows of nan where the video cannot be used. Returns a dict of (B, ...)
-        tensors, nan where a score does not apply."""
+        """waves: (B, S) float32 at sample_rate_hz; clips: B of rows.Clip with `path`; videos: what
+        `embed_video` returned, a dict of (B, ...) tensors, rows of nan where the video cannot be
+        used. Returns a dict of (B, ...) tensors, nan where a score does not apply."""
         raise NotImplementedError
 
 
@@ -408,23 +466,30 @@ class ScorerSet:
         return {tensor for scorer, tensor in wanted if scorer == name}
 
     def five(self, said):
-        """AudioScore's part of what scorers said. said: {scorer: {tensor: values}} -> {ib, ...: values}."""
+        """AudioScore's part of what scorers said. said: {scorer: {tensor: values}} -> {ib, ...:
+        values}."""
         return {name: said[scorer][tensor] for name, (scorer, tensor) in self.audioscore.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loaders: a backbone or a scorer is one file in adapters/ and one line here (docs/adapters.md)
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ADAPTERS = {"toy": "adapters.toy", "mmaudio": "adapters.mmaudio", "frieren": "adapters.frieren"}
-SCORERS = {"toy": ("adapters.toy",), "real": ("adapters.scorers",)}  # run.json names the set, if not the real one
+SCORERS = {
+    "toy": ("adapters.toy",),
+    "real": ("adapters.scorers",),
+}  # run.json names the set, if not the real one
 
 
 def adapter_of(name):
     """The class of a model, and its variant. name: `toy`, `mmaudio:<variant>` or `frieren`."""
     family, _, variant = name.partition(":")
     if family not in ADAPTERS:
-        stop(f"--model {name}: unknown; choose toy, mmaudio:small_16k ... mmaudio:large_44k, or frieren")
+        stop(
+            f"--model {name}: unknown; choose toy, mmaudio:small_16k ... mmaudio:large_44k, or "
+            "frieren"
+        )
     return importlib.import_module(ADAPTERS[family]).ADAPTER, variant
 
 
@@ -442,8 +507,8 @@ def files_of(name, checkpoint):
 
 
 def load_model(name, checkpoint=None, device="cpu", weights="weights"):
-    """checkpoint: the velocity network's weights, None for the upstream file under `weights`. Returns a FlowModel in
-    eval mode."""
+    """checkpoint: the velocity network's weights, None for the upstream file under `weights`.
+    Returns a FlowModel in eval mode."""
     adapter, variant = adapter_of(name)
     model = adapter(variant, checkpoint, Path(weights))
     model.name = name
@@ -458,10 +523,16 @@ def load_base_model(run, device="cpu", weights="weights"):
     if run_json.checkpoint != "upstream":
         checkpoint = Path(run) / run_json.checkpoint
         if not checkpoint.exists():
-            stop(f"{checkpoint}: gone; put it back, or give 01_generate.py the --checkpoint that has moved")
+            stop(
+                f"{checkpoint}: gone; put it back, or give 01_generate.py the --checkpoint that "
+                "has moved"
+            )
     model = load_model(run_json.model, checkpoint, device, weights)
     if model.checkpoint_digest != run_json.checkpoint_digest:
-        stop(f"{model.checkpoint}: not the file that stage 01 sampled from (its digest differs); put that one back")
+        stop(
+            f"{model.checkpoint}: not the file that stage 01 sampled from (its digest differs); "
+            "put that one back"
+        )
     return model
 
 
@@ -473,8 +544,8 @@ def scorers_of(run, weights):
 
 
 def people_of(run):
-    """The module whose simulated people answer, and whose oracle judges, in a run that holds its world's truth; None in
-    others."""
+    """The module whose simulated people answer, and whose oracle judges, in a run that holds its
+    world's truth; None in others."""
     if (Path(run) / "00_truth.jsonl").exists():
         return importlib.import_module("adapters.toy_people")
     return None
@@ -482,8 +553,8 @@ def people_of(run):
 
 @contextmanager
 def upstream(repository, folder=""):
-    """While upstream code is imported, puts the clone $UPSTREAM_DIR/<repository>/<folder> first on sys.path; without
-    that variable the installed package is used."""
+    """While upstream code is imported, puts the clone $UPSTREAM_DIR/<repository>/<folder> first on
+    sys.path; without that variable the installed package is used."""
     root = os.environ.get("UPSTREAM_DIR")
     path = str(Path(root) / repository / folder) if root else None
     if path:
@@ -499,11 +570,14 @@ def upstream(repository, folder=""):
 
 
 def weight_file(weights, name):
-    """weights / name, or one line that says what is missing and where it comes from: its row of docs/weights.md."""
+    """weights / name, or one line that says what is missing and where it comes from: its row of
+    docs/weights.md."""
     path = Path(weights) / name
     if not path.exists():
         source, size, use = weight_row(name)
-        stop(f"{path}: missing ({use}); get {name} ({size}) from {source} and put it into {weights}/")
+        stop(
+            f"{path}: missing ({use}); get {name} ({size}) from {source} and put it into {weights}/"
+        )
     return path
 
 
@@ -517,7 +591,8 @@ def weight_row(name):
 
 
 def print_missing(weights, names):
-    """The files among these that are not below --weights, with what docs/weights.md says of them, and their size."""
+    """The files among these that are not below --weights, with what docs/weights.md says of them,
+    and their size."""
     in_gb = {"kB": 1e-6, "KB": 1e-6, "MB": 1e-3, "GB": 1, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}
     missing = 0
     gb = 0.0
@@ -532,9 +607,9 @@ def print_missing(weights, names):
         print(f"missing below {weights}/: {missing} files, {gb:.1f} GB in all")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What stages read
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class FoundClip(rows.Clip):
@@ -555,7 +630,9 @@ def read_run(run, row_type=rows.Run):
     run = Path(run)
     if not run.is_dir():
         stop(f"--run-dir {run}: no such folder; stage 01 (or 00 for the toy world) creates it")
-    return rows.read_json(run / "run.json", row_type, "; run 01_generate.py (or 00_toy_world.py) first")
+    return rows.read_json(
+        run / "run.json", row_type, "; run 01_generate.py (or 00_toy_world.py) first"
+    )
 
 
 def read_clips(run, split=None):
@@ -581,8 +658,8 @@ def read_clips(run, split=None):
 
 
 def read_samples(run):
-    """Every audio of stage 01: {clip: [FoundSample, ...]} in order of k. Every train clip that stage 01 drew must be
-    there, with all its audios, or be skipped."""
+    """Every audio of stage 01: {clip: [FoundSample, ...]} in order of k. Every train clip that
+    stage 01 drew must be there, with all its audios, or be skipped."""
     run = Path(run)
     run_json = read_run(run)
     train = {clip.id for clip in rows.read(run / "clips.jsonl", rows.Clip) if clip.split == "train"}
@@ -600,14 +677,20 @@ def read_samples(run):
             in_order = sample.row == i and sample.k == len(audios)
             in_one_piece = not audios or (audios[-1].shard, audios[-1].row) == (shard, i - 1)
             if not in_order or not in_one_piece or sample.clip not in train or sample.wav != wav:
-                stop(f"{file}, line {i + 1}: not the next audio of a train clip, with its row, k and wav{hint}")
+                stop(
+                    f"{file}, line {i + 1}: not the next audio of a train clip, with its row, k "
+                    f"and wav{hint}"
+                )
             sample.shard = shard
             audios.append(sample)
     if not samples:
         stop(f"{run / '01_samples'}: no generated audio; run 01_generate.py --run-dir {run} first")
     whole = all(len(audios) == run_json.num_samples for audios in samples.values())
     if not whole or len(samples) + skipped != min(len(train), run_json.max_clips):
-        stop(f"{run / '01_samples'}: some of the {len(train)} train clips are not there; rerun 01_generate.py")
+        stop(
+            f"{run / '01_samples'}: some of the {len(train)} train clips are not there; rerun "
+            "01_generate.py"
+        )
     return samples
 
 
@@ -641,7 +724,8 @@ def read_pairs(path, row_type, hint):
 
 
 def known_k(line, samples, where, field):
-    """The k in this field of an answer as an integer, after checking that stage 01 made the k-th audio of its clip."""
+    """The k in this field of an answer as an integer, after checking that stage 01 made the k-th
+    audio of its clip."""
     clip = line.get("clip")
     if clip is None:
         stop(f"{where}: field 'clip' is missing")
@@ -652,13 +736,16 @@ def known_k(line, samples, where, field):
         stop(f"{where}: field '{field}' is missing")
     known = {str(audio.k): audio.k for audio in samples[clip]}
     if isinstance(k, bool) or str(k).strip() not in known:
-        stop(f"{where}, field '{field}': {repr(k)[:80]} is no audio of {clip} (there are {', '.join(known)})")
+        stop(
+            f"{where}, field '{field}': {repr(k)[:80]} is no audio of {clip} (there are "
+            f"{', '.join(known)})"
+        )
     return known[str(k).strip()]
 
 
 def to_simulate(run, file, asked, redo):
-    """Whether simulated people answer: nobody has, or, with --redo, only they have, and to other questions. file: their
-    answers; asked: a list of tuples (clip, k), or (clip, a, b)."""
+    """Whether simulated people answer: nobody has, or, with --redo, only they have, and to other
+    questions. file: their answers; asked: a list of tuples (clip, k), or (clip, a, b)."""
     if people_of(run) is None or not asked:
         return False
     if not file.exists():
@@ -666,24 +753,34 @@ def to_simulate(run, file, asked, redo):
     answers = [line for _, line in files.read_jsonl(file)]
     fields = ("clip", "k") if len(asked[0]) == 2 else ("clip", "a", "b")
     answered = {tuple(line.get(field) for field in fields) for line in answers}
-    return redo and all(line.get("rater") == "simulated" for line in answers) and answered != set(asked)
+    return (
+        redo
+        and all(line.get("rater") == "simulated" for line in answers)
+        and answered != set(asked)
+    )
 
 
 def score_fields(scores):
     """The five scores (5,) of an audio as fields of a row, None where one does not apply."""
-    return {name: None if math.isnan(value) else round(value, 6) for name, value in zip(SCORES, scores.tolist())}
+    return {
+        name: None if math.isnan(value) else round(value, 6)
+        for name, value in zip(SCORES, scores.tolist())
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """A stage's parser: the first line of its docstring, defaults in --help, a bad flag as a user error, --run-dir."""
+    """A stage's parser: the first line of its docstring, defaults in --help, a bad flag as a user
+    error, --run-dir."""
 
     def __init__(self, doc):
-        super().__init__(description=doc.split("\n")[0], formatter_class=HelpFormatter, allow_abbrev=False)
+        super().__init__(
+            description=doc.split("\n")[0], formatter_class=HelpFormatter, allow_abbrev=False
+        )
         self.io = self.add_argument_group("io")
         self.paper = self.add_argument_group("paper")
         self.engineering = self.add_argument_group("engineering")
@@ -706,13 +803,16 @@ def workers_flag(parser):
     share = min(cores.MOST_WORKERS, share)
     if sys.platform != "linux":
         share = 0  # a fork is not safe
-    described = "processes that decode video or compute PESQ, by default the cores per rank, at most "
+    described = (
+        "processes that decode video or compute PESQ, by default the cores per rank, at most "
+    )
     described += f"{cores.MOST_WORKERS}; 0: none besides this one"
     parser.engineering.add_argument("--workers", type=number(int, 0), default=share, help=described)
 
 
 def number(kind, least, most=None):
-    """A flag's type: a finite int or float from least to most (if None, a number that no flag can mean)."""
+    """A flag's type: a finite int or float from least to most (if None, a number that no flag can
+    mean)."""
     most = {int: 2**31 - 1, float: 1e9}[kind] if most is None else most
 
     def convert(text):
@@ -722,18 +822,23 @@ def number(kind, least, most=None):
             value = math.nan
         if not (math.isfinite(value) and least <= value <= most):
             kinds = {int: "a whole number", float: "a number"}
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} must be {kinds[kind]} from {least} to {most}")
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} must be {kinds[kind]} from {least} to {most}"
+            )
         return value
 
     return convert
 
 
 def parse(parser, argv, stage):
-    """parser.parse_args. A run's `defaults` (of run.json, or of the one beside --checkpoint) replace the paper's
-    numbers, which is said; an explicit flag wins over both."""
+    """parser.parse_args. A run's `defaults` (of run.json, or of the one beside --checkpoint)
+    replace the paper's numbers, which is said; an explicit flag wins over both."""
     args = parser.parse_args(argv)
     if not files.is_text(args.run_dir):
-        stop(f"--run-dir {args.run_dir}: its name is not UTF-8, so that not every library can open it; use another")
+        stop(
+            f"--run-dir {args.run_dir}: its name is not UTF-8, so that not every library can open "
+            "it; use another"
+        )
     own = own_defaults(parser, args, stage)
     if not own:
         return args
@@ -750,7 +855,8 @@ def parse(parser, argv, stage):
 
 
 def own_defaults(parser, args, stage):
-    """The run's replacements for the paper's numbers of a stage, {flag: value}, each what the flag may be."""
+    """The run's replacements for the paper's numbers of a stage, {flag: value}, each what the flag
+    may be."""
     folders = [Path(args.run_dir)]
     if getattr(args, "checkpoint", None):
         folders.append(Path(args.checkpoint).parent)
@@ -764,18 +870,23 @@ def own_defaults(parser, args, stage):
         flags = {action.dest: action for action in parser._actions if action.type}
         own = {}
         for key, value in defaults[stage].items():
-            text = f"{value:g}" if value == int(value) else str(value)  # JSON knows one kind of number
+            text = (
+                f"{value:g}" if value == int(value) else str(value)
+            )  # JSON knows one kind of number
             try:
                 own[key] = flags[key].type(text)
             except (KeyError, argparse.ArgumentTypeError):
-                stop(f"{file}, field 'defaults': {key} {value!r} is no flag of stage {stage} with such a value")
+                stop(
+                    f"{file}, field 'defaults': {key} {value!r} is no flag of stage {stage} with "
+                    "such a value"
+                )
         return own
     return {}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A stage's entry
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def less_memory(args):
@@ -802,10 +913,14 @@ def one_line(error, args):
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}; mend that, then run the command again"
     if isinstance(error, MemoryError) or files.NO_MEMORY in said:
-        return "the machine's memory is full; lower --workers or make room, then run the command again"
+        return (
+            "the machine's memory is full; lower --workers or make room, then run the command again"
+        )
     if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in said:
         return f"{said[:80]} ...: more than the GPU has; {less_memory(args)}"
-    if getattr(args, "lora", 0) and "does not require grad" in said:  # torch, of a loss that no weight has a part in
+    if (
+        getattr(args, "lora", 0) and "does not require grad" in said
+    ):  # torch, of a loss that no weight has a part in
         return f"--lora: {training.nothing_is_trained()}"
     if re.match(r"a worker process ended unexpectedly|A process in the process pool was", said):
         return f"{said[:80]} ...: perhaps the machine's memory is full; lower --workers, then run the command again"
@@ -813,16 +928,21 @@ def one_line(error, args):
 
 
 def start_in_utf8():
-    """Starts this program again, with names of files in UTF-8, as the run's own files have them. Python reads them in
-    the terminal's encoding where it is told to (latin-1, LC_ALL=C with PYTHONUTF8=0), and cannot change that later."""
+    """Starts this program again, with names of files in UTF-8, as the run's own files have them.
+    Python reads them in the terminal's encoding where it is told to (latin-1, LC_ALL=C with
+    PYTHONUTF8=0), and cannot change that later."""
     if os.environ.get("PYTHONUTF8") != "1":
-        environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": sys.stdout.encoding}  # the terminal's stays
+        environment = {
+            **os.environ,
+            "PYTHONUTF8": "1",
+            "PYTHONIOENCODING": sys.stdout.encoding,
+        }  # the terminal's stays
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def launch(main, parse_args):
-    """A stage's entry. A user error, or one of the system, ends in one line and exit code 2, Ctrl-C in a line; what is
-    written is kept."""
+    """A stage's entry. A user error, or one of the system, ends in one line and exit code 2, Ctrl-C
+    in a line; what is written is kept."""
     if main.__module__ == "__main__" and sys.getfilesystemencoding() != "utf-8":
         start_in_utf8()
     for stream in (sys.stdout, sys.stderr):
@@ -838,8 +958,12 @@ def launch(main, parse_args):
         if line is None:
             raise
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(5)  # what rank 0 has met too, it has said by now, and torchrun ends this process
-        tqdm.write(f"error: {line}", file=sys.stderr)  # on a line of its own, also beside a progress bar
+            time.sleep(
+                5
+            )  # what rank 0 has met too, it has said by now, and torchrun ends this process
+        tqdm.write(
+            f"error: {line}", file=sys.stderr
+        )  # on a line of its own, also beside a progress bar
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)

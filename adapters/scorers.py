@@ -1,8 +1,9 @@
 """The real scorers: AudioScore's five, and the networks behind FD, KL and IS (docs/adapters.md).
 
-Numbers follow av-benchmark (github.com/hkchengrex/av-benchmark), the code behind the metrics of MMAudio, "the same
-metrics in [8]" (Sec. 3.1). Every network judges the first 8 s of the audio as stage 01 writes it, where what is not
-finite is silence: a silent or broken audio has an ordinary finite value everywhere, and never raises.
+Numbers follow av-benchmark (github.com/hkchengrex/av-benchmark), the code behind the metrics of
+MMAudio, "the same metrics in [8]" (Sec. 3.1). Every network judges the first 8 s of the audio as
+stage 01 writes it, where what is not finite is silence: a silent or broken audio has an ordinary
+finite value everywhere, and never raises.
 """
 
 import contextlib
@@ -37,8 +38,11 @@ JUDGED_S = 8.0
 
 
 def judged(waves, sample_rate_hz, centred=False):
-    """(B, S) waves -> (B, 8 s), cut or padded with silence; `centred` takes off the whole wave's mean first."""
-    waves = torch.nan_to_num(waves.float(), 0, 0, 0).clamp(-2, 2)  # resampling may overshoot 1; 1e30 would overflow
+    """(B, S) waves -> (B, 8 s), cut or padded with silence; `centred` takes off the whole wave's
+    mean first."""
+    waves = torch.nan_to_num(waves.float(), 0, 0, 0).clamp(
+        -2, 2
+    )  # resampling may overshoot 1; 1e30 would overflow
     if centred:
         waves = waves - waves.mean(dim=-1, keepdim=True)
     return media.fit_length(waves, round(JUDGED_S * sample_rate_hz))
@@ -51,8 +55,8 @@ def in_batches(network, rows, device, size=16):
 
 @contextlib.contextmanager
 def without_init(package):
-    """While it lasts, modules of a package are imported without its __init__: panns_inference's and laion_clap's reach
-    for the network, imagebind's needs packages that its networks do not."""
+    """While it lasts, modules of a package are imported without its __init__: panns_inference's and
+    laion_clap's reach for the network, imagebind's needs packages that its networks do not."""
     if package in sys.modules:
         yield
         return
@@ -68,7 +72,8 @@ def without_init(package):
 
 
 def load_weights(net, state, path, device, **options):
-    """Strict; a file of another network ends in one line. Returns the network frozen, in eval mode, on the device."""
+    """Strict; a file of another network ends in one line. Returns the network frozen, in eval mode,
+    on the device."""
     try:
         net.load_state_dict(state, **options)
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -80,8 +85,9 @@ def load_weights(net, state, path, device, **options):
 class ImageBindScorer(Scorer):
     """score_1, `ib`: cosine of ImageBind's video and audio embeddings, in [-1, 1].
 
-    Video: 4 frames, 3 crops along the longer side, 3 pairs of neighbouring frames; the 9 unit embeddings are averaged.
-    Audio: windows of 2 s at 0, 3 and 6 s, averaged (av-benchmark spreads them over the whole file if it exceeds 8 s).
+    Video: 4 frames, 3 crops along the longer side, 3 pairs of neighbouring frames; the 9 unit
+    embeddings are averaged. Audio: windows of 2 s at 0, 3 and 6 s, averaged (av-benchmark spreads
+    them over the whole file if it exceeds 8 s).
     """
 
     sample_rate_hz = 16000
@@ -93,21 +99,31 @@ class ImageBindScorer(Scorer):
         path = weight_file(weights, self.files[0])
         with upstream("ImageBind"), without_init("imagebind"):
             from imagebind.models import imagebind_model
-        net = imagebind_model.imagebind_huge(pretrained=False)  # 4.8 GB: the file is mapped, never copied
+        net = imagebind_model.imagebind_huge(
+            pretrained=False
+        )  # 4.8 GB: the file is mapped, never copied
         net = load_weights(net, files.load_pt(path, mmap=True), path, "cpu", assign=True)
-        for parts in (net.modality_preprocessors, net.modality_trunks, net.modality_heads, net.modality_postprocessors):
+        for parts in (
+            net.modality_preprocessors,
+            net.modality_trunks,
+            net.modality_heads,
+            net.modality_postprocessors,
+        ):
             for modality in set(parts) - {"vision", "audio"}:
                 del parts[modality]  # 0.5 of 1.2e9 parameters
         self.device = device
         self.net = net.to(device)
         resize = v2.Resize(224, interpolation=InterpolationMode.BICUBIC)
         scale = v2.ToDtype(torch.float32, scale=True)
-        normalize = v2.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+        normalize = v2.Normalize(
+            (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+        )
         self.frames = (0.5, v2.Compose([resize, scale, normalize]))
 
     @staticmethod
     def crops(frames):
-        """(4, 3, H, W), shorter side 224 -> (9, 3, 2, 224, 224): 3 pairs of frames, 3 crops of each."""
+        """(4, 3, H, W), shorter side 224 -> (9, 3, 2, 224, 224): 3 pairs of frames, 3 crops of
+        each."""
         height, width = frames.shape[-2:]
         squares = []
         for share in (0, 0.5, 1):
@@ -128,8 +144,9 @@ class ImageBindScorer(Scorer):
 
     @staticmethod
     def spectrograms(windows):
-        """(B, 3, 32000) -> (B, 3, 1, 128, 204): Kaldi's log mel filter bank, padded with 0, then normalised. In one
-        call, windows end to end: each has 198 whole frames, the next one begins where the 201st would."""
+        """(B, 3, 32000) -> (B, 3, 1, 128, 204): Kaldi's log mel filter bank, padded with 0, then
+        normalised. In one call, windows end to end: each has 198 whole frames, the next one begins
+        where the 201st would."""
         line = (windows - windows.mean(dim=-1, keepdim=True)).reshape(1, -1)
         fbank = torchaudio.compliance.kaldi.fbank(
             line, sample_frequency=16000, num_mel_bins=128, frame_length=25, frame_shift=10,
@@ -149,16 +166,24 @@ class ImageBindScorer(Scorer):
 
 
 class ClapScorer(Scorer):
-    """score_2, `clap`: cosine of LAION-CLAP's caption and audio embeddings, in [-1, 1]; nan without a caption.
+    """score_2, `clap`: cosine of LAION-CLAP's caption and audio embeddings, in [-1, 1]; nan without
+    a caption.
 
-    laion_clap's own network, built and loaded by our lines: its package downloads three tokenizers when imported and
-    RoBERTa's weights, which its checkpoint replaces, when built; its load_ckpt unpickles.
+    laion_clap's own network, built and loaded by our lines: its package downloads three tokenizers
+    when imported and RoBERTa's weights, which its checkpoint replaces, when built; its load_ckpt
+    unpickles.
     """
 
     sample_rate_hz = 48000
     reads = ("caption",)
-    files = ("music_speech_audioset_epoch_15_esc_89.98.pt", "roberta-base/vocab.json", "roberta-base/merges.txt")
-    roberta = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)  # -base
+    files = (
+        "music_speech_audioset_epoch_15_esc_89.98.pt",
+        "roberta-base/vocab.json",
+        "roberta-base/merges.txt",
+    )
+    roberta = dict(
+        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
+    )  # -base
 
     def __init__(self, weights, device):
         from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
@@ -167,14 +192,19 @@ class ClapScorer(Scorer):
         tokens = len(files.parse_json(files.read_text(vocab), vocab))
         # Too few would silently map every caption to the same ids.
         if tokens != self.roberta["vocab_size"]:
-            stop(f"{vocab}: {tokens} tokens instead of {self.roberta['vocab_size']}; download it again")
+            stop(
+                f"{vocab}: {tokens} tokens instead of {self.roberta['vocab_size']}; download it "
+                "again"
+            )
         self.tokenizer = RobertaTokenizer(str(vocab), str(merges))
         with without_init("laion_clap"):
             from laion_clap.clap_module import factory, model
         empty = RobertaModel(RobertaConfig(**self.roberta))
         model.RobertaModel = types.SimpleNamespace(from_pretrained=lambda name: empty)
         try:
-            net, _ = factory.create_model("HTSAT-base", "roberta", device="cpu", enable_fusion=False)
+            net, _ = factory.create_model(
+                "HTSAT-base", "roberta", device="cpu", enable_fusion=False
+            )
         finally:
             model.RobertaModel = RobertaModel
         content = files.load_pt(path, ignore=files.NUMPY)  # learning rates
@@ -182,7 +212,9 @@ class ClapScorer(Scorer):
         if isinstance(content, dict):
             for key, value in content.get("state_dict", content).items():
                 state[key.removeprefix("module.")] = value
-        state.pop("text_branch.embeddings.position_ids", None)  # a constant that newer transformers do not store
+        state.pop(
+            "text_branch.embeddings.position_ids", None
+        )  # a constant that newer transformers do not store
         self.device = device
         self.net = load_weights(net, state, path, device)
 
@@ -225,9 +257,14 @@ class SynchformerScorer(Scorer):
         self.device = device
         self.net = load_weights(Synchformer(), files.load_pt(path), path, device)
         self.offset_s = make_class_grid(-2, 2, 21)
-        mel = torchaudio.transforms.MelSpectrogram(16000, n_fft=1024, win_length=400, hop_length=160, n_mels=128)
+        mel = torchaudio.transforms.MelSpectrogram(
+            16000, n_fft=1024, win_length=400, hop_length=160, n_mels=128
+        )
         self.mel = mel.to(device)
-        self.frames = (25, v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224)]))
+        self.frames = (
+            25,
+            v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224)]),
+        )
         float32 = v2.ToDtype(torch.float32, scale=True)
         centre = v2.Normalize([0.5] * 3, [0.5] * 3, inplace=True)
         self.values = v2.Compose([float32, centre])
@@ -236,7 +273,9 @@ class SynchformerScorer(Scorer):
         """frames: (200, 3, 224, 224); 24 segments of 16 frames (0.64 s), every 8 frames."""
         frames = self.values(frames.to(self.device))
         segments = torch.stack([frames[i : i + 16] for i in range(0, 185, 8)])[:, None]
-        embeddings = in_batches(self.net.extract_vfeats, segments, self.device, size=8)  # (24, 1, 8, 768)
+        embeddings = in_batches(
+            self.net.extract_vfeats, segments, self.device, size=8
+        )  # (24, 1, 8, 768)
         return {"segments": embeddings[:, 0]}
 
     def embed_audio(self, segments):
@@ -265,7 +304,8 @@ class SynchformerScorer(Scorer):
 
 
 class PannsScorer(Scorer):
-    """The tagger of score_4, PANNs' Cnn14 at 32 kHz: `logits` (B, 527) over AudioSet's classes, before the sigmoid."""
+    """The tagger of score_4, PANNs' Cnn14 at 32 kHz: `logits` (B, 527) over AudioSet's classes,
+    before the sigmoid."""
 
     sample_rate_hz = 32000
     files = ("Cnn14_mAP=0.431.pth",)
@@ -298,7 +338,8 @@ class Panns16kScorer(PannsScorer):
 
 
 class PasstScorer(Scorer):
-    """`logits` (B, 527) and `embedding` (B, 768) of PaSST at 32 kHz, for FD_PaSST and KL_PaSST: 8 s, padded to 10 s."""
+    """`logits` (B, 527) and `embedding` (B, 768) of PaSST at 32 kHz, for FD_PaSST and KL_PaSST: 8
+    s, padded to 10 s."""
 
     sample_rate_hz = 32000
     files = ("passt-s-f128-p16-s10-ap.476-swa.pt",)
@@ -310,7 +351,11 @@ class PasstScorer(Scorer):
 
         with self.quiet():
             net = get_model(arch="passt_s_swa_p16_128_ap476", pretrained=False)
-            self.mel = AugmentMelSTFT(freqm=48, timem=192, fmin_aug_range=10, fmax_aug_range=2000).to(device).eval()
+            self.mel = (
+                AugmentMelSTFT(freqm=48, timem=192, fmin_aug_range=10, fmax_aug_range=2000)
+                .to(device)
+                .eval()
+            )
         self.device = device
         self.net = load_weights(net, files.load_pt(path), path, device)
 
@@ -318,7 +363,11 @@ class PasstScorer(Scorer):
     @contextlib.contextmanager
     def quiet():
         """hear21passt prints its shapes, and warns about 998 frames of its 1000."""
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
 
@@ -335,8 +384,9 @@ class PasstScorer(Scorer):
 
 
 class PesqScorer(Scorer):
-    """score_5, `pesq`: wide-band PESQ at 16 kHz against the clip's own audio, both cut to the shorter, at most 8 s. nan
-    where it does not apply: another class, no audio track, a reference without utterance."""
+    """score_5, `pesq`: wide-band PESQ at 16 kHz against the clip's own audio, both cut to the
+    shorter, at most 8 s. nan where it does not apply: another class, no audio track, a reference
+    without utterance."""
 
     sample_rate_hz = 16000
     reads = ("reference",)
@@ -362,14 +412,21 @@ class PesqScorer(Scorer):
 
 
 class AudioboxScorer(Scorer):
-    """AudioBox-Aesthetics, a judge that is no part of AudioScore: `pq` production quality, `pc` production complexity,
-    `ce` content enjoyment and `cu` content usefulness, each (B,), on its raters' scale of 1 to 10. 8 s, padded to the
-    10 s of its windows under its own mask."""
+    """AudioBox-Aesthetics, a judge that is no part of AudioScore: `pq` production quality, `pc`
+    production complexity, `ce` content enjoyment and `cu` content usefulness, each (B,), on its
+    raters' scale of 1 to 10. 8 s, padded to the 10 s of its windows under its own mask."""
 
     sample_rate_hz = 16000
     files = ("audiobox_aesthetics.pt",)
     axes = ("PQ", "PC", "CE", "CU")
-    shape = ("proj_num_layer", "proj_ln", "proj_act_fn", "proj_dropout", "nth_layer", "use_weighted_layer_sum")
+    shape = (
+        "proj_num_layer",
+        "proj_ln",
+        "proj_act_fn",
+        "proj_dropout",
+        "nth_layer",
+        "use_weighted_layer_sum",
+    )
     shape += ("precision", "normalize_embed", "output_dim")
 
     def __init__(self, weights, device):
@@ -390,7 +447,8 @@ class AudioboxScorer(Scorer):
         self.net = load_weights(net, state, path, device)
 
     def standardised(self, both):
-        """(B, 2, 1, 160000), waves and their mask -> (B, 4), the axes as the network was trained on them."""
+        """(B, 2, 1, 160000), waves and their mask -> (B, 4), the axes as the network was trained on
+        them."""
         found = self.net({"wav": both[:, 0], "mask": both[:, 1] > 0})
         return torch.stack([found[axis].float() for axis in self.axes], dim=1)
 
@@ -413,7 +471,8 @@ SCORERS = {
     "audiobox": AudioboxScorer,
 }
 
-# What stage 07 makes of them: {metric: (how, scorer, key)}; `mean` over clips, or a formula over the set of audios.
+# What stage 07 makes of them: {metric: (how, scorer, key)}; `mean` over clips, or a formula over
+# the set of audios.
 MEASURES = {
     "fd_passt": ("fd", "passt", "embedding"),
     "kl_panns": ("kl", "panns_16k", "logits"),

@@ -561,6 +561,7 @@ class SyncNet(nn.Module):
 # Scorers
 # --------------------------------------------------------------------------------------------------
 
+
 class ToyScorer(Scorer):
     """All of AudioScore's five, and what stage 07 needs besides: networks so small that they hear
     an audio together.
@@ -610,7 +611,9 @@ class ToyScorer(Scorer):
             "desync_s": self.synchformer.desync_s(sync_logits),
             "logits": self.panns.classify(embedding),
             "embedding": embedding,
-            "pesq": media.pesq_scores([self.reference(clip) for clip in clips], waves, self.workers),
+            "pesq": media.pesq_scores(
+                [self.reference(clip) for clip in clips], waves, self.workers
+            ),
         }
 
     def embed_captions(self, clips):

@@ -34,7 +34,9 @@ class Truth(rows.Row, kw_only=True, rename={"kind": "class"}):
     """00_truth.jsonl: what happens in a clip."""
 
     id: rows.Name
-    kind: Annotated[int, Meta(ge=0, lt=len(CLASSES), description="a class of sound, 0 to 7")]  # in CLASSES
+    kind: Annotated[
+        int, Meta(ge=0, lt=len(CLASSES), description="a class of sound, 0 to 7")
+    ]  # in CLASSES
     hits_s: Annotated[
         list[Annotated[float, Meta(ge=0, le=CLIP_S)]],
         Meta(min_length=1, description="seconds within the clip, at least once"),
@@ -343,7 +345,9 @@ def second_judge(run, audios):
     semantic: 1 where the class is recognised; sync_s: `matched_sync_s`; aesthetic: 1 where
     reverberant.
     """
-    state = files.load_pt(Path(run) / "00_judge.pt", {"mean": torch.Tensor, "precision": torch.Tensor})
+    state = files.load_pt(
+        Path(run) / "00_judge.pt", {"mean": torch.Tensor, "precision": torch.Tensor}
+    )
     mean = state["mean"].numpy()
     precision = state["precision"].numpy()
     truth_by_clip = truth_of(run, audios)

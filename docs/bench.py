@@ -1,4 +1,5 @@
-"""What the code costs beside the least that it could cost, and beside upstream's own code: ratios, each of one run.
+"""What the code costs beside the least that it could cost, and beside upstream's own code: ratios,
+each of one run.
 
 Run:   python docs/bench.py                                           # about 4 minutes on 2 cores
        UPSTREAM_DIR=<clones> python docs/bench.py --clips VIDEOS      # every row but the next one's, 8 minutes
@@ -53,11 +54,13 @@ GPU_S = 1.65  # of one clip; an H100 takes 1.87 in stage 01 with large_44k, N = 
 TABLE = []
 
 
-# Measuring ---------------------------------------------------------------------------------------------------
+# Measuring
+# --------------------------------------------------------------------------------------------------
 
 
 def alternate(seconds, *calls, rounds=4):
-    """CPU seconds of each call, [[...], ...]: in turn, for so long, so many rounds at least; the first is left out."""
+    """CPU seconds of each call, [[...], ...]: in turn, for so long, so many rounds at least; the
+    first is left out."""
     found, began = [], time.process_time()
     while len(found) < rounds or time.process_time() - began < seconds:
         found.append([])
@@ -85,7 +88,8 @@ def compare(what, seconds, ours, theirs, **least):
     row(what, *(f"{median(x):.3g} s" for x in (a, b)), ratio(a, b))
 
 
-# Stage 05 ----------------------------------------------------------------------------------------------------
+# Stage 05
+# --------------------------------------------------------------------------------------------------
 
 
 def made_up_run(run, model, clips=40, n=2, defaults=None):
@@ -113,12 +117,18 @@ def made_up_run(run, model, clips=40, n=2, defaults=None):
         audios = []
         for k in range(n):
             usable = {"finite": True, "peak": 1.0, "clipped": 0.0, "digest": f"{i}_{k}"}
-            audios.append(common.FoundSample(clip=f"c{i}", k=k, seed=0, wav="", row=n * i + k, shard="0", **usable))
+            audios.append(
+                common.FoundSample(
+                    clip=f"c{i}", k=k, seed=0, wav="", row=n * i + k, shard="0", **usable
+                )
+            )
             digests.append(audios[-1].digest)
         samples[f"c{i}"] = audios
         pairs.append(rows.SplitPair(f"c{i}", winner=0, loser=1, score_c=1.0, source="auto"))
     features = {key: torch.randn(clips, *shape) for key, shape in model.feature_shapes.items()}
-    training.save_shard(run / "01_samples/0.pt", torch.randn(clips * n, *model.latent_shape), features, digests)
+    training.save_shard(
+        run / "01_samples/0.pt", torch.randn(clips * n, *model.latent_shape), features, digests
+    )
     return training.Shards(run, samples, model), pairs
 
 
@@ -156,16 +166,22 @@ def bench_05(what, run, model, seconds, **more):
             (loss.sum() / size).backward()
         optimizer.step()
 
-    compare(f"05, a step of {size} pairs, {micro} in a forward, {what} : bare loop", seconds, ours, bare)
+    compare(
+        f"05, a step of {size} pairs, {micro} in a forward, {what} : bare loop", seconds, ours, bare
+    )
 
 
-# Stage 01 ----------------------------------------------------------------------------------------------------
+# Stage 01
+# --------------------------------------------------------------------------------------------------
 
 
 def bench_01(what, run, model, seconds, five=5, **least):
-    """generate_shard's audios of one clip against generate()'s; the encoders give both the same noise at once."""
+    """generate_shard's audios of one clip against generate()'s; the encoders give both the same
+    noise at once."""
     code, sampling = upstream_files.mmaudio_modules(), stage("01")
-    args = sampling.parse_args(["--run-dir", str(run), "--num-samples", str(five), "--model", model.name])
+    args = sampling.parse_args(
+        ["--run-dir", str(run), "--num-samples", str(five), "--model", model.name]
+    )
     (run / "01_samples").mkdir(parents=True, exist_ok=True)
     generator = code.flow_matching.FlowMatching(0, "euler", args.sampling_steps)
     settings = dict(
@@ -186,7 +202,9 @@ def bench_01(what, run, model, seconds, five=5, **least):
     @torch.inference_mode()
     def theirs(count):
         video = torch.zeros(count, 1)
-        return code.eval_utils.generate(video, video, ["a man talks"] * count, feature_utils=utils, **settings)
+        return code.eval_utils.generate(
+            video, video, ["a man talks"] * count, feature_utils=utils, **settings
+        )
 
     calls = ours, lambda: [theirs(1) for _ in range(five)], lambda: theirs(five)
     times = alternate(seconds, *calls, **least)
@@ -195,7 +213,8 @@ def bench_01(what, run, model, seconds, five=5, **least):
         row(f"01, {what} : generate() {name}", speed[0], cell, ratio(times[0], other))
 
 
-# Scorers and metrics -----------------------------------------------------------------------------------------
+# Scorers and metrics
+# -----------------------------------------------------------------------------------------
 
 
 def bench_scorers(what, classes, folder, clip, clip_s, seconds):
@@ -211,7 +230,9 @@ def bench_scorers(what, classes, folder, clip, clip_s, seconds):
             for wave in waves:  # noqa: B023
                 scoring.score_waves(scorer, wave[None], [clip], seen)  # noqa: B023
 
-        compare(f"scorers, five audios together : each alone, {what} {name}", seconds, together, alone)
+        compare(
+            f"scorers, five audios together : each alone, {what} {name}", seconds, together, alone
+        )
 
 
 def extra_gb(call):
@@ -226,7 +247,9 @@ def extra_gb(call):
 def status():
     """What the system says of this process's memory, {name: kB}."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return {line.split()[0].rstrip(":"): int(line.split()[1]) for line in lines if line.endswith("kB")}
+    return {
+        line.split()[0].rstrip(":"): int(line.split()[1]) for line in lines if line.endswith("kB")
+    }
 
 
 def bench_metrics(n, seconds):
@@ -235,8 +258,12 @@ def bench_metrics(n, seconds):
         from av_bench.metrics import compute_fd, compute_isc, compute_kl
     ours, rng = stage("07"), np.random.default_rng(0)
     mix = rng.standard_normal((768, 768)).astype(np.float32) / 28
-    truth, made = (rng.standard_normal((n, 768)).astype(np.float32) @ mix + shift for shift in (0, 0.1))
-    p, q = (torch.from_numpy(3 * rng.standard_normal((n, 527)).astype(np.float32)) for _ in range(2))
+    truth, made = (
+        rng.standard_normal((n, 768)).astype(np.float32) @ mix + shift for shift in (0, 0.1)
+    )
+    p, q = (
+        torch.from_numpy(3 * rng.standard_normal((n, 527)).astype(np.float32)) for _ in range(2)
+    )
     isc = dict(feat_layer_name=None, rng_seed=2020, samples_shuffle=True, splits=10)
     pairs = {
         "FD": (lambda: ours.frechet_distance(made, truth), lambda: compute_fd(made, truth)),
@@ -272,7 +299,8 @@ def bench_pesq(repeats=5):
     )
 
 
-# Workers -----------------------------------------------------------------------------------------------------
+# Workers
+# --------------------------------------------------------------------------------------------------
 
 
 def bench_workers(videos, what, clips):
@@ -284,7 +312,9 @@ def bench_workers(videos, what, clips):
     print(f"reading {videos[0].name}: {time.process_time() - began:.2f} CPU s; GPU_S {GPU_S:.2f}")
     for workers in (0, 1, 2):
         began, waited = time.perf_counter(), 0.0
-        found = common.ahead.read_ahead(read, [videos[i % len(videos)] for i in range(clips)], workers)
+        found = common.ahead.read_ahead(
+            read, [videos[i % len(videos)] for i in range(clips)], workers
+        )
         for _ in range(clips):
             asked = time.perf_counter()
             if isinstance(seen := next(found), common.SkipClip):
@@ -313,13 +343,17 @@ def main(args):
         model = common.load_model("toy", folder / "toy/00_base.pt")
         bench_05("toy", folder / "05_toy", model, s, defaults=world.DEFAULTS["default"])
         first = rows.read(folder / "toy/clips.jsonl", rows.Clip)[0]
-        clip = a_clip(folder / "toy/00_videos" / first.video, caption=first.caption, label="person speaking")
+        clip = a_clip(
+            folder / "toy/00_videos" / first.video, caption=first.caption, label="person speaking"
+        )
         bench_scorers("toy", toy.SCORERS, folder / "toy", clip, toy.CLIP_S, s / 4)
         bench_pesq()
         if args.clips:
             bench_workers(sorted(args.clips.glob("*.mp4")), f"{args.clips.name}/*.mp4", args.videos)
         else:
-            bench_workers([make_video(folder / "720p.mp4", (1280, 720), 30, 9)], "720p made here", args.videos)
+            bench_workers(
+                [make_video(folder / "720p.mp4", (1280, 720), 30, 9)], "720p made here", args.videos
+            )
         if os.environ.get("UPSTREAM_DIR"):
             bench_metrics(2000, s)
             bench_metrics(15_000, s)
@@ -342,10 +376,15 @@ def main(args):
             upstream_files.write_clap(folder, patch)
             upstream_files.shrink_cnn14(patch)
             upstream_files.write_panns(folder)
-            asked = {name: made for name, made in scorers.SCORERS.items() if name not in scorers.JUDGES}
+            asked = {
+                name: made for name, made in scorers.SCORERS.items() if name not in scorers.JUDGES
+            }
             bench_scorers("tiny", asked, folder, clip, 8.0, s / 4)
         else:
-            print("left out, UPSTREAM_DIR is not set: 05 and 01 with small_16k, scorers of the real set, metrics")
+            print(
+                "left out, UPSTREAM_DIR is not set: 05 and 01 with small_16k, scorers of the real "
+                "set, metrics"
+            )
     print(
         "| what : beside what | ours | the other | ratio (quartiles) |",
         "|---|---|---|---|",
@@ -357,9 +396,15 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=20, help="of CPU time for a row, at least")
-    parser.add_argument("--clips", type=Path, help="a folder of .mp4 for the workers' rows, else one film is made")
-    parser.add_argument("--videos", type=int, default=24, help="that the workers read, each as often as it takes")
+    parser.add_argument(
+        "--clips", type=Path, help="a folder of .mp4 for the workers' rows, else one film is made"
+    )
+    parser.add_argument(
+        "--videos", type=int, default=24, help="that the workers read, each as often as it takes"
+    )
     parser.add_argument("--real", action="store_true", help="also small_16k at its real size")
-    parser.add_argument("--count", action="store_true", help="only count the arithmetic of the real networks")
+    parser.add_argument(
+        "--count", action="store_true", help="only count the arithmetic of the real networks"
+    )
     given = parser.parse_args()
     upstream_files.count() if given.count else main(given)

@@ -1,4 +1,5 @@
-"""The evidence of docs/evidence.md: the paper's claims in toy worlds of size `large`, each judged once (Sec. 3.2).
+"""The evidence of docs/evidence.md: the paper's claims in toy worlds of size `large`, each judged
+once (Sec. 3.2).
 
 Run:
     python docs/evidence.py pilot              # val split, four worlds: which settings, and what explains their spread
@@ -12,9 +13,10 @@ follows has its seed. What a stage does is a command of that stage, noted with i
 run's commands.jsonl. What the csv holds is not made again; audio is deleted once it is judged; an interrupted command
 goes on.
 
-What is claimed, and by which one metric it is decided, stands in CLAIMS, written before the worlds were made. A value
-is a mean over worlds, its 95 % interval Student's t over them; differences are taken within a world, on the same clips
-and noise. The p values of one table are Holm's, corrected for their number.
+What is claimed, and by which one metric it is decided, stands in CLAIMS, written before the worlds
+were made. A value is a mean over worlds, its 95 % interval Student's t over them; differences are
+taken within a world, on the same clips and noise. The p values of one table are Holm's, corrected
+for their number.
 
 Writes:
     docs/evidence.csv, pilot.csv, explored.csv  world, arm, seed, budget (rows through the network in training), metric,
@@ -66,7 +68,9 @@ class World(NamedTuple):
 class Arm(NamedTuple):
     name: str
     stage: str  # 05 or 06; "": base, not trained
-    flags: str = ""  # {share:0.45} becomes the threshold at which that share of the mined pairs is easy
+    flags: str = (
+        ""  # {share:0.45} becomes the threshold at which that share of the mined pairs is easy
+    )
     seeds: tuple = (None,)  # of the training; None: the world's
     guidance: float | None = None  # of the evaluation alone; None: the world's
 
@@ -78,20 +82,28 @@ class Arm(NamedTuple):
         return f"{self.name}_{seed}" if self.stage else self.name
 
 
-# The pilot ---------------------------------------------------------------------------------------------------
+# The pilot
+# --------------------------------------------------------------------------------------------------
 
 BETAS = (20, 60, 200, 600, 1000)
 RATES = (7e-5, 2e-4)
 SEEDS = (0, 1, 2)
-GRID = [Arm(f"beta{b}_lr{lr:.0e}", "05", f"--beta {b} --lr {lr}", SEEDS) for b in BETAS for lr in RATES]
-SCALED = [Arm(f"beta{b}_scaled", "05", f"--beta {b} --lr {7e-5 * 60 / b:.2e}", SEEDS) for b in BETAS if b != 60]
+GRID = [
+    Arm(f"beta{b}_lr{lr:.0e}", "05", f"--beta {b} --lr {lr}", SEEDS) for b in BETAS for lr in RATES
+]
+SCALED = [
+    Arm(f"beta{b}_scaled", "05", f"--beta {b} --lr {7e-5 * 60 / b:.2e}", SEEDS)
+    for b in BETAS
+    if b != 60
+]
 NOISY = [arm for arm in GRID if arm.name in ("beta60_lr7e-05", "beta600_lr7e-05")]
 DDPO = [Arm(f"ddpo_lr{lr:.0e}_clip{clip:.0e}", "06", f"--lr {lr} --clip-range {clip}", (0,))
         for lr in (1e-4, 3e-4, 6e-4) for clip in (1e-3, 5e-3)]  # fmt: skip
 PILOT = {World(0): [*GRID, *SCALED, *DDPO]} | {World(w): GRID for w in (1, 2, 3)}
 PILOT |= {World(0, 0.0): NOISY, World(0, 3.0): NOISY}
 
-# The curves: what is wrong in each, and what makes it so -----------------------------------------------------
+# The curves: what is wrong in each, and what makes it so
+# -----------------------------------------------------
 
 CURVES = {
     "healthy": "--beta 60 --lr 7e-05",
@@ -102,7 +114,8 @@ CURVES = {
     "winner's error rises": "--beta 20 --lr 0.0002",
 }
 
-# The claims --------------------------------------------------------------------------------------------------
+# The claims
+# --------------------------------------------------------------------------------------------------
 
 FLOW_DPO = Arm("flow_dpo", "05")
 ARMS = (
@@ -115,7 +128,9 @@ ARMS = (
     Arm("share0_no_human", "05", "--no-human --threshold {share:0}"),
     Arm("hard_first_no_human", "05", "--no-human --hard-first"),
 )  # fmt: skip
-TRIED = [arm for arm in ARMS if arm.name in ("flow_dpo", "ddpo", "sft", "beta600")]  # on val too, to compare with
+TRIED = [
+    arm for arm in ARMS if arm.name in ("flow_dpo", "ddpo", "sft", "beta600")
+]  # on val too, to compare with
 MORE = [
     Arm("sum600", "05", "--beta 600000"),  # the sum over the toy's latent of 25 x 40
     *(Arm(f"lora{rank}{name}", "05", f"--lora {rank}{lr}") for rank in (16, 64)
@@ -124,17 +139,29 @@ MORE = [
     *(Arm(name, number, "", guidance=guidance) for guidance in (1, 3, 4.5)
       for name, number in (("base", ""), ("flow_dpo", "05"), ("ddpo", "06"))),
 ]  # fmt: skip
-EXPLORED = {World(w): [*TRIED, *MORE] for w in range(4)} | {World(w, round=2): TRIED[:1] for w in range(4)}
+EXPLORED = {World(w): [*TRIED, *MORE] for w in range(4)} | {
+    World(w, round=2): TRIED[:1] for w in range(4)
+}
 EXPLORED |= {World(w, noise): TRIED[::3] for noise in (0.0, 3.0) for w in range(4)}
 CLAIMS = {  # table: (claim, system, against, the metric that decides)
     "Table 1": (
-        ("Flow-DPO improves on the pre-trained model (Sys. 11 against 9)", "flow_dpo", "base", "fd"),
+        (
+            "Flow-DPO improves on the pre-trained model (Sys. 11 against 9)",
+            "flow_dpo",
+            "base",
+            "fd",
+        ),
         ("... by a judge that no one trained on", "flow_dpo", "base", "judge_semantic"),
         ("DDPO improves on the pre-trained model (10 against 9)", "ddpo", "base", "fd"),
         ("Flow-DPO is better than DDPO (11 against 10)", "flow_dpo", "ddpo", "fd"),
         ("... in synchrony", "flow_dpo", "ddpo", "judge_sync_s"),
         ("... with equal information: no human pairs", "no_human", "ddpo", "fd"),
-        ("Human pairs add the aesthetic appeal (Sec. 2.2)", "flow_dpo", "no_human", "judge_aesthetic"),
+        (
+            "Human pairs add the aesthetic appeal (Sec. 2.2)",
+            "flow_dpo",
+            "no_human",
+            "judge_aesthetic",
+        ),
         ("Preference learning does more than SFT on the winners", "flow_dpo", "sft", "fd"),
         ("A winner's term helps Flow-DPO", "dpo_sft", "flow_dpo", "fd"),
     ),
@@ -157,25 +184,47 @@ METRICS = {
     "oracle_semantic": ("oracle: semantic", 1, 3, 1), "oracle_sync_s": ("oracle: sync ms", -1, 0, 1000),
     "oracle_floor_db": ("oracle: floor dB", -1, 1, 1), "oracle_aesthetic": ("oracle: aesthetic", 1, 3, 1),
 }  # fmt: skip
-LOGGED = ("loss", "accuracy", "gap_w", "gap_l", "ref_w", "saturated", "opposed", "weight", "weight_wrong")  # of 05
+LOGGED = (
+    "loss",
+    "accuracy",
+    "gap_w",
+    "gap_l",
+    "ref_w",
+    "saturated",
+    "opposed",
+    "weight",
+    "weight_wrong",
+)  # of 05
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("study", choices=(*STUDIES, "curves"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="folder of all runs")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/evidence"), help="folder of all runs"
+    )
     parser.add_argument("--csv", type=Path, help="default: the study's, in docs")
-    parser.add_argument("--worlds", type=int, help="how many of the study's worlds; 0: what the csv holds. Claims: 12")
-    parser.add_argument("--jobs", type=int, default=2, help="worlds, then trainings, at a time; one core each")
-    parser.add_argument("--size", choices=("large", "default", "tiny"), default="large", help="of the toy worlds")
+    parser.add_argument(
+        "--worlds",
+        type=int,
+        help="how many of the study's worlds; 0: what the csv holds. Claims: 12",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="worlds, then trainings, at a time; one core each"
+    )
+    parser.add_argument(
+        "--size", choices=("large", "default", "tiny"), default="large", help="of the toy worlds"
+    )
     args = parser.parse_args(argv)
-    args.csv = args.csv or ROOT / "docs" / (STUDIES[args.study].csv if args.study in STUDIES else "curves.csv")
+    args.csv = args.csv or ROOT / "docs" / (
+        STUDIES[args.study].csv if args.study in STUDIES else "curves.csv"
+    )
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Making what is missing
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def command(folder, number, flags):
@@ -190,7 +239,9 @@ def command(folder, number, flags):
         raise RuntimeError(f"{shlex.join(line)} ended with {done.returncode}: {said[-1]}")
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     with open(folder / "commands.jsonl", "a", encoding="utf-8") as log:
-        log.write(json.dumps({"command": f"{STAGES[number]} {flags}", "cpu_s": round(seconds, 1)}) + "\n")
+        log.write(
+            json.dumps({"command": f"{STAGES[number]} {flags}", "cpu_s": round(seconds, 1)}) + "\n"
+        )
 
 
 def folder_of(args, world):
@@ -198,8 +249,9 @@ def folder_of(args, world):
 
 
 def make_world(job):
-    """Stages 00 to 04. People of another noise answer about the audios of the world that they share. A second round
-    keeps the world's people and AudioScore: its audios come from the tuned policy, and pairs from them."""
+    """Stages 00 to 04. People of another noise answer about the audios of the world that they
+    share. A second round keeps the world's people and AudioScore: its audios come from the tuned
+    policy, and pairs from them."""
     args, world = job
     folder = folder_of(args, world)
     plain = folder_of(args, World(world.seed))
@@ -253,11 +305,14 @@ def train(job):
     args, world, arm, seed = job
     folder = folder_of(args, world)
     if arm.stage and not (folder / arm.out(seed) / "policy.json").exists():
-        command(folder, arm.stage, f"--seed {seed} --out {arm.out(seed)} {flags_at(folder, arm.flags)}")
+        command(
+            folder, arm.stage, f"--seed {seed} --out {arm.out(seed)} {flags_at(folder, arm.flags)}"
+        )
 
 
 def judge(job):
-    """All policies of a world, by one command of stage 07 for each guidance. Returns the lines of the csv."""
+    """All policies of a world, by one command of stage 07 for each guidance. Returns the lines of
+    the csv."""
     args, world, arms, split = job
     folder = folder_of(args, world)
     rows = []
@@ -281,7 +336,9 @@ def judge(job):
 
 def lines_of(world, folder, systems, split, guidance):
     """The lines of the csv at one guidance. systems: {folder of the policy: (arm, seed)}."""
-    results = lines(folder / ("07_results.jsonl" if split == "test" else f"07_results_{split}.jsonl"))
+    results = lines(
+        folder / ("07_results.jsonl" if split == "test" else f"07_results_{split}.jsonl")
+    )
     rows = []
     for out, (arm, seed) in systems.items():
         log = lines(folder / out / "log.jsonl") if arm.stage else []
@@ -321,8 +378,8 @@ def training_cost(folder, out):
 
 
 def world_costs(folder):
-    """CPU seconds of the stages; the pool of audios, its rated ones, and its rows through the network, which guidance
-    doubles."""
+    """CPU seconds of the stages; the pool of audios, its rated ones, and its rows through the
+    network, which guidance doubles."""
     steps = json.loads((folder / "run.json").read_text())["sampler"]["steps"]
     audios = sum(len(lines(file)) for file in (folder / "01_samples").glob("?????.jsonl"))
     costs = {
@@ -343,8 +400,8 @@ def stage(name):
 
 
 def norm_wrong(folder, out, count=128):
-    """Of Eq. 5's gradient at a policy, on pairs of stage 1: the norm of what the wrongly ordered ones give, over the
-    sum of both norms. None at beta 0, where Eq. 5 has no gradient."""
+    """Of Eq. 5's gradient at a policy, on pairs of stage 1: the norm of what the wrongly ordered
+    ones give, over the sum of both norms. None at beta 0, where Eq. 5 has no gradient."""
     common = stage("common")
     stage_05 = stage(STAGES["05"].removesuffix(".py"))
     torch = stage_05.torch
@@ -363,7 +420,9 @@ def norm_wrong(folder, out, count=128):
     loss, logits = common.flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, settings["beta"])
     norms = []
     for chosen in (logits < 0, logits >= 0):
-        gradients = torch.autograd.grad((loss * chosen).sum(), model.trainable_parameters(), retain_graph=True)
+        gradients = torch.autograd.grad(
+            (loss * chosen).sum(), model.trainable_parameters(), retain_graph=True
+        )
         norms.append(sum(gradient.square().sum() for gradient in gradients).sqrt().item())
     return norms[0] / sum(norms) if any(norms) else None
 
@@ -373,7 +432,8 @@ def mean_of(rows, key):
 
 
 def flags_at(folder, flags):
-    """{share:0.45} -> the threshold at which 45 % of this run's mined pairs are easy, as stage 04 prints it."""
+    """{share:0.45} -> the threshold at which 45 % of this run's mined pairs are easy, as stage 04
+    prints it."""
     if "{share:" not in flags:
         return flags
     head, share = flags.rstrip("}").split("{share:")
@@ -390,7 +450,8 @@ def lines(path):
 
 
 def make(args, study, split):
-    """study: {World: arms}. Worlds are made, trained and judged some at a time; each is then whole in the csv."""
+    """study: {World: arms}. Worlds are made, trained and judged some at a time; each is then whole
+    in the csv."""
     done = keys_of(args.csv)
     todo = {}
     for world, arms in study.items():
@@ -461,14 +522,14 @@ def append(path, rows):
                 out.writerow((world, arm, seed, budget, metric, f"{value:.6g}", n))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Results:
-    """The csv: mean[arm, metric] is {world: mean over its seeds}. What another noise or round made of a world is an arm
-    of that world: `flow_dpo, round 2`."""
+    """The csv: mean[arm, metric] is {world: mean over its seeds}. What another noise or round made
+    of a world is an arm of that world: `flow_dpo, round 2`."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -510,8 +571,8 @@ def holm(p_values):
 
 
 def worlds_needed(values, alpha=0.05, power=0.8):
-    """How many worlds like these, more than there are, would decide a difference of this size with this power (paired
-    t, normal quantiles and two worlds more)."""
+    """How many worlds like these, more than there are, would decide a difference of this size with
+    this power (paired t, normal quantiles and two worlds more)."""
     values = np.asarray(values, float)
     effect = max(abs(values.mean()) / values.std(ddof=1), 0.01)
     quantiles = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
@@ -555,7 +616,9 @@ def claim_table(results, claims):
             verdict = f"not decidable: {worlds_needed(gaps, 0.05 / len(found)):,} worlds would"
         agree = int((np.sign(gaps) == np.sign(mean)).sum())
         difference = f"{name} {shown(metric, mean, half)}"
-        rows.append([text, f"{system} - {against}", difference, f"{agree}/{len(gaps)}", f"{p:.3f}", verdict])
+        rows.append(
+            [text, f"{system} - {against}", difference, f"{agree}/{len(gaps)}", f"{p:.3f}", verdict]
+        )
     return table(["claim", "difference", "by", "worlds of this sign", "p (Holm)", "verdict"], rows)
 
 
@@ -579,9 +642,9 @@ def difference_table(results, systems):
     return table(["", "base", *systems], rows)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is said of a study
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def tell_claims(args, results):
@@ -598,8 +661,8 @@ SHOWN = ("fd", "p_good", "judge_semantic", "judge_sync_s", "judge_aesthetic")
 
 
 def minus_base(results, system, base="base"):
-    """Cells of a table: mean over the worlds of system minus base, with its interval; of one world, with the deviation
-    over training seeds; None if it is not there yet."""
+    """Cells of a table: mean over the worlds of system minus base, with its interval; of one world,
+    with the deviation over training seeds; None if it is not there yet."""
     cells = []
     for metric in SHOWN:
         gaps = results.gaps(system, base, metric)
@@ -660,7 +723,10 @@ def pilot_rows(results, arms, other=""):
 def tell_pilot(args, results):
     """Tables of the worlds that have their rows so far."""
     head, base = head_and_base(results)
-    print("Minus base, mean over worlds with its 95 % interval; seeds: FD's deviation over training seeds\n")
+    print(
+        "Minus base, mean over worlds with its 95 % interval; seeds: FD's deviation over training "
+        "seeds\n"
+    )
     base += [""] * len(LOGGED_CELLS)
     print(table([*head, *LOGGED_CELLS], [base, *pilot_rows(results, GRID)]), "\n")
     alone = pilot_rows(results, [*SCALED, *DDPO])
@@ -732,8 +798,8 @@ class Cost(NamedTuple):
 
 
 def cost_of(results, arm, steps):
-    """The Cost of an arm, None if it is not there. All need AudioScore and the audios that were rated for it; DDPO
-    alone needs no others."""
+    """The Cost of an arm, None if it is not there. All need AudioScore and the audios that were
+    rated for it; DDPO alone needs no others."""
     name = arm if steps == STEPS[2] else f"{arm}_steps{steps}"
     budgets = []
     for row in results.rows:
@@ -762,7 +828,14 @@ def compute_table(results):
                 continue
             numbers = [f"{number:,.0f}" for number in cost[1:]]
             rows.append([arm.name, steps, *numbers, *minus_base(results, cost.arm)])
-    head = ["", "steps", "rows in training", "with the pool", "CPU s in training", "with pool and scoring"]
+    head = [
+        "",
+        "steps",
+        "rows in training",
+        "with the pool",
+        "CPU s in training",
+        "with pool and scoring",
+    ]
     return table([*head, *map(heading, SHOWN)], rows)
 
 
@@ -781,7 +854,9 @@ def draw_compute(args, results):
                     gaps.append(results.gaps(cost.arm, "base", metric) * times)
             means = [gap.mean() for gap in gaps]
             bars = [interval(gap)[1] for gap in gaps]
-            axis.errorbar(at, means, bars, color=color, label=arm.name, marker="o", markersize=4, capsize=2)
+            axis.errorbar(
+                at, means, bars, color=color, label=arm.name, marker="o", markersize=4, capsize=2
+            )
             axis.plot(at, gaps, color=color, lw=0.5, alpha=0.4)
         axis.axhline(0, color="#444", lw=0.8)
         axis.set(xscale="log", xticks=(100, 200, 300), xticklabels=(100, 200, 300))
@@ -790,18 +865,27 @@ def draw_compute(args, results):
         if better < 0:
             axis.invert_yaxis()  # up is better everywhere
     axes[0, 0].legend(fontsize=7)
-    figure.supxlabel("CPU seconds of a training, with its share of the pool of audios and of scoring", fontsize=9)
+    figure.supxlabel(
+        "CPU seconds of a training, with its share of the pool of audios and of scoring", fontsize=9
+    )
     figure.savefig(args.csv.with_name("compute.png"), dpi=110)
 
 
 def draw_pilot(args, results):
-    """Every training's difference to base; a line for each learning rate joins the means over the worlds."""
+    """Every training's difference to base; a line for each learning rate joins the means over the
+    worlds."""
     figure, axes = canvas(1, 3, figsize=(11, 3.2))
     for axis, metric in zip(axes, ("fd", "judge_semantic", "judge_sync_s")):
         for r in range(len(RATES)):
             draw_rate(axis, results, metric, r)
         axis.axhline(0, color="#444", lw=0.8)
-        axis.set(xscale="log", xticks=BETAS, xticklabels=BETAS, xlabel="beta", title=f"{heading(metric)} minus base")
+        axis.set(
+            xscale="log",
+            xticks=BETAS,
+            xticklabels=BETAS,
+            xlabel="beta",
+            title=f"{heading(metric)} minus base",
+        )
         axis.minorticks_off()
         axis.tick_params(axis="x", labelsize=7)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
@@ -830,7 +914,8 @@ def draw_rate(axis, results, metric, r):
 
 
 def draw_claims(args, results):
-    """Every claim's difference in units of its deviation over worlds, up = as the paper says; a dot per world."""
+    """Every claim's difference in units of its deviation over worlds, up = as the paper says; a dot
+    per world."""
     tables = {}
     for name, claims in CLAIMS.items():
         tables[name] = [claim for claim in claims if len(results.gaps(*claim[1:])) > 1]
@@ -867,12 +952,17 @@ def canvas(rows, columns, **layout):
     return plt.subplots(rows, columns, constrained_layout=True, **layout)
 
 
-CURVES_SHOWN = (("loss",), ("accuracy", "saturated", "opposed"), ("gap_w", "gap_l"))  # from the top down
+CURVES_SHOWN = (
+    ("loss",),
+    ("accuracy", "saturated", "opposed"),
+    ("gap_w", "gap_l"),
+)  # from the top down
 CURVES_TOLD = (*LOGGED[:4], *LOGGED[5:7])
 
 
 def draw_curves(args):
-    """Every training of CURVES: smoothed logs as a figure, means of the last 50 steps as a table."""
+    """Every training of CURVES: smoothed logs as a figure, means of the last 50 steps as a
+    table."""
     arms = [Arm(f"curve{i}", "05", flags) for i, flags in enumerate(CURVES.values())]
     world = World(0)
     make_world((args, world))

@@ -1,4 +1,5 @@
-"""What MMAudio costs on a GPU: every stage, and its parts, with all networks at their real size and random weights.
+"""What MMAudio costs on a GPU: every stage, and its parts, with all networks at their real size and
+random weights.
 
 Run:   UPSTREAM_DIR=<clones> python docs/real_size.py --videos DIR        # one GPU of 80 GB, 15 minutes, 30 GB
        UPSTREAM_DIR=<clones> python docs/real_size.py --videos DIR --tiny     # does this script work? Anywhere
@@ -39,7 +40,9 @@ from adapters import scorers  # noqa: E402
 from common import files, media, scoring, training  # noqa: E402
 
 SPEECH = common.HUMAN_SPEECH_CLASSES[0]
-TFLOP = dict(pair=4.166, row=26.05 / 50, clip=64.4, sync=9.5, audio=26.05, codec=2.66)  # docs/cost.md, of large_44k
+TFLOP = dict(
+    pair=4.166, row=26.05 / 50, clip=64.4, sync=9.5, audio=26.05, codec=2.66
+)  # docs/cost.md, of large_44k
 STAGES, PARTS = [], []
 
 
@@ -86,7 +89,8 @@ def part(what, call, tflop=None):
     )
 
 
-# Stages ------------------------------------------------------------------------------------------------------
+# Stages
+# --------------------------------------------------------------------------------------------------
 
 
 def generate(what, run, args, source, weights):
@@ -109,7 +113,8 @@ def generate(what, run, args, source, weights):
 
 
 def train(what, number, run, *flags, unit=1, tflop=None, keep=False):
-    """A training; a turn is `unit` steps, the first of them left out. No checkpoint is saved, a policy if kept."""
+    """A training; a turn is `unit` steps, the first of them left out. No checkpoint is saved, a
+    policy if kept."""
     names = {"05": "05_flow_dpo", "06": "06_ddpo"}
     out = names[number] if keep else f"{number}_{len(STAGES)}"
 
@@ -134,7 +139,10 @@ def run_stages(folder, args, model, weights):
     run, steps = folder / "run", 12 if not args.tiny else 3
     videos = itertools.cycle(sorted(args.videos.glob("*.mp4")))
     splits = ["train"] * args.clips + ["test"] * (args.clips // 8)
-    clips = [dict(id=f"clip{i:05d}", video=next(videos).name, split=split) for i, split in enumerate(splits)]
+    clips = [
+        dict(id=f"clip{i:05d}", video=next(videos).name, split=split)
+        for i, split in enumerate(splits)
+    ]
     about = itertools.cycle([("a man talks", SPEECH), ("a car passes by", "car passing by")])
     write(
         folder / "clips.jsonl",
@@ -159,7 +167,9 @@ def run_stages(folder, args, model, weights):
     train("05, 1 pair", "05", run, *dpo, "--global-batch", 1, tflop=TFLOP["pair"])
     train("05, 32 pairs", "05", run, *dpo, "--global-batch", 32, tflop=4 * eight)
     checkpointing = ("--gradient-checkpointing",)
-    train("05 --gradient-checkpointing, 8 pairs", "05", run, *dpo, "--global-batch", 8, *checkpointing)
+    train(
+        "05 --gradient-checkpointing, 8 pairs", "05", run, *dpo, "--global-batch", 8, *checkpointing
+    )
     train("05 --lora 16, 8 pairs", "05", run, *dpo, "--global-batch", 8, "--lora", 16)
     train("05 --lora 16, 1 pair", "05", run, *dpo, "--global-batch", 1, "--lora", 16)
 
@@ -181,7 +191,8 @@ def run_stages(folder, args, model, weights):
     spend(f"07, {args.clips // 8} clips, ground truth and 3 systems", "07", run, *weights)
 
 
-# Parts -------------------------------------------------------------------------------------------------------
+# Parts
+# --------------------------------------------------------------------------------------------------
 
 
 def first_clip(args):
@@ -201,7 +212,9 @@ def run_model(args, name, weights):
         TFLOP["sync"],
     )
     features = model.encode(clip, model.read(clip))
-    batch = {key: value[None].repeat(4, *[1] * value.dim()).to(device) for key, value in features.items()}
+    batch = {
+        key: value[None].repeat(4, *[1] * value.dim()).to(device) for key, value in features.items()
+    }
     sample = lambda: common.sample(model, batch, range(20), 25, 4.5)  # noqa: E731
     latents = sample()
     part("sampling 20 audios of 4 clips", sample, 20 * TFLOP["audio"])
@@ -300,7 +313,9 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--videos", type=Path, required=True, help="a folder of .mp4 of 8 s or more, with sound")
+    parser.add_argument(
+        "--videos", type=Path, required=True, help="a folder of .mp4 of 8 s or more, with sound"
+    )
     parser.add_argument("--clips", type=int, default=32, help="train clips")
     parser.add_argument("--shard", type=int, default=8, help="clips that stage 01 writes together")
     parser.add_argument("--only", choices=("stages", "parts"), help="one of the two tables")

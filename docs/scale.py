@@ -1,11 +1,13 @@
-"""Stages 02 to 05 on a run of the paper's size whose audios are scored: wall and CPU seconds, peak memory of each.
+"""Stages 02 to 05 on a run of the paper's size whose audios are scored: wall and CPU seconds, peak
+memory of each.
 
 Run:   python docs/scale.py                # some minutes, 2 GB in a temporary folder
        python docs/scale.py 1000           # clips
 
-50,000 train clips with 5 audios each, 15,000 test clips; one clip in 25 is rated. Networks, latents and features have
-the tiny toy world's sizes; the scorers are the real ones, PANNs with its 527 tags; all numbers are drawn. There is no
-wav, and videos and weights are empty files, so that a stage that opened one would stop. Stage 05 ends after one step.
+50,000 train clips with 5 audios each, 15,000 test clips; one clip in 25 is rated. Networks, latents
+and features have the tiny toy world's sizes; the scorers are the real ones, PANNs with its 527
+tags; all numbers are drawn. There is no wav, and videos and weights are empty files, so that a
+stage that opened one would stop. Stage 05 ends after one step.
 """
 
 import importlib
@@ -35,13 +37,16 @@ def measure(number, run, *flags):
     script = next(ROOT.glob(f"{number}_*.py"))
     command = [str(part) for part in (sys.executable, script, "--run-dir", run, *flags)]
     began = time.monotonic()
-    _, status, used = os.wait4(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL).pid, 0)
+    _, status, used = os.wait4(
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL).pid, 0
+    )
     assert status == 0, f"stage {number} failed"
     return time.monotonic() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
 
 
 def enlarge(run, weights, count):
-    """Puts `count` train clips in the place of the run's, with what stage 01, scorers and raters would add."""
+    """Puts `count` train clips in the place of the run's, with what stage 01, scorers and raters
+    would add."""
     for name in ("00_videos", "01_samples", "01_audio"):
         shutil.rmtree(run / name)
     (run / "00_truth.jsonl").unlink()  # simulates no people
@@ -77,9 +82,13 @@ def write_clips(run, count):
     clips = []
     for i in range(count):
         (run / "00_videos" / f"{i}.mp4").touch()
-        clips.append(rows.Clip(id=f"{i:018d}", video=f"{i}.mp4", caption=f"clip {i}", split="train"))
+        clips.append(
+            rows.Clip(id=f"{i:018d}", video=f"{i}.mp4", caption=f"clip {i}", split="train")
+        )
     for clip in clips[: count * 3 // 10]:
-        clips.append(rows.Clip(id=f"test_{clip.id}", video=clip.video, caption=clip.caption, split="test"))
+        clips.append(
+            rows.Clip(id=f"test_{clip.id}", video=clip.video, caption=clip.caption, split="test")
+        )
     rows.write(run / "clips.jsonl", clips)
     new = {"clips_digest": files.digest(run / "clips.jsonl"), "max_clips": count}
     run_json = json.loads((run / "run.json").read_text())
@@ -96,16 +105,21 @@ def write_shard(run, shard, model, clips):
         for k in range(N):
             wav = f"01_audio/{clip.id}_{k}.wav"
             usable = {"finite": True, "peak": 1.0, "clipped": 0.0, "digest": files.digest_of(wav)}
-            samples.append(rows.Sample(clip=clip.id, k=k, seed=0, wav=wav, row=len(samples), **usable))
+            samples.append(
+                rows.Sample(clip=clip.id, k=k, seed=0, wav=wav, row=len(samples), **usable)
+            )
     latents = torch.randn(len(samples), *model.latent_shape)
-    features = {name: torch.randn(len(clips), *shape) for name, shape in model.feature_shapes.items()}
+    features = {
+        name: torch.randn(len(clips), *shape) for name, shape in model.feature_shapes.items()
+    }
     digests = [sample.digest for sample in samples]
     training.save_shard(run / "01_samples" / f"{shard}.pt", latents, features, digests)
     rows.write(run / "01_samples" / f"{shard}.jsonl", samples)
 
 
 def write_scores(block, scorers):
-    """What AudioScore's five said of a block; what they saw of its videos is a key without tensors."""
+    """What AudioScore's five said of a block; what they saw of its videos is a key without
+    tensors."""
     for name, (scorer, tensor) in scorers.audioscore.items():
         shape = (527,) if name == "logits" else ()
         drawn = {tensor: torch.randn(len(block.audios), *shape)}
@@ -114,7 +128,9 @@ def write_scores(block, scorers):
             {"key": scoring.score_key(scorers, scorer, block.audios), **drawn},
         )
         if "video" in scorers.classes[scorer].reads:
-            files.save_pt(block.video_file(scorer), {"key": scoring.video_key(scorers, scorer, block.clips)})
+            files.save_pt(
+                block.video_file(scorer), {"key": scoring.video_key(scorers, scorer, block.clips)}
+            )
 
 
 def main(count):

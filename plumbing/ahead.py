@@ -1,4 +1,5 @@
-"""Work beside the main thread: processes that decode video or compute PESQ, threads that read audio."""
+"""Work beside the main thread: processes that decode video or compute PESQ, threads that read
+audio."""
 
 import itertools
 import multiprocessing
@@ -29,8 +30,9 @@ def end_with(parent):
 
 @contextmanager
 def deaf_to_ctrl_c():
-    """Around the start of processes. A terminal sends Ctrl-C to all of them, and each would answer with a traceback:
-    these inherit that it waits, and are ended by the process that started them, which alone says so."""
+    """Around the start of processes. A terminal sends Ctrl-C to all of them, and each would answer
+    with a traceback: these inherit that it waits, and are ended by the process that started them,
+    which alone says so."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -39,9 +41,9 @@ def deaf_to_ctrl_c():
 
 
 def read_ahead(read, items, workers):
-    """A generator of read(item), a list of CPU tensors, or the SkipClip that it raised, in the order of the items. Each
-    of so many worker processes has one ready or at work; with 0 workers they are read when asked for. Who has asked for
-    it closes it, which ends the workers."""
+    """A generator of read(item), a list of CPU tensors, or the SkipClip that it raised, in the
+    order of the items. Each of so many worker processes has one ready or at work; with 0 workers
+    they are read when asked for. Who has asked for it closes it, which ends the workers."""
     workers = min(workers, len(items))
     if workers == 0:
         for item in items:
@@ -54,7 +56,9 @@ def read_ahead(read, items, workers):
         for i in range(workers):
             receiver, sender = fork.Pipe(duplex=False)
             share = items[i::workers]
-            process = fork.Process(target=send_all, args=(read, share, sender, os.getpid()), daemon=True)
+            process = fork.Process(
+                target=send_all, args=(read, share, sender, os.getpid()), daemon=True
+            )
             process.start()
             sender.close()
             pipes.append(receiver)
@@ -85,7 +89,9 @@ def send_all(read, items, sender, parent):
         try:
             found = read_or_skip(read, item)
             if not isinstance(found, SkipClip):
-                found = [tensor.numpy() for tensor in found]  # as bytes: tensors would need as much of /dev/shm
+                found = [
+                    tensor.numpy() for tensor in found
+                ]  # as bytes: tensors would need as much of /dev/shm
         except (Stop, OSError, MemoryError) as error:
             found = error
         sender.send(found)
@@ -100,15 +106,17 @@ def receive(pipe, process):
         found = pipe.recv()
     except (EOFError, OSError):  # it ended before it wrote, or while it did
         process.join()
-        raise RuntimeError(f"a worker process ended unexpectedly (exit code {process.exitcode})") from None
+        raise RuntimeError(
+            f"a worker process ended unexpectedly (exit code {process.exitcode})"
+        ) from None
     if isinstance(found, (Stop, OSError, MemoryError)):
         raise found
     return found if isinstance(found, SkipClip) else [torch.from_numpy(array) for array in found]
 
 
 def in_threads(function, items, threads, waiting=None):
-    """function(item) for each item, in order; `waiting` are computed ahead, by default two for each thread. Closed
-    early, it ends when those at work are done."""
+    """function(item) for each item, in order; `waiting` are computed ahead, by default two for each
+    thread. Closed early, it ends when those at work are done."""
     waiting = waiting or 2 * threads
     queue = deque()
     pool = ThreadPoolExecutor(threads)
@@ -127,8 +135,9 @@ POOLS = {}
 
 
 def in_processes(function, jobs, workers):
-    """[function(*job) for job in jobs] by so many processes, eight at most, kept for the next call; by this one without
-    any. For what keeps Python's lock. jobs: tuples of numpy arrays and the like; a fork must leave torch alone."""
+    """[function(*job) for job in jobs] by so many processes, eight at most, kept for the next call;
+    by this one without any. For what keeps Python's lock. jobs: tuples of numpy arrays and the
+    like; a fork must leave torch alone."""
     if not workers:
         return list(itertools.starmap(function, jobs))
     if workers not in POOLS:

@@ -9,8 +9,8 @@ MOST_WORKERS = 16  # of one process, unless a flag asks for more: each takes mem
 
 
 def cores():
-    """The cores that the system lends this process: those it is bound to, or fewer where a container's share of the
-    processor's time is smaller."""
+    """The cores that the system lends this process: those it is bound to, or fewer where a
+    container's share of the processor's time is smaller."""
     bound_to = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         bound_to = len(os.sched_getaffinity(0))
@@ -18,7 +18,8 @@ def cores():
 
 
 def quotas():
-    """The limit of this process's control group and of every group above it, in cores, rounded up."""
+    """The limit of this process's control group and of every group above it, in cores, rounded
+    up."""
     try:
         groups = (SYSTEM / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:  # no Linux
@@ -32,8 +33,9 @@ def quotas():
 
 
 def group_folders(controllers, group):
-    """Where the files of a control group and its parents may lie. A container sees its own group as the top one, often
-    while /proc still names it by the path that it has outside: then only the last of these folders is there."""
+    """Where the files of a control group and its parents may lie. A container sees its own group as
+    the top one, often while /proc still names it by the path that it has outside: then only the
+    last of these folders is there."""
     if controllers == "":  # version 2
         mounts = ["", "unified"]
     elif "cpu" in controllers.split(","):  # version 1

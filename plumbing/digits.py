@@ -1,9 +1,11 @@
-"""Which kernels compute: the same ones on every CPU with AVX2, so that the toy world has the same digits there.
+"""Which kernels compute: the same ones on every CPU with AVX2, so that the toy world has the same
+digits there.
 
-MKL, oneDNN and torch choose their kernels by the CPU that they find, and each rounds in its own way. With AVX2, MKL's
-results depend even on where an array lies in memory: one computation, done twice, gives two results, and an exact
-resume would not be exact. STRICT mends that. On CPUs of other vendors MKL knows no branch but COMPATIBLE that does.
-docs/toy.md says what this costs, and where it does not hold.
+MKL, oneDNN and torch choose their kernels by the CPU that they find, and each rounds in its own
+way. With AVX2, MKL's results depend even on where an array lies in memory: one computation, done
+twice, gives two results, and an exact resume would not be exact. STRICT mends that. On CPUs of
+other vendors MKL knows no branch but COMPATIBLE that does. docs/toy.md says what this costs, and
+where it does not hold.
 """
 
 import os

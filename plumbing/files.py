@@ -1,4 +1,5 @@
-"""Files: read, checked and written whole. What is wrong with one that a person or another run brings ends in one line.
+"""Files: read, checked and written whole. What is wrong with one that a person or another run
+brings ends in one line.
 
 What a line of a .jsonl must hold is in `rows`, what a stage's files were made from in `record`.
 """
@@ -18,9 +19,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Failure
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Stop(Exception):
@@ -28,7 +29,8 @@ class Stop(Exception):
 
 
 class SkipClip(Exception):
-    """A video or audio that cannot be used; the text is the reason that stage 01 counts and lists."""
+    """A video or audio that cannot be used; the text is the reason that stage 01 counts and
+    lists."""
 
 
 class NoFile(SkipClip):
@@ -36,7 +38,8 @@ class NoFile(SkipClip):
 
 
 class NoAudio(SkipClip):
-    """A silent film, which has no audio stream; any other SkipClip of `read_audio` is sound that cannot be read."""
+    """A silent film, which has no audio stream; any other SkipClip of `read_audio` is sound that
+    cannot be read."""
 
 
 def stop(message):
@@ -44,13 +47,14 @@ def stop(message):
 
 
 def gone(path):
-    """For a NoFile after stage 01: no reason to go on without the file, which would outlast its absence."""
+    """For a NoFile after stage 01: no reason to go on without the file, which would outlast its
+    absence."""
     stop(f"{path}: gone, though stage 01 found it; put it back and run the same command again")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a file holds: read, checked, written
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 LONGEST_NAME = 200  # bytes
@@ -58,16 +62,26 @@ LONGEST_NAME = 200  # bytes
 
 def is_text(x):
     """No NUL, and no half of a surrogate pair."""
-    return isinstance(x, str) and "\0" not in x and (x.isascii() or x == x.encode(errors="ignore").decode())
+    return (
+        isinstance(x, str)
+        and "\0" not in x
+        and (x.isascii() or x == x.encode(errors="ignore").decode())
+    )
 
 
 def is_name(x):
     """A name that a file can have."""
-    return is_text(x) and x[:1] not in ("", ".") and not set("/\\\n\r") & set(x) and len(x.encode()) <= LONGEST_NAME
+    return (
+        is_text(x)
+        and x[:1] not in ("", ".")
+        and not set("/\\\n\r") & set(x)
+        and len(x.encode()) <= LONGEST_NAME
+    )
 
 
 def is_path(x):
-    """A path is bytes of the file system: those that are no UTF-8 Python carries as lone surrogates."""
+    """A path is bytes of the file system: those that are no UTF-8 Python carries as lone
+    surrogates."""
     try:
         path = os.fsencode(x)
     except (TypeError, UnicodeEncodeError):
@@ -77,7 +91,8 @@ def is_path(x):
 
 
 class Ignored:
-    """What a third-party file holds beside its tensors and nobody needs (numpy scalars, callbacks): never built."""
+    """What a third-party file holds beside its tensors and nobody needs (numpy scalars, callbacks):
+    never built."""
 
     def __init__(self, *_):
         pass
@@ -87,8 +102,15 @@ class Ignored:
 
 
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # as torch words it, in a RuntimeError
-NUMPY = ["numpy.dtype", "numpy.ndarray"]  # learning rates, samplers; by the names of numpy 1 and of numpy 2
-NUMPY += [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
+NUMPY = [
+    "numpy.dtype",
+    "numpy.ndarray",
+]  # learning rates, samplers; by the names of numpy 1 and of numpy 2
+NUMPY += [
+    f"numpy.{core}.multiarray.{name}"
+    for core in ("core", "_core")
+    for name in ("scalar", "_reconstruct")
+]
 
 
 @contextmanager
@@ -119,8 +141,9 @@ def memory_or_content():
 
 
 def load_pt(path, fields=None, mmap=False, ignore=()):
-    """The only torch.load of this repository. path: a .pt of plain tensors, numbers, strings, lists, dicts; fields:
-    {name: type} that it must hold; ignore: names of types that may occur in it, and are left out."""
+    """The only torch.load of this repository. path: a .pt of plain tensors, numbers, strings,
+    lists, dicts; fields: {name: type} that it must hold; ignore: names of types that may occur in
+    it, and are left out."""
     path = Path(path)
     if not path.is_file():
         stop(f"{path}: no such file")
@@ -131,13 +154,19 @@ def load_pt(path, fields=None, mmap=False, ignore=()):
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if of_system(error):
             raise
-        # What torch cannot map it says in a text alone: "unable to mmap ...: Cannot allocate memory (12)".
+        # What torch cannot map it says in a text alone: "unable to mmap ...: Cannot allocate memory
+        # (12)".
         told = re.search(r": ([^:]+) \((\d+)\)$", reason)
         if told and told[1] == os.strerror(int(told[2])):
             raise OSError(int(told[2]), told[1], str(path)) from None
-        refused = re.findall(r"GLOBAL (\S+)", str(error))  # a pickle may run code: only plain types are let in
+        refused = re.findall(
+            r"GLOBAL (\S+)", str(error)
+        )  # a pickle may run code: only plain types are let in
         reason = f"it holds {refused[0]}" if refused else reason[:160]
-        stop(f"{path}: cannot be read as a .pt file of plain tensors ({reason}); make it anew or copy it again")
+        stop(
+            f"{path}: cannot be read as a .pt file of plain tensors ({reason}); make it anew or "
+            "copy it again"
+        )
     for name, kind in (fields or {}).items():
         if not isinstance(value, dict) or name not in value:
             stop(f"{path}: field '{name}' is missing; make it anew or copy it again")
@@ -147,10 +176,18 @@ def load_pt(path, fields=None, mmap=False, ignore=()):
 
 
 def load_weights(module, state, path, otherwise, finite=True):
-    """Fills a module strictly; `<path>: <otherwise>` where the state is another's, or not finite if it must be."""
+    """Fills a module strictly; `<path>: <otherwise>` where the state is another's, or not finite if
+    it must be."""
     try:
         module.load_state_dict(state)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):  # as torch words it, for users
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # as torch words it, for users
         stop(f"{path}: {otherwise}")
     if finite and not all(value.isfinite().all() for value in module.state_dict().values()):
         stop(f"{path}: holds numbers that are not finite, so it {otherwise}")
@@ -161,9 +198,17 @@ def writing(path):
     """Around what writes `path`: a full disk or a missing right ends in one line."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch and libsndfile have no type of their own for a full disk
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-        stop(f"{path}: cannot be written ({reason[:120]}); make room or give the right, then run the command again")
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch and libsndfile have no type of their own for a full disk
+        reason = getattr(error, "strerror", None) or next(
+            iter(str(error).splitlines()), type(error).__name__
+        )
+        stop(
+            f"{path}: cannot be written ({reason[:120]}); make room or give the right, then run "
+            "the command again"
+        )
 
 
 def sync(path):
@@ -176,16 +221,17 @@ def sync(path):
 
 
 def sync_folder(path):
-    """Waits until a folder's list of names is on the disk, where that can be asked for: SMB, shared folders of virtual
-    machines and Windows' drives under WSL refuse it, and the files in such a folder are whole all the same."""
+    """Waits until a folder's list of names is on the disk, where that can be asked for: SMB, shared
+    folders of virtual machines and Windows' drives under WSL refuse it, and the files in such a
+    folder are whole all the same."""
     with suppress(OSError):
         sync(path)
 
 
 @contextmanager
 def replacing(path):
-    """Yields a temporary name beside `path` and renames it on success: a file is either whole or absent, even after a
-    power failure."""
+    """Yields a temporary name beside `path` and renames it on success: a file is either whole or
+    absent, even after a power failure."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -202,11 +248,14 @@ def replacing(path):
 
 def save_pt(path, value):
     with replacing(path) as temporary, open(temporary, "wb") as stream:
-        torch.save(value, stream)  # to a path it would write the temporary name, and equal content would differ
+        torch.save(
+            value, stream
+        )  # to a path it would write the temporary name, and equal content would differ
 
 
 def write_text(path, text):
-    """In UTF-8; what has no UTF-8, a byte in the name of a file, is written as JSON writes it, \\udcXX."""
+    """In UTF-8; what has no UTF-8, a byte in the name of a file, is written as JSON writes it,
+    \\udcXX."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -221,7 +270,9 @@ def read_text(path, hint=""):
     if content[:2] == b"PK":
         stop(f"{path}: is a workbook (.xlsx) or another zip file; export it as .csv, UTF-8")
     try:
-        return content.replace(b"\0", b"\xff").decode("utf-8-sig")  # without a mark, UTF-16 shows by its NULs
+        return content.replace(b"\0", b"\xff").decode(
+            "utf-8-sig"
+        )  # without a mark, UTF-16 shows by its NULs
     except UnicodeDecodeError as error:
         utf_16 = b"\0" in content or content[:2] in (b"\xff\xfe", b"\xfe\xff")
         kind = "UTF-16, or holds NUL characters" if utf_16 else "not UTF-8"
@@ -255,12 +306,15 @@ def parse_json(text, where, hint=""):
 
 def lines_of(path, hint=""):
     """The lines of a text file."""
-    lines = read_text(path, hint).rstrip("\r\n").split("\n")  # splitlines would cut at U+2028 in a caption
+    lines = (
+        read_text(path, hint).rstrip("\r\n").split("\n")
+    )  # splitlines would cut at U+2028 in a caption
     return [] if lines == [""] else lines
 
 
 def read_jsonl(path, hint=""):
-    """[(line number, dict), ...]: what people or other programs wrote, before it is given a type."""
+    """[(line number, dict), ...]: what people or other programs wrote, before it is given a
+    type."""
     found = []
     for number, line in enumerate(lines_of(path, hint), 1):
         where = f"{path}, line {number}"
@@ -272,23 +326,37 @@ def read_jsonl(path, hint=""):
 
 
 def read_csv(path, columns, delimiter=",", header=True):
-    """[(line number, row), ...] of a table that has these columns by its first line, or, without such a line, just
-    these. Strict: a stray quote is named, not allowed to swallow lines. Values are stripped."""
+    """[(line number, row), ...] of a table that has these columns by its first line, or, without
+    such a line, just these. Strict: a stray quote is named, not allowed to swallow lines. Values
+    are stripped."""
     rows, before = [], 0
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     try:
         for row in reader:
             if reader.line_num > before + 1 and any("\n" in value for value in row[:-1]):
-                stop(f"{path}, line {before + 1}: a quote opens here and does not close on this line")
+                stop(
+                    f"{path}, line {before + 1}: a quote opens here and does not close on this line"
+                )
             before = reader.line_num
             if any(value.strip() for value in row):
                 rows.append((before, [value.strip() for value in row]))
     except csv.Error as error:
-        stop(f"{path}, line {before + 1}: {error}; look for a stray quote there, or save the table anew")
+        stop(
+            f"{path}, line {before + 1}: {error}; look for a stray quote there, or save the table "
+            "anew"
+        )
 
     def wrong(line, row, what):
-        other = [mark for mark in ";\t|," if mark != delimiter and mark in row[0]] if len(row) == 1 else ()
-        mended = f"its columns are separated by {other[0]!r}, save it with {delimiter!r}" if other else "mend that line"
+        other = (
+            [mark for mark in ";\t|," if mark != delimiter and mark in row[0]]
+            if len(row) == 1
+            else ()
+        )
+        mended = (
+            f"its columns are separated by {other[0]!r}, save it with {delimiter!r}"
+            if other
+            else "mend that line"
+        )
         stop(f"{path}, line {line}: {what}; {mended}")
 
     names = (rows or [(1, [""])])[0][1] if header else columns
@@ -300,7 +368,11 @@ def read_csv(path, columns, delimiter=",", header=True):
             wrong(1, names, f"column '{name}' occurs twice")
     for line, row in rows:
         if len(row) != len(names):
-            wrong(line, row, f"{len(row)} fields, expected {len(names)} ({', '.join(columns)}); a stray quote?")
+            wrong(
+                line,
+                row,
+                f"{len(row)} fields, expected {len(names)} ({', '.join(columns)}); a stray quote?",
+            )
     return [(line, dict(zip(names, row))) for line, row in rows[int(header) :]]
 
 
@@ -316,7 +388,8 @@ def inside(root, name, where):
 
 
 def below(root, path):
-    """A path as the files of a run name it: relative to the run folder, absolute where it lies elsewhere."""
+    """A path as the files of a run name it: relative to the run folder, absolute where it lies
+    elsewhere."""
     path = Path(path).resolve()
     root = Path(root).resolve()
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
@@ -328,7 +401,8 @@ def digest_of(*parts):
 
 
 def digest(path):
-    """SHA-256 of a file, or of a folder's .jsonl files in order of their names; the first 16 hex digits."""
+    """SHA-256 of a file, or of a folder's .jsonl files in order of their names; the first 16 hex
+    digits."""
     path = Path(path)
     total = hashlib.sha256()
     if not path.exists():

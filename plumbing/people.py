@@ -1,4 +1,5 @@
-"""What people are asked and answer: sheets, any number of files with answers, and how far the raters agree."""
+"""What people are asked and answer: sheets, any number of files with answers, and how far the
+raters agree."""
 
 import csv
 from collections import Counter, defaultdict
@@ -18,21 +19,25 @@ LEAST_STEADY = 0.5  # or who answers a smaller share of the repeated questions a
 LEAST_REPEATS = 5  # of at least this many
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sheets
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def write_sheet(path, columns, lines, answer):
-    """A csv for people to fill in; the cells of the column `answer` are empty. Somebody's answers are never written
-    over: a sheet that holds any is left as it is, and said so."""
+    """A csv for people to fill in; the cells of the column `answer` are empty. Somebody's answers
+    are never written over: a sheet that holds any is left as it is, and said so."""
     path = Path(path)
     if path.exists():
         for _, line in files.read_csv(path, (answer,)):
             if line[answer]:
                 print(f"{path}: holds answers and is left as it is")
                 return
-    options = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}  # the last as in files.write_text
+    options = {
+        "newline": "",
+        "encoding": "utf-8",
+        "errors": "backslashreplace",
+    }  # the last as in files.write_text
     with files.replacing(path) as temporary, open(temporary, "w", **options) as stream:
         writer = csv.writer(stream)
         writer.writerow(columns)
@@ -45,17 +50,18 @@ def as_cell(text):
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Answers
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_answers(paths, field, checked):
-    """What people answered in .csv and .jsonl files, a list of rows; lines with nothing in `field` are left out.
+    """What people answered in .csv and .jsonl files, a list of rows; lines with nothing in `field`
+    are left out.
 
-    checked(line, where) -> the answer as a row (rows.Answer), its question proved to be one of this run. Nobody
-    answers a question twice, in one file or several, but where `repeat` says so. What is wrong is listed, ten lines at
-    a time.
+    checked(line, where) -> the answer as a row (rows.Answer), its question proved to be one of this
+    run. Nobody answers a question twice, in one file or several, but where `repeat` says so. What
+    is wrong is listed, ten lines at a time.
     """
     found = []
     wrong = []
@@ -74,7 +80,10 @@ def read_answers(paths, field, checked):
                 key = (question_of(answer), answer.rater, answer.repeat)
                 if key in first:
                     asked = ", ".join(map(str, question_of(answer)))
-                    stop(f"{where}: {asked} is answered twice by {answer.rater} (first in {first[key]}); keep one")
+                    stop(
+                        f"{where}: {asked} is answered twice by {answer.rater} (first in "
+                        f"{first[key]}); keep one"
+                    )
                 first[key] = where
                 found.append(answer)
             except Stop as error:
@@ -124,8 +133,8 @@ def meant(value, words, where, field):
 
 
 def from_elsewhere(line, root, where):
-    """The line of an answer about audio that is not the run's, which names files below root: `clip` becomes a name for
-    its video with caption and label, `k` the audio's file."""
+    """The line of an answer about audio that is not the run's, which names files below root: `clip`
+    becomes a name for its video with caption and label, `k` the audio's file."""
     if root is None:
         stop(f"{where}, field 'audio': give --ratings-root, the folder below which it lies")
     found = dict(line)
@@ -147,19 +156,26 @@ def without_raters(answers, excluded):
     raters = sorted({answer.rater for answer in answers})
     for name in excluded:
         if name not in raters:
-            stop(f"--exclude-rater {name}: nobody of that name has answered (there are {', '.join(raters)})")
+            stop(
+                f"--exclude-rater {name}: nobody of that name has answered (there are "
+                f"{', '.join(raters)})"
+            )
         count = sum(answer.rater == name for answer in answers)
         print(f"left out by --exclude-rater: {count} answers of {name}")
     return [answer for answer in answers if answer.rater not in excluded]
 
 
 def keep_answers(file, answers, paths, redo):
-    """The answers as the run's own; other ones that it has are replaced by --redo alone, and both counts are said."""
+    """The answers as the run's own; other ones that it has are replaced by --redo alone, and both
+    counts are said."""
     source = names_of(paths)
     old = rows.read(file, type(answers[0])) if file.exists() else answers
     if old != answers:
         if not redo:
-            stop(f"{file}: holds {len(old)} other answers than the {len(answers)} of {source}; --redo replaces them")
+            stop(
+                f"{file}: holds {len(old)} other answers than the {len(answers)} of {source}; "
+                "--redo replaces them"
+            )
         print(f"{file}: {len(old)} answers are replaced by the {len(answers)} of {source}")
     rows.write(file, answers)
 
@@ -168,14 +184,14 @@ def names_of(paths):
     return ", ".join(map(str, paths)) if len(paths) <= 3 else f"{len(paths)} files"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Agreement
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def alpha(table, level):
-    """Krippendorff's alpha of (raters, questions), nan where one has not answered; nan without two different
-    answers."""
+    """Krippendorff's alpha of (raters, questions), nan where one has not answered; nan without two
+    different answers."""
     table = np.array(table, dtype=float)
     several = table[:, np.isfinite(table).sum(axis=0) > 1]
     known = np.unique(several[np.isfinite(several)])
@@ -183,10 +199,11 @@ def alpha(table, level):
 
 
 def print_agreement(answers, number, level):
-    """How far the raters agree with one another, and each with an earlier self; names those below the line.
+    """How far the raters agree with one another, and each with an earlier self; names those below
+    the line.
 
-    number(answer): the answer as a number; level: ordinal or nominal. A rater against the others: alpha over the pairs
-    of the rater's and another's answer to one question.
+    number(answer): the answer as a number; level: ordinal or nominal. A rater against the others:
+    alpha over the pairs of the rater's and another's answer to one question.
     """
     said = defaultdict(dict)  # {rater: {question: number}}
     seconds = defaultdict(list)
@@ -231,4 +248,7 @@ def print_rater(name, said, seconds, alike, level):
     unsteady = len(alike) >= LEAST_REPEATS and sum(alike) < LEAST_STEADY * len(alike)
     if disagrees or unsteady:
         limits = f"alpha {LEAST_ALPHA}, {LEAST_STEADY:.0%} of the repeats alike"
-        print(f"    below the line ({limits}): these answers count, unless --exclude-rater {name!r} leaves them out")
+        print(
+            f"    below the line ({limits}): these answers count, unless --exclude-rater {name!r} "
+            "leaves them out"
+        )

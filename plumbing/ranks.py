@@ -28,8 +28,8 @@ class Ranks(NamedTuple):
 
 
 def setup():
-    """Joins the other processes of torchrun, by nccl on CUDA, by gloo elsewhere. Others than the first speak of errors
-    alone."""
+    """Joins the other processes of torchrun, by nccl on CUDA, by gloo elsewhere. Others than the
+    first speak of errors alone."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -50,10 +50,13 @@ def setup():
         to_meet = timedelta(seconds=60)
         store, *_ = next(dist.rendezvous("env://", rank, world, timeout=to_meet))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # Restarted by torchrun, ranks would find their predecessors' addresses, and wait for them.
+            # Restarted by torchrun, ranks would find their predecessors' addresses, and wait for
+            # them.
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "gloo" if device == "cpu" else "nccl"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=to_meet, **options)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=to_meet, **options
+        )
         to_wait = timedelta(hours=12)  # for the slowest clip, scorer or encoder
         dist.distributed_c10d._set_pg_timeout(to_wait)
     return Ranks(rank, world, device)

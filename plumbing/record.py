@@ -5,8 +5,9 @@
         stage.claim(settings)    # the record says that the output is made with these settings from these inputs
         ...                      # the work
 
-The first two digits of a file's name say which stage wrote it. That stage's record, NN_settings.json, or settings.json
-in a policy's folder, holds its settings and the digests of its inputs and outputs.
+The first two digits of a file's name say which stage wrote it. That stage's record,
+NN_settings.json, or settings.json in a policy's folder, holds its settings and the digests of its
+inputs and outputs.
 """
 
 import json
@@ -23,25 +24,36 @@ from plumbing.files import ROOT, digest, stop
 try:
     import fcntl
 except ModuleNotFoundError:
-    print("error: this needs Linux or macOS; on Windows use WSL, the Linux that comes with it", file=sys.stderr)
+    print(
+        "error: this needs Linux or macOS; on Windows use WSL, the Linux that comes with it",
+        file=sys.stderr,
+    )
     raise SystemExit(2) from None
 
 
 class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
-    """Locks an output, proves the inputs, and seals what was written when all ranks have come to the end.
+    """Locks an output, proves the inputs, and seals what was written when all ranks have come to
+    the end.
 
-    name: the stage's two digits, or a policy's folder; inputs, outputs: names below the run folder. An error on any
-    rank seals nothing. Only processes that see each other's POSIX locks are kept apart.
+    name: the stage's two digits, or a policy's folder; inputs, outputs: names below the run folder.
+    An error on any rank seals nothing. Only processes that see each other's POSIX locks are kept
+    apart.
     """
 
-    def __init__(self, run, name, inputs=(), outputs=(), redo=False, advice="use --redo to replace it"):
+    def __init__(
+        self, run, name, inputs=(), outputs=(), redo=False, advice="use --redo to replace it"
+    ):
         self.run = Path(run)
         self.name = name
         self.inputs = list(inputs)
         self.outputs = list(outputs)
         self.redo = redo
         self.advice = advice
-        self.file = self.run / f"{name}_settings.json" if len(name) == 2 else self.run / name / "settings.json"
+        self.file = (
+            self.run / f"{name}_settings.json"
+            if len(name) == 2
+            else self.run / name / "settings.json"
+        )
         self.lock = None
         self.claimed = False
 
@@ -56,9 +68,10 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
         return self
 
     def claim(self, settings, more_inputs=()):
-        """Writes the record, or stops where the one that is there says otherwise: nothing is ever half made with other
-        settings. `redo` removes the old outputs first: interrupted, it leaves none that the new record would vouch
-        for. more_inputs: what was written since the lock was taken, people's answers."""
+        """Writes the record, or stops where the one that is there says otherwise: nothing is ever
+        half made with other settings. `redo` removes the old outputs first: interrupted, it leaves
+        none that the new record would vouch for. more_inputs: what was written since the lock was
+        taken, people's answers."""
         self.inputs += more_inputs
         if ranks.is_first():
             self.write(settings, self.redo)
@@ -105,8 +118,8 @@ def compare(file, new, advice):
 
 
 def follow(run, names):
-    """Stops unless these outputs of earlier stages exist and nothing that they were made from has changed since, back
-    to stage 01. The earliest change is named: it is the one to mend."""
+    """Stops unless these outputs of earlier stages exist and nothing that they were made from has
+    changed since, back to stage 01. The earliest change is named: it is the one to mend."""
     known = set()
     for name in names:
         follow_one(Path(run), name, known)
@@ -130,7 +143,10 @@ def follow_one(run, name, known):
     known.add(file)
     for source in made.inputs:
         if not files.inside(run, source, file).exists():
-            stop(f"{run / source}: missing, but {path} was made from it; run the stage that writes it again")
+            stop(
+                f"{run / source}: missing, but {path} was made from it; run the stage that writes "
+                "it again"
+            )
         follow_one(run, source, known)
     for source, was in made.inputs.items():
         if digest(run / source) != was:
@@ -144,16 +160,17 @@ def record_of(run, name):
     return of_policy if of_policy.exists() else run / f"{top[:2]}_settings.json"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Locks
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 UNLOCKED = set()  # run folders on whose disk locks do not work
 
 
 def take_lock(run, name):
-    """Locks an output, in a file whose text says who has it (not inherited by child processes), and returns it open.
-    Where locks do not work (Lustre without flock, some NFS), that is said once for a run, and the work goes on."""
+    """Locks an output, in a file whose text says who has it (not inherited by child processes), and
+    returns it open. Where locks do not work (Lustre without flock, some NFS), that is said once for
+    a run, and the work goes on."""
     stream = open(run / f".{name}.lock", "a+", encoding="utf-8")  # noqa: SIM115, held until the stage ends
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,7 +182,10 @@ def take_lock(run, name):
         if run not in UNLOCKED:
             UNLOCKED.add(run)
             unprotected = "nothing keeps two commands from writing to it at the same time: run one after the other"
-            print(f"warning: {run}: files cannot be locked here ({error.strerror}); {unprotected}", file=sys.stderr)
+            print(
+                f"warning: {run}: files cannot be locked here ({error.strerror}); {unprotected}",
+                file=sys.stderr,
+            )
     stream.truncate(0)
     stream.write(f"process {os.getpid()} on {socket.gethostname()}")
     stream.flush()
@@ -185,7 +205,8 @@ def remove_temporaries(run, name):
 
 
 def commit():
-    """The commit of this code, `-dirty` where it has been changed since; None outside of a git checkout."""
+    """The commit of this code, `-dirty` where it has been changed since; None outside of a git
+    checkout."""
     asked = ("git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()

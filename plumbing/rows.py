@@ -1,8 +1,10 @@
-"""The rows of every file that stages pass on or people bring: what each field is called, its unit and its range.
+"""The rows of every file that stages pass on or people bring: what each field is called, its unit
+and its range.
 
-This is the contract between the stages. `read` gives a list of one of the types below, whose fields are attributes
-(`pair.winner`); what does not fit ends in one line that names the file, the line and the field. A field with a default
-may be missing in a file, or null. Lines may hold further fields, which nobody reads.
+This is the contract between the stages. `read` gives a list of one of the types below, whose fields
+are attributes (`pair.winner`); what does not fit ends in one line that names the file, the line and
+the field. A field with a default may be missing in a file, or null. Lines may hold further fields,
+which nobody reads.
 """
 
 import functools
@@ -18,14 +20,17 @@ from msgspec import Meta, Struct
 from plumbing import files
 from plumbing.files import stop
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a field may hold; the description is what a person reads where something else is found
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 Text = Annotated[str, Meta(description="text")]
-Name = Annotated[str, Meta(description=f"a name that a file can have, of at most {files.LONGEST_NAME} bytes")]
+Name = Annotated[
+    str, Meta(description=f"a name that a file can have, of at most {files.LONGEST_NAME} bytes")
+]
 FilePath = Annotated[
-    str, Meta(description="a path that a file can have: below 4000 bytes, none of its names above 255")
+    str,
+    Meta(description="a path that a file can have: below 4000 bytes, none of its names above 255"),
 ]
 Index = Annotated[int, Meta(ge=0, le=2**63 - 1, description="a whole number from 0")]
 Count = Annotated[int, Meta(ge=1, le=10**9, description="a whole number from 1 to 1e+09")]
@@ -63,8 +68,8 @@ def checks_of(row_type):
 
 
 def check_of(kind):
-    """What msgspec cannot say of a value of this kind, also inside a list or a dict: a function, value -> whether it
-    fits. None where msgspec says all."""
+    """What msgspec cannot say of a value of this kind, also inside a list or a dict: a function,
+    value -> whether it fits. None where msgspec says all."""
     for known, fits in ((Text, files.is_text), (Name, files.is_name), (FilePath, files.is_path)):
         if kind == known:
             return lambda value: not isinstance(value, str) or fits(value)
@@ -77,21 +82,26 @@ def check_of(kind):
     always = lambda value: True  # noqa: E731
     checks = [check or always for check in checks]
     if origin is dict:
-        return lambda value: all(checks[0](name) and checks[1](held) for name, held in value.items())
+        return lambda value: all(
+            checks[0](name) and checks[1](held) for name, held in value.items()
+        )
     if origin is list:
         return lambda value: all(map(checks[0], value))
     if origin is tuple:
         return lambda value: all(check(item) for check, item in zip(checks, value))
-    return lambda value: all(check(value) for check in checks)  # of a union, whose other kinds are no text
+    return lambda value: all(
+        check(value) for check in checks
+    )  # of a union, whose other kinds are no text
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # run.json; clips.jsonl and stage 01's lines
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Defaults(Row):
-    """The part of run.json that every stage reads first: {stage: {flag: a replacement for the paper's number}}."""
+    """The part of run.json that every stage reads first: {stage: {flag: a replacement for the
+    paper's number}}."""
 
     defaults: dict[str, dict[str, Number]] = {}
 
@@ -109,11 +119,15 @@ class World(Row, kw_only=True, omit_defaults=True):
     checkpoint_digest: Text  # what counts
     video_root: FilePath  # absolute, or relative to the run folder
     clip_s: ClipSeconds  # seconds of video that one audio belongs to
-    defaults: dict[str, dict[str, Number]] = {}  # {stage: {flag: this run's replacement for the paper's number}}
+    defaults: dict[
+        str, dict[str, Number]
+    ] = {}  # {stage: {flag: this run's replacement for the paper's number}}
     scorers: Literal["real", "toy"] = "real"  # the set of frozen scorers
     scorers_root: FilePath | None = None  # the folder of their files, if not --weights
     cavp_root: FilePath | None = None  # Frieren alone: the folder of its features
-    size: Text | None = None  # the toy world alone: its size, its seed, its raters' noise as a factor
+    size: Text | None = (
+        None  # the toy world alone: its size, its seed, its raters' noise as a factor
+    )
     world_seed: Index | None = None
     rater_noise: Number | None = None
 
@@ -179,9 +193,9 @@ class Sample(Row):
     clipped: Share  # of the samples, at full scale
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 02 to 04: what people answered, scores, pairs
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Answer(Row, kw_only=True, omit_defaults=True):
@@ -194,8 +208,8 @@ class Answer(Row, kw_only=True, omit_defaults=True):
 
 
 class RatingAnswer(Answer, kw_only=True):
-    """02_ratings.jsonl: what one person said of one audio. Of audio from elsewhere, `clip` is a name for its video,
-    caption and label, and `k` the path of the audio below --ratings-root."""
+    """02_ratings.jsonl: what one person said of one audio. Of audio from elsewhere, `clip` is a
+    name for its video, caption and label, and `k` the path of the audio below --ratings-root."""
 
     clip: Name
     k: Index | FilePath
@@ -207,7 +221,8 @@ class RatingAnswer(Answer, kw_only=True):
 
 
 class ChoiceAnswer(Answer, kw_only=True):
-    """03_human_choices.jsonl, and the answers to `08_listen.py blind`, where a and b are systems."""
+    """03_human_choices.jsonl, and the answers to `08_listen.py blind`, where a and b are
+    systems."""
 
     clip: Name
     a: Index | Name
@@ -216,7 +231,8 @@ class ChoiceAnswer(Answer, kw_only=True):
 
 
 class Score(Row, kw_only=True):
-    """03_scores/00012.jsonl: the five scores of an audio (Sec. 2.1), null where one does not apply, and p (Eq. 1)."""
+    """03_scores/00012.jsonl: the five scores of an audio (Sec. 2.1), null where one does not apply,
+    and p (Eq. 1)."""
 
     clip: Name
     k: Index
@@ -229,7 +245,8 @@ class Score(Row, kw_only=True):
 
 
 class RatedScore(Row, kw_only=True):
-    """02_scores.jsonl: the five scores of a rated audio, and the raters' majority, the worse of a tie."""
+    """02_scores.jsonl: the five scores of a rated audio, and the raters' majority, the worse of a
+    tie."""
 
     clip: Name
     k: Index
@@ -261,9 +278,9 @@ class SplitPair(Row):
     source: Literal["auto", "human"]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 05 and 06: the policy folder
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Policy(Row):
@@ -278,7 +295,8 @@ class Policy(Row):
 
 
 class FlowDpoStep(Row):
-    """05_flow_dpo/log.jsonl: an optimizer step; means over the global batch. docs/curves.md reads them."""
+    """05_flow_dpo/log.jsonl: an optimizer step; means over the global batch. docs/curves.md reads
+    them."""
 
     step: Index
     stage: Literal[1, 2]
@@ -320,9 +338,9 @@ class DdpoStep(Row):
     peak_gb: Number | None = None
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 07 and 08: results
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Result(Row, kw_only=True):
@@ -392,9 +410,9 @@ class BlindResult(Row, kw_only=True):
     raters: Index
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Every stage: the record of what its output was made from
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Record(Row):
@@ -416,14 +434,14 @@ class Weights(Row):
     files: dict[FilePath, WeightFile]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading and writing
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read(path, row_type, hint="", cut=False):
-    """A .jsonl as a list of rows. hint: what to do, the end of every refusal. cut: drops a last line that a kill or a
-    full disk has cut."""
+    """A .jsonl as a list of rows. hint: what to do, the end of every refusal. cut: drops a last
+    line that a kill or a full disk has cut."""
     found = []
     lines = files.lines_of(path, hint)
     if cut and lines and not lines[-1].endswith("}"):
@@ -444,8 +462,8 @@ def read_json(path, row_type, hint=""):
 
 
 def typed(value, row_type, where, hint="", from_text=False):
-    """value, as read from JSON, as a row; one line says where it does not fit. A field that is null is absent.
-    from_text: numbers may be texts, as in a csv, where an empty cell is absent."""
+    """value, as read from JSON, as a row; one line says where it does not fit. A field that is null
+    is absent. from_text: numbers may be texts, as in a csv, where an empty cell is absent."""
     if isinstance(value, dict):
         absent = ("", None) if from_text else (None,)
         value = {name: held for name, held in value.items() if held not in absent}
@@ -453,7 +471,9 @@ def typed(value, row_type, where, hint="", from_text=False):
         return msgspec.convert(value, row_type, strict=not from_text)
     except msgspec.ValidationError as error:
         stop(f"{where}{what_is_wrong(str(error), value, row_type)}{hint}")
-    except UnicodeEncodeError as error:  # half of a surrogate pair, where msgspec looks for a word or a name
+    except (
+        UnicodeEncodeError
+    ) as error:  # half of a surrogate pair, where msgspec looks for a word or a name
         fields = [f", field '{name}'" for name, held in value.items() if held == error.object]
         stop(f"{where}{''.join(fields[:1])}: {error.object!a:.60} is not text{hint}")
 
@@ -475,8 +495,8 @@ def what_is_wrong(error, value, row_type):
 
 
 def follow(place, value, kind):
-    """The field at msgspec's place, `.sampler.steps`, with what it holds and its kind; not beyond where msgspec names
-    no name, `.files[...]`, or the kind has words of its own."""
+    """The field at msgspec's place, `.sampler.steps`, with what it holds and its kind; not beyond
+    where msgspec names no name, `.files[...]`, or the kind has words of its own."""
     field = ""
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place):
         origin = typing.get_origin(kind)
@@ -506,7 +526,9 @@ def words_of(kind):
     if origin is tuple:
         return f"a list of {len(parts)}: {', '.join(map(words_of, parts))}"
     if origin is dict:
-        return f"a set of fields, each named by {words_of(parts[0])} and holding {words_of(parts[1])}"
+        return (
+            f"a set of fields, each named by {words_of(parts[0])} and holding {words_of(parts[1])}"
+        )
     if parts:  # a union
         return " or ".join(words_of(part) for part in parts if part is not type(None))
     plain = {str: "text", bool: "true or false", typing.Any: "anything", type(None): "null"}

@@ -1,13 +1,14 @@
-"""What frozen scorers said, kept in blocks: one file for each block of audios and each scorer, written whole.
+"""What frozen scorers said, kept in blocks: one file for each block of audios and each scorer,
+written whole.
 
-A block is some clips with their audios, always the same ones: a shard of stage 01, 32 rated clips, 32 test clips of a
-system. Its file holds one scorer's tensors, row i = audio i, nan where a score does not apply, and one `key`: a digest
-of all that the scores depend on. A file of another key is made anew, never added to: a block is what is computed at
-once, so that a rerun gives the same bits. What networks saw of a block's videos lies in files of the same kind, a row
-for each clip.
+A block is some clips with their audios, always the same ones: a shard of stage 01, 32 rated clips,
+32 test clips of a system. Its file holds one scorer's tensors, row i = audio i, nan where a score
+does not apply, and one `key`: a digest of all that the scores depend on. A file of another key is
+made anew, never added to: a block is what is computed at once, so that a rerun gives the same bits.
+What networks saw of a block's videos lies in files of the same kind, a row for each clip.
 
-A video that cannot be decoded is a row of nan; its size and time are in the key, so that another file is seen anew. A
-fault of the system (disk, rights, memory) stops the stage and leaves no file.
+A video that cannot be decoded is a row of nan; its size and time are in the key, so that another
+file is seen anew. A fault of the system (disk, rights, memory) stops the stage and leaves no file.
 """
 
 import math
@@ -54,9 +55,9 @@ class Block(NamedTuple):
         return self.videos / f"{self.name}.{seer}_video.pt"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A file and its key
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def is_made(file, key):
@@ -68,7 +69,10 @@ def read_tensors(file, key, count):
     """{name: (count, ...) float32, memory-mapped} of a file that must be there."""
     tensors = files.load_pt(file, {"key": str}, mmap=True)
     if tensors.pop("key") != key:
-        stop(f"{file}: of other audio, videos or weights than there are now; run the stage that writes it again")
+        stop(
+            f"{file}: of other audio, videos or weights than there are now; run the stage that "
+            "writes it again"
+        )
     for name, value in tensors.items():
         is_whole = torch.is_tensor(value) and value.is_floating_point() and not value.isinf().any()
         if not is_whole or value.shape[:1] != (count,):
@@ -106,29 +110,35 @@ def video_key(scorers, name, clips):
 
 def features_key(model, clips):
     """A digest of all that a backbone's features of these clips depend on."""
-    return digest_of(FEATURES, model.checkpoint_digest, [(clip.caption, model.stamp_of(clip)) for clip in clips])
+    return digest_of(
+        FEATURES, model.checkpoint_digest, [(clip.caption, model.stamp_of(clip)) for clip in clips]
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Videos
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
-    """Writes what is missing of what is seen of these blocks' videos: by the scorers among `names` that see, and, with
-    a `model`, by its encoders. A video is decoded once, for all who lack it."""
+    """Writes what is missing of what is seen of these blocks' videos: by the scorers among `names`
+    that see, and, with a `model`, by its encoders. A video is decoded once, for all who lack it."""
     seers = [name for name in names if "video" in scorers.classes[name].reads]
     todo = []
     for block in blocks:
         keys = {name: video_key(scorers, name, block.clips) for name in seers}
         if model is not None:
             keys[FEATURES] = features_key(model, block.clips)
-        lacking = {name: key for name, key in keys.items() if not is_made(block.video_file(name), key)}
+        lacking = {
+            name: key for name, key in keys.items() if not is_made(block.video_file(name), key)
+        }
         if lacking:
             todo.append((block, lacking))
     asked = {name for _, lacking in todo for name in lacking}
     loaded = {name: scorers.load(name, device, workers) for name in seers if name in asked}
-    rates = list(dict.fromkeys(scorer.frames for scorer in loaded.values()))  # two may want the same frames
+    rates = list(
+        dict.fromkeys(scorer.frames for scorer in loaded.values())
+    )  # two may want the same frames
 
     def read(clip):
         if FEATURES in asked:
@@ -136,7 +146,9 @@ def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
         return media.read_frames(clip.path, rates, clip_s)
 
     clips = [clip for block, _ in todo for clip in block.clips]
-    bar = tqdm(total=len(clips), desc="videos", unit="video", disable=not clips or not ranks.is_first())
+    bar = tqdm(
+        total=len(clips), desc="videos", unit="video", disable=not clips or not ranks.is_first()
+    )
     with bar, closing(read_ahead(read, clips, workers)) as videos:
         for block, lacking in todo:
             seen = {name: [] for name in lacking}
@@ -146,7 +158,9 @@ def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
                 if isinstance(video, NoFile):
                     files.gone(clip.path)
                 if isinstance(video, SkipClip):
-                    tqdm.write(f"{clip.id}: {video}; {', '.join(lacking)} cannot use it", file=sys.stderr)
+                    tqdm.write(
+                        f"{clip.id}: {video}; {', '.join(lacking)} cannot use it", file=sys.stderr
+                    )
                     for name in lacking:
                         seen[name].append(None)
                     continue
@@ -164,16 +178,20 @@ def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
 
 
 def stack(seen, shapes):
-    """A list of {part: tensor}, None for a video that cannot be used -> {part: (rows, ...) float32}, nan for None."""
+    """A list of {part: tensor}, None for a video that cannot be used -> {part: (rows, ...)
+    float32}, nan for None."""
     tensors = {}
     for part, shape in shapes.items():
         nothing = torch.full(shape, math.nan)
-        tensors[part] = torch.stack([nothing if row is None else row[part].float().cpu() for row in seen])
+        tensors[part] = torch.stack(
+            [nothing if row is None else row[part].float().cpu() for row in seen]
+        )
     return tensors
 
 
 def read_videos(block, key, seer, shapes):
-    """{clip id: {part: tensor}} of a block whose videos were seen, memory-mapped. shapes: {part: shape}."""
+    """{clip id: {part: tensor}} of a block whose videos were seen, memory-mapped. shapes: {part:
+    shape}."""
     file = block.video_file(seer)
     tensors = read_tensors(file, key, len(block.clips))
     if {part: value.shape[1:] for part, value in tensors.items()} != shapes:
@@ -184,16 +202,19 @@ def read_videos(block, key, seer, shapes):
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Audios
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def score(blocks, scorers, names, clip_s, here, workers):
-    """Writes what these blocks lack of these scorers, divided over the ranks, one network in memory at a time."""
+    """Writes what these blocks lack of these scorers, divided over the ranks, one network in memory
+    at a time."""
     for name in names:
         scorers.digest(name)  # a file that is missing is said before any network works
-    of_videos = {block.videos / block.name: block for block in blocks}  # systems share what is seen of the test clips
+    of_videos = {
+        block.videos / block.name: block for block in blocks
+    }  # systems share what is seen of the test clips
     embed_videos(here.share(list(of_videos.values())), scorers, names, clip_s, here.device, workers)
     ranks.barrier()
     for name in names:
@@ -221,7 +242,9 @@ def score_by(name, todo, scorers, clip_s, device, workers):
             clips = [audio.clip for audio in block.audios]
             videos = None
             if "video" in scorer.reads:
-                videos = read_videos(block, video_key(scorers, name, block.clips), name, scorer.video_shapes)
+                videos = read_videos(
+                    block, video_key(scorers, name, block.clips), name, scorer.video_shapes
+                )
             scores = score_waves(scorer, waves, clips, videos)
             files.save_pt(block.score_file(name), {"key": key, **scores})
             bar.update(len(clips))
@@ -230,11 +253,14 @@ def score_by(name, todo, scorers, clip_s, device, workers):
 
 
 def score_waves(scorer, waves, clips, videos=None):
-    """{name: (B, ...) float32 on the CPU}: one scorer's word on waves (B, S) at its sample rate. clips: the clip of
-    each wave; videos: {clip id: {part: tensor}} of a scorer that sees."""
+    """{name: (B, ...) float32 on the CPU}: one scorer's word on waves (B, S) at its sample rate.
+    clips: the clip of each wave; videos: {clip id: {part: tensor}} of a scorer that sees."""
     seen = None
     if videos is not None:
-        seen = {part: torch.stack([videos[clip.id][part] for clip in clips]) for part in scorer.video_shapes}
+        seen = {
+            part: torch.stack([videos[clip.id][part] for clip in clips])
+            for part in scorer.video_shapes
+        }
     with torch.inference_mode():
         scores = scorer.score(waves, clips, seen)
     return {name: value.float().cpu() for name, value in scores.items()}
@@ -247,13 +273,16 @@ def read_waves(audios, sample_rate_hz, clip_s):
         try:
             waves.append(media.read_audio(audio.path, sample_rate_hz, clip_s))
         except SkipClip as reason:
-            stop(f"{audio.path}: {reason}; the audio of {audio.clip.id} cannot be judged, make or copy it again")
+            stop(
+                f"{audio.path}: {reason}; the audio of {audio.clip.id} cannot be judged, make or "
+                "copy it again"
+            )
     return torch.stack(waves)
 
 
 def find_peaks(blocks, clip_s):
-    """Writes the peak of every audio's first clip_s seconds, nan for one without a track that can be decoded to there:
-    a damaged packet stops no evaluation."""
+    """Writes the peak of every audio's first clip_s seconds, nan for one without a track that can
+    be decoded to there: a damaged packet stops no evaluation."""
     todo = []
     for block in blocks:
         key = digest_of(PEAK, clip_s, [audio.digest for audio in block.audios])
@@ -301,19 +330,27 @@ def read_scores(blocks, scorers, names):
             tensors = read_tensors(block.score_file(name), key, len(block.audios))
             lacking = scorers.tensors_of(name) - tensors.keys()
             if lacking:
-                stop(f"{block.score_file(name)}: lacks '{min(lacking)}'; remove it and run the stage again")
+                stop(
+                    f"{block.score_file(name)}: lacks '{min(lacking)}'; remove it and run the "
+                    "stage again"
+                )
             parts.append(tensors)
-        said[name] = {column: torch.cat([part[column] for part in parts]) for column in parts[0]} if parts else {}
+        said[name] = (
+            {column: torch.cat([part[column] for part in parts]) for column in parts[0]}
+            if parts
+            else {}
+        )
     return said
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def digest_of_weights(run, paths):
-    """Of a scorer's files. They are read once per run; <run>/weights.json remembers them by size and time."""
+    """Of a scorer's files. They are read once per run; <run>/weights.json remembers them by size
+    and time."""
     memory = Path(run) / "weights.json"
     known = rows.read_json(memory, rows.Weights).files if memory.exists() else {}
     digests = []

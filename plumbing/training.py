@@ -1,4 +1,5 @@
-"""What 05 and 06 share besides the method: shards of latents, precision, adapters of low rank, ranks, checkpoints."""
+"""What 05 and 06 share besides the method: shards of latents, precision, adapters of low rank,
+ranks, checkpoints."""
 
 import copy
 import functools
@@ -17,9 +18,9 @@ import torch.utils.checkpoint
 from plumbing import digits, files, ranks, record, rows
 from plumbing.files import ROOT, stop
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Shards: stage 01's latents and features
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def crc32(row):
@@ -28,17 +29,19 @@ def crc32(row):
 
 
 def save_shard(file, latents, features, digests):
-    """latents: (rows, T, C); features: dict of (clips, ...); digests: of the rows' wavs. Every row gets its CRC-32,
-    since nobody reads such a file as a whole."""
+    """latents: (rows, T, C); features: dict of (clips, ...); digests: of the rows' wavs. Every row
+    gets its CRC-32, since nobody reads such a file as a whole."""
     checksums = {"latents": [crc32(row) for row in latents]}
     for name, values in features.items():
         checksums[name] = [crc32(row) for row in values]
-    files.save_pt(file, {"latents": latents, "features": features, "digests": digests, "crc32": checksums})
+    files.save_pt(
+        file, {"latents": latents, "features": features, "digests": digests, "crc32": checksums}
+    )
 
 
 class Shards:
-    """Stage 01's latents and features, memory-mapped: memory does not grow with the data set. A row is checked whenever
-    it is read: a disk that loses a part of a file says nothing."""
+    """Stage 01's latents and features, memory-mapped: memory does not grow with the data set. A row
+    is checked whenever it is read: a disk that loses a part of a file says nothing."""
 
     def __init__(self, run, samples, model):
         self.folder = Path(run) / "01_samples"
@@ -72,7 +75,10 @@ class Shards:
             shard, row = self.place_of_clip[clip]
             for name in self.feature_shapes:
                 found[name].append(self.checked(shard, name, row, clip))
-        return {name: torch.stack(values).to(device, non_blocking=True) for name, values in found.items()}
+        return {
+            name: torch.stack(values).to(device, non_blocking=True)
+            for name, values in found.items()
+        }
 
     def checked(self, shard, name, row, clip):
         """A row of a shard's latents or of one of its features."""
@@ -86,7 +92,9 @@ class Shards:
     def open(self, shard):
         if shard not in self.opened:
             file = self.folder / f"{shard}.pt"
-            tensors = files.load_pt(file, {"latents": torch.Tensor, "features": dict, "digests": list}, mmap=True)
+            tensors = files.load_pt(
+                file, {"latents": torch.Tensor, "features": dict, "digests": list}, mmap=True
+            )
             if "crc32" not in tensors:
                 stop(f"{file}: made by an older version, without checksums; {self.again(shard)}")
             if not self.fits(tensors, shard):
@@ -102,7 +110,9 @@ class Shards:
         for name, shape in self.feature_shapes.items():
             wanted[name] = (clips, *shape)
         named = {"latents": tensors["latents"], **tensors["features"]}
-        if any(not torch.is_tensor(value) or not value.is_floating_point() for value in named.values()):
+        if any(
+            not torch.is_tensor(value) or not value.is_floating_point() for value in named.values()
+        ):
             return False
         shapes = {name: tuple(value.shape) for name, value in named.items()}
         sums = tensors["crc32"] if isinstance(tensors["crc32"], dict) else {}
@@ -122,9 +132,9 @@ def shuffled(seed, count):
     return order
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Precision, memory, ranks
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def in_bf16(device, precision):
@@ -133,12 +143,15 @@ def in_bf16(device, precision):
 
 
 def autocast(device, precision="auto"):
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=in_bf16(device, precision))
+    return torch.autocast(
+        torch.device(device).type, torch.bfloat16, enabled=in_bf16(device, precision)
+    )
 
 
 def frozen_copy(model, bf16):
-    """u_ref: a frozen copy. bf16 halves its memory: of the weights of linear and convolution layers, which autocast
-    rounds at every use, only the rounded values are kept; norms and time embeddings stay float32."""
+    """u_ref: a frozen copy. bf16 halves its memory: of the weights of linear and convolution
+    layers, which autocast rounds at every use, only the rounded values are kept; norms and time
+    embeddings stay float32."""
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     if bf16:
         for module in copied.modules():
@@ -150,11 +163,14 @@ def frozen_copy(model, bf16):
 def checkpoint_blocks(model):
     """Trades time for memory: every block's activations are recomputed in the backward pass."""
     for block in model.blocks():
-        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(
+            torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
+        )
 
 
 def data_parallel(model, device):
-    """The module whose forward 05 and 06 train: the model itself, or its DistributedDataParallel."""
+    """The module whose forward 05 and 06 train: the model itself, or its
+    DistributedDataParallel."""
     if not dist.is_initialized():
         return model
     devices = None if device == "cpu" else [device]
@@ -163,7 +179,8 @@ def data_parallel(model, device):
 
 
 def sum_dict_over_ranks(sums):
-    """{name: tensor}, all of one shape -> their sums over the ranks, on the CPU, in one exchange."""
+    """{name: tensor}, all of one shape -> their sums over the ranks, on the CPU, in one
+    exchange."""
     stacked = torch.stack(list(sums.values()))
     return dict(zip(sums, ranks.sum_over_ranks(stacked).cpu()))
 
@@ -173,31 +190,41 @@ def peak_gb(device):
     return None if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Adapters of low rank
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Lora:
-    """Adapters of one rank on every linear and convolution layer, trained instead of the weights. They begin at zero:
-    the network is what it was. bf16 halves the memory of the weights below them, as in `frozen_copy`; the float32 ones
-    wait on the CPU to be merged."""
+    """Adapters of one rank on every linear and convolution layer, trained instead of the weights.
+    They begin at zero: the network is what it was. bf16 halves the memory of the weights below
+    them, as in `frozen_copy`; the float32 ones wait on the CPU to be merged."""
 
     def __init__(self, model, rank, seed, bf16=False):
         from peft import LoraConfig, inject_adapter_in_model  # seconds
 
         self.model = model
         model.requires_grad_(False)
-        names = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv1d))]
+        names = [
+            name
+            for name, layer in model.named_modules()
+            if isinstance(layer, (nn.Linear, nn.Conv1d))
+        ]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
-        self.layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+            inject_adapter_in_model(
+                LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model
+            )
+        self.layers = {
+            name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")
+        }
         self.unrounded = {}
         if bf16:
             for name, layer in self.layers.items():
                 base = layer.get_base_layer()
-                self.unrounded[name] = {key: value.cpu() for key, value in base.state_dict().items()}
+                self.unrounded[name] = {
+                    key: value.cpu() for key, value in base.state_dict().items()
+                }
                 base.to(torch.bfloat16)
         trained = [p.requires_grad for name, p in model.named_parameters() if "lora_" in name]
         if not trained or not all(trained):
@@ -213,14 +240,15 @@ class Lora:
         return u
 
     def check_moved(self):
-        """For after the first optimizer steps: every lora_B begins at zero, and until one moves the adapters add
-        nothing."""
+        """For after the first optimizer steps: every lora_B begins at zero, and until one moves the
+        adapters add nothing."""
         moved = [p.any() for layer in self.layers.values() for p in layer.lora_B.parameters()]
         if not any(moved):
             stop(f"--lora: {nothing_is_trained()}")
 
     def merge(self):
-        """Adds the adapters to the weights below them: the network is of its upstream's form again."""
+        """Adds the adapters to the weights below them: the network is of its upstream's form
+        again."""
         if self.unrounded:
             self.model.cpu()  # where the weights below are, so that no GPU needs room for them
         for name, layer in self.layers.items():
@@ -233,7 +261,8 @@ class Lora:
 
 
 def nothing_is_trained():
-    """What is said where adapters do not learn: the usual reason is another version of peft than the tested one."""
+    """What is said where adapters do not learn: the usual reason is another version of peft than
+    the tested one."""
     import peft
 
     pins = (ROOT / "requirements.txt").read_text(encoding="utf-8")
@@ -242,12 +271,20 @@ def nothing_is_trained():
     return f"the adapters are frozen, or do not move; {here}: pip install peft=={tested}"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A training's folder: settings, checkpoint, log, policy
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ADVICE = "use another --out, or remove this folder"
-MAY_CHANGE = ("run_dir", "out", "weights", "micro_batch", "save_every", "gradient_checkpointing", "workers")
+MAY_CHANGE = (
+    "run_dir",
+    "out",
+    "weights",
+    "micro_batch",
+    "save_every",
+    "gradient_checkpointing",
+    "workers",
+)
 
 
 def settings_of(args):
@@ -275,17 +312,22 @@ def trained_state(model):
 
 
 def save_checkpoint(folder, step, model, optimizer, made_from):
-    """checkpoint.pt: everything that the next step depends on besides the settings and inputs, whose digest is
-    made_from."""
+    """checkpoint.pt: everything that the next step depends on besides the settings and inputs,
+    whose digest is made_from."""
     with open(folder / "log.jsonl", "rb") as stream:
         os.fsync(stream.fileno())  # the log never lacks what the checkpoint has
-    state = {"step": step, "settings": made_from, "model": trained_state(model), "optimizer": optimizer.state_dict()}
+    state = {
+        "step": step,
+        "settings": made_from,
+        "model": trained_state(model),
+        "optimizer": optimizer.state_dict(),
+    }
     files.save_pt(folder / "checkpoint.pt", state)
 
 
 def resume(folder, model, optimizer, steps, made_from, step_type):
-    """Loads checkpoint.pt if there is one, cuts log.jsonl back to it, and returns the number of steps done. step_type:
-    of the rows of the log."""
+    """Loads checkpoint.pt if there is one, cuts log.jsonl back to it, and returns the number of
+    steps done. step_type: of the rows of the log."""
     file = folder / "checkpoint.pt"
     done = 0
     if file.exists():
@@ -295,7 +337,10 @@ def resume(folder, model, optimizer, steps, made_from, step_type):
         logged = rows.read(log, step_type, cut=True) if log.exists() else []
         kept = [row for row in logged if row.step < done]
         if [row.step for row in kept] != list(range(done)):
-            stop(f"{log}: lacks some of the {done} steps of checkpoint.pt; put it back, or remove the folder")
+            stop(
+                f"{log}: lacks some of the {done} steps of checkpoint.pt; put it back, or remove "
+                "the folder"
+            )
         rows.write(log, kept)
     ranks.barrier()
     return done
@@ -304,7 +349,9 @@ def resume(folder, model, optimizer, steps, made_from, step_type):
 def load_checkpoint(file, model, optimizer, steps, made_from):
     """Returns its step."""
     other = "is not of this model; remove it, or use another --out"
-    state = files.load_pt(file, {"step": int, "settings": str, "model": dict, "optimizer": dict}, mmap=True)
+    state = files.load_pt(
+        file, {"step": int, "settings": str, "model": dict, "optimizer": dict}, mmap=True
+    )
     if state["settings"] != made_from or not 0 <= state["step"] <= steps:
         settings = file.with_name("settings.json")
         stop(f"{file}: of another training than {settings}; remove it, or use another --out")
@@ -326,7 +373,11 @@ def fits_moments(moments, weights, step):
     for i, moment in moments.items():
         if not isinstance(i, int) or not 0 <= i < len(weights) or not isinstance(moment, dict):
             return False
-        for name, shape in (("step", ()), ("exp_avg", weights[i].shape), ("exp_avg_sq", weights[i].shape)):
+        for name, shape in (
+            ("step", ()),
+            ("exp_avg", weights[i].shape),
+            ("exp_avg_sq", weights[i].shape),
+        ):
             value = moment.get(name)
             if not torch.is_tensor(value) or not value.is_floating_point() or value.shape != shape:
                 return False
@@ -334,7 +385,8 @@ def fits_moments(moments, weights, step):
 
 
 def save_policy(run, out, model, run_json, method, steps):
-    """policy.pt in the upstream's own format, and policy.json, from which stage 07 knows whose it is."""
+    """policy.pt in the upstream's own format, and policy.json, from which stage 07 knows whose it
+    is."""
     file = Path(run) / out / "policy.pt"
     files.save_pt(file, model.policy_state())
     policy = rows.Policy(

@@ -1,4 +1,5 @@
-"""Disturbs every stage, runs the same command again, and compares all that was written with an undisturbed run.
+"""Disturbs every stage, runs the same command again, and compares all that was written with an
+undisturbed run.
 
 Run:   python tests/campaign.py                # about 15 minutes on 2 idle cores, in a temporary folder
        python tests/campaign.py --kills 60 --seed 1 --folder DIR
@@ -42,13 +43,24 @@ PATIENCE_S = 60  # what a command may take beyond its undisturbed time
 
 
 def start(number, run, ranks=1, most_bytes=None):
-    """A stage's command line in a session of its own; no file that it writes may be larger than most_bytes."""
-    torchrun = [Path(sys.executable).with_name("torchrun"), "--nproc_per_node", ranks, "--max-restarts", 1]
+    """A stage's command line in a session of its own; no file that it writes may be larger than
+    most_bytes."""
+    torchrun = [
+        Path(sys.executable).with_name("torchrun"),
+        "--nproc_per_node",
+        ranks,
+        "--max-restarts",
+        1,
+    ]
     program = [sys.executable] if ranks == 1 else torchrun
     command = [*program, STAGES[number], "--run-dir", run, *FLAGS.get(number, ())]
-    options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    options = dict(
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
     if most_bytes:
-        options["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+        options["preexec_fn"] = lambda: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (most_bytes, most_bytes)
+        )
     return subprocess.Popen([*map(str, command)], **options, start_new_session=True)
 
 
@@ -66,7 +78,10 @@ def finish(process, seconds):
 def workers(process):
     """The ids of torchrun's ranks."""
     try:
-        return [int(x) for x in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        return [
+            int(x)
+            for x in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
     except OSError:
         return []
 
@@ -94,7 +109,9 @@ def contents(folder):
             found[name] = plain(torch.load(path, weights_only=True))
         elif path.name == "log.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+            found[name] = [
+                {key: value for key, value in row.items() if key != "seconds"} for row in rows
+            ]
     return found
 
 
@@ -108,7 +125,10 @@ def plain(value):
 def compare(run, reference):
     """Counts of lost, doubled, leftovers; and the names of all these."""
     ours, theirs = contents(run), contents(reference)
-    counts, names = Counter(leftovers=len(ours.keys() - theirs.keys())), sorted(ours.keys() - theirs.keys())
+    counts, names = (
+        Counter(leftovers=len(ours.keys() - theirs.keys())),
+        sorted(ours.keys() - theirs.keys()),
+    )
     for name, value in theirs.items():
         if ours.get(name) != value:
             names.append(name)
@@ -118,8 +138,8 @@ def compare(run, reference):
 
 
 class Trial:
-    """One disturbance of a stage in `run`, from a copy of `before`; `after`: what it must make; took: its seconds
-    undisturbed, and until it begins to work."""
+    """One disturbance of a stage in `run`, from a copy of `before`; `after`: what it must make;
+    took: its seconds undisturbed, and until it begins to work."""
 
     def __init__(self, number, ranks, run, before, after, took):
         self.number, self.ranks, self.run, self.after, self.took = number, ranks, run, after, took
@@ -149,9 +169,20 @@ class Trial:
 
     def full_disk(self, rng):
         ours, before = contents(self.after), contents(self.run)
-        sizes = [(self.after / name).stat().st_size for name, value in ours.items() if before.get(name) != value]
-        code, error = self.end(start(self.number, self.run, self.ranks, rng.randint(100, int(0.8 * max(sizes)))))
-        clear = code == 2 and error.count("error: ") == 1 and "Traceback" not in error and str(self.run) in error
+        sizes = [
+            (self.after / name).stat().st_size
+            for name, value in ours.items()
+            if before.get(name) != value
+        ]
+        code, error = self.end(
+            start(self.number, self.run, self.ranks, rng.randint(100, int(0.8 * max(sizes))))
+        )
+        clear = (
+            code == 2
+            and error.count("error: ") == 1
+            and "Traceback" not in error
+            and str(self.run) in error
+        )
         self.check(clear, f"not clear, exit code {code}: {error[-400:]!r}")
 
     def two(self, rng):
@@ -161,7 +192,9 @@ class Trial:
         code, error = self.end(start(self.number, self.run))
         os.kill(first.pid, signal.SIGCONT)
         named = re.search(r"error: .* process \d+ on \S+; wait for it, or stop it", error)
-        self.check(code == 2 and named, f"the second was not refused, exit code {code}: {error[-400:]!r}")
+        self.check(
+            code == 2 and named, f"the second was not refused, exit code {code}: {error[-400:]!r}"
+        )
         code, error = self.end(first)
         self.check(code == 0, f"the first ended with {code}: {error[-400:]!r}")
 
@@ -175,7 +208,8 @@ class Trial:
 
 
 def undisturbed(number, ranks, run, keep):
-    """Runs a stage, keeps a copy of the run; returns its seconds, and those until it began to work."""
+    """Runs a stage, keeps a copy of the run; returns its seconds, and those until it began to
+    work."""
     began, process = time.monotonic(), start(number, run, ranks)
     idle = until_it_works(process, run, number)
     code, error = finish(process, 1200)
@@ -215,9 +249,14 @@ def main(args):
     code, _ = trial.end(other)
     named = compare(run, after["06", 1])[1]
     print(f"05 beside 06: {named or 'equal'}, exit code {code}")
-    print(f"of {len(recovered)} jobs with a rank killed, torchrun itself brought {sum(recovered)} to the end")
+    print(
+        f"of {len(recovered)} jobs with a rank killed, torchrun itself brought {sum(recovered)} to "
+        "the end"
+    )
     counts += Counter(equal=not named, lost=len(named))
-    said = ", ".join(f"{name} {counts[name]}" for name in ("equal", "lost", "doubled", "leftovers", "hangs"))
+    said = ", ".join(
+        f"{name} {counts[name]}" for name in ("equal", "lost", "doubled", "leftovers", "hangs")
+    )
     print(f"{len(jobs) + 1} trials: {said}")
     if not args.folder:
         shutil.rmtree(folder)

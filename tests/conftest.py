@@ -1,4 +1,5 @@
-"""What the tests share: one tiny run, made the way a user makes one, stages as modules, and what must be refused."""
+"""What the tests share: one tiny run, made the way a user makes one, stages as modules, and what
+must be refused."""
 
 import csv
 import fcntl
@@ -30,15 +31,27 @@ torch.set_num_threads(1)  # the networks are small: more threads only wait for e
 
 STAGES = {path.name[:2]: path for path in sorted(ROOT.glob("0?_*.py"))}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""  # not in os.environ: a process that has met CUDA so never finds a GPU again
+ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = (
+    ""  # not in os.environ: a process that has met CUDA so never finds a GPU again
+)
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 NOISE = ROOT / "tests" / "noise"
 
-# How far apart floats may be that are equal but for rounding, by kind. Bits are compared only where both sides come
-# from one computation of one shape: resumed, repeated, divided over ranks or workers, copied, or written and read.
-SCORES = {"rtol": 1e-5, "atol": 1e-5}  # of a network, in batches of other sizes or by upstream's own code
-PROBABILITIES = {"rtol": 0.0, "atol": 1e-4}  # AudioScore's, of such scores: 4e-6 of every score moved them by 4e-5
-LATENTS = {"rtol": 0.0, "atol": 1e-4}  # sampled in several steps, in batches of other sizes or compiled
+# How far apart floats may be that are equal but for rounding, by kind. Bits are compared only where
+# both sides come from one computation of one shape: resumed, repeated, divided over ranks or
+# workers, copied, or written and read.
+SCORES = {
+    "rtol": 1e-5,
+    "atol": 1e-5,
+}  # of a network, in batches of other sizes or by upstream's own code
+PROBABILITIES = {
+    "rtol": 0.0,
+    "atol": 1e-4,
+}  # AudioScore's, of such scores: 4e-6 of every score moved them by 4e-5
+LATENTS = {
+    "rtol": 0.0,
+    "atol": 1e-4,
+}  # sampled in several steps, in batches of other sizes or compiled
 
 
 def pytest_addoption(parser):
@@ -47,7 +60,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """With --score-noise: here, and by PYTHONPATH in every process that is started, pytest's own included."""
+    """With --score-noise: here, and by PYTHONPATH in every process that is started, pytest's own
+    included."""
     if config.getoption("--score-noise") and not hasattr(common.scoring, "noisy"):
         paths = [str(NOISE)]
         if os.environ.get("PYTHONPATH"):
@@ -68,8 +82,8 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_collection_modifyitems(items):
-    """Of two processes one begins with the first test, and makes the finished run, the other in the middle: with tests
-    that need not wait for it."""
+    """Of two processes one begins with the first test, and makes the finished run, the other in the
+    middle: with tests that need not wait for it."""
     waiting = [item for item in items if "finished" in item.fixturenames]
     free, middle = [item for item in items if "finished" not in item.fixturenames], len(items) // 2
     items[:] = waiting[:middle] + free + waiting[middle:]
@@ -98,25 +112,47 @@ def call(number, run, *flags):
 
 def shell(*command):
     """A command in the repository's folder; its output is in the failure's message."""
-    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": ENVIRONMENT, "timeout": 600}
+    options = {
+        "capture_output": True,
+        "text": True,
+        "cwd": ROOT,
+        "env": ENVIRONMENT,
+        "timeout": 600,
+    }
     done = subprocess.run([*map(str, command)], **options)
-    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, (
+        f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
     return done
 
 
 def torchrun(number, run, *flags, nodes=1):
-    """Two processes, by the commands that the stages' docstrings show; where of two nodes, both are this machine."""
+    """Two processes, by the commands that the stages' docstrings show; where of two nodes, both are
+    this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meet = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free.getsockname()[1]}")
-    launch = (TORCHRUN, *(meet if nodes > 1 else ["--standalone"]), "--nnodes", nodes, "--nproc_per_node", 2 // nodes)
+    launch = (
+        TORCHRUN,
+        *(meet if nodes > 1 else ["--standalone"]),
+        "--nnodes",
+        nodes,
+        "--nproc_per_node",
+        2 // nodes,
+    )
     with ThreadPoolExecutor() as launchers:
-        list(launchers.map(lambda _: shell(*launch, STAGES[number].name, *arguments(run, *flags)), range(nodes)))
+        list(
+            launchers.map(
+                lambda _: shell(*launch, STAGES[number].name, *arguments(run, *flags)), range(nodes)
+            )
+        )
 
 
 def start(number, run, *flags):
     """A stage in a process of its own, its errors in a pipe."""
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    pipes = dict(
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
     # A shell's background jobs ignore Ctrl-C, and so would their children: back to the default.
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([sys.executable, STAGES[number].name, *arguments(run, *flags)], **pipes)
@@ -142,7 +178,9 @@ def judged(scorer, waves, clips, clip_s=8.0):
 
 def a_clip(path="none.mp4", id="x", caption=None, label=None):
     """A clip of no run."""
-    return common.FoundClip(id=id, video=str(path), caption=caption, label=label, split="train", path=Path(path))
+    return common.FoundClip(
+        id=id, video=str(path), caption=caption, label=label, split="train", path=Path(path)
+    )
 
 
 def read(path):
@@ -158,7 +196,8 @@ def cells(path):
 
 
 def close(ours, theirs, within):
-    """Whether two tensors or (lists of) numbers are of one shape and equal but for rounding, nan to nan."""
+    """Whether two tensors or (lists of) numbers are of one shape and equal but for rounding, nan to
+    nan."""
     ours, theirs = (torch.as_tensor(values, dtype=torch.float64) for values in (ours, theirs))
     return ours.shape == theirs.shape and torch.allclose(ours, theirs, **within, equal_nan=True)
 
@@ -170,7 +209,9 @@ def same_rows(ours, theirs, within):
         return same_keys and all(same_rows(ours[key], theirs[key], within) for key in theirs)
     if isinstance(theirs, list):
         same_length = len(ours) == len(theirs)
-        return same_length and all(same_rows(our, their, within) for our, their in zip(ours, theirs))
+        return same_length and all(
+            same_rows(our, their, within) for our, their in zip(ours, theirs)
+        )
     if isinstance(theirs, float):
         return isinstance(ours, float) and close(ours, theirs, within)
     return ours == theirs
@@ -199,7 +240,8 @@ def answer(sheet, to, column, answers):
 
 
 def utilisation(flops):
-    """Model FLOPs utilisation of the GPU that is here, as text, of so many FLOP/s; dense bf16 is the peak."""
+    """Model FLOPs utilisation of the GPU that is here, as text, of so many FLOP/s; dense bf16 is
+    the peak."""
     peaks = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return "".join(f", MFU {flops / peak:.1%}" for key, peak in peaks.items() if key in name)
@@ -209,15 +251,25 @@ def make_video(
     path, size=(64, 64), fps=25, seconds=2.2, codec="libx264", pixels="yuv420p", sound=True, voice="aac",
     rate_hz=44_100, times=None, hold_s=None, late_s=0.0, options=None,
 ):  # fmt: skip
-    """Frames that say their number (`number_of`) over noise with a moving bar. sound: True for a beep in stereo, or
-    (S,) samples at rate_hz; False for a silent film. times: when each frame is shown, in s, instead of i / fps; hold_s:
-    for how long the last one is; late_s: when the sound starts; options: the video encoder's."""
+    """Frames that say their number (`number_of`) over noise with a moving bar. sound: True for a
+    beep in stereo, or (S,) samples at rate_hz; False for a silent film. times: when each frame is
+    shown, in s, instead of i / fps; hold_s: for how long the last one is; late_s: when the sound
+    starts; options: the video encoder's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    (width, height), noise = size, np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    (width, height), noise = (
+        size,
+        np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8),
+    )
     with av.open(str(path), "w") as container:
-        video = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options or {})
+        video = container.add_stream(
+            codec, rate=Fraction(fps).limit_denominator(1001), options=options or {}
+        )
         video.width, video.height, video.pix_fmt = width, height, pixels
-        wave = np.sin(np.arange(round(rate_hz * seconds)) / 15)[None].repeat(2, 0) * 0.3 if sound is True else sound
+        wave = (
+            np.sin(np.arange(round(rate_hz * seconds)) / 15)[None].repeat(2, 0) * 0.3
+            if sound is True
+            else sound
+        )
         if sound is not False:
             wave = np.atleast_2d(wave).astype(np.float32)
             layout = "mono" if len(wave) == 1 else "stereo"
@@ -229,7 +281,9 @@ def make_video(
             picture = noise.copy()
             picture[:, (3 * i) % width :][:, :8] = (i * 7 % 255, 255 - i % 255, 128)
             for bit in range(10):
-                picture[: height // 4, width * bit // 10 : width * (bit + 1) // 10] = 255 * (i >> bit & 1)
+                picture[: height // 4, width * bit // 10 : width * (bit + 1) // 10] = 255 * (
+                    i >> bit & 1
+                )
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
             if times is not None:
                 frame.pts, frame.time_base = round(12_800 * times[i]), Fraction(1, 12_800)
@@ -241,7 +295,9 @@ def make_video(
         if sound is not False:
             for start in range(0, wave.shape[1], 1024):
                 frame = av.AudioFrame.from_ndarray(
-                    np.ascontiguousarray(wave[:, start : start + 1024]), format="fltp", layout=layout
+                    np.ascontiguousarray(wave[:, start : start + 1024]),
+                    format="fltp",
+                    layout=layout,
                 )
                 frame.sample_rate, frame.time_base = rate_hz, Fraction(1, rate_hz)
                 frame.pts = start + round(rate_hz * late_s)
@@ -253,13 +309,15 @@ def make_video(
 def number_of(frame):
     """Which of make_video's frames this is. frame: (3, H, W) uint8 tensor."""
     _, height, width = frame.shape
-    return sum(int(frame[1, height // 8, width * (2 * bit + 1) // 20] > 127) << bit for bit in range(10))
+    return sum(
+        int(frame[1, height // 8, width * (2 * bit + 1) // 20] > 127) << bit for bit in range(10)
+    )
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A whole run by the README's own command, only smaller, made once for all of pytest's processes. Read it; to
-    change something, take `run`."""
+    """A whole run by the README's own command, only smaller, made once for all of pytest's
+    processes. Read it; to change something, take `run`."""
     base = tmp_path_factory.getbasetemp()
     run = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
     with open(run.with_suffix(".lock"), "a") as lock:
@@ -268,7 +326,10 @@ def finished(tmp_path_factory):
             made = []
             for number, file in STAGES.items():
                 size = ("--size", "tiny") if number == "00" else ()
-                made.append(f"== {file.name}\n{shell(sys.executable, file.name, *arguments(run, *size)).stdout}\n")
+                made.append(
+                    "== "
+                    f"{file.name}\n{shell(sys.executable, file.name, *arguments(run, *size)).stdout}\n"
+                )
             run.with_suffix(".log").write_text("".join(made), encoding="utf-8")
     return run
 
@@ -282,8 +343,13 @@ def run(finished, tmp_path):
 @pytest.fixture
 def fresh(finished, tmp_path):
     """A copy in which only stage 00 has run."""
-    fresh = shutil.copytree(finished, tmp_path / "fresh", ignore=shutil.ignore_patterns("0[1-9]_*", "weights.json"))
-    known, samplers = json.loads((fresh / "run.json").read_text()), ("num_samples", "seed", "sampler", "max_clips")
+    fresh = shutil.copytree(
+        finished, tmp_path / "fresh", ignore=shutil.ignore_patterns("0[1-9]_*", "weights.json")
+    )
+    known, samplers = (
+        json.loads((fresh / "run.json").read_text()),
+        ("num_samples", "seed", "sampler", "max_clips"),
+    )
     of_01 = {"latent_shape", "sample_rate_hz", "clips_digest", *samplers}
     (fresh / "run.json").write_text(json.dumps({key: known[key] for key in known.keys() - of_01}))
     return fresh
@@ -292,12 +358,25 @@ def fresh(finished, tmp_path):
 @pytest.fixture
 def toy(finished):
     """The flags that take the toy model to other clips."""
-    return ("--model", "toy", "--checkpoint", finished / "00_base.pt", "--sampling-steps", 2, "--num-samples", 2)
+    return (
+        "--model",
+        "toy",
+        "--checkpoint",
+        finished / "00_base.pt",
+        "--sampling-steps",
+        2,
+        "--num-samples",
+        2,
+    )
 
 
-# Pages in a browser ------------------------------------------------------------------------------------------
+# Pages in a browser
+# ------------------------------------------------------------------------------------------
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 DRIVER = next(filter(None, map(shutil.which, ("chromedriver", "chromium.chromedriver"))), None)
 QUIET = """--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync
 --disable-component-update --disable-dev-shm-usage --mute-audio --window-size=1280,720"""
@@ -322,9 +401,12 @@ def browser(tmp_path_factory):
 
 
 def shown(browser, page):
-    """The browser with a page of the disk, whole: `get` may return while one of many megabytes is still read."""
+    """The browser with a page of the disk, whole: `get` may return while one of many megabytes is
+    still read."""
     browser.get(page.as_uri())
-    WebDriverWait(browser, 60).until(lambda seen: seen.execute_script("return document.readyState") == "complete")
+    WebDriverWait(browser, 60).until(
+        lambda seen: seen.execute_script("return document.readyState") == "complete"
+    )
     return browser
 
 
@@ -340,11 +422,14 @@ def asked_for(browser, page):
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
     urls = [about["request"]["url"] for about in sent if about["documentURL"] == page.as_uri()]
-    wrong = [entry for entry in browser.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")]
+    wrong = [
+        entry for entry in browser.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")
+    ]
     return [url for url in urls if not url.startswith("data:")], wrong
 
 
-# What must be refused ----------------------------------------------------------------------------------------
+# What must be refused
+# ----------------------------------------------------------------------------------------
 
 
 def stopped(call, *args):
@@ -357,15 +442,24 @@ def stopped(call, *args):
 
 @pytest.fixture
 def refused(capsys):
-    """A stage that must end as a user error, by its own entry: exit code 2 and one line, which is returned."""
+    """A stage that must end as a user error, by its own entry: exit code 2 and one line, which is
+    returned."""
 
     def check(number, run, *flags):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            common.launch(stage(number).main, lambda: stage(number).parse_args(arguments(run, *flags)))
+            common.launch(
+                stage(number).main, lambda: stage(number).parse_args(arguments(run, *flags))
+            )
         error = capsys.readouterr().err
-        lines = [line for line in error.replace("\x1b[A", "").replace("\r", "\n").splitlines() if line.strip()]
-        said = [line for line in lines if not re.search(r"\d%\|.*\]$|^\d+\w+ \[.*\]$", line)]  # less progress bars
+        lines = [
+            line
+            for line in error.replace("\x1b[A", "").replace("\r", "\n").splitlines()
+            if line.strip()
+        ]
+        said = [
+            line for line in lines if not re.search(r"\d%\|.*\]$|^\d+\w+ \[.*\]$", line)
+        ]  # less progress bars
         assert ended.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), error
         return said[0]
 

@@ -1,4 +1,5 @@
-"""A backbone or a scorer of one's own is one file and one line; the toy world is known in few places."""
+"""A backbone or a scorer of one's own is one file and one line; the toy world is known in few
+places."""
 
 import ast
 import re
@@ -34,20 +35,35 @@ def test_stage_01_generates_with_a_backbone_of_ones_own(modules, tmp_path):
     make_video(tmp_path / "videos" / "four.mp4", (64, 64), 25, 1.2)
     files.save_pt(tmp_path / "own.pt", {"weight": torch.zeros(1, 1), "bias": torch.zeros(1)})
     flags = ("--videos", tmp_path / "videos", "--num-samples", 2)
-    call("01", tmp_path / "run", "--model", "own:quiet", "--checkpoint", tmp_path / "own.pt", *flags)
-    rows, shard = (read(tmp_path / "run/01_samples/00000.jsonl"), files.load_pt(tmp_path / "run/01_samples/00000.pt"))
-    for row, latent in zip(rows, shard["latents"]):  # u is 4.5 times the 4 letters, all the way from noise to data
+    call(
+        "01", tmp_path / "run", "--model", "own:quiet", "--checkpoint", tmp_path / "own.pt", *flags
+    )
+    rows, shard = (
+        read(tmp_path / "run/01_samples/00000.jsonl"),
+        files.load_pt(tmp_path / "run/01_samples/00000.pt"),
+    )
+    for row, latent in zip(
+        rows, shard["latents"]
+    ):  # u is 4.5 times the 4 letters, all the way from noise to data
         noise = torch.randn(50, 1, generator=torch.Generator().manual_seed(row["seed"]))
         assert close(latent, noise - 18, LATENTS)
         wave, rate = soundfile.read(tmp_path / "run" / row["wav"])
-        assert (len(wave), rate) == (8000, 8000) and wave[-1] == pytest.approx(0.01 * latent[-1, 0].item(), abs=1e-4)
+        assert (len(wave), rate) == (8000, 8000) and wave[-1] == pytest.approx(
+            0.01 * latent[-1, 0].item(), abs=1e-4
+        )
 
 
 def test_stage_07_shows_the_metric_of_a_scorer_of_ones_own(modules, run, capsys):
     call("07", run, "--systems", "base")
     (row,) = [row for row in read(run / "07_results.jsonl") if row["metric"] == "loudness"]
-    named = [clip["id"] for clip in read(run / "clips.jsonl") if clip["split"] == "test" and clip["caption"]]
-    peaks = [abs(soundfile.read(run / "07_audio" / "base" / f"{name}.wav")[0]).max() for name in named]
+    named = [
+        clip["id"]
+        for clip in read(run / "clips.jsonl")
+        if clip["split"] == "test" and clip["caption"]
+    ]
+    peaks = [
+        abs(soundfile.read(run / "07_audio" / "base" / f"{name}.wav")[0]).max() for name in named
+    ]
     assert close(row["value"], sum(peaks) / len(peaks), SCORES) and row["n"] == len(named)
     assert re.search(rf"\nloudness \^ +{row['value']:.3f}\n", capsys.readouterr().out)
 
@@ -74,7 +90,8 @@ def test_a_file_that_a_scorer_lacks_is_named_before_any_other_scorer_works(run, 
     assert "Cnn14_mAP=0.431.pth: missing" in line
 
 
-# Who knows whom ----------------------------------------------------------------------------------------------
+# Who knows whom
+# ----------------------------------------------------------------------------------------------
 
 ROOMS = ("", "adapters/", "plumbing/")
 SOURCES = {p.name: ast.parse(p.read_text()) for room in ROOMS for p in ROOT.glob(f"{room}*.py")}
@@ -89,9 +106,16 @@ def test_outside_its_own_files_the_toy_world_is_known_by_its_adapters_its_record
         if file in TOY:
             continue
         for node in ast.walk(tree):
-            text = getattr(node, "value", None) if isinstance(node, ast.Constant) else getattr(node, "id", None)
-            # its name, its files and its modules; sentences and --run-dir's default (runs/toy) are for people
-            if isinstance(text, str) and re.fullmatch(r"(adapters\.)?[Tt]oy\w*|TOY\w*|00_[\w.*/]+", text):
+            text = (
+                getattr(node, "value", None)
+                if isinstance(node, ast.Constant)
+                else getattr(node, "id", None)
+            )
+            # its name, its files and its modules; sentences and --run-dir's default (runs/toy) are
+            # for people
+            if isinstance(text, str) and re.fullmatch(
+                r"(adapters\.)?[Tt]oy\w*|TOY\w*|00_[\w.*/]+", text
+            ):
                 known[file, text] += 1
     assert known == {
         ("common.py", "toy"): 2,  # in ADAPTERS and SCORERS
@@ -105,10 +129,18 @@ def test_outside_its_own_files_the_toy_world_is_known_by_its_adapters_its_record
 
 def test_stages_and_adapters_import_common_alone_the_toys_files_each_other_and_plumbing_never_common():
     own = {path.stem for path in ROOT.glob("*.py")} | {"adapters", "plumbing"}
-    toys = {TOY[0]: {"common", "adapters.toy", "adapters.toy_people"}, "toy_people.py": {"common", "adapters.toy"}}
+    toys = {
+        TOY[0]: {"common", "adapters.toy", "adapters.toy_people"},
+        "toy_people.py": {"common", "adapters.toy"},
+    }
     for path in (path for room in ROOMS for path in ROOT.glob(f"{room}*.py")):
         tree = ast.parse(path.read_text())
-        found = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+        found = {
+            name.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for name in node.names
+        }
         found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         ours = {name for name in found if name.split(".")[0] in own}
         if path.parent.name == "plumbing" or path.name == "common.py":

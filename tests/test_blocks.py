@@ -1,4 +1,5 @@
-"""Blocks of scores: what a key depends on; a block is made whole and anew; nothing twice; ranks divide them."""
+"""Blocks of scores: what a key depends on; a block is made whole and anew; nothing twice; ranks
+divide them."""
 
 import errno
 import os
@@ -17,12 +18,14 @@ from common import files, media, ranks, scoring
 FIVE = {"imagebind", "clap", "synchformer", "panns", "pesq"}
 LOOK = {"imagebind", "synchformer", "pesq"}  # what looks at the video, or listens to its sound
 
-# Keys --------------------------------------------------------------------------------------------------------
+# Keys
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def keys(tmp_path):
-    """The keys of one audio by scorer, after changes to it. Nobody could decode these files, or load these weights."""
+    """The keys of one audio by scorer, after changes to it. Nobody could decode these files, or
+    load these weights."""
     scorers = common.ScorerSet(tmp_path, "real", tmp_path / "weights")
     (tmp_path / "x.mp4").write_bytes(b"12345")
     for scorer in scorers.classes.values():
@@ -31,8 +34,16 @@ def keys(tmp_path):
             (tmp_path / "weights" / name).write_bytes(b"12345")
 
     def of(digest="0123", wav="a.wav", k=0, **changes):
-        about = {"id": "x", "video": "x.mp4", "caption": "a dog", "label": "dog barking", "split": "train"} | changes
-        audio = scoring.Audio(common.FoundClip(**about, path=tmp_path / "x.mp4"), k, tmp_path / wav, digest)
+        about = {
+            "id": "x",
+            "video": "x.mp4",
+            "caption": "a dog",
+            "label": "dog barking",
+            "split": "train",
+        } | changes
+        audio = scoring.Audio(
+            common.FoundClip(**about, path=tmp_path / "x.mp4"), k, tmp_path / wav, digest
+        )
         scorers = common.ScorerSet(tmp_path, "real", tmp_path / "weights")
         return {name: scoring.score_key(scorers, name, [audio]) for name in FIVE}
 
@@ -55,7 +66,9 @@ def test_a_key_changes_with_what_its_scores_depend_on_and_with_nothing_else(chan
     ("weights/imagebind_huge.pth", b"12345", 1, set()),  # the same weights, downloaded again
     ("x.mp4", b"123456", 0, LOOK), ("x.mp4", b"12345", 1, LOOK), ("x.mp4", b"54321", 0, set()),  # nobody has looked
 ])  # fmt: skip
-def test_weights_are_known_by_content_and_videos_by_size_and_time(name, content, later_s, anew, keys, tmp_path):
+def test_weights_are_known_by_content_and_videos_by_size_and_time(
+    name, content, later_s, anew, keys, tmp_path
+):
     before, time_ns = keys(), (tmp_path / name).stat().st_mtime_ns + later_s * 10**9
     (tmp_path / name).write_bytes(content)
     os.utime(tmp_path / name, ns=(time_ns, time_ns))
@@ -69,7 +82,8 @@ def test_weights_are_read_once_for_a_run(keys, monkeypatch):
     assert keys() == before
 
 
-# Made whole, and anew ----------------------------------------------------------------------------------------
+# Made whole, and anew
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -90,7 +104,9 @@ def blocks(run):
     """Two blocks of two clips each, of five audios, without any file yet."""
     samples = common.read_samples(run)
     found = []
-    for number, clips in enumerate((common.read_clips(run, "train")[:2], common.read_clips(run, "train")[2:4])):
+    for number, clips in enumerate(
+        (common.read_clips(run, "train")[:2], common.read_clips(run, "train")[2:4])
+    ):
         audios = []
         for clip in clips:
             for audio in samples[clip.id]:
@@ -110,7 +126,11 @@ def values(run, blocks):
 
 
 def bytes_of(run):
-    return {path.name: path.read_bytes() for name in ("scores", "videos") for path in (run / name).iterdir()}
+    return {
+        path.name: path.read_bytes()
+        for name in ("scores", "videos")
+        for path in (run / name).iterdir()
+    }
 
 
 def test_a_block_whose_key_differs_is_made_anew_as_a_whole_and_no_other(run, blocks, heard):
@@ -140,7 +160,9 @@ def test_a_block_that_is_made_again_has_the_same_bytes_whatever_lies_beside_it(r
 def test_a_block_of_another_key_is_never_read(run, blocks):
     score(run, blocks)
     shutil.copy(run / "scores/b0.toy.pt", run / "scores/b1.toy.pt")
-    assert "b1.toy.pt: of other audio, videos or weights than there are now" in stopped(values, run, blocks)
+    assert "b1.toy.pt: of other audio, videos or weights than there are now" in stopped(
+        values, run, blocks
+    )
 
 
 def test_a_clip_may_have_any_number_of_audios(run, blocks):
@@ -165,23 +187,34 @@ def test_other_weights_score_anew(run, finished, heard):
     assert len(heard) == 2 and files_of(run, "03_scores") == files_of(finished, "03_scores")
 
 
-# Nothing twice -----------------------------------------------------------------------------------------------
+# Nothing twice
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def decoded(monkeypatch):
     """The videos whose frames are decoded."""
     decoded, original = [], media.read_frames
-    monkeypatch.setattr(media, "read_frames", lambda path, *rest: decoded.append(path) or original(path, *rest))
+    monkeypatch.setattr(
+        media, "read_frames", lambda path, *rest: decoded.append(path) or original(path, *rest)
+    )
     return decoded
 
 
-def test_no_stage_scores_an_audio_or_decodes_a_video_twice_and_no_later_run_of_it_again(run, heard, decoded):
+def test_no_stage_scores_an_audio_or_decodes_a_video_twice_and_no_later_run_of_it_again(
+    run, heard, decoded
+):
     """Of a test clip, the model and the towers see one decode."""
     for name in ("02_scores", "03_scores", "07_clips", "07_scores", "07_audio"):
         shutil.rmtree(run / name)
-    train, test = ([clip.path for clip in common.read_clips(run, split)] for split in ("train", "test"))
-    made = (("02", (), 100, train), ("03", (), 100, train), ("06", ("--out", "again", "--steps", 2), None, []))
+    train, test = (
+        [clip.path for clip in common.read_clips(run, split)] for split in ("train", "test")
+    )
+    made = (
+        ("02", (), 100, train),
+        ("03", (), 100, train),
+        ("06", ("--out", "again", "--steps", 2), None, []),
+    )
     made += (("07", (), 4 * 8, test), ("07", ("--systems", "base", "again"), 8, []))
     for number, flags, audios, videos in made:
         redo = ("--redo",) if number in ("02", "03") else ()
@@ -211,17 +244,25 @@ def test_what_is_scored_needs_neither_audio_nor_video_nor_weights_again(run, fin
         os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
     for number in ("02", "03"):
         call(number, run, "--redo")
-    assert files_of(run, "02_sco", "03_sco", "03_pairs") == files_of(finished, "02_sco", "03_sco", "03_pairs")
+    assert files_of(run, "02_sco", "03_sco", "03_pairs") == files_of(
+        finished, "02_sco", "03_sco", "03_pairs"
+    )
     call("07", run, "--systems", "base")
     ours, theirs = ({row["metric"]: row["value"] for row in read(place / "07_results.jsonl") if row["system"] == "base"}
                     for place in (run, finished))  # fmt: skip
-    assert ours == {metric: theirs[metric] for metric in ours} and {"ib", "clap", "is", "p_good"} <= ours.keys()
+    assert (
+        ours == {metric: theirs[metric] for metric in ours}
+        and {"ib", "clap", "is", "p_good"} <= ours.keys()
+    )
 
 
-# Failures ----------------------------------------------------------------------------------------------------
+# Failures
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_video_that_cannot_be_decoded_is_a_row_of_nan_until_there_is_another_file(run, blocks, capsys):
+def test_a_video_that_cannot_be_decoded_is_a_row_of_nan_until_there_is_another_file(
+    run, blocks, capsys
+):
     score(run, blocks)
     before = values(run, blocks)
     path = blocks[0].clips[0].path
@@ -230,7 +271,11 @@ def test_a_video_that_cannot_be_decoded_is_a_row_of_nan_until_there_is_another_f
     score(run, blocks)
     assert f"{blocks[0].clips[0].id}: unreadable video" in capsys.readouterr().err
     broken = values(run, blocks)
-    assert broken["ib"].isfinite().tolist() == broken["desync_s"].isfinite().tolist() == [False] * 5 + [True] * 15
+    assert (
+        broken["ib"].isfinite().tolist()
+        == broken["desync_s"].isfinite().tolist()
+        == [False] * 5 + [True] * 15
+    )
     assert torch.equal(broken["logits"], before["logits"])
     path.write_bytes(whole)
     score(run, blocks)
@@ -259,7 +304,9 @@ def test_an_error_of_the_system_leaves_no_file_of_its_block(reader, run, blocks,
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_video_moved_away_for_a_moment_stops_the_stage_and_is_no_result(workers, run, finished, refused, monkeypatch):
+def test_a_video_moved_away_for_a_moment_stops_the_stage_and_is_no_result(
+    workers, run, finished, refused, monkeypatch
+):
     shutil.rmtree(run / "03_scores")
     moved = common.read_clips(run, "train")[1].path
     original = media.read_frames
@@ -281,7 +328,9 @@ def test_a_video_moved_away_for_a_moment_stops_the_stage_and_is_no_result(worker
     assert files_of(run, "03_scores", "03_pairs") == files_of(finished, "03_scores", "03_pairs")
 
 
-def test_a_reference_of_pesq_that_is_gone_stops_the_stage_and_a_silent_film_has_none(finished, tmp_path):
+def test_a_reference_of_pesq_that_is_gone_stops_the_stage_and_a_silent_film_has_none(
+    finished, tmp_path
+):
     scorer = common.scorers_of(finished, "weights").load("toy")
     clip = a_clip(tmp_path / "x.mp4", label="person speaking")
     assert "x.mp4: gone" in stopped(scorer.reference, clip)
@@ -293,11 +342,15 @@ def test_a_peak_is_known_until_the_file_changes_and_of_no_file_for_good(tmp_path
     path = tmp_path / "x.wav"
     clip = a_clip()
     decoded, original = [], media.decode_audio
-    monkeypatch.setattr(media, "decode_audio", lambda path, *rest: decoded.append(path) or original(path, *rest))
+    monkeypatch.setattr(
+        media, "decode_audio", lambda path, *rest: decoded.append(path) or original(path, *rest)
+    )
 
     def peak():
         digest = files.digest(path) if path.exists() else "gone"
-        block = scoring.Block("b", tmp_path / "scores", tmp_path, [clip], [scoring.Audio(clip, 0, path, digest)])
+        block = scoring.Block(
+            "b", tmp_path / "scores", tmp_path, [clip], [scoring.Audio(clip, 0, path, digest)]
+        )
         scoring.find_peaks([block], 1.0)
         return scoring.read_peaks([block], 1.0).item()
 
@@ -317,7 +370,8 @@ def test_a_ddpo_run_does_not_take_what_was_seen_of_another_video(run, refused):
     assert "03_scores/00000.toy_video.pt: of other audio, videos or weights" in line
 
 
-# Ranks and workers -------------------------------------------------------------------------------------------
+# Ranks and workers
+# -------------------------------------------------------------------------------------------
 
 
 def test_bytes_do_not_depend_on_the_workers_and_an_error_of_one_is_the_clips_own_reason(fresh):
@@ -329,7 +383,17 @@ def test_bytes_do_not_depend_on_the_workers_and_an_error_of_one_is_the_clips_own
         call("02", place, "--num-rated-clips", 4, "--workers", workers)
         call("03", place, "--workers", workers)
         call("07", place, "--systems", "base", "--workers", workers)
-    names = ("01_samples", "01_audio", "02_sc", "03_sc", "03_pairs", "07_clips", "07_audio", "07_scores", "07_results")
+    names = (
+        "01_samples",
+        "01_audio",
+        "02_sc",
+        "03_sc",
+        "03_pairs",
+        "07_clips",
+        "07_audio",
+        "07_scores",
+        "07_results",
+    )
     assert files_of(two, *names) == files_of(fresh, *names)
     assert all(files_of(two, name) for name in names)
     (skipped,) = read(two / "01_samples/00000.skipped.jsonl")

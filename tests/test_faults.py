@@ -1,5 +1,5 @@
-"""Faults of the system: one stops the stage in a line that names the file and is never a result; a file's content alone
-is a reason to skip. And what a disk loses of stage 01's tensors is noticed."""
+"""Faults of the system: one stops the stage in a line that names the file and is never a result; a
+file's content alone is a reason to skip. And what a disk loses of stage 01's tensors is noticed."""
 
 import builtins
 import errno
@@ -18,9 +18,19 @@ from adapters.frieren import Frieren
 from common import ahead, files, media, scoring, training
 from plumbing.files import NO_MEMORY, NoFile
 
-CODES = (errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
+CODES = (
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ETIMEDOUT,
+)
 
-# An ill disk -------------------------------------------------------------------------------------------------
+# An ill disk
+# -------------------------------------------------------------------------------------------------
 
 
 class Ill:
@@ -73,7 +83,13 @@ def not_opened(patch, path, code):
 
 def not_read(patch, path, code, share=0.0):
     original, end = builtins.open, share * os.path.getsize(path)
-    replace(patch, builtins, "open", path, lambda *given, **options: Ill(original(*given, **options), code, end))
+    replace(
+        patch,
+        builtins,
+        "open",
+        path,
+        lambda *given, **options: Ill(original(*given, **options), code, end),
+    )
 
 
 def cut_off(patch, path, code):
@@ -92,7 +108,8 @@ def said_by_ffmpeg(patch, path, code):
     replace(patch, av, "open", path, lambda file, **_: av.error.err_check(-code, str(file)))
 
 
-# Readers -----------------------------------------------------------------------------------------------------
+# Readers
+# --------------------------------------------------------------------------------------------------
 
 
 def frames(path):
@@ -125,7 +142,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-BY_PYTHON = [(reader, name) for reader, name in READERS if name != "a.wav"]  # libsndfile reads by itself
+BY_PYTHON = [
+    (reader, name) for reader, name in READERS if name != "a.wav"
+]  # libsndfile reads by itself
 FAULTS = [(fault, *reader) for fault in (not_opened, not_read) for reader in READERS]
 FAULTS += [(cut_off, *reader) for reader in BY_PYTHON]
 FAULTS += [(not_opened_by_pyav, frames, "a.mp4"), (not_opened_by_pyav, sound, "a.mp4")]
@@ -134,7 +153,9 @@ FAULTS += [(not_opened_by_libsndfile, sound, "a.wav")]
 
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 @pytest.mark.parametrize("fault, reader, name", FAULTS)
-def test_no_reader_takes_an_error_of_the_system_for_the_files_content(fault, reader, name, code, folder, monkeypatch):
+def test_no_reader_takes_an_error_of_the_system_for_the_files_content(
+    fault, reader, name, code, folder, monkeypatch
+):
     fault(monkeypatch, folder / name, code)
     with pytest.raises(OSError) as raised:
         reader(folder / name)
@@ -172,14 +193,20 @@ def test_a_wav_that_libsndfile_cannot_read_is_read_by_ffmpeg(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("reader", [frames, sound])
-@pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL, errno.EPERM, errno.ENOMEM], ids=errno.errorcode.get)
-def test_what_ffmpeg_says_of_a_file_that_can_be_read_is_said_of_its_content(reader, code, folder, monkeypatch):
+@pytest.mark.parametrize(
+    "code", [errno.EIO, errno.EINVAL, errno.EPERM, errno.ENOMEM], ids=errno.errorcode.get
+)
+def test_what_ffmpeg_says_of_a_file_that_can_be_read_is_said_of_its_content(
+    reader, code, folder, monkeypatch
+):
     said_by_ffmpeg(monkeypatch, folder / "a.mp4", code)
     with pytest.raises(common.SkipClip, match=os.strerror(code)):
         reader(folder / "a.mp4")
 
 
-@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EMFILE, errno.EACCES], ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "code", [errno.EAGAIN, errno.EMFILE, errno.EACCES], ids=errno.errorcode.get
+)
 def test_what_ffmpeg_never_says_of_content_is_an_error_of_the_system(code, folder, monkeypatch):
     said_by_ffmpeg(monkeypatch, folder / "a.mp4", code)
     with pytest.raises(OSError, match=os.strerror(code)) as raised:
@@ -212,7 +239,9 @@ NO_ROOM = f"[enforce fail] {NO_MEMORY}: you tried to allocate 9 bytes."
     (RuntimeError(NO_ROOM), "the machine's memory is full"),
     (MemoryError(), "the machine's memory is full"),
 ])  # fmt: skip
-def test_torch_out_of_memory_or_files_asks_for_no_other_copy_of_the_file(error, line, folder, monkeypatch):
+def test_torch_out_of_memory_or_files_asks_for_no_other_copy_of_the_file(
+    error, line, folder, monkeypatch
+):
     def load(*_, **__):
         raise error
 
@@ -257,14 +286,20 @@ def test_a_full_memory_comes_back_from_a_worker(workers):
     assert "memory is full" in common.one_line(raised.value, None)
 
 
-# Stages ------------------------------------------------------------------------------------------------------
+# Stages
+# --------------------------------------------------------------------------------------------------
 
 SMALL = ("--sampling-steps", 2, "--num-samples", 2)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_stage_01_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(workers, fresh, refused):
-    undisturbed, flags = shutil.copytree(fresh, fresh.with_name("undisturbed")), (*SMALL, "--workers", workers)
+def test_stage_01_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(
+    workers, fresh, refused
+):
+    undisturbed, flags = (
+        shutil.copytree(fresh, fresh.with_name("undisturbed")),
+        (*SMALL, "--workers", workers),
+    )
     videos = [clip["video"] for clip in read(fresh / "clips.jsonl") if clip["split"] == "train"]
     clip = fresh / "00_videos" / videos[3]
     for fault in (not_opened, not_read, cut_off, not_opened_by_pyav):
@@ -278,7 +313,9 @@ def test_stage_01_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(work
     assert not [*fresh.glob("01_samples/*.skipped.jsonl")]
 
 
-def test_a_folder_of_videos_that_cannot_be_read_is_not_left_out(tmp_path, toy, refused, monkeypatch):
+def test_a_folder_of_videos_that_cannot_be_read_is_not_left_out(
+    tmp_path, toy, refused, monkeypatch
+):
     make_video(tmp_path / "videos/a.mp4")
     make_video(tmp_path / "videos/more/b.mp4")
     original = os.scandir
@@ -289,7 +326,9 @@ def test_a_folder_of_videos_that_cannot_be_read_is_not_left_out(tmp_path, toy, r
         return original(folder)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert "more: Permission denied" in refused("01", tmp_path / "run", "--videos", tmp_path / "videos", *toy)
+    assert "more: Permission denied" in refused(
+        "01", tmp_path / "run", "--videos", tmp_path / "videos", *toy
+    )
 
 
 def test_stage_03_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(run, finished, refused):
@@ -299,8 +338,12 @@ def test_stage_03_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(run,
     for fault, path in ((not_read, clip.path), (not_opened_by_libsndfile, wav), (not_opened, wav)):
         with pytest.MonkeyPatch.context() as patch:
             fault(patch, path, errno.ESTALE)
-            assert f"{path}: {os.strerror(errno.ESTALE)}; mend that" in refused("03", run, "--redo", "--workers", 2)
-        assert not (run / "03_pairs.jsonl").exists() and not [*(run / "03_scores").rglob("*.toy.pt")]
+            assert f"{path}: {os.strerror(errno.ESTALE)}; mend that" in refused(
+                "03", run, "--redo", "--workers", 2
+            )
+        assert not (run / "03_pairs.jsonl").exists() and not [
+            *(run / "03_scores").rglob("*.toy.pt")
+        ]
     call("03", run, "--redo", "--workers", 2)
     for name in ("03_scores/00000.jsonl", "03_pairs.jsonl", "03_human_pairs.jsonl"):
         assert (run / name).read_bytes() == (finished / name).read_bytes()
@@ -319,10 +362,13 @@ def test_stage_07_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(run,
             assert f"{path}: Too many open files; mend that" in refused("07", run, *flags)
     for place in (undisturbed, run):
         call("07", place, *flags)
-    assert (run / "07_results.jsonl").read_bytes() == (undisturbed / "07_results.jsonl").read_bytes()
+    assert (run / "07_results.jsonl").read_bytes() == (
+        undisturbed / "07_results.jsonl"
+    ).read_bytes()
 
 
-# What a disk loses of the tensors ----------------------------------------------------------------------------
+# What a disk loses of the tensors
+# ----------------------------------------------------------------------------
 
 
 def zeroed(path, start, end):
@@ -358,7 +404,11 @@ def test_a_shard_without_its_end_is_not_trained_on(run, refused):
 def test_a_single_bit_is_noticed_when_its_row_is_read_and_only_then(run, shards):
     clips = [*common.read_samples(run)]
     whole = shards().latents([(clips[0], 0)])
-    place = (run / "01_samples/00000.pt").read_bytes().index(shards().latents([(clips[2], 1)]).numpy().tobytes())
+    place = (
+        (run / "01_samples/00000.pt")
+        .read_bytes()
+        .index(shards().latents([(clips[2], 1)]).numpy().tobytes())
+    )
     with open(run / "01_samples/00000.pt", "r+b") as file:
         file.seek(place)
         (byte,) = file.read(1)
@@ -374,7 +424,9 @@ def test_a_shard_of_an_older_version_is_said_to_be_one(run, shards):
     file = files.load_pt(run / "01_samples/00000.pt")
     del file["crc32"]
     files.save_pt(run / "01_samples/00000.pt", file)
-    assert "made by an older version" in stopped(shards().latents, [(next(iter(common.read_samples(run))), 0)])
+    assert "made by an older version" in stopped(
+        shards().latents, [(next(iter(common.read_samples(run))), 0)]
+    )
 
 
 @pytest.mark.parametrize("left", [0, 0.5, 0.999])

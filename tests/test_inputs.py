@@ -1,6 +1,6 @@
-"""What a user can get wrong: every number that a flag takes, every file that is read, every field of every typed row,
-wrong in each way that its kind can be. Exit code 2 and one line on stderr that names the flag, or file, line and field;
-nothing that was written is lost."""
+"""What a user can get wrong: every number that a flag takes, every file that is read, every field
+of every typed row, wrong in each way that its kind can be. Exit code 2 and one line on stderr that
+names the flag, or file, line and field; nothing that was written is lost."""
 
 import json
 import math
@@ -29,9 +29,12 @@ def said(line, *parts):
     assert [part for part in map(str, parts) if part not in line] == [], line
 
 
-# Every field of every typed row ------------------------------------------------------------------------------
+# Every field of every typed row
+# ------------------------------------------------------------------------------
 
-ROWS = [kind for kind in vars(rows).values() if isinstance(kind, type) and issubclass(kind, rows.Row)][1:] + [Truth]
+ROWS = [
+    kind for kind in vars(rows).values() if isinstance(kind, type) and issubclass(kind, rows.Row)
+][1:] + [Truth]
 RIGHT = {str: "a", rows.Text: "a", rows.Name: "a", rows.FilePath: "a/b.mp4", bool: True}
 RIGHT[rows.Probabilities] = [0.2, 0.3, 0.5]
 NO_TEXT = (7, ["a"], {"a": 1}, True, NUL, SURROGATE)
@@ -79,15 +82,25 @@ def wrong(kind):
         return (["a"], {}, True, "none of them", SURROGATE, 3, -1)
     if origin in (types.UnionType, typing.Union):  # null stands for an absent field
         kinds = [part for part in parts if part is not types.NoneType]
-        return wrong(kinds[0]) if len(kinds) == 1 else (True, [], {}, 1.5, NAN, NUL, "", -1)  # a number or a name
+        return (
+            wrong(kinds[0]) if len(kinds) == 1 else (True, [], {}, 1.5, NAN, NUL, "", -1)
+        )  # a number or a name
     if origin is tuple:
         whole = [right(part) for part in parts]
         return (7, "ab", {}, whole[1:], [*whole, 1], [*whole[:-1], wrong(parts[-1])[0]])
     if origin is list:
         return (7, "ab", {}, *([value] for value in wrong(parts[0])))
     if origin is dict:
-        names = [{name: right(kind)[right(parts[0])]} for name in wrong(parts[0]) if isinstance(name, str)]
-        values = [] if parts[1] is typing.Any else [{right(parts[0]): value} for value in wrong(parts[1])]
+        names = [
+            {name: right(kind)[right(parts[0])]}
+            for name in wrong(parts[0])
+            if isinstance(name, str)
+        ]
+        values = (
+            []
+            if parts[1] is typing.Any
+            else [{right(parts[0]): value} for value in wrong(parts[1])]
+        )
         return (7, "ab", [[]], *names, *values)
     if origin is typing.Annotated and typing.get_origin(parts[0]) is list:
         return (*wrong(parts[0]), [])
@@ -112,21 +125,27 @@ def test_one_wrong_field_of_a_row_is_named_with_what_it_is_and_what_it_should_be
             if info.required:
                 said(stopped(rows.read, file, kind), f"{file}, line 2: field '{name}' is missing")
             else:
-                default = info.default_factory() if info.default is msgspec.NODEFAULT else info.default
+                default = (
+                    info.default_factory() if info.default is msgspec.NODEFAULT else info.default
+                )
                 assert getattr(rows.read(file, kind)[1], info.name) == default
         for value in wrong(info.type):
             write(file, [whole, whole | {name: value}])
             try:
                 passed.append((name, value, rows.read(file, kind)[1]))
             except common.Stop as error:
-                assert str(error).startswith((f"{file}, line 2, field '{name}", f"{file}, line 2: field '{name}"))
+                assert str(error).startswith(
+                    (f"{file}, line 2, field '{name}", f"{file}, line 2: field '{name}")
+                )
                 assert re.search(" is not (?!.*xpected)|' is missing$", str(error)), error
     assert passed == []
 
 
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -138,17 +157,22 @@ def file(tmp_path_factory):
 
 @st.composite
 def contents(draw):
-    """A type of row and bytes: of any kind, or lines of that type with fields changed and bytes cut out."""
+    """A type of row and bytes: of any kind, or lines of that type with fields changed and bytes cut
+    out."""
     kind = draw(st.sampled_from(ROWS))
     if draw(st.booleans()):
         return kind, draw(st.binary(max_size=200))
     lines = []
     for _ in range(draw(st.integers(0, 3))):
-        changed = draw(st.dictionaries(st.sampled_from([*kind.__struct_encode_fields__]), ANY_JSON, max_size=2))
+        changed = draw(
+            st.dictionaries(st.sampled_from([*kind.__struct_encode_fields__]), ANY_JSON, max_size=2)
+        )
         lines.append(json.dumps(right(kind) | changed).encode())
     whole = b"\n".join(lines)
     start, end = sorted(draw(st.tuples(*[st.integers(0, len(whole))] * 2)))
-    return kind, whole if draw(st.booleans()) else whole[:start] + draw(st.binary(max_size=3)) + whole[end:]
+    return kind, whole if draw(st.booleans()) else whole[:start] + draw(
+        st.binary(max_size=3)
+    ) + whole[end:]
 
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=300)
@@ -176,10 +200,13 @@ def test_a_blank_line_is_named_and_trailing_ones_do_not_matter(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"id": "a"}\r\n{"id": "b"}\r\n\n')
     assert [clip.id for clip in rows.read(tmp_path / "x.jsonl", rows.ListedClip)] == ["a", "b"]
     (tmp_path / "x.jsonl").write_text('{"id": "a"}\n\n{"id": "b"}\n')
-    said(stopped(rows.read, tmp_path / "x.jsonl", rows.ListedClip), "x.jsonl, line 2: not valid JSON")
+    said(
+        stopped(rows.read, tmp_path / "x.jsonl", rows.ListedClip), "x.jsonl, line 2: not valid JSON"
+    )
 
 
-# Every file and every flag, by the stage that reads it --------------------------------------------------------
+# Every file and every flag, by the stage that reads it
+# --------------------------------------------------------
 
 WRONG = {  # kind of an entry of a .pt: what it must not be
     "text": (MISSING, 7, ["a"], {"a": 1}, True),
@@ -189,14 +216,34 @@ WRONG = {  # kind of an entry of a .pt: what it must not be
     "tensor": (MISSING, 7, [1.0], {}, torch.zeros(3), torch.tensor(1.0)),
     "weights": (MISSING, 7, [1.0], {"x": 7}, {"x": torch.zeros(3)}),
 }
-SHARD = {"latents": "tensor", "digests": "list", "features": "record", "crc32": "record", "crc32/latents": "list"}
+SHARD = {
+    "latents": "tensor",
+    "digests": "list",
+    "features": "record",
+    "crc32": "record",
+    "crc32/latents": "list",
+}
 FEATURES = dict.fromkeys(("features/frames", "features/pooled", "features/text"), "tensor")
-OPTIMIZER = {"optimizer": "weights", "optimizer/state": "weights", "optimizer/state/0/exp_avg": "tensor"}
+OPTIMIZER = {
+    "optimizer": "weights",
+    "optimizer/state": "weights",
+    "optimizer/state/0/exp_avg": "tensor",
+}
 OUT = ("--out", "x")
-TOY = ("--run-dir", "{run}/new", "--model", "toy", "--checkpoint", "{run}/00_base.pt", "--videos", "{run}/00_videos")
+TOY = (
+    "--run-dir",
+    "{run}/new",
+    "--model",
+    "toy",
+    "--checkpoint",
+    "{run}/00_base.pt",
+    "--videos",
+    "{run}/00_videos",
+)
 TO_CLIPS = (*TOY, "--clips", "{run}/list.jsonl")
 
-# File: the stage that reads it, its flags, its type or (a/b is b of a) the entries of a .pt, what must be gone.
+# File: the stage that reads it, its flags, its type or (a/b is b of a) the entries of a .pt, what
+# must be gone.
 FILES = {
     "run.json": ("04", (), rows.Run),
     "clips.jsonl": ("06", OUT, rows.Clip),
@@ -234,12 +281,19 @@ FILES = {
     "00_oracle.pt": ("02", (), {"classifier": "weights"}, "02_ratings.jsonl"),
 }  # fmt: skip
 NEW = {"01_samples/00000.skipped.jsonl": [dict(clip="train00000", reason="too short")] * 2}
-NEW |= {"01_missing.jsonl": [dict(id="lost", split="test", reason="no lost.mp4")] * 2, "list.jsonl": "clips.jsonl"}
+NEW |= {
+    "01_missing.jsonl": [dict(id="lost", split="test", reason="no lost.mp4")] * 2,
+    "list.jsonl": "clips.jsonl",
+}
 NEW |= {"rated.jsonl": "02_ratings.jsonl", "chosen.jsonl": "03_human_choices.jsonl"}
-BROKEN = {".pt": ("", "{}", "PK\3\4", "half"), ".json": ("{", "[1]", "7", '{"a": 1, "a": 2}', '{"\\ud800": 1}', "{\0}")}
+BROKEN = {
+    ".pt": ("", "{}", "PK\3\4", "half"),
+    ".json": ("{", "[1]", "7", '{"a": 1, "a": 2}', '{"\\ud800": 1}', "{\0}"),
+}
 BROKEN[".jsonl"] = ("\n\n{}", *BROKEN[".json"], "PK\3\4")
 
-# Table: the stage that reads it, its flags, two rows (and their names), and by column what a cell must not be.
+# Table: the stage that reads it, its flags, two rows (and their names), and by column what a cell
+# must not be.
 RATED = "clip,k,rating,rater,repeat,seconds,comment\ntrain00000,0,Good,x,0,7.5,\ntrain00001,1,Bad,x,,,noisy\n"
 OTHER = "audio,video,caption,label,rating\n01_audio/train00000_0.wav,00_videos/train00000.mp4,a dog,,Good\n"
 OTHER += "01_audio/train00001_0.wav,00_videos/train00001.mp4,,,Bad\n"
@@ -262,19 +316,48 @@ TABLES = {
 }  # fmt: skip
 
 
-# What no single field shows: a stage, its flags, what the line must name; with a list, the flags of --clips and it.
+# What no single field shows: a stage, its flags, what the line must name; with a list, the flags of
+# --clips and it.
 FLAGS = [("01", "--videos .", "--videos"), ("01", "--model sora", "sora")]
-FLAGS += [("01", "--model toy:large", "toy"), ("01", "--cavp .", "--cavp"), ("05", "--bet 7", "--bet")]
-FLAGS += [("06", "--updates 9 --sampling-steps 4", "--updates"), ("05", "--out clips.jsonl", "is a file")]
-FLAGS += [("07", f"--systems {x}", x) for x in ("mine", "mine=nowhere", "../x=05_flow_dpo", LONG, "base=05_flow_dpo")]
-FLAGS += [("07", "--systems a=05_flow_dpo a=06_ddpo", "twice"), ("07", "--systems ground_truth=06_ddpo", "run itself")]
+FLAGS += [
+    ("01", "--model toy:large", "toy"),
+    ("01", "--cavp .", "--cavp"),
+    ("05", "--bet 7", "--bet"),
+]
+FLAGS += [
+    ("06", "--updates 9 --sampling-steps 4", "--updates"),
+    ("05", "--out clips.jsonl", "is a file"),
+]
+FLAGS += [
+    ("07", f"--systems {x}", x)
+    for x in ("mine", "mine=nowhere", "../x=05_flow_dpo", LONG, "base=05_flow_dpo")
+]
+FLAGS += [
+    ("07", "--systems a=05_flow_dpo a=06_ddpo", "twice"),
+    ("07", "--systems ground_truth=06_ddpo", "run itself"),
+]
 OUTS = ("../x", "/x", ".", "..", "a/b", "", "01_samples", "07_audio", LONG)
 FLAGS += [(number, f"--out={x}", "folder name") for number in ("05", "06") for x in OUTS]
 FLAGS += [("06", "--out run.json", "is a file")]
-FLAGS += [("05", "--beta high", "--beta"), ("05", "--global 4", "--global"), ("07", "--split train", "--split")]
-LISTS = [([dict(id="x"), dict(id="x", split="test")], "clip 2, field 'id': x occurs in both train and test")]
-LISTS += [([dict(id="x"), dict(id="x")], "clip 2, field 'id': x occurs twice"), ([dict(id="x")], "none of the 1 clips")]
-LISTS += [([dict(id="x", video=f"{x}.mp4")], f"'{x}.mp4' points outside") for x in ("../y", "/etc/passwd", "a/../../y")]
+FLAGS += [
+    ("05", "--beta high", "--beta"),
+    ("05", "--global 4", "--global"),
+    ("07", "--split train", "--split"),
+]
+LISTS = [
+    (
+        [dict(id="x"), dict(id="x", split="test")],
+        "clip 2, field 'id': x occurs in both train and test",
+    )
+]
+LISTS += [
+    ([dict(id="x"), dict(id="x")], "clip 2, field 'id': x occurs twice"),
+    ([dict(id="x")], "none of the 1 clips"),
+]
+LISTS += [
+    ([dict(id="x", video=f"{x}.mp4")], f"'{x}.mp4' points outside")
+    for x in ("../y", "/etc/passwd", "a/../../y")
+]
 
 
 ANSWERS = ("--ratings", "{run}/answers.jsonl")
@@ -287,11 +370,26 @@ NEEDED = {
     "06": ("02_audioscore.pt",),
     "07": ("clips.jsonl", "05_flow_dpo/policy.pt", "05_flow_dpo/policy.json"),
 }
-CHANGED = [("00", "--size tiny --seed 1", "seed", "--run-dir"), ("01", "--guidance 3", "sampler", "--run-dir")]
-CHANGED += [("01", "--seed 4", "seed", "--run-dir"), ("01", "--num-samples 4", "num_samples", "--run-dir")]
-CHANGED += [("02", "--num-rated-clips 7", "num_rated_clips", "--redo"), ("05", "--beta 7", "beta", "another --out")]
-CHANGED += [("03", "--min-score-c 0.1", "min_score_c", "--redo"), ("04", "--threshold 0.11", "threshold", "--redo")]
-CHANGED += [("05", "--hard-first", "hard_first", "another --out"), ("06", "--lr 1", "lr", "another --out")]
+CHANGED = [
+    ("00", "--size tiny --seed 1", "seed", "--run-dir"),
+    ("01", "--guidance 3", "sampler", "--run-dir"),
+]
+CHANGED += [
+    ("01", "--seed 4", "seed", "--run-dir"),
+    ("01", "--num-samples 4", "num_samples", "--run-dir"),
+]
+CHANGED += [
+    ("02", "--num-rated-clips 7", "num_rated_clips", "--redo"),
+    ("05", "--beta 7", "beta", "another --out"),
+]
+CHANGED += [
+    ("03", "--min-score-c 0.1", "min_score_c", "--redo"),
+    ("04", "--threshold 0.11", "threshold", "--redo"),
+]
+CHANGED += [
+    ("05", "--hard-first", "hard_first", "another --out"),
+    ("06", "--lr 1", "lr", "another --out"),
+]
 
 
 def remove(*patterns):
@@ -351,7 +449,10 @@ def scenes():
     yield from [(number, ("--run-dir", "{run}/nowhere"), None, ("nowhere", "stage 01" if number > "01" else "--model"))
                 for number in sorted(STAGES)[1:]]  # fmt: skip
     for number, names in NEEDED.items():  # the stage runs anew
-        yield from [(number, (), both(remove(f"{number}_*"), remove(name)), (name.split("/")[0],)) for name in names]
+        yield from [
+            (number, (), both(remove(f"{number}_*"), remove(name)), (name.split("/")[0],))
+            for name in names
+        ]
     for number, flags, field, advice in CHANGED:
         yield number, flags.split(), None, (f"{field}=", "now", "use ", advice)
     for number in ("03", "04", "05", "06", "07"):
@@ -359,20 +460,35 @@ def scenes():
         yield number, (), edit, ("02_ratings.jsonl", "changed", "02_fit_audioscore.py", "--redo")
     # answers
     given = "02_ratings.jsonl"
-    yield "02", ANSWERS, lines("answers.jsonl", given, lambda r: [*r, r[2]]), ("line 41", "train", "twice", "line 3")
+    yield (
+        "02",
+        ANSWERS,
+        lines("answers.jsonl", given, lambda r: [*r, r[2]]),
+        ("line 41", "train", "twice", "line 3"),
+    )
     second = lambda r: [*r[20:], r[4] | {"repeat": 1}, r[4], r[4] | {"rater": "another"}]  # noqa: E731
     edit = both(lines("answers.jsonl", given, lambda r: r[:20]), lines("b.jsonl", given, second))
     named = ("1 of 43 rows", "/b.jsonl, line 22", "twice", "/answers.jsonl, line 5")
     yield "02", (*ANSWERS, "{run}/b.jsonl"), edit, named
     edit = both(lines("answers.jsonl", given, lambda r: r[:5]), remove("0[2-9]_*"))
     yield "02", ANSWERS, edit, ("answers.jsonl", "one video", "at least 2")
-    yield "02", ANSWERS, lines("answers.jsonl", given, lambda r: r[:-1]), ("answers.jsonl", "--redo")
+    yield (
+        "02",
+        ANSWERS,
+        lines("answers.jsonl", given, lambda r: r[:-1]),
+        ("answers.jsonl", "--redo"),
+    )
     for name in ("nobody.csv", "nobody.jsonl", "01_samples"):
         yield "02", ("--ratings", f"{{run}}/{name}"), None, (f"/{name}", "no such file")
     edit = lambda run: (run / "rated.csv").write_text("clip,k,rating\ntrain00000,0,\n")  # noqa: E731
     yield "02", ("--ratings", "{run}/rated.csv"), edit, ("rated.csv", "no rating")
     for number in ("02", "03"):
-        yield number, ("--exclude-rater", "bob", "--redo"), None, ("--exclude-rater bob", "simulated")
+        yield (
+            number,
+            ("--exclude-rater", "bob", "--redo"),
+            None,
+            ("--exclude-rater bob", "simulated"),
+        )
     yield "02", ("--exclude-rater", "simulated", "--redo"), None, ("at least 2",)
     turned = lambda r: [r[0], r[0] | {"a": r[0]["b"], "b": r[0]["a"]}, *r[1:]]  # noqa: E731
     edit = lines("answers.jsonl", "03_human_choices.jsonl", turned)
@@ -381,7 +497,12 @@ def scenes():
     yield "07", ("--systems", "mine=05_mine"), never_finished, ("05_mine", "not finished")
     about = "05_flow_dpo/policy.json"
     for field, value in (("model", "frieren"), ("base_digest", "0123456789abcdef")):
-        yield "07", (), lambda run, f=field, v=value: change(run / about, f, v), ("05_flow_dpo", "another base")
+        yield (
+            "07",
+            (),
+            lambda run, f=field, v=value: change(run / about, f, v),
+            ("05_flow_dpo", "another base"),
+        )
     other = {"weight": torch.zeros(3)}
     edit = both(remove("07_audio/flow_dpo"), saved("05_flow_dpo/policy.pt", other))
     yield "07", (), edit, ("05_flow_dpo/policy.pt", "not the file that was written here")
@@ -397,20 +518,39 @@ def scenes():
 
 
 def spoiled(text):
-    """Ways to save a table that none should be read from: [(how, content, what the line must name)]."""
+    """Ways to save a table that none should be read from: [(how, content, what the line must
+    name)]."""
     mark, lines = "\t" if "\t" in text else ",", text.splitlines(keepends=True)
     other = "," if mark == "\t" else "\t"
     yield from [(repr(m), text.replace(mark, m), f"separated by {m!r}") for m in (";", other)]
-    yield from [(code, text.encode(code), "UTF-16") for code in ("utf-16", "utf-16-le", "utf-16-be")]
+    yield from [
+        (code, text.encode(code), "UTF-16") for code in ("utf-16", "utf-16-le", "utf-16-be")
+    ]
     yield "a workbook", b"PK\3\4" + text.encode(), ".xlsx"
-    yield "latin-1", text.replace("train", "tr\xe4in").replace("test", "t\xe4st").encode("latin-1"), "UTF-8"
+    yield (
+        "latin-1",
+        text.replace("train", "tr\xe4in").replace("test", "t\xe4st").encode("latin-1"),
+        "UTF-8",
+    )
     yield "a stray quote", lines[0] + '"' + "".join(lines[1:]), "line 2"
-    yield "a quote that closes later", lines[0] + '"' + "".join(lines[1:]) + '"' + lines[1], "line 2"
+    yield (
+        "a quote that closes later",
+        lines[0] + '"' + "".join(lines[1:]) + '"' + lines[1],
+        "line 2",
+    )
     yield "a long field", lines[0] + "x" * 200_000 + "".join(lines[1:]), "line 2"
     yield "a field too many", lines[0] + lines[1][:-1] + mark + "\n", "line 2"
     if mark == "," and "clip" in text:
-        yield "a column twice", lines[0][:-1] + ",clip\n" + lines[1][:-1] + ",x\n", "'clip' occurs twice"
-        yield "a column less", "".join(line.partition(",")[2] for line in lines), "'clip' is missing"
+        yield (
+            "a column twice",
+            lines[0][:-1] + ",clip\n" + lines[1][:-1] + ",x\n",
+            "'clip' occurs twice",
+        )
+        yield (
+            "a column less",
+            "".join(line.partition(",")[2] for line in lines),
+            "'clip' is missing",
+        )
 
 
 def flags_of(number):
@@ -457,36 +597,71 @@ def cases():
     turn = 0
     for file, (number, flags, kind, *gone) in FILES.items():
         for content in BROKEN[Path(file).suffix]:
-            yield f"{file} {content!r}", number, flags, edited(file, None, content, gone), [Path(file).name]
+            yield (
+                f"{file} {content!r}",
+                number,
+                flags,
+                edited(file, None, content, gone),
+                [Path(file).name],
+            )
         if not file.endswith(".pt"):  # every field of its type is wrong in every way above
-            *_, (name, info) = [(info.encode_name, info) for info in msgspec.structs.fields(kind) if info.required]
+            *_, (name, info) = [
+                (info.encode_name, info) for info in msgspec.structs.fields(kind) if info.required
+            ]
             named = [Path(file).name, name, *(["line 2"] if file.endswith(".jsonl") else [])]
             for value in (MISSING, wrong(info.type)[0]):
-                yield f"{file} {name} {value!r:.9}", number, flags, edited(file, name, value, gone), named
+                yield (
+                    f"{file} {name} {value!r:.9}",
+                    number,
+                    flags,
+                    edited(file, name, value, gone),
+                    named,
+                )
             continue
         for field, entry in kind.items():
             first, *others = WRONG[entry]
             for value in (first, *others[turn % 2 :: 2]):  # every second one, in turn, to save time
-                text = "missing" if value is MISSING else f"{type(value).__name__} {str(value)[:9]!r}"
-                yield f"{file} {field} {text}", number, flags, edited(file, field, value, gone), [Path(file).name]
+                text = (
+                    "missing" if value is MISSING else f"{type(value).__name__} {str(value)[:9]!r}"
+                )
+                yield (
+                    f"{file} {field} {text}",
+                    number,
+                    flags,
+                    edited(file, field, value, gone),
+                    [Path(file).name],
+                )
             turn += 1
     for file, (number, flags, text, columns) in TABLES.items():
         for how, content, named in spoiled(text):
             yield f"{file} {how}", number, flags, edited(file, None, content), (file, named)
         mark, (*head, last) = "\t" if "\t" in text else ",", text.splitlines()
-        for column, value in ((column, value) for column, values in columns.items() for value in values):
+        for column, value in (
+            (column, value) for column, values in columns.items() for value in values
+        ):
             cells = last.split(mark)
             cells[column] = value
             edit = edited(file, None, "\n".join([*head, mark.join(cells)]))
-            yield f"{file} column {column} {value[:9]!r}", number, flags, edit, (file, f"line {len(head) + 1}")
+            yield (
+                f"{file} column {column} {value[:9]!r}",
+                number,
+                flags,
+                edit,
+                (file, f"line {len(head) + 1}"),
+            )
 
 
 def change(path, field, value):
-    """Sets a field of a json, of the second line of a jsonl, or of a .pt; without field, value is the content."""
+    """Sets a field of a json, of the second line of a jsonl, or of a .pt; without field, value is
+    the content."""
     if field is None:
         value = path.read_bytes()[: path.stat().st_size // 2] if value == "half" else value
         return path.write_bytes(value.encode() if isinstance(value, str) else value)
-    readers = {".pt": files.load_pt, ".jsonl": read, ".json": lambda path: json.loads(path.read_text())}
+    readers = {
+        ".pt": files.load_pt,
+        ".jsonl": read,
+        ".json": lambda path: json.loads(path.read_text()),
+    }
     whole = readers[path.suffix](path)
     place, (*outer, last) = whole[1] if path.suffix == ".jsonl" else whole, field.split("/")
     for name in outer:
@@ -502,14 +677,19 @@ def vouch(run):
         about = json.loads(record.read_text())
         for part in ("inputs", "outputs"):
             for name in about.get(part, ()):
-                about[part][name] = files.digest(run / name) if (run / name).exists() else about[part][name]
+                about[part][name] = (
+                    files.digest(run / name) if (run / name).exists() else about[part][name]
+                )
         record.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
 @pytest.fixture(scope="module")
 def place(finished, tmp_path_factory):
     """A run to damage, and one to mend it from."""
-    run, whole = (shutil.copytree(finished, tmp_path_factory.mktemp("place") / name) for name in ("run", "whole"))
+    run, whole = (
+        shutil.copytree(finished, tmp_path_factory.mktemp("place") / name)
+        for name in ("run", "whole")
+    )
     for number in ("02", "03"):
         call(number, run)  # sheets and records name this place from now on
     return run, shutil.copytree(run, whole, dirs_exist_ok=True)
@@ -540,7 +720,9 @@ def mend(run, whole):
 SHEETS = {"02_to_rate.csv", "03_to_choose.csv"}  # which hold no answers
 
 
-@pytest.mark.parametrize("number, flags, edit, named", [pytest.param(*row, id=name) for name, *row in cases()])
+@pytest.mark.parametrize(
+    "number, flags, edit, named", [pytest.param(*row, id=name) for name, *row in cases()]
+)
 def test_what_is_wrong_is_named(number, flags, edit, named, place, refused):
     run, whole = place
     try:

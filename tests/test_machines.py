@@ -1,4 +1,5 @@
-"""Other people's disks, terminals and processors: what fails there is told apart from what merely is not there."""
+"""Other people's disks, terminals and processors: what fails there is told apart from what merely
+is not there."""
 
 import errno
 import fcntl
@@ -11,13 +12,25 @@ import time
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, STAGES, arguments, call, make_video, read, stage, start, stopped
+from conftest import (
+    ENVIRONMENT,
+    ROOT,
+    STAGES,
+    arguments,
+    call,
+    make_video,
+    read,
+    stage,
+    start,
+    stopped,
+)
 
 import common
 from common import files, record
 from plumbing import cores
 
-# Disks -------------------------------------------------------------------------------------------------------
+# Disks
+# --------------------------------------------------------------------------------------------------
 
 
 def failing(*codes):
@@ -31,8 +44,12 @@ def failing(*codes):
     return call
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EACCES, errno.EIO, errno.EOPNOTSUPP])
-def test_where_locks_do_not_work_that_is_said_once_for_a_run_and_the_work_goes_on(code, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "code", [errno.ENOSYS, errno.ENOLCK, errno.EACCES, errno.EIO, errno.EOPNOTSUPP]
+)
+def test_where_locks_do_not_work_that_is_said_once_for_a_run_and_the_work_goes_on(
+    code, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(fcntl, "lockf", failing(code))
     monkeypatch.setattr(record, "UNLOCKED", set())
     foreign = tmp_path / "run" / "01_audio" / ".a_0.wav.71.tmp.wav"
@@ -43,7 +60,11 @@ def test_where_locks_do_not_work_that_is_said_once_for_a_run_and_the_work_goes_o
             pass
     assert foreign.exists()  # perhaps another process is writing it
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith(f"warning: {tmp_path / 'run'}: ") and os.strerror(code) in said[0]
+    assert (
+        len(said) == 1
+        and said[0].startswith(f"warning: {tmp_path / 'run'}: ")
+        and os.strerror(code) in said[0]
+    )
     assert "two commands" in said[0]
     with record.stage(tmp_path / "another", "01"):
         assert str(tmp_path / "another") in capsys.readouterr().err
@@ -52,17 +73,24 @@ def test_where_locks_do_not_work_that_is_said_once_for_a_run_and_the_work_goes_o
 def test_only_a_lock_that_another_holds_means_another_process(tmp_path, monkeypatch):
     (tmp_path / ".01.lock").write_text("process 71 on elsewhere")
     monkeypatch.setattr(fcntl, "lockf", failing(errno.EAGAIN))
-    assert "being made by process 71 on elsewhere" in stopped(record.stage(tmp_path, "01").__enter__)
+    assert "being made by process 71 on elsewhere" in stopped(
+        record.stage(tmp_path, "01").__enter__
+    )
 
 
 def test_two_commands_on_one_output_are_refused_and_05_and_06_side_by_side_are_not(tmp_path):
     code = "import sys; from common import record\nwith record.stage(sys.argv[1], '05_flow_dpo'):\n"
     code += "    print('held', flush=True); sys.stdin.read()"
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT)
+    pipes = dict(
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], **pipes) as other:
         assert other.stdout.readline() == "held\n"
         line = stopped(record.stage(tmp_path, "05_flow_dpo").__enter__)
-        assert f"05_flow_dpo is being made by process {other.pid} on " in line and "wait for it, or stop it" in line
+        assert (
+            f"05_flow_dpo is being made by process {other.pid} on " in line
+            and "wait for it, or stop it" in line
+        )
         with record.stage(tmp_path, "06_ddpo"), record.stage(tmp_path, "05_another"):
             pass
         other.communicate("")
@@ -88,7 +116,8 @@ def test_a_folder_that_cannot_be_synced_is_no_error_and_a_file_is(code, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
 
 
-# Moved things ------------------------------------------------------------------------------------------------
+# Moved things
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -115,13 +144,17 @@ def replaced(flags, name, value):
     return flags
 
 
-def test_the_same_checkpoint_and_videos_elsewhere_go_on_and_the_run_may_be_renamed(generated, finished, tmp_path):
+def test_the_same_checkpoint_and_videos_elsewhere_go_on_and_the_run_may_be_renamed(
+    generated, finished, tmp_path
+):
     run, flags = generated
     before = {path: path.stat().st_mtime_ns for path in (run / "01_samples").iterdir()}
     moved = world_at(tmp_path / "copy", finished)
     call("01", run, *replaced(flags, "--checkpoint", moved))
     (tmp_path / "videos").rename(tmp_path / "films")
-    call("01", run, *replaced(replaced(flags, "--checkpoint", moved), "--videos", tmp_path / "films"))
+    call(
+        "01", run, *replaced(replaced(flags, "--checkpoint", moved), "--videos", tmp_path / "films")
+    )
     assert {path: path.stat().st_mtime_ns for path in (run / "01_samples").iterdir()} == before
     run = run.rename(tmp_path / "renamed")
     known = common.read_run(run)
@@ -133,17 +166,22 @@ def test_the_same_checkpoint_and_videos_elsewhere_go_on_and_the_run_may_be_renam
     assert str(moved) in line and "--checkpoint" in line
 
 
-def test_a_checkpoint_of_another_content_is_refused_by_its_name(generated, finished, tmp_path, refused):
+def test_a_checkpoint_of_another_content_is_refused_by_its_name(
+    generated, finished, tmp_path, refused
+):
     run, flags = generated
     other = world_at(tmp_path / "other", finished)
     state = files.load_pt(other)
     next(iter(state["net"].values())).add_(1)
     torch.save(state, other)
     line = refused("01", run, *replaced(flags, "--checkpoint", other))
-    assert line.startswith(f"error: {other}: not the checkpoint that") and "another --run-dir" in line
+    assert (
+        line.startswith(f"error: {other}: not the checkpoint that") and "another --run-dir" in line
+    )
 
 
-# Processors --------------------------------------------------------------------------------------------------
+# Processors
+# --------------------------------------------------------------------------------------------------
 
 V2 = "0::/work/job\n"
 V1 = "5:memory:/work\n4:cpu,cpuacct:/work/job\n1:name=systemd:/work\n"
@@ -163,8 +201,12 @@ V1 = "5:memory:/work\n4:cpu,cpuacct:/work/job\n1:name=systemd:/work\n"
     (V1, {"cpu/work/job/cpu.cfs_quota_us": "-1", "cpu/work/job/cpu.cfs_period_us": "100000"}, 128),
     (V1, {"memory/work/cpu.cfs_quota_us": "100000", "memory/work/cpu.cfs_period_us": "100000"}, 128),
 ])  # fmt: skip
-def test_the_cores_are_those_that_the_control_groups_leave(listed, limits, expected, tmp_path, monkeypatch):
-    texts = {"proc/self/cgroup": listed} | {f"sys/fs/cgroup/{name}": text for name, text in limits.items()}
+def test_the_cores_are_those_that_the_control_groups_leave(
+    listed, limits, expected, tmp_path, monkeypatch
+):
+    texts = {"proc/self/cgroup": listed} | {
+        f"sys/fs/cgroup/{name}": text for name, text in limits.items()
+    }
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -173,8 +215,12 @@ def test_the_cores_are_those_that_the_control_groups_leave(listed, limits, expec
     assert cores.cores() == expected
 
 
-@pytest.mark.parametrize("here, ranks, expected", [(128, 1, 16), (128, 8, 16), (128, 16, 8), (2, 1, 2), (2, 8, 0)])
-def test_the_workers_are_the_cores_of_a_rank_and_at_most_16(here, ranks, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "here, ranks, expected", [(128, 1, 16), (128, 8, 16), (128, 16, 8), (2, 1, 2), (2, 8, 0)]
+)
+def test_the_workers_are_the_cores_of_a_rank_and_at_most_16(
+    here, ranks, expected, tmp_path, monkeypatch
+):
     monkeypatch.setattr(cores, "cores", lambda: here)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert stage("03").parse_args(arguments(tmp_path)).workers == expected
@@ -200,18 +246,23 @@ def test_without_fcntl_as_on_windows_a_stage_is_one_line(number):
     code = "import runpy, sys; sys.modules['fcntl'] = None; sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, STAGES[number].name, "--help"]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=120)
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=120
+    )
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert ended.stderr.startswith("error: ") and "WSL" in ended.stderr
 
 
-# Terminals and names -----------------------------------------------------------------------------------------
+# Terminals and names
+# -----------------------------------------------------------------------------------------
 
 
 def in_terminal(number, run, *flags, **environment):
     """A stage as another terminal would start it: (exit code, stdout, stderr), bytes."""
     command = [sys.executable, STAGES[number].name, *arguments(run, *flags)]
-    ended = subprocess.run(command, capture_output=True, cwd=ROOT, env=ENVIRONMENT | environment, timeout=300)
+    ended = subprocess.run(
+        command, capture_output=True, cwd=ROOT, env=ENVIRONMENT | environment, timeout=300
+    )
     return ended.returncode, ended.stdout, ended.stderr
 
 
@@ -232,8 +283,12 @@ def test_any_terminal_shows_what_it_can_and_names_of_files_are_utf_8(environment
     assert (tmp_path / "è" / "01_audio" / "弹琴_1.wav").exists()
 
 
-def test_a_video_whose_name_is_no_clips_is_left_out_and_said_and_refused_when_strict(tmp_path, toy, refused, capsys):
-    videos = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")  # a folder's name is bytes, these are no UTF-8
+def test_a_video_whose_name_is_no_clips_is_left_out_and_said_and_refused_when_strict(
+    tmp_path, toy, refused, capsys
+):
+    videos = os.fsdecode(
+        os.fsencode(tmp_path) + b"/caf\xe9"
+    )  # a folder's name is bytes, these are no UTF-8
     good = make_video(tmp_path / "good.mp4")
     os.mkdir(videos)
     for name in ("good.mp4", os.fsdecode(b"caf\xe9.mp4"), "two\nlines.mp4"):
@@ -258,7 +313,8 @@ def test_a_path_is_bytes_of_the_file_system(path, fits):
     assert files.is_path(path) == fits
 
 
-# Ctrl-C ------------------------------------------------------------------------------------------------------
+# Ctrl-C
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number, flags, begun", [

@@ -1,5 +1,5 @@
-"""The one reader of video and sound: which frame is shown when (ffmpeg's fps filter), where sound begins, what is said
-of a file that cannot be used, and how much memory the largest takes."""
+"""The one reader of video and sound: which frame is shown when (ffmpeg's fps filter), where sound
+begins, what is said of a file that cannot be used, and how much memory the largest takes."""
 
 import math
 import re
@@ -26,7 +26,9 @@ PLAIN = {"bf": "0"}  # no B-frames: the last packet is the last frame
 
 def shown(path, fps, duration_s):
     """The numbers of the frames that a consumer at fps is given."""
-    (frames,) = media.read_frames(path, [(fps, lambda frame: torch.tensor(number_of(frame)))], duration_s)
+    (frames,) = media.read_frames(
+        path, [(fps, lambda frame: torch.tensor(number_of(frame)))], duration_s
+    )
     return frames.tolist()
 
 
@@ -49,16 +51,25 @@ def heard_at(wave, rate_hz):
     return int((power < power[-1] / 2).sum()) / rate_hz - 0.001
 
 
-# Which frame is shown when ----------------------------------------------------------------------------------
+# Which frame is shown when
+# ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "rate, fps, expected",
     [
         (25, 25, [0, 1, 2, 3, 4, 5, 6, 7]),
-        (25, 8, [1, 4, 7, 10, 14, 17, 20, 23]),  # frame n has slot floor(0.32 n + 0.5): n = 1 is the last below 0.5
+        (
+            25,
+            8,
+            [1, 4, 7, 10, 14, 17, 20, 23],
+        ),  # frame n has slot floor(0.32 n + 0.5): n = 1 is the last below 0.5
         (25, 0.5, [24]),  # frame 25, at 1 s, is half a slot: it belongs to the next picture
-        (Fraction(30000, 1001), 25, [0, 1, 2, 4, 5, 6, 7, 8, 10]),  # 0.834 n: 3 shares its slot with 4, 9 with 10
+        (
+            Fraction(30000, 1001),
+            25,
+            [0, 1, 2, 4, 5, 6, 7, 8, 10],
+        ),  # 0.834 n: 3 shares its slot with 4, 9 with 10
         (50, 25, [0, 2, 4, 6, 8]),  # floor(0.5 n + 0.5): frames 2i - 1 and 2i share slot i
         (50, 8, [3, 9, 15, 21]),
         (10, 25, [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4]),  # 2.5 n, halves upwards: slots 0, 3, 5, 8, 10
@@ -73,11 +84,30 @@ def test_the_frame_before_a_gap_is_shown_during_it(tmp_path):
     times = [*np.arange(10) / 25, *(1 + np.arange(30) / 25)]  # frame 9 at 0.36 s, frame 10 at 1 s
     path = make_video(tmp_path / "a.mp4", times=times, sound=False)
     assert shown(path, 25, 2.0) == [*range(9), *[9] * 16, *range(10, 35)]
-    assert shown(path, 8, 2.0) == [1, 4, 7, 9, 9, 9, 9, 9, 11, 14, 17, 20, 24, 27, 30, 33]  # frame 10: slot 8
+    assert shown(path, 8, 2.0) == [
+        1,
+        4,
+        7,
+        9,
+        9,
+        9,
+        9,
+        9,
+        11,
+        14,
+        17,
+        20,
+        24,
+        27,
+        30,
+        33,
+    ]  # frame 10: slot 8
 
 
 def test_the_last_frame_is_held_for_its_own_duration(tmp_path):
-    path = make_video(tmp_path / "a.mp4", times=np.arange(11) / 25, hold_s=1.6, sound=False, options=PLAIN)
+    path = make_video(
+        tmp_path / "a.mp4", times=np.arange(11) / 25, hold_s=1.6, sound=False, options=PLAIN
+    )
     assert shown(path, 25, 2.0) == [*range(10), *[10] * 40]  # to 0.4 + 1.6 s
     assert reason(shown, path, 25, 2.04) == "too short: 2.00 s of video, 2.04 s needed"
 
@@ -95,7 +125,9 @@ def test_a_slot_is_the_nearest_of_a_grid_halves_away_from_zero(time_s, fps):
     assert media.slot(time_s, fps) == math.copysign(math.floor(abs(exact) + Fraction(1, 2)), exact)
 
 
-@pytest.mark.parametrize("rate", ["12", "43/2", "24000/1001", "30000/1001", "30", "50", "60", "gap"])
+@pytest.mark.parametrize(
+    "rate", ["12", "43/2", "24000/1001", "30000/1001", "30", "50", "60", "gap"]
+)
 def test_frames_are_those_of_ffmpegs_fps_filter_for_three_consumers_of_one_decode(tmp_path, rate):
     gap = dict(times=[*np.arange(60) / 25, *(5 + np.arange(104) / 25)])
     about = gap if rate == "gap" else dict(fps=Fraction(rate), seconds=9.0)
@@ -126,14 +158,21 @@ def test_frames_are_neither_turned_nor_of_another_size_than_the_first(tmp_path):
     with av.open(str(tmp_path / "turned.mp4")) as turned:
         assert next(turned.decode(video=0)).rotation in (90, -90)
     wanted = [(25, torch.clone)]
-    assert torch.equal(*(media.read_frames(p, wanted, 2.0)[0] for p in (upright, tmp_path / "turned.mp4")))
-    one = make_video(tmp_path / "1.ts", (96, 64), times=np.arange(25) / 25, sound=False, options=PLAIN)
-    two = make_video(tmp_path / "2.ts", (64, 48), times=1 + np.arange(25) / 25, sound=False, options=PLAIN)
+    assert torch.equal(
+        *(media.read_frames(p, wanted, 2.0)[0] for p in (upright, tmp_path / "turned.mp4"))
+    )
+    one = make_video(
+        tmp_path / "1.ts", (96, 64), times=np.arange(25) / 25, sound=False, options=PLAIN
+    )
+    two = make_video(
+        tmp_path / "2.ts", (64, 48), times=1 + np.arange(25) / 25, sound=False, options=PLAIN
+    )
     one.write_bytes(one.read_bytes() + two.read_bytes())
     assert media.read_frames(one, wanted, 1.9)[0].shape[1:] == (3, 64, 96)
 
 
-# Videos that cannot be used ---------------------------------------------------------------------------------
+# Videos that cannot be used
+# ---------------------------------------------------------------------------------
 
 
 def no_decoder(path, *names):
@@ -152,10 +191,16 @@ def with_cover(path):
         audio, cover = out.add_stream("mp3", rate=44_100), out.add_stream("mjpeg", rate=25)
         cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
         cover.disposition = av.stream.Disposition.attached_pic
-        out.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        out.mux(
+            cover.encode(
+                av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            )
+        )
         out.mux(cover.encode(None))
         for i in range(300):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.float32), format="fltp", layout="mono")
+            frame = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1152), np.float32), format="fltp", layout="mono"
+            )
             frame.sample_rate, frame.pts, frame.time_base = 44_100, 1152 * i, Fraction(1, 44_100)
             out.mux(audio.encode(frame))
         out.mux(audio.encode(None))
@@ -201,22 +246,35 @@ def test_an_unusable_video_has_one_reason_for_every_consumer(tmp_path, kind, exp
         assert reason(shown, path, fps, 8.0) == expected
 
 
-# Where sound begins -----------------------------------------------------------------------------------------
+# Where sound begins
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix, voice", [("mp4", "aac"), ("mkv", "aac"), ("ts", "aac"), ("mov", "pcm_s16le"),
                                            ("mp4", "libmp3lame"), ("webm", "libopus")])  # fmt: skip
 @pytest.mark.parametrize("first_s, late_s", [(0, 0), (0, 0.5), (0.4, 0)])
-def test_sample_0_belongs_to_the_first_frame_and_priming_is_cut_once(tmp_path, suffix, voice, first_s, late_s):
+def test_sample_0_belongs_to_the_first_frame_and_priming_is_cut_once(
+    tmp_path, suffix, voice, first_s, late_s
+):
     codec = "libvpx" if suffix == "webm" else "libx264"
     rate = 48_000 if voice == "libopus" else 44_100
     wave = torchaudio.functional.resample(torch.from_numpy(click(1.0)), 44_100, rate)[: 2 * rate]
-    about = dict(times=first_s + np.arange(50) / 25, sound=wave.numpy(), rate_hz=rate, voice=voice, late_s=late_s)
+    about = dict(
+        times=first_s + np.arange(50) / 25,
+        sound=wave.numpy(),
+        rate_hz=rate,
+        voice=voice,
+        late_s=late_s,
+    )
     path = make_video(tmp_path / f"a.{suffix}", codec=codec, **about)
     for read_s in (None, 3.0):
         read = media.read_audio(path, rate, read_s)
         assert heard_at(read, rate) == pytest.approx(1 + late_s - first_s, abs=0.002)
-        assert read[: round((late_s - 0.06) * rate)].abs().max() == 0 if late_s else len(read) > 1.5 * rate
+        assert (
+            read[: round((late_s - 0.06) * rate)].abs().max() == 0
+            if late_s
+            else len(read) > 1.5 * rate
+        )
 
 
 def test_sound_without_picture_begins_with_its_first_sample(tmp_path):
@@ -227,20 +285,29 @@ def test_sound_without_picture_begins_with_its_first_sample(tmp_path):
 def test_a_silent_film_is_told_from_sound_that_cannot_be_read(tmp_path, capsys):
     def has_audio(path, seconds):
         clip = a_clip(path)
-        block = scoring.Block("0", tmp_path, tmp_path, [clip], [scoring.Audio(clip, 0, path, files.digest(path))])
+        block = scoring.Block(
+            "0", tmp_path, tmp_path, [clip], [scoring.Audio(clip, 0, path, files.digest(path))]
+        )
         scoring.find_peaks([block], seconds)
         return bool(scoring.read_peaks([block], seconds).isfinite())
 
     silent, sounding = make_video(tmp_path / "s.mp4", sound=False), make_video(tmp_path / "a.mp4")
     with pytest.raises(common.NoAudio, match="no audio stream"):
         media.read_audio(silent, 16_000)
-    assert has_audio(sounding, 2.0) and not has_audio(silent, 2.0) and "no usable" not in capsys.readouterr().err
+    assert (
+        has_audio(sounding, 2.0)
+        and not has_audio(silent, 2.0)
+        and "no usable" not in capsys.readouterr().err
+    )
     with av.open(str(sounding)) as container:
         places = [(packet.pos, packet.size) for packet in container.demux(audio=0) if packet.size]
     content, (start, size) = bytearray(sounding.read_bytes()), places[len(places) // 2]
     content[start : start + size] = np.random.default_rng(0).bytes(size)
     sounding.write_bytes(content)
-    assert reason(media.read_audio, sounding, 16_000) == "unreadable audio (Invalid data found when processing input)"
+    assert (
+        reason(media.read_audio, sounding, 16_000)
+        == "unreadable audio (Invalid data found when processing input)"
+    )
     assert not has_audio(sounding, 2.0) and "no usable audio track" in capsys.readouterr().err
     assert shown(sounding, 25, 2.0) == list(range(50))  # its picture is as good as ever
     unknown = no_decoder(make_video(tmp_path / "u.mp4"), b"mp4a", b"esds")
@@ -252,18 +319,25 @@ def test_a_silent_film_is_told_from_sound_that_cannot_be_read(tmp_path, capsys):
     assert reason(media.read_audio, tmp_path / "empty.wav", 16_000) == "empty audio stream"
 
 
-# Channels, containers, rates --------------------------------------------------------------------------------
+# Channels, containers, rates
+# --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix, rate, channels", [("flac", 44_100, 2), ("wav", 8_000, 1), ("ogg", 48_000, 2)])
-def test_audio_is_read_from_any_format_rate_and_number_of_channels(tmp_path, suffix, rate, channels):
+@pytest.mark.parametrize(
+    "suffix, rate, channels", [("flac", 44_100, 2), ("wav", 8_000, 1), ("ogg", 48_000, 2)]
+)
+def test_audio_is_read_from_any_format_rate_and_number_of_channels(
+    tmp_path, suffix, rate, channels
+):
     second = np.arange(rate) / rate
     tone = 0.5 * np.sin(2 * np.pi * 440 * second)[:, None].repeat(channels, 1)
     soundfile.write(tmp_path / f"a.{suffix}", tone, rate)
     wave = media.read_audio(tmp_path / f"a.{suffix}", 16_000, 1.5)
     assert wave.shape == (24_000,) and wave[17_000:].abs().max() < 0.01
     spectrum = np.abs(np.fft.rfft(wave[:16_000].numpy()))
-    assert spectrum.argmax() == 440 and wave[2000:14_000].abs().max().item() == pytest.approx(0.5, abs=0.05)
+    assert spectrum.argmax() == 440 and wave[2000:14_000].abs().max().item() == pytest.approx(
+        0.5, abs=0.05
+    )
 
 
 def sound_file(path, codec, layout, channels, format=None):
@@ -294,13 +368,18 @@ def sound_file(path, codec, layout, channels, format=None):
         ("a.avi", "pcm_s16le", "12 channels", 12),
     ],
 )
-def test_sound_is_the_mean_of_up_to_16_channels_with_or_without_a_layout(tmp_path, name, codec, layout, channels):
-    wave = media.read_audio(sound_file(tmp_path / name, codec, layout, channels), 48_000)[10_000:80_000]
+def test_sound_is_the_mean_of_up_to_16_channels_with_or_without_a_layout(
+    tmp_path, name, codec, layout, channels
+):
+    wave = media.read_audio(sound_file(tmp_path / name, codec, layout, channels), 48_000)[
+        10_000:80_000
+    ]
     assert wave.abs().max().item() == pytest.approx(0.5 / channels, rel=0.05)
 
 
 def test_channels_in_an_order_of_their_own_do_not_end_the_process(tmp_path):
-    """PyAV frees such a layout twice. QuickTime's mark of L R C LFE Ls Rs is replaced by that of L R Ls Rs C LFE."""
+    """PyAV frees such a layout twice. QuickTime's mark of L R C LFE Ls Rs is replaced by that of L
+    R Ls Rs C LFE."""
     path = sound_file(tmp_path / "a.mov", "pcm_s16le", "5.1(side)", 6)
     content = path.read_bytes()
     assert content.count(bytes((0, 121, 0, 6))) == 1
@@ -310,7 +389,10 @@ def test_channels_in_an_order_of_their_own_do_not_end_the_process(tmp_path):
 
 
 def test_channels_may_change_in_mid_stream(tmp_path):
-    one, two = (sound_file(tmp_path / f"{n}.aac", "aac", n, c, "adts") for n, c in (("mono", 1), ("stereo", 2)))
+    one, two = (
+        sound_file(tmp_path / f"{n}.aac", "aac", n, c, "adts")
+        for n, c in (("mono", 1), ("stereo", 2))
+    )
     one.write_bytes(one.read_bytes() + two.read_bytes())
     wave = media.read_audio(one, 48_000)
     assert wave[20_000:80_000].abs().max().item() == pytest.approx(0.5, rel=0.05)
@@ -319,11 +401,16 @@ def test_channels_may_change_in_mid_stream(tmp_path):
 
 def test_a_file_is_what_it_holds_not_what_it_is_called(tmp_path):
     expected = media.read_audio(sound_file(tmp_path / "a.m4a", "aac", "mono", 1), 16_000)
-    assert torch.equal(media.read_audio(shutil.copy(tmp_path / "a.m4a", tmp_path / "b.wav"), 16_000), expected)
+    assert torch.equal(
+        media.read_audio(shutil.copy(tmp_path / "a.m4a", tmp_path / "b.wav"), 16_000), expected
+    )
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, 40_000)
     soundfile.write(tmp_path / "c.flac", noise, 16_000)
     soundfile.write(tmp_path / "c.wav", noise, 16_000)
-    samples = [torch.from_numpy(soundfile.read(tmp_path / f"c.{x}", dtype="float32")[0]) for x in ("wav", "flac")]
+    samples = [
+        torch.from_numpy(soundfile.read(tmp_path / f"c.{x}", dtype="float32")[0])
+        for x in ("wav", "flac")
+    ]
     piped = bytearray((tmp_path / "c.flac").read_bytes())
     piped[21:26] = bytes([piped[21] & 0xF0, 0, 0, 0, 0])  # the number of samples, unknown to a pipe
     (tmp_path / "d.flac").write_bytes(piped)
@@ -333,12 +420,16 @@ def test_a_file_is_what_it_holds_not_what_it_is_called(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 48_000, 192_000])
-def test_ordinary_rates_are_torchaudios_to_the_bit_and_a_long_file_is_read_as_far_as_needed(tmp_path, rate):
+def test_ordinary_rates_are_torchaudios_to_the_bit_and_a_long_file_is_read_as_far_as_needed(
+    tmp_path, rate
+):
     noise = torch.from_numpy(np.random.default_rng(0).uniform(-0.5, 0.5, 5 * rate)).float()
     soundfile.write(tmp_path / "a.wav", noise.numpy(), rate, subtype="FLOAT")
     expected = torchaudio.functional.resample(noise, rate, 16_000)
     assert torch.equal(media.read_audio(tmp_path / "a.wav", 16_000), expected)
-    torch.testing.assert_close(media.read_audio(tmp_path / "a.wav", 16_000, 2.0), expected[:32_000], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        media.read_audio(tmp_path / "a.wav", 16_000, 2.0), expected[:32_000], atol=1e-6, rtol=0
+    )
     assert torch.equal(media.read_audio(tmp_path / "a.wav", 16_000, 9.0)[:80_000], expected)
     assert len(media.read_audio(tmp_path / "a.wav", 16_000, 9.0, pad=False)) == 80_000
     assert len(media.decode_audio(tmp_path / "a.wav", 2.0)[0]) == math.ceil(2.1 * rate)
@@ -347,11 +438,15 @@ def test_ordinary_rates_are_torchaudios_to_the_bit_and_a_long_file_is_read_as_fa
 @pytest.mark.parametrize("rate, new_rate", [(44_056, 16_000), (47_952, 16_000), (7_992, 16_000)])
 def test_rates_with_a_large_table_of_filters_are_torchaudios_within_110_db(rate, new_rate):
     noise = torch.from_numpy(np.random.default_rng(0).uniform(-0.5, 0.5, rate // 3)).float()
-    ours, theirs = media.resample(noise, rate, new_rate), torchaudio.functional.resample(noise, rate, new_rate)
+    ours, theirs = (
+        media.resample(noise, rate, new_rate),
+        torchaudio.functional.resample(noise, rate, new_rate),
+    )
     assert len(ours) == len(theirs) and (ours - theirs).abs().max() < 3e-6 * theirs.abs().max()
 
 
-# Memory -----------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------
 
 GROWTH = """
 import sys, scipy.signal
@@ -367,15 +462,20 @@ for call in sys.argv[1:]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_file_takes_more_than_half_a_gibibyte(tmp_path):
-    """A second of 4K (0.6 GiB of pictures), half an hour of sound (0.6 GiB while joined), 44,099 Hz (11 GiB)."""
+    """A second of 4K (0.6 GiB of pictures), half an hour of sound (0.6 GiB while joined), 44,099 Hz
+    (11 GiB)."""
     fast = {"preset": "ultrafast", "qp": "51", "threads": "2"}
     film = make_video(tmp_path / "4k.mp4", (3840, 2160), 25, 1.0, sound=False, options=fast)
     soundfile.write(tmp_path / "long.flac", np.zeros(90_000_000, np.int16), 48_000)
     soundfile.write(tmp_path / "odd.wav", np.zeros(441_000), 44_099)
     calls = (
-        f"media.read_frames({str(film)!r}, [(8, lambda x: x[:, ::9, ::9]), (25, lambda x: x[:, ::9, ::9])], 1.0)",
+        f"media.read_frames({str(film)!r}, [(8, lambda x: x[:, ::9, ::9]), (25, lambda x: x[:, "
+        "::9, ::9])], 1.0)",
         f"media.read_audio({str(tmp_path / 'long.flac')!r}, 16_000, 8.0)",
         f"media.read_audio({str(tmp_path / 'odd.wav')!r}, 16_000, 8.0)",
     )
-    growth = [float(number) for number in re.findall(r"MiB (\S+)", shell(sys.executable, "-c", GROWTH, *calls).stdout)]
+    growth = [
+        float(number)
+        for number in re.findall(r"MiB (\S+)", shell(sys.executable, "-c", GROWTH, *calls).stdout)
+    ]
     assert len(growth) == 3 and max(growth) < 512, growth

@@ -44,11 +44,16 @@ def test_the_merged_policy_is_the_base_plus_its_adapters_and_the_reference_the_b
     assert all("lora_" in name for name in state)
     model.load_state_dict(model.state_dict() | state)
     assert torch.equal(reference(*given), base(*given))
-    assert [p.shape for p in model.trainable_parameters()] == [value.shape for value in state.values()]
+    assert [p.shape for p in model.trainable_parameters()] == [
+        value.shape for value in state.values()
+    ]
     policy.load_policy(tuned / "lora/policy.pt")
     moved = (model(*given) - base(*given)).abs().max()
     assert (policy(*given) - model(*given)).abs().max() < 1e-4 * moved and moved > 1e-2
-    ours, theirs = files.load_pt(tuned / "lora/policy.pt"), files.load_pt(tuned / "00_base.pt")["net"]
+    ours, theirs = (
+        files.load_pt(tuned / "lora/policy.pt"),
+        files.load_pt(tuned / "00_base.pt")["net"],
+    )
     assert ours.keys() == theirs.keys() and torch.equal(ours["place"], theirs["place"])
 
 
@@ -67,8 +72,15 @@ def test_training_adapters_starts_at_log2_learns_and_resumes_exactly(tuned, monk
 
 def test_two_ranks_train_the_adapters_of_one(tuned):
     torchrun("05", tuned, "--out", "two", *LORA)
-    one, two, base = weights(tuned, "lora"), weights(tuned, "two"), files.load_pt(tuned / "00_base.pt")["net"]
-    apart, moved = (sum((a[key] - b[key]).square().sum().item() for key in a) for a, b in ((one, two), (one, base)))
+    one, two, base = (
+        weights(tuned, "lora"),
+        weights(tuned, "two"),
+        files.load_pt(tuned / "00_base.pt")["net"],
+    )
+    apart, moved = (
+        sum((a[key] - b[key]).square().sum().item() for key in a)
+        for a, b in ((one, two), (one, base))
+    )
     assert apart**0.5 < 0.01 * moved**0.5
     logs = [[row["loss"] for row in read(tuned / out / "log.jsonl")] for out in ("lora", "two")]
     assert logs[0] == pytest.approx(logs[1], abs=1e-3)
@@ -77,8 +89,14 @@ def test_two_ranks_train_the_adapters_of_one(tuned):
 def test_ddpo_trains_adapters_from_a_ratio_of_1(tuned):
     call("06", tuned, "--out", "ddpo", "--lora", 4, "--steps", 2)
     log = read(tuned / "ddpo/log.jsonl")
-    assert log[0]["ratio"] == pytest.approx(1, abs=1e-5) and log[0]["clipped"] == 0 and log[0]["grad_norm"] > 0
-    assert largest_difference(weights(tuned, "ddpo"), files.load_pt(tuned / "00_base.pt")["net"]) > 0
+    assert (
+        log[0]["ratio"] == pytest.approx(1, abs=1e-5)
+        and log[0]["clipped"] == 0
+        and log[0]["grad_norm"] > 0
+    )
+    assert (
+        largest_difference(weights(tuned, "ddpo"), files.load_pt(tuned / "00_base.pt")["net"]) > 0
+    )
 
 
 def test_adapters_and_full_training_never_go_on_from_each_other(tuned, refused):
@@ -88,13 +106,21 @@ def test_adapters_and_full_training_never_go_on_from_each_other(tuned, refused):
         here = tuned / out / "checkpoint.pt"
         kept = here.read_bytes()
         shutil.copy(tuned / source / "checkpoint.pt", here)
-        assert f"{out}/checkpoint.pt: of another training" in refused("05", tuned, *flags, "--out", out)
+        assert f"{out}/checkpoint.pt: of another training" in refused(
+            "05", tuned, *flags, "--out", out
+        )
         state = files.load_pt(here)
         made = rows.read_json(tuned / out / "settings.json", rows.Record)
-        files.save_pt(here, state | {"settings": files.digest_of(made.settings, made.inputs), "step": 1})
-        assert f"{out}/checkpoint.pt: is not of this model" in refused("05", tuned, *flags, "--out", out)
+        files.save_pt(
+            here, state | {"settings": files.digest_of(made.settings, made.inputs), "step": 1}
+        )
+        assert f"{out}/checkpoint.pt: is not of this model" in refused(
+            "05", tuned, *flags, "--out", out
+        )
         here.write_bytes(kept)
-    assert "--reference-precision" in refused("05", tuned, "--out", "x", *LORA, "--reference-precision", "fp32")
+    assert "--reference-precision" in refused(
+        "05", tuned, "--out", "x", *LORA, "--reference-precision", "fp32"
+    )
 
 
 def frozen_when_made(patch):
@@ -133,7 +159,9 @@ def without_effect(patch):
     ("05", frozen_when_made), ("06", frozen_when_made), ("05", frozen_when_switched_on),
     ("05", without_effect), ("06", without_effect),
 ])  # fmt: skip
-def test_adapters_that_a_peft_leaves_untrained_are_said_in_one_line(number, shim, tuned, refused, monkeypatch):
+def test_adapters_that_a_peft_leaves_untrained_are_said_in_one_line(
+    number, shim, tuned, refused, monkeypatch
+):
     shim(monkeypatch)
     monkeypatch.setattr(peft, "__version__", "9.9.9")
     out = f"untrained_{number}_{shim.__name__}"
@@ -151,21 +179,31 @@ def test_of_real_size_the_merged_policy_is_base_plus_adapters_and_upstream_loads
     model = common.load_model("mmaudio:small_16k", weights=tmp_path)
     features = {name: torch.randn(1, *shape) for name, shape in model.feature_shapes.items()}
     a_t = torch.randn(1, *model.latent_shape)
-    before, after, reference = through_adapters(model, (a_t, t, features), tmp_path / "policy.pt", rank=16)
+    before, after, reference = through_adapters(
+        model, (a_t, t, features), tmp_path / "policy.pt", rank=16
+    )
     assert torch.equal(reference, before)
     policy = torch.load(tmp_path / "policy.pt", weights_only=True)
-    assert {k: v.shape for k, v in policy.items()} == {k: v.shape for k, v in net.state_dict().items()}
+    assert {k: v.shape for k, v in policy.items()} == {
+        k: v.shape for k, v in net.state_dict().items()
+    }
     net.load_weights(policy)
     with torch.no_grad():
         theirs = -net.predict_flow(a_t, 1 - t, net.preprocess_conditions(*features.values()))
     error, moved = ((x - after).square().mean().sqrt().item() for x in (theirs, before))
-    print(f"merged against base and adapters: {error:.2e}, adapters against base: {moved:.2e} (root mean square)")
+    print(
+        f"merged against base and adapters: {error:.2e}, adapters against base: {moved:.2e} (root "
+        "mean square)"
+    )
     assert error < 1e-4 * moved
 
 
-# Too little memory ---------------------------------------------------------------------------------------------
+# Too little memory
+# ---------------------------------------------------------------------------------------------
 
-GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.99 GiB")
+GPU = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.99 GiB"
+)
 
 
 @pytest.mark.parametrize("number, error, flags, parts", [

@@ -36,11 +36,16 @@ def in_two_ranks():
 
 
 @pytest.mark.parametrize("ask, processes", [(here, 1), (in_a_process, 1), (in_two_ranks, 2)])
-def test_scores_are_noisy_by_the_size_of_their_batch_exactly_where_that_is_asked_for(ask, processes, request):
+def test_scores_are_noisy_by_the_size_of_their_batch_exactly_where_that_is_asked_for(
+    ask, processes, request
+):
     said = [json.loads(line) for line in ask().splitlines()]
     if request.config.getoption("--score-noise"):
-        # 5 is odd and its rest of 11 is 5: 1 + 2e-6 * 6 / 11. 20 is even and its rest 9: 1 - 2e-6 * 10 / 11.
-        expected = pytest.approx([1.00000109, 0.99999818], abs=7e-8)  # float32 has steps of 6e-8 and 1.2e-7 there
+        # 5 is odd and its rest of 11 is 5: 1 + 2e-6 * 6 / 11. 20 is even and its rest 9: 1 - 2e-6 *
+        # 10 / 11.
+        expected = pytest.approx(
+            [1.00000109, 0.99999818], abs=7e-8
+        )  # float32 has steps of 6e-8 and 1.2e-7 there
     else:
         expected = [1.0, 1.0]
     assert said == [expected] * processes

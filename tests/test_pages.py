@@ -1,4 +1,5 @@
-"""Packs to rate, choose and compare: what the files hold, what becomes of answers, and people at work in a browser."""
+"""Packs to rate, choose and compare: what the files hold, what becomes of answers, and people at
+work in a browser."""
 
 import base64
 import functools
@@ -42,7 +43,9 @@ class Page(HTMLParser):
             self.cards[-1][1].append((int(attrs["data-row"]), {}))
         if "data-value" in attrs:
             flac = base64.b64decode(attrs["data-audio"].partition(",")[2])
-            self.cards[-1][1][-1][1][attrs["data-value"]] = soundfile.read(io.BytesIO(flac), dtype="int16")
+            self.cards[-1][1][-1][1][attrs["data-value"]] = soundfile.read(
+                io.BytesIO(flac), dtype="int16"
+            )
 
     def handle_data(self, data):
         if self.inside == "pack":
@@ -55,22 +58,41 @@ def packs_of(run, what):
     return [Page(path) for path in sorted((run / f"08_{what}").glob("*.html"))]
 
 
-# The files ---------------------------------------------------------------------------------------------------
+# The files
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def packed(finished, tmp_path_factory):
-    """A finished run with packs of every kind; its first test and train clips have markup as caption."""
+    """A finished run with packs of every kind; its first test and train clips have markup as
+    caption."""
     run = shutil.copytree(finished, tmp_path_factory.mktemp("packed") / "run")
     clips, named = read(run / "clips.jsonl"), cells(run / "02_to_rate.csv")[0]["clip"]
     about = {"test00000", named, cells(run / "03_to_choose.csv")[0]["clip"]}
     markup = "<b onclick=alert(1)>bold</b> </script><script>alert('x')</script>"
-    write(run / "clips.jsonl", [clip | {"caption": markup} if clip["id"] in about else clip for clip in clips])
+    write(
+        run / "clips.jsonl",
+        [clip | {"caption": markup} if clip["id"] in about else clip for clip in clips],
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage("08"), "playable_video", functools.cache(stage("08").playable_video))  # time
+        patch.setattr(
+            stage("08"), "playable_video", functools.cache(stage("08").playable_video)
+        )  # time
         call("08", run, "rate", "--pack", 8)
         call("08", run, "choose", "--pack", 8)
-        call("08", run, "blind", "--pack", 2, "--num-clips", 2, "--systems", "base", "flow_dpo", "ground_truth")
+        call(
+            "08",
+            run,
+            "blind",
+            "--pack",
+            2,
+            "--num-clips",
+            2,
+            "--systems",
+            "base",
+            "flow_dpo",
+            "ground_truth",
+        )
     return run
 
 
@@ -91,7 +113,9 @@ def test_a_pack_holds_the_samples_bit_by_bit_and_the_whole_silent_video_at_360_l
                 for row, sounds in questions:
                     for column, (heard, rate) in sounds.items():
                         k = page.pack["rows"][row][column]
-                        wave, own_rate = soundfile.read(packed / "01_audio" / f"{clip}_{k}.wav", dtype="int16")
+                        wave, own_rate = soundfile.read(
+                            packed / "01_audio" / f"{clip}_{k}.wav", dtype="int16"
+                        )
                         assert rate == own_rate and np.array_equal(heard, wave)
             with av.open(io.BytesIO(page.videos[0])) as film:
                 (stream,) = film.streams
@@ -111,12 +135,22 @@ def test_no_name_and_no_k_is_to_be_seen(packed):
     for what in ("rate", "choose", "blind"):
         for page in packs_of(packed, what):
             words = set(re.findall(r"[\w.]+", page.text))
-            assert not words & {"ground_truth", "base", "flow_dpo", "k", "wav", *(clip for clip, _ in page.cards)}
+            assert not words & {
+                "ground_truth",
+                "base",
+                "flow_dpo",
+                "k",
+                "wav",
+                *(clip for clip, _ in page.cards),
+            }
             assert "alert(1)" not in page.text or "<b onclick=alert(1)>bold</b>" in page.text
 
 
 def test_packs_that_are_there_are_kept_unless_what_they_ask_changes(run, capsys, without_pictures):
-    folder, times = run / "08_choose", lambda: [f.stat().st_mtime_ns for f in sorted((run / "08_choose").iterdir())]
+    folder, times = (
+        run / "08_choose",
+        lambda: [f.stat().st_mtime_ns for f in sorted((run / "08_choose").iterdir())],
+    )
     call("08", run, "choose", "--pack", 3)
     said, before = capsys.readouterr().out, times()
     assert re.search(r"\d+ made now, [\d.]+ s and [\d.]+ MB each; 0 were there", said)
@@ -124,7 +158,9 @@ def test_packs_that_are_there_are_kept_unless_what_they_ask_changes(run, capsys,
     (folder / ".00002.html.1.tmp.html").write_text("half")
     call("08", run, "choose", "--pack", 3)
     after = times()
-    assert [i for i, (x, y) in enumerate(zip(before, after)) if x != y] == [1] and len(after) == len(before)
+    assert [i for i, (x, y) in enumerate(zip(before, after)) if x != y] == [1] and len(
+        after
+    ) == len(before)
     (run / "guide.txt").write_text("Which?\nA: this\nB: that\nTie: whatever\n")
     call("08", run, "choose", "--pack", 50, "--guide", run / "guide.txt")
     (page,) = packs_of(run, "choose")  # those of the longer list are gone
@@ -144,7 +180,11 @@ def test_a_clip_without_picture_is_left_out_of_its_pack_and_said(run, capsys):
 def test_what_is_missing_or_unknown_is_said_in_one_line(run, refused):
     def line(*flags, **named):
         said = refused("08", run, *flags)
-        assert not list(run.glob("08_rate")) and not list(run.glob("08_choose")) and not list(run.glob("08_blind"))
+        assert (
+            not list(run.glob("08_rate"))
+            and not list(run.glob("08_choose"))
+            and not list(run.glob("08_blind"))
+        )
         return said
 
     (run / "guide.txt").write_text("Which?\nA: this\nB: that\n")
@@ -166,25 +206,40 @@ def test_what_is_missing_or_unknown_is_said_in_one_line(run, refused):
     assert "07_systems.json: no such file; run 07_evaluate.py" in line("blind")
 
 
-# Answers to blind --------------------------------------------------------------------------------------------
+# Answers to blind
+# --------------------------------------------------------------------------------------------
 
 
 def answers(run, *rows):
-    write(run / "answers.jsonl", [dict(zip(("clip", "a", "b", "choice", "rater"), row)) for row in rows])
+    write(
+        run / "answers.jsonl",
+        [dict(zip(("clip", "a", "b", "choice", "rater"), row)) for row in rows],
+    )
     return run / "answers.jsonl"
 
 
-def test_win_rates_by_hand_whichever_is_named_first_and_without_repeats(run, capsys, without_pictures):
+def test_win_rates_by_hand_whichever_is_named_first_and_without_repeats(
+    run, capsys, without_pictures
+):
     rows = [("test00000", "base", "ddpo", "a", "x"), ("test00001", "ddpo", "base", "b", "x")]
     rows += [("test00000", "base", "ddpo", "tie", "y"), ("test00002", "base", "ddpo", "b", "y")]
-    rows += [("test00000", "base", "flow_dpo", "b", "x"), ("test00003", "ground_truth", "base", "a", "x")]
+    rows += [
+        ("test00000", "base", "flow_dpo", "b", "x"),
+        ("test00003", "ground_truth", "base", "a", "x"),
+    ]
     file = answers(run, *rows)
     write(file, [*read(file), read(file)[0] | {"repeat": 1, "choice": "b"}])
     call("08", run, "blind", "--answers", file)
     found = {(row["a"], row["b"]): row for row in read(run / "08_blind.jsonl")}
     assert set(found) == {("ground_truth", "base"), ("base", "flow_dpo"), ("base", "ddpo")}
     ddpo = found["base", "ddpo"]
-    assert [ddpo[key] for key in ("win_rate", "n", "ties", "clips", "raters")] == [0.625, 4, 1, 3, 2]
+    assert [ddpo[key] for key in ("win_rate", "n", "ties", "clips", "raters")] == [
+        0.625,
+        4,
+        1,
+        3,
+        2,
+    ]
     assert 0 <= ddpo["low"] < 0.625 < ddpo["high"] <= 1
     assert found["base", "flow_dpo"]["win_rate"] == 0 and found["base", "flow_dpo"]["low"] is None
     assert "base to ddpo: 0.62 [" in capsys.readouterr().out
@@ -199,10 +254,18 @@ def test_win_rates_by_hand_whichever_is_named_first_and_without_repeats(run, cap
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(60):
-        taste = 0.6 + 0.2 * rng.uniform(-1, 1, 8)  # of eight raters, on 15 clips each, with a mean of 0.6
-        rows = [(f"c{(i * 4 + j) % 40}", f"r{i}", rng.random() < taste[i]) for i in range(8) for j in range(15)]
+        taste = 0.6 + 0.2 * rng.uniform(
+            -1, 1, 8
+        )  # of eight raters, on 15 clips each, with a mean of 0.6
+        rows = [
+            (f"c{(i * 4 + j) % 40}", f"r{i}", rng.random() < taste[i])
+            for i in range(8)
+            for j in range(15)
+        ]
         answer = functools.partial(common.rows.ChoiceAnswer, a="x", b="y")
-        rows = [answer(clip=clip, rater=rater, choice="a" if won else "b") for clip, rater, won in rows]
+        rows = [
+            answer(clip=clip, rater=rater, choice="a" if won else "b") for clip, rater, won in rows
+        ]
         (line,) = stage("08").win_rates(rows, ["x", "y"], 300)
         covered += line.low <= 0.6 <= line.high
     assert covered >= 54
@@ -218,7 +281,10 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     ],
 )
 def test_a_wrong_answer_is_said_with_its_line(row, part, packed, tmp_path, refused):
-    assert part in (line := refused("08", packed, "blind", "--answers", answers(tmp_path, row))) and "line 1" in line
+    assert (
+        part in (line := refused("08", packed, "blind", "--answers", answers(tmp_path, row)))
+        and "line 1" in line
+    )
 
 
 def test_answers_about_audio_that_was_made_anew_are_refused(packed, run, refused):
@@ -230,7 +296,8 @@ def test_answers_about_audio_that_was_made_anew_are_refused(packed, run, refused
     assert "about other audio of" in refused("08", run, "blind", "--answers", run / "answers.jsonl")
 
 
-# In a browser ------------------------------------------------------------------------------------------------
+# In a browser
+# ------------------------------------------------------------------------------------------------
 
 
 def press(browser, *keys):
@@ -244,25 +311,32 @@ def ask(browser, script, *args):
 def wait(browser, script, seconds=30):
     began = time.monotonic()
     while not (found := ask(browser, script)):
-        assert time.monotonic() - began < seconds, (script, browser.find_element("tag name", "body").text)
+        assert time.monotonic() - began < seconds, (
+            script,
+            browser.find_element("tag name", "body").text,
+        )
         time.sleep(0.01)
     return found
 
 
 def open_page(browser, path, rater=None, hurry=True):
-    """By keys alone: the name, the check of the level, the start. hurry: sounds play sixteen times as fast."""
+    """By keys alone: the name, the check of the level, the start. hurry: sounds play sixteen times
+    as fast."""
     shown(browser, path)
     if hurry:
         browser.execute_script("audio.defaultPlaybackRate = 16")
     if rater:
-        browser.execute_script("document.getElementById('name').focus(); document.getElementById('name').select()")
+        browser.execute_script(
+            "document.getElementById('name').focus(); document.getElementById('name').select()"
+        )
         press(browser, rater, ENTER)
         press(browser, str(wait(browser, "beeps")), ENTER)
         wait(browser, "!document.querySelector('main').hidden")
 
 
 def heard(browser):
-    """Waits until the question is heard; its row in the pack, and the columns of its sounds in their order."""
+    """Waits until the question is heard; its row in the pack, and the columns of its sounds in
+    their order."""
     about = "[+q.dataset.row, soundsOf(q).map(s => s.dataset.value), q.dataset.key]"
     shown = f"(q => q && isHeard(q) && !playing && {about})(sounds[at] && questionOf(sounds[at]))"
     return wait(browser, shown)
@@ -294,7 +368,10 @@ def test_the_whole_sheet_rated_by_keys_with_a_reload_fits_the_same_audioscore_to
             open_page(browser, page)
             assert f"{i + 1} answers" in browser.find_element("id", "hello").text
             press(browser, ENTER)
-            assert ask(browser, "questions.map(q => q.dataset.key)") == order and ask(browser, "done()") == i + 1
+            assert (
+                ask(browser, "questions.map(q => q.dataset.key)") == order
+                and ask(browser, "done()") == i + 1
+            )
     assert "all 42 are answered" in browser.find_element("id", "rest").text
     file = saved(browser, "rate_00001_simulated.csv")
     assert asked_for(browser, page) == ([page.as_uri()] * 2, [])
@@ -324,7 +401,9 @@ def test_choices_made_by_keys_become_the_same_pairs(packed, run, finished, brows
             press(browser, ENTER)
     assert ["a", "b"] in orders and ["b", "a"] in orders
     call("03", run, "--choices", saved(browser, "choose_00001_simulated.csv"), "--redo")
-    assert (run / "03_human_pairs.jsonl").read_bytes() == (finished / "03_human_pairs.jsonl").read_bytes()
+    assert (run / "03_human_pairs.jsonl").read_bytes() == (
+        finished / "03_human_pairs.jsonl"
+    ).read_bytes()
 
 
 def test_a_blind_pack_half_done_is_saved_and_counted(packed, browser):
@@ -346,7 +425,9 @@ def test_a_blind_pack_half_done_is_saved_and_counted(packed, browser):
     assert asked_for(browser, page) == ([page.as_uri()], [])
 
 
-def test_what_was_skipped_is_asked_before_the_end_a_correction_leads_back_and_a_reload_shows_the_end(packed, browser):
+def test_what_was_skipped_is_asked_before_the_end_a_correction_leads_back_and_a_reload_shows_the_end(
+    packed, browser
+):
     page = packed / "08_choose" / "00001.html"
     open_page(browser, page, "Eve")
     keys = [heard(browser)[2]]
@@ -377,7 +458,9 @@ def test_a_caption_with_markup_is_text(packed, browser):
     hostile = {clip["id"] for clip in read(packed / "clips.jsonl") if clip["caption"] == markup}
     asked = {row["clip"] for row in cells(packed / "02_to_rate.csv")}
     open_page(browser, packed / "08_rate" / "00001.html")
-    captions = [e.get_attribute("textContent") for e in browser.find_elements("class name", "caption")]
+    captions = [
+        e.get_attribute("textContent") for e in browser.find_elements("class name", "caption")
+    ]
     assert sum(markup in text for text in captions) == len(hostile & asked) > 0
     assert browser.find_elements("css selector", ".caption *") == []
 
@@ -387,9 +470,14 @@ def test_an_answer_counts_only_after_the_sound_has_been_heard_to_its_end(packed,
     wait(browser, "playing && audio.currentTime > 0.3 && filmOf(playing).currentTime > 0.3")
     state = ask(browser, "[audio.currentTime, filmOf(playing).currentTime]")
     assert abs(state[0] - state[1]) < 0.1
-    browser.execute_script("audio.playbackRate = audio.defaultPlaybackRate = 0.07")  # so that there is time to look
+    browser.execute_script(
+        "audio.playbackRate = audio.defaultPlaybackRate = 0.07"
+    )  # so that there is time to look
     press(browser, "g")
-    assert "Listen to the end first" in browser.find_element("id", "say").text and ask(browser, "done()") == 0
+    assert (
+        "Listen to the end first" in browser.find_element("id", "say").text
+        and ask(browser, "done()") == 0
+    )
     button = ask(browser, "questions[0].querySelector('.answers button')")
     assert not button.is_enabled()
     press(browser, " ", " ")  # stopped, and from the start again
@@ -405,7 +493,9 @@ def test_an_answer_counts_only_after_the_sound_has_been_heard_to_its_end(packed,
     assert wait(browser, "state.items[questions[0].dataset.key].answer") == "Bad"
 
 
-def test_a_name_and_the_right_number_of_beeps_come_first_and_every_rater_has_an_order(packed, browser):
+def test_a_name_and_the_right_number_of_beeps_come_first_and_every_rater_has_an_order(
+    packed, browser
+):
     page, orders = packed / "08_rate" / "00001.html", {}
     open_page(browser, page)
     browser.execute_script("localStorage.clear()")

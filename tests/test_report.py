@@ -1,4 +1,5 @@
-"""08_report.html: what is in the file, and how it behaves in a real browser, from disk and without network."""
+"""08_report.html: what is in the file, and how it behaves in a real browser, from disk and without
+network."""
 
 import base64
 import io
@@ -16,7 +17,8 @@ import common
 SYSTEMS = ("ground_truth", "base", "flow_dpo", "ddpo")
 
 
-# The file ----------------------------------------------------------------------------------------------------
+# The file
+# --------------------------------------------------------------------------------------------------
 
 
 def page_of(run):
@@ -26,12 +28,16 @@ def page_of(run):
 
 def test_the_report_is_one_file_with_audio_of_every_system(finished):
     page = (finished / "08_report.html").read_text(encoding="utf-8")
-    assert not re.search(r"https?:|//[a-z0-9.-]+\.[a-z]+/|@import|<link", re.sub(r'"data:[^"]*"', "", page))
+    assert not re.search(
+        r"https?:|//[a-z0-9.-]+\.[a-z]+/|@import|<link", re.sub(r'"data:[^"]*"', "", page)
+    )
     sources = re.findall(r'(?:src|href|data-audio)="([^"]{0,5})', page)
     assert sources and set(sources) == {"data:"}
     cards = page.count('<section class="card">')
     assert cards == min(6, len(common.read_clips(finished, "test")))
-    assert [len(re.findall(rf"<button[^>]*>{system}</button>", page)) for system in SYSTEMS] == [cards] * 4
+    assert [len(re.findall(rf"<button[^>]*>{system}</button>", page)) for system in SYSTEMS] == [
+        cards
+    ] * 4
     assert page.count('data-audio="data:audio/flac') == 4 * cards and page.count("<video ") == cards
 
 
@@ -45,7 +51,11 @@ def test_the_report_shows_the_numbers_of_07(finished):
         if row["value"] is not None:
             assert f">{row['value'] * how['times']:.{how['decimals']}f}" in page
     assert all(f"<th>{name}</th>" in page for name, _ in about["paper"]["rows"])
-    verdicts = [row["verdict"] for row in read(finished / "07_results.jsonl") if row["system"] != "ground_truth"]
+    verdicts = [
+        row["verdict"]
+        for row in read(finished / "07_results.jsonl")
+        if row["system"] != "ground_truth"
+    ]
     for verdict in ("better", "worse"):
         assert page.count(f'<td class="{verdict}">') == verdicts.count(verdict)
 
@@ -70,20 +80,33 @@ def test_markup_in_a_caption_or_a_name_is_text(run, without_pictures):
     page = page_of(run)
     assert "alert(" in page and "<script>alert" not in page and '"x"' not in page
     cards = min(6, sum(row["split"] == "test" for row in rows))
-    assert page.count("&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; &#39;more&#39;") == 2 + cards
+    assert (
+        page.count("&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; &#39;more&#39;")
+        == 2 + cards
+    )
 
 
 def test_true_events_come_from_the_simulated_world_alone(run, without_pictures):
     truth = {row["id"]: row["hits_s"] for row in read(run / "00_truth.jsonl")}
-    before, clips = (run / "08_report.html").read_text(encoding="utf-8"), common.read_clips(run, "test")
+    before, clips = (
+        (run / "08_report.html").read_text(encoding="utf-8"),
+        common.read_clips(run, "test"),
+    )
     shown = [clip.id for clip in clips if f"<h3>{clip.id}:" in before]
     assert before.count("<i style=") == len(SYSTEMS) * sum(len(truth[clip]) for clip in shown) > 0
     (run / "00_truth.jsonl").unlink()
     assert "<i style=" not in page_of(run)
 
 
-def test_a_policy_folder_without_log_and_a_run_without_audioscore_make_a_page(run, without_pictures):
-    for name in ("05_flow_dpo/log.jsonl", "06_ddpo/log.jsonl", "02_audioscore.pt", "04_settings.json"):
+def test_a_policy_folder_without_log_and_a_run_without_audioscore_make_a_page(
+    run, without_pictures
+):
+    for name in (
+        "05_flow_dpo/log.jsonl",
+        "06_ddpo/log.jsonl",
+        "02_audioscore.pt",
+        "04_settings.json",
+    ):
         (run / name).unlink()
     page = page_of(run)
     assert "No policy was trained here" in page and "AudioScore was not fitted here" in page
@@ -91,7 +114,9 @@ def test_a_policy_folder_without_log_and_a_run_without_audioscore_make_a_page(ru
 
 def pictures(mp4):
     with av.open(io.BytesIO(mp4)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24").astype(float) for frame in container.decode(video=0)])
+        return np.stack(
+            [frame.to_ndarray(format="rgb24").astype(float) for frame in container.decode(video=0)]
+        )
 
 
 def test_a_copied_run_makes_its_page_from_its_own_files(finished, run):
@@ -101,7 +126,9 @@ def test_a_copied_run_makes_its_page_from_its_own_files(finished, run):
     video = r"data:video/mp4;base64,([^\"]+)"
     ours, theirs = (re.sub(video, "a video", page) for page in pages)
     assert ours == theirs and "a video" in ours
-    for one, other in zip(*(re.findall(video, page) for page in pages)):  # x264's bytes are not the same in every call
+    for one, other in zip(
+        *(re.findall(video, page) for page in pages)
+    ):  # x264's bytes are not the same in every call
         one, other = (pictures(base64.b64decode(x)) for x in (one, other))
         assert one.shape == other.shape and np.abs(one - other).mean() < 0.5  # of 255
 
@@ -111,18 +138,25 @@ def test_what_is_missing_is_named_in_one_line(run, without_pictures):
     for path in (run / "07_audio" / "flow_dpo" / f"{clip.id}.wav", clip.path):
         content = path.read_bytes()
         path.unlink()
-        with pytest.raises(common.Stop, match=rf"^{re.escape(str(path))}: gone, .*{clip.id}.*07_evaluate\.py"):
+        with pytest.raises(
+            common.Stop, match=rf"^{re.escape(str(path))}: gone, .*{clip.id}.*07_evaluate\.py"
+        ):
             call("08", run)
         path.write_bytes(content)
     (run / "07_results.jsonl").unlink()
-    with pytest.raises(common.Stop, match=r"07_results\.jsonl: no such file; run 07_evaluate\.py --run-dir .* first$"):
+    with pytest.raises(
+        common.Stop,
+        match=r"07_results\.jsonl: no such file; run 07_evaluate\.py --run-dir .* first$",
+    ):
         call("08", run)
 
 
 def test_numbers_of_other_systems_than_those_evaluated_are_refused(run):
     rows = read(run / "07_results.jsonl")
     write(run / "07_results.jsonl", [row for row in rows if row["system"] != "ddpo"])
-    with pytest.raises(common.Stop, match=r"07_systems\.json: not of 07_results\.jsonl; run 07_evaluate\.py"):
+    with pytest.raises(
+        common.Stop, match=r"07_systems\.json: not of 07_results\.jsonl; run 07_evaluate\.py"
+    ):
         call("08", run)
 
 
@@ -152,7 +186,8 @@ def test_smoothing_is_a_mean_over_the_values_that_there_are():
     assert smooth([1, 2, 4], 1).tolist() == [1, 2, 4] and smooth([3], 25).tolist() == [3]
 
 
-# In a browser ------------------------------------------------------------------------------------------------
+# In a browser
+# ------------------------------------------------------------------------------------------------
 
 LOADED = """const done = arguments[0], media = [...document.querySelectorAll("video")], began = Date.now();
 for (const button of document.querySelectorAll(".play")) media.push(new Audio(button.dataset.audio));
@@ -194,7 +229,9 @@ def test_every_video_and_audio_of_the_report_loads(page, finished):
 
 
 def test_every_picture_of_the_report_is_drawn(page):
-    sizes = page.execute_script("return [...document.images].map(i => i.complete ? i.naturalWidth : 0)")
+    sizes = page.execute_script(
+        "return [...document.images].map(i => i.complete ? i.naturalWidth : 0)"
+    )
     assert len(sizes) > 10 and min(sizes) > 50
 
 
@@ -229,7 +266,13 @@ def test_a_second_click_stops(page):
 
 def test_the_page_fits_and_shows_every_section(page):
     assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    wanted = ["Results", "Differences to base", "Training", "AudioScore and the curriculum", "Listen"]
+    wanted = [
+        "Results",
+        "Differences to base",
+        "Training",
+        "AudioScore and the curriculum",
+        "Listen",
+    ]
     assert [heading.text for heading in page.find_elements(By.TAG_NAME, "h2")] == wanted
 
 

@@ -1,5 +1,6 @@
-"""The real scorers: values equal to upstream's own functions on the same clips and files, the files' real form, and
-what happens when one is missing, foreign or malicious. Random weights throughout."""
+"""The real scorers: values equal to upstream's own functions on the same clips and files, the
+files' real form, and what happens when one is missing, foreign or malicious. Random weights
+throughout."""
 
 import importlib.util
 import os
@@ -37,7 +38,8 @@ SPEECH = "male speech, man speaking"
 FILES = {name: scorer.files[0] for name, scorer in scorers.SCORERS.items() if scorer.files}
 
 
-# Clips, audio and files ---------------------------------------------------------------------------------------
+# Clips, audio and files
+# ---------------------------------------------------------------------------------------
 
 
 def waves(rate_hz):
@@ -53,7 +55,9 @@ def clips(tmp_path_factory):
     """Two clips with different caption, label and picture."""
     folder = tmp_path_factory.mktemp("clips")
     talk = a_clip(film(folder / "a0.mp4"), "a0", "a man talks", SPEECH)
-    dog = a_clip(film(folder / "a1.mp4", rate=Fraction(30), size=(90, 160)), "a1", None, "dog barking")
+    dog = a_clip(
+        film(folder / "a1.mp4", rate=Fraction(30), size=(90, 160)), "a1", None, "dog barking"
+    )
     return [talk, dog]
 
 
@@ -67,12 +71,13 @@ def forward(scorer, waves, clips):
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-# av-benchmark's own code, with what it cannot import here replaced -----------------------------------------------
+# av-benchmark's own code, with what it cannot import here replaced
+# -----------------------------------------------
 
 
 class Sampler:
-    """pytorchvideo's ConstantClipsPerVideoSampler at the commit that av-benchmark pins: the last window ends the
-    file."""
+    """pytorchvideo's ConstantClipsPerVideoSampler at the commit that av-benchmark pins: the last
+    window ends the file."""
 
     def __init__(self, clip_duration, clips_per_video):
         self.length, self.count, self.index = clip_duration, clips_per_video, 0
@@ -90,7 +95,8 @@ def read_wav(path):
 
 @pytest.fixture
 def av_bench(monkeypatch):
-    """av-benchmark's modules; audio files are read by soundfile, as torchaudio.load needs torchcodec now."""
+    """av-benchmark's modules; audio files are read by soundfile, as torchaudio.load needs
+    torchcodec now."""
     clone = Path(os.environ["UPSTREAM_DIR"]) / "av-benchmark"
     made = {"pytorchvideo": {}, "pytorchvideo.data": {}}
     made["pytorchvideo.data.clip_sampling"] = {"ConstantClipsPerVideoSampler": Sampler}
@@ -100,7 +106,9 @@ def av_bench(monkeypatch):
     with common.upstream("ImageBind"), scorers.without_init("imagebind"), stand_ins(TORIO | made):
         import imagebind.models.imagebind_model  # noqa: F401
 
-        monkeypatch.setitem(sys.modules, "av_bench.extraction_models", SimpleNamespace(ExtractionModels=None))
+        monkeypatch.setitem(
+            sys.modules, "av_bench.extraction_models", SimpleNamespace(ExtractionModels=None)
+        )
         from av_bench import evaluate, extract
         from av_bench.data import audio_dataset, video_dataset
 
@@ -108,20 +116,28 @@ def av_bench(monkeypatch):
         script = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
     return SimpleNamespace(
-        evaluate=evaluate, extract=extract, audio=audio_dataset, video=video_dataset, extract_video=script
+        evaluate=evaluate,
+        extract=extract,
+        audio=audio_dataset,
+        video=video_dataset,
+        extract_video=script,
     )
 
 
 def written(folder, waves, rate_hz):
-    """The waves as files that av-benchmark reads: the first 8 s, since its ImageBind reads the whole file."""
+    """The waves as files that av-benchmark reads: the first 8 s, since its ImageBind reads the
+    whole file."""
     paths = []
     for i, wave in enumerate(waves):
         paths.append(folder / f"b{i}.wav")
-        soundfile.write(paths[-1], torch.nan_to_num(wave)[: 8 * rate_hz].numpy(), rate_hz, subtype="FLOAT")
+        soundfile.write(
+            paths[-1], torch.nan_to_num(wave)[: 8 * rate_hz].numpy(), rate_hz, subtype="FLOAT"
+        )
     return paths
 
 
-# ImageBind ------------------------------------------------------------------------------------------------------
+# ImageBind
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -142,11 +158,14 @@ def test_ib_equals_av_benchmark(tiny_imagebind, av_bench, clips, tmp_path):
         audio = tiny_imagebind({"audio": mels})["audio"]
     theirs = torch.cosine_similarity(video[:, None], audio[None], dim=-1)
     torch.testing.assert_close(ours, theirs, **SCORES)
-    assert ours.std(dim=0).min() > 1e-4 and ours[:, :3].std(dim=1).min() > 1e-4  # clips and sounds are told apart
+    assert (
+        ours.std(dim=0).min() > 1e-4 and ours[:, :3].std(dim=1).min() > 1e-4
+    )  # clips and sounds are told apart
     assert {name.split(".")[1] for name, _ in scorer.net.named_parameters()} == {"vision", "audio"}
 
 
-# CLAP -----------------------------------------------------------------------------------------------------------
+# CLAP
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +194,8 @@ torch.save((audio, text), sys.argv[3])
 
 @pytest.mark.upstream  # no clone is read, but importing laion_clap in full takes its time
 def test_clap_equals_laion_clap(clap, clips, tmp_path):
-    """Against CLAP_Module and its load_ckpt, in a process whose hub cache holds three small models."""
+    """Against CLAP_Module and its load_ckpt, in a process whose hub cache holds three small
+    models."""
     scorer = load("clap", clap)
     spoken = [clips[0], a_clip(id="dogs", caption="dogs in the rain")]
     sounds = waves(48000)
@@ -193,13 +213,17 @@ def test_clap_equals_laion_clap(clap, clips, tmp_path):
     text_tower = RobertaModel(RobertaConfig(**scorer.roberta))
     text_tower.save_pretrained(tmp_path / "hub/models--roberta-base/snapshots" / ("0" * 40))
     heard = torch.nan_to_num(sounds)
-    torch.save((heard - heard.mean(dim=-1, keepdim=True))[:, : 8 * 48000], tmp_path / "waves.pt")  # AudioDataset
+    torch.save(
+        (heard - heard.mean(dim=-1, keepdim=True))[:, : 8 * 48000], tmp_path / "waves.pt"
+    )  # AudioDataset
     arguments = [clap / FILES["clap"], tmp_path / "waves.pt", tmp_path / "out.pt"]
     env = dict(os.environ, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     command = [sys.executable, "-c", UPSTREAM_CLAP, *map(str, arguments)]
     subprocess.run(command, env=env, check=True, capture_output=True)
     audio, text = torch.load(tmp_path / "out.pt")
-    torch.testing.assert_close(ours, torch.cosine_similarity(text[:, None], audio[None], dim=-1), **SCORES)
+    torch.testing.assert_close(
+        ours, torch.cosine_similarity(text[:, None], audio[None], dim=-1), **SCORES
+    )
     assert ours[0, 0] != ours[1, 0] and ours.isfinite().all()
 
 
@@ -210,17 +234,22 @@ def test_clap_is_nan_without_a_caption(clap, clips):
 
 
 def test_short_or_broken_tokenizer_file_is_one_line(clap, tmp_path):
-    for text, word in (('{"<s>": 0, "a": 1}', "2 tokens instead of"), ('{"<s>": 0', "not valid JSON")):
+    for text, word in (
+        ('{"<s>": 0, "a": 1}', "2 tokens instead of"),
+        ('{"<s>": 0', "not valid JSON"),
+    ):
         shutil.copytree(clap, tmp_path / "w", dirs_exist_ok=True)
         (tmp_path / "w/roberta-base/vocab.json").write_text(text)
         assert word in stopped(load, "clap", tmp_path / "w")
 
 
-# Synchformer ----------------------------------------------------------------------------------------------------
+# Synchformer
+# --------------------------------------------------------------------------------------------------
 
 
 class Pool(torch.nn.Module):
-    """In place of Synchformer's video tower, which costs a minute a clip: (B, S, 3, 16, 224, 224) -> (B, S, 8, 768)."""
+    """In place of Synchformer's video tower, which costs a minute a clip: (B, S, 3, 16, 224, 224)
+    -> (B, S, 8, 768)."""
 
     def __init__(self):
         super().__init__()
@@ -248,18 +277,26 @@ def test_desync_equals_av_benchmark(av_bench, clips, tmp_path, monkeypatch):
     for p in net.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
     files = av_bench.audio.SynchformerAudioDataset(written(tmp_path, waves(16000), 16000))
-    mel = torchaudio.transforms.MelSpectrogram(16000, win_length=400, hop_length=160, n_fft=1024, n_mels=128)
+    mel = torchaudio.transforms.MelSpectrogram(
+        16000, win_length=400, hop_length=160, n_fft=1024, n_mels=128
+    )
     with torch.inference_mode():
         pictures = torch.stack([dataset.sample(i)["sync_video"] for i in range(len(clips))])
-        video = torch.cat([av_bench.extract_video.encode_video_with_sync(net, x[None]) for x in pictures])
-        audio = av_bench.extract.encode_audio_with_sync(net, torch.stack([files[i][0] for i in range(4)]), mel)
+        video = torch.cat(
+            [av_bench.extract_video.encode_video_with_sync(net, x[None]) for x in pictures]
+        )
+        audio = av_bench.extract.encode_audio_with_sync(
+            net, torch.stack([files[i][0] for i in range(4)]), mel
+        )
         pairs = [(v, a) for v in range(2) for a in range(4)]
         logits = torch.cat([net.compare_v_a(video[[v], :14], audio[[a], :14]) for v, a in pairs])
         net.transformer.off_head.bias -= logits.mean(dim=0)  # or one class would always win
     monkeypatch.setattr(synchformer, "Synchformer", Small)
     monkeypatch.setattr(av_bench.evaluate, "Synchformer", Small)
     monkeypatch.setattr(av_bench.evaluate, "device", "cpu")
-    monkeypatch.setattr(av_bench.evaluate, "_syncformer_ckpt_path", tmp_path / "synchformer_state_dict.pth")
+    monkeypatch.setattr(
+        av_bench.evaluate, "_syncformer_ckpt_path", tmp_path / "synchformer_state_dict.pth"
+    )
     torch.save(net.state_dict(), tmp_path / "synchformer_state_dict.pth")
 
     scorer = load("synchformer", tmp_path)
@@ -272,13 +309,29 @@ def test_desync_equals_av_benchmark(av_bench, clips, tmp_path, monkeypatch):
         noise = {name: torch.randn(4) for name in named}
         for side in ("gt", "pred"):
             (tmp_path / side).mkdir(exist_ok=True)
-            torch.save({n: {"2048": x, "logits": x} for n, x in noise.items()}, tmp_path / side / "pann_features.pth")
-            torch.save({n: x[None] for n, x in noise.items()}, tmp_path / side / "vggish_features.pth")
-            for file in ("passt_features_embed", "passt_logits", "imagebind_video", "imagebind_audio"):
+            torch.save(
+                {n: {"2048": x, "logits": x} for n, x in noise.items()},
+                tmp_path / side / "pann_features.pth",
+            )
+            torch.save(
+                {n: x[None] for n, x in noise.items()}, tmp_path / side / "vggish_features.pth"
+            )
+            for file in (
+                "passt_features_embed",
+                "passt_logits",
+                "imagebind_video",
+                "imagebind_audio",
+            ):
                 torch.save(noise, tmp_path / side / f"{file}.pth")
-            torch.save({n: x[0] for n, x in named.items()}, tmp_path / side / "synchformer_video.pth")
-            torch.save({n: x[1] for n, x in named.items()}, tmp_path / side / "synchformer_audio.pth")
-        return av_bench.evaluate.evaluate(tmp_path / "gt", tmp_path / "pred", skip_clap=True)["DeSync"]
+            torch.save(
+                {n: x[0] for n, x in named.items()}, tmp_path / side / "synchformer_video.pth"
+            )
+            torch.save(
+                {n: x[1] for n, x in named.items()}, tmp_path / side / "synchformer_audio.pth"
+            )
+        return av_bench.evaluate.evaluate(tmp_path / "gt", tmp_path / "pred", skip_clap=True)[
+            "DeSync"
+        ]
 
     assert ours.unique().numel() > 2 and ours.min() >= 0 and ours.max() <= 2
     assert close(theirs(pairs), ours.mean(), SCORES)
@@ -294,12 +347,19 @@ def test_full_size_synchformer_file_loads_strictly(tmp_path):
     assert len(state) == 513
     scorer = load("synchformer", tmp_path)
     videos = {"x": {"segments": torch.randn(24, 8, 768)}}
-    assert 0 <= common.scoring.score_waves(scorer, waves(16000)[:1], [a_clip()], videos)["desync_s"].item() <= 2
+    assert (
+        0
+        <= common.scoring.score_waves(scorer, waves(16000)[:1], [a_clip()], videos)[
+            "desync_s"
+        ].item()
+        <= 2
+    )
     with torch.inference_mode():
         assert scorer.net.extract_vfeats(torch.zeros(1, 1, 16, 3, 224, 224)).shape == (1, 1, 8, 768)
 
 
-# PANNs ----------------------------------------------------------------------------------------------------------
+# PANNs
+# --------------------------------------------------------------------------------------------------
 
 
 def test_panns_logits_are_those_of_its_tags_and_nothing_is_downloaded(tmp_path, monkeypatch):
@@ -329,7 +389,9 @@ def test_panns_equals_av_benchmark(tmp_path, av_bench, name, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))  # av-benchmark's class loads its own file from ~
     (tmp_path / ".cache/audioldm_eval").mkdir(parents=True)
     (tmp_path / ".cache/audioldm_eval/ckpt").symlink_to(tmp_path)
-    theirs = Cnn14(["2048", "logits"], sample_rate=rate, mel_bins=64, classes_num=527, **scorer.stft).eval()
+    theirs = Cnn14(
+        ["2048", "logits"], sample_rate=rate, mel_bins=64, classes_num=527, **scorer.stft
+    ).eval()
     sounds = waves(rate)[:2]
     ours = judged(scorer, sounds, [a_clip()] * 2)["logits"]
     for i, sound in enumerate(sounds):
@@ -339,19 +401,22 @@ def test_panns_equals_av_benchmark(tmp_path, av_bench, name, monkeypatch):
         torch.testing.assert_close(ours[i], expected["logits"][0], **SCORES)
 
 
-# PaSST ----------------------------------------------------------------------------------------------------------
+# PaSST
+# --------------------------------------------------------------------------------------------------
 
 
 def test_passt_equals_hear21passt_and_is_quiet(tmp_path, monkeypatch, capfd, recwarn):
-    """A file of full size, two of the 12 blocks run. Upstream finds it in $TORCH_HOME; as in av-benchmark it hears 8 s,
-    centred, then padded to 10 s."""
+    """A file of full size, two of the 12 blocks run. Upstream finds it in $TORCH_HOME; as in
+    av-benchmark it hears 8 s, centred, then padded to 10 s."""
     import hear21passt.base
     from hear21passt.models.passt import get_model
 
     torch.manual_seed(0)
     name = "passt-s-f128-p16-s10-ap.476-swa.pt"
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    torch.save(get_model(arch="passt_s_swa_p16_128_ap476", pretrained=False).state_dict(), tmp_path / name)
+    torch.save(
+        get_model(arch="passt_s_swa_p16_128_ap476", pretrained=False).state_dict(), tmp_path / name
+    )
     (tmp_path / "hub/checkpoints" / name).symlink_to(tmp_path / name)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     sounds = waves(32000)[[1, 3]]
@@ -366,11 +431,14 @@ def test_passt_equals_hear21passt_and_is_quiet(tmp_path, monkeypatch, capfd, rec
     wave = (sounds[:1] - sounds[:1].mean())[:, :256000]
     with torch.inference_mode():
         both = theirs(torch.nn.functional.pad(wave, (0, 64000)))
-    torch.testing.assert_close(torch.cat([ours["logits"], ours["embedding"]], dim=1)[:1], both, **SCORES)
+    torch.testing.assert_close(
+        torch.cat([ours["logits"], ours["embedding"]], dim=1)[:1], both, **SCORES
+    )
     assert all(value.isfinite().all() for value in ours.values())
 
 
-# AudioBox-Aesthetics --------------------------------------------------------------------------------------------
+# AudioBox-Aesthetics
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.upstream  # no clone is read, but `pip install --no-deps audiobox-aesthetics`
@@ -383,10 +451,14 @@ def test_the_judges_axes_equal_audiobox_aesthetics_own_predictor(tmp_path, monke
     shape = dict(proj_num_layer=5, proj_ln=True, proj_act_fn="gelu", proj_dropout=0.0, nth_layer=3)
     shape |= dict(use_weighted_layer_sum=True, precision="32", normalize_embed=True, output_dim=1)
     torch.manual_seed(0)
-    weights = {f"model.{key}": value for key, value in aes.AesMultiOutput(**shape).state_dict().items()}
+    weights = {
+        f"model.{key}": value for key, value in aes.AesMultiOutput(**shape).state_dict().items()
+    }
     scale = {axis: dict(mean=5.0 + i, std=1.0 + i) for i, axis in enumerate(infer.AXES_NAME)}
     file = tmp_path / FILES["audiobox"]
-    torch.save(dict(state_dict=weights, model_cfg=dict(shape, other=1), target_transform=scale), file)
+    torch.save(
+        dict(state_dict=weights, model_cfg=dict(shape, other=1), target_transform=scale), file
+    )
     sounds = waves(16000)
     ours = judged(load("audiobox", tmp_path), sounds, [a_clip()] * 4)
     theirs = infer.AesPredictor(str(file)).forward(
@@ -399,7 +471,8 @@ def test_the_judges_axes_equal_audiobox_aesthetics_own_predictor(tmp_path, monke
     assert FILES["audiobox"] in stopped(load, "audiobox", tmp_path)
 
 
-# PESQ -----------------------------------------------------------------------------------------------------------
+# PESQ
+# --------------------------------------------------------------------------------------------------
 
 
 def test_pesq_rules(tmp_path):
@@ -411,28 +484,49 @@ def test_pesq_rules(tmp_path):
     broken = own.clone()
     broken[500] = torch.inf
     constant = torch.full_like(own, 0.5)
-    sounds = [own, own + 0.003 * noise, own + 0.03 * noise, constant, 0 * own, 1e-5 * noise, own * torch.nan, broken]
+    sounds = [
+        own,
+        own + 0.003 * noise,
+        own + 0.03 * noise,
+        constant,
+        0 * own,
+        1e-5 * noise,
+        own * torch.nan,
+        broken,
+    ]
     score = judged(scorer, torch.stack(sounds), [clip] * len(sounds))["pesq"]
     assert score[0] == pytest.approx(4.6439, abs=1e-3)  # the scale's top: identical
     assert 1.0 < score[2] < score[1] < 4.6
     assert 1.0 <= score[3] < 1.5 and score[4:].tolist() == [1.0] * 4
     scorer.workers = 2
-    assert torch.equal(judged(scorer, torch.stack(sounds), [clip] * len(sounds))["pesq"], score)  # in two processes
+    assert torch.equal(
+        judged(scorer, torch.stack(sounds), [clip] * len(sounds))["pesq"], score
+    )  # in two processes
     for path, label in ((talk, "dog barking"), (talk, None), (quiet, SPEECH), (mute, SPEECH)):
-        assert torch.isnan(judged(scorer, own[None], [a_clip(path, label=label)])["pesq"]).all(), (path, label)
-    shorter = judged(scorer, own[None, : 16000 * 5], [clip])["pesq"]  # both are cut to the common length
+        assert torch.isnan(judged(scorer, own[None], [a_clip(path, label=label)])["pesq"]).all(), (
+            path,
+            label,
+        )
+    shorter = judged(scorer, own[None, : 16000 * 5], [clip])[
+        "pesq"
+    ]  # both are cut to the common length
     assert shorter.item() == pytest.approx(4.6439, abs=1e-3)
 
 
 @pytest.mark.upstream
 def test_speech_classes_are_labels_of_vggsound():
-    lines = (Path(os.environ["UPSTREAM_DIR"]) / "MMAudio/sets/vgg-test.tsv").read_text().splitlines()[1:]
+    lines = (
+        (Path(os.environ["UPSTREAM_DIR"]) / "MMAudio/sets/vgg-test.tsv")
+        .read_text()
+        .splitlines()[1:]
+    )
     labels = {line.split("\t")[1] for line in lines}
     assert len(labels) == 309 and set(scorers.HUMAN_SPEECH_CLASSES) <= labels
     assert {label for label in labels if "speech" in label} <= set(scorers.HUMAN_SPEECH_CLASSES)
 
 
-# Files that are missing, foreign or malicious -------------------------------------------------------------------
+# Files that are missing, foreign or malicious
+# -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -469,11 +563,23 @@ def test_missing_upstream_package_is_one_line(tmp_path, monkeypatch):
 def test_missing_tokenizer_file_is_one_line_in_seconds_when_the_hub_is_unreachable(clap, tmp_path):
     """A fresh process without HF_HUB_OFFLINE, an empty cache, and a proxy that no one answers."""
     (tmp_path / FILES["clap"]).symlink_to(clap / FILES["clap"])
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    env |= {"HF_HOME": str(tmp_path / "hf"), "HTTPS_PROXY": "http://192.0.2.1:9", "HTTP_PROXY": "http://192.0.2.1:9"}
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("HF_", "TRANSFORMERS_"))
+    }
+    env |= {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HTTPS_PROXY": "http://192.0.2.1:9",
+        "HTTP_PROXY": "http://192.0.2.1:9",
+    }
     code = "import sys, common; from adapters.scorers import ClapScorer\n"
     code += "common.launch(lambda folder: ClapScorer(folder, 'cpu'), lambda: sys.argv[1])"
     began = time.monotonic()
-    ended = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, env=env, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert ended.returncode == 2 and time.monotonic() - began < 60
-    assert ended.stderr.count("\n") == 1 and "roberta-base/vocab.json: missing" in ended.stderr, ended.stderr
+    assert ended.stderr.count("\n") == 1 and "roberta-base/vocab.json: missing" in ended.stderr, (
+        ended.stderr
+    )

@@ -1,8 +1,9 @@
-"""Upstream's own code, with what it cannot import here stood in for, and weight files of exactly the real form (names,
-keys, wrapping), made by upstream's own classes at tiny or at real size.
+"""Upstream's own code, with what it cannot import here stood in for, and weight files of exactly
+the real form (names, keys, wrapping), made by upstream's own classes at tiny or at real size.
 
-Every `write_...` puts files into a --weights folder. With a `patch` (a MonkeyPatch) networks are tiny, and for as long
-as it lasts upstream and we build them so; without one they have their real size.
+Every `write_...` puts files into a --weights folder. With a `patch` (a MonkeyPatch) networks are
+tiny, and for as long as it lasts upstream and we build them so; without one they have their real
+size.
 """
 
 import contextlib
@@ -39,8 +40,9 @@ def weights_row(name):
 
 @contextlib.contextmanager
 def stand_ins(made, *others):
-    """made: {module name: content}. Meanwhile these, and what is imported beside them, are all that there is below
-    their top names and the `others`; afterwards it is gone, and what was there before is back."""
+    """made: {module name: content}. Meanwhile these, and what is imported beside them, are all that
+    there is below their top names and the `others`; afterwards it is gone, and what was there
+    before is back."""
     tops = {name.partition(".")[0] for name in (*made, *others)}
 
     def below():
@@ -59,7 +61,8 @@ def stand_ins(made, *others):
 
 
 class Decoder:
-    """torio's StreamingMediaDecoder as MMAudio and av-benchmark use it: the same ffmpeg filters, through PyAV."""
+    """torio's StreamingMediaDecoder as MMAudio and av-benchmark use it: the same ffmpeg filters,
+    through PyAV."""
 
     def __init__(self, path):
         self.path, self.chunks = path, []
@@ -68,7 +71,11 @@ class Decoder:
         frames = []
         with av.open(str(self.path)) as container:
             stream, graph = container.streams.video[0], av.filter.Graph()
-            steps = graph.add("fps", str(frame_rate)), graph.add("format", format), graph.add("buffersink")
+            steps = (
+                graph.add("fps", str(frame_rate)),
+                graph.add("format", format),
+                graph.add("buffersink"),
+            )
             graph.link_nodes(graph.add_buffer(template=stream), *steps).configure()
             for frame in [*container.decode(stream), None]:
                 graph.push(frame)
@@ -86,12 +93,17 @@ class Decoder:
 
 TORIO = {"torio": {}, "torio.io": {"StreamingMediaDecoder": Decoder}}
 
-# Clips ------------------------------------------------------------------------------------------------------
+# Clips
+# --------------------------------------------------------------------------------------------------
 
 
 def film(path, seconds=9.0, rate=Fraction(43, 2), sound="bursts", size=(160, 90)):
     """A video at a real clip's length and rate, with syllables, silence or no sound at all."""
-    waves = {"bursts": bursts(seconds, 44_100), "silence": np.zeros(int(seconds * 44_100)), None: False}
+    waves = {
+        "bursts": bursts(seconds, 44_100),
+        "silence": np.zeros(int(seconds * 44_100)),
+        None: False,
+    }
     return make_video(path, size, rate, seconds, sound=waves[sound])
 
 
@@ -103,12 +115,13 @@ def bursts(seconds, rate_hz, pitch_hz=140.0, seed=0):
     return (0.2 * voice + 0.01 * noise) * np.clip(np.sin(2 * np.pi * 2 * t), 0, None)
 
 
-# Random weights --------------------------------------------------------------------------------------------
+# Random weights
+# --------------------------------------------------------------------------------------------
 
 
 def wake(module, seed):
-    """Random weights everywhere, of a size that keeps signals alive: a fresh network would hide t, attention and
-    position in a DiT's zero projections, and the latent behind a vocoder's biases."""
+    """Random weights everywhere, of a size that keeps signals alive: a fresh network would hide t,
+    attention and position in a DiT's zero projections, and the latent behind a vocoder's biases."""
     torch.manual_seed(seed)
     for name, p in module.named_parameters():
         nn.init.normal_(p, std=0.1 if p.dim() < 2 else p[0].numel() ** -0.5)
@@ -120,11 +133,14 @@ def wake_vocoder(generator, volume):
     """A BigVGAN, whose weights are weight-normed: original0 or weight_g is a filter's length."""
     wake(generator, 1)
     for name, p in generator.conv_post.named_parameters():
-        p.data.mul_(volume if name.endswith(("original0", "weight_g")) else 0 if name == "bias" else 1)
+        p.data.mul_(
+            volume if name.endswith(("original0", "weight_g")) else 0 if name == "bias" else 1
+        )
 
 
 def lively(net, seed=0):
-    """Random weights under which different inputs give different outputs; batch norms that are no identity."""
+    """Random weights under which different inputs give different outputs; batch norms that are no
+    identity."""
     torch.manual_seed(seed)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -133,7 +149,8 @@ def lively(net, seed=0):
     return net.eval()
 
 
-# MMAudio ----------------------------------------------------------------------------------------------------
+# MMAudio
+# --------------------------------------------------------------------------------------------------
 
 MMAUDIO = {
     "networks": "mmaudio.model.networks",
@@ -152,8 +169,18 @@ BIGVGAN = dict(
     resblock="1", upsample_initial_channel=64, resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3, 5]],
     activation="snakebeta", snake_logscale=True,
 )  # fmt: skip
-BIGVGAN_16K = dict(BIGVGAN, num_mels=80, upsample_rates=[4, 4, 2, 2, 2, 2], upsample_kernel_sizes=[8, 8, 4, 4, 4, 4])
-BIGVGAN_44K = dict(BIGVGAN, num_mels=128, upsample_rates=[8, 4, 2, 2, 2, 2], upsample_kernel_sizes=[16, 8, 4, 4, 4, 4])
+BIGVGAN_16K = dict(
+    BIGVGAN,
+    num_mels=80,
+    upsample_rates=[4, 4, 2, 2, 2, 2],
+    upsample_kernel_sizes=[8, 8, 4, 4, 4, 4],
+)
+BIGVGAN_44K = dict(
+    BIGVGAN,
+    num_mels=128,
+    upsample_rates=[8, 4, 2, 2, 2, 2],
+    upsample_kernel_sizes=[16, 8, 4, 4, 4, 4],
+)
 BIGVGAN_44K_REAL = BIGVGAN_44K | dict(
     resblock_kernel_sizes=[3, 7, 11], resblock_dilation_sizes=[[1, 3, 5]] * 3, upsample_initial_channel=1536
 )  # fmt: skip
@@ -169,7 +196,8 @@ CLIP_REAL = dict(
 
 
 def tiny_network(variant):
-    """Upstream's MMAudio with the variant's true latent and feature shapes, 64 channels and three blocks."""
+    """Upstream's MMAudio with the variant's true latent and feature shapes, 64 channels and three
+    blocks."""
     channels, length = (20, 250) if variant.endswith("16k") else (40, 345)
     return mmaudio_modules().networks.MMAudio(
         latent_dim=channels, latent_seq_len=length, clip_seq_len=64, sync_seq_len=192, clip_dim=1024, sync_dim=768,
@@ -178,7 +206,8 @@ def tiny_network(variant):
 
 
 def random_state(network, seed):
-    """A network's state dict without the zeros and nans of a fresh one, which would hide most mistakes."""
+    """A network's state dict without the zeros and nans of a fresh one, which would hide most
+    mistakes."""
     torch.manual_seed(seed)
     state = network.state_dict()
     for name, value in state.items():
@@ -191,13 +220,18 @@ def random_state(network, seed):
 
 @functools.cache
 def mmaudio_modules():
-    sys.modules.setdefault("mmaudio.utils.dist_utils", SimpleNamespace(local_rank=0))  # it would import tensorboard
+    sys.modules.setdefault(
+        "mmaudio.utils.dist_utils", SimpleNamespace(local_rank=0)
+    )  # it would import tensorboard
     with common.upstream("MMAudio"), stand_ins(TORIO):
-        return SimpleNamespace(**{name: importlib.import_module(path) for name, path in MMAUDIO.items()})
+        return SimpleNamespace(
+            **{name: importlib.import_module(path) for name, path in MMAUDIO.items()}
+        )
 
 
 def mmaudio_frames(path):
-    """A video through the reader of MMAudio's evaluation: the frames for CLIP and for Synchformer."""
+    """A video through the reader of MMAudio's evaluation: the frames for CLIP and for
+    Synchformer."""
     reader = mmaudio_modules().video_dataset.VideoDataset(path.parent)
     reader.videos, reader.captions = [path.stem], {path.stem: ""}
     read = reader.sample(0)
@@ -205,13 +239,17 @@ def mmaudio_frames(path):
 
 
 def mmaudio_generate(net, model, clip, steps, seed):
-    """MMAudio's generate() from a video file to the wave (S,); encoders and codec are the upstream ones that our model
-    holds."""
+    """MMAudio's generate() from a video file to the wave (S,); encoders and codec are the upstream
+    ones that our model holds."""
     code, encoders, codec = mmaudio_modules(), model.encoders(), model.codec()
-    utils = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, decode=codec.decode, vocode=codec.vocode)
+    utils = SimpleNamespace(
+        device=torch.device("cpu"), dtype=torch.float32, decode=codec.decode, vocode=codec.vocode
+    )
     for name in ("encode_video_with_clip", "encode_video_with_sync", "encode_text"):
         setattr(utils, name, getattr(encoders, name))
-    settings = dict(feature_utils=utils, net=net, fm=code.flow_matching.FlowMatching(0, "euler", steps))
+    settings = dict(
+        feature_utils=utils, net=net, fm=code.flow_matching.FlowMatching(0, "euler", steps)
+    )
     settings |= dict(rng=torch.Generator().manual_seed(seed), cfg_strength=4.5)
     frames = (part[None] for part in mmaudio_frames(clip.path))
     with torch.inference_mode():
@@ -252,7 +290,9 @@ def write_mmaudio(folder, patch):
     write_codec(folder, "16", vae("16k"), BIGVGAN_16K)
     write_codec(folder, "44", vae("44k"), BIGVGAN_44K)
     shrink_motionformer(upstream.motionformer, patch)
-    torch.save(upstream.synchformer.Synchformer().state_dict(), folder / "synchformer_state_dict.pth")
+    torch.save(
+        upstream.synchformer.Synchformer().state_dict(), folder / "synchformer_state_dict.pth"
+    )
     write_clip(folder, patch, CLIP)
 
 
@@ -262,7 +302,10 @@ def write_codec(folder, rate, vae, sizes):
     upstream = mmaudio_modules()
     torch.save(vae.state_dict(), folder / f"v1-{rate}.pth")
     if rate == "16":
-        generator, file = upstream.bigvgan.BigVGANVocoder(OmegaConf.create(sizes)), folder / "best_netG.pt"
+        generator, file = (
+            upstream.bigvgan.BigVGANVocoder(OmegaConf.create(sizes)),
+            folder / "best_netG.pt",
+        )
     else:
         generator = upstream.bigvgan_v2.BigVGAN(upstream.bigvgan_v2.AttrDict(sizes))
         file = folder / mmaudio.VOCODER / "bigvgan_generator.pt"
@@ -281,23 +324,30 @@ def write_clip(folder, patch, sizes):
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    (snapshot / "open_clip_config.json").write_text(json.dumps({"model_cfg": sizes, "preprocess_cfg": {}}))
+    (snapshot / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": sizes, "preprocess_cfg": {}})
+    )
     torch.save(open_clip.CLIP(**sizes).state_dict(), snapshot / "open_clip_pytorch_model.bin")
     patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
 
 
 def write_real(folder, variant):
-    """Network, VAE and vocoder of a variant of MMAudio at their real size: 1.7 GB of small_16k, 5.8 of large_44k."""
+    """Network, VAE and vocoder of a variant of MMAudio at their real size: 1.7 GB of small_16k, 5.8
+    of large_44k."""
     from omegaconf import OmegaConf
 
     upstream, rate = mmaudio_modules(), variant.split("_")[1][:2]
-    torch.save(random_state(upstream.networks.get_my_mmaudio(variant), 0), folder / f"mmaudio_{variant}.pth")
+    torch.save(
+        random_state(upstream.networks.get_my_mmaudio(variant), 0),
+        folder / f"mmaudio_{variant}.pth",
+    )
     config = Path(upstream.bigvgan.__file__).with_name("bigvgan_vocoder.yml")
     sizes = OmegaConf.to_container(OmegaConf.load(config)) if rate == "16" else BIGVGAN_44K_REAL
     write_codec(folder, rate, upstream.vae.get_my_vae(f"{rate}k"), sizes)
 
 
-# The scorers -----------------------------------------------------------------------------------------------
+# The scorers
+# -----------------------------------------------------------------------------------------------
 
 
 def write_imagebind(folder, patch=None):
@@ -308,24 +358,33 @@ def write_imagebind(folder, patch=None):
     for m, width in dict(vision=32, audio=32, text=16, depth=16, thermal=16, imu=16).items():
         small |= {f"{m}_embed_dim": width, f"{m}_num_blocks": 2, f"{m}_num_heads": 2}
     if patch:
-        patch.setattr(upstream, "imagebind_huge", lambda pretrained: upstream.ImageBindModel(**small))
-        patch.setattr(scorers.ImageBindScorer, "video_shapes", {"embedding": (small["out_embed_dim"],)})
+        patch.setattr(
+            upstream, "imagebind_huge", lambda pretrained: upstream.ImageBindModel(**small)
+        )
+        patch.setattr(
+            scorers.ImageBindScorer, "video_shapes", {"embedding": (small["out_embed_dim"],)}
+        )
     torch.manual_seed(0)
     net = upstream.imagebind_huge(False).eval()
-    for p in net.parameters():  # the real initialisation hides the pictures behind nearly equal class tokens
+    for p in (
+        net.parameters()
+    ):  # the real initialisation hides the pictures behind nearly equal class tokens
         p.data.add_(0.05 * torch.randn_like(p))
     torch.save(net.state_dict(), folder / "imagebind_huge.pth")
     return net
 
 
 def write_clap(folder, patch=None):
-    """The official checkpoint's form (prefix, position_ids, optimizer with numpy learning rates), tokenizer files."""
+    """The official checkpoint's form (prefix, position_ids, optimizer with numpy learning rates),
+    tokenizer files."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import RobertaConfig, RobertaModel
 
     tokenizer = ByteLevelBPETokenizer()
     words = ["a man talks", "a dog barks in the rain", "someone is playing the drums"]
-    tokenizer.train_from_iterator(words, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    tokenizer.train_from_iterator(
+        words, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    )
     (folder / "roberta-base").mkdir()
     tokenizer.save_model(str(folder / "roberta-base"))
     roberta, vocab = dict(scorers.ClapScorer.roberta), tokenizer.get_vocab()
@@ -337,12 +396,18 @@ def write_clap(folder, patch=None):
         from laion_clap.clap_module import factory, model
     torch.manual_seed(0)
     text_tower = RobertaModel(RobertaConfig(**roberta))
-    before, model.RobertaModel = model.RobertaModel, SimpleNamespace(from_pretrained=lambda _: text_tower)
+    before, model.RobertaModel = (
+        model.RobertaModel,
+        SimpleNamespace(from_pretrained=lambda _: text_tower),
+    )
     net = lively(factory.create_model("HTSAT-base", "roberta", device="cpu")[0])
     model.RobertaModel = before
     state = {f"module.{key}": value for key, value in net.state_dict().items()}
     state["module.text_branch.embeddings.position_ids"] = torch.arange(514)[None]
-    optimizer = {"state": {}, "param_groups": [{"lr": np.float64(1e-4), "betas": (0.9, 0.99), "params": [0, 1]}]}
+    optimizer = {
+        "state": {},
+        "param_groups": [{"lr": np.float64(1e-4), "betas": (0.9, 0.99), "params": [0, 1]}],
+    }
     official = {"epoch": 15, "name": "clap", "state_dict": state, "optimizer": optimizer}
     torch.save(official, folder / "music_speech_audioset_epoch_15_esc_89.98.pt")
     if patch:
@@ -350,14 +415,17 @@ def write_clap(folder, patch=None):
 
 
 def shrink_cnn14(patch):
-    """PANNs' Cnn14 with a sixteenth of its channels between the first and the last, and its last convolution
-    depthwise."""
+    """PANNs' Cnn14 with a sixteenth of its channels between the first and the last, and its last
+    convolution depthwise."""
     with scorers.without_init("panns_inference"):
         from panns_inference import models
 
     class Narrow(models.ConvBlock):
         def __init__(self, in_channels, out_channels):
-            inner, outer = max(1, in_channels // 16), out_channels if out_channels == 2048 else out_channels // 16
+            inner, outer = (
+                max(1, in_channels // 16),
+                out_channels if out_channels == 2048 else out_channels // 16,
+            )
             nn.Module.__init__(self)
             self.conv1 = nn.Conv2d(inner, outer, 3, padding=1, bias=False)
             self.conv2 = nn.Conv2d(outer, outer, 3, padding=1, bias=False, groups=outer // 4)
@@ -369,12 +437,19 @@ def shrink_cnn14(patch):
 
 
 def write_panns(folder):
-    """Both files in PANNs' form: from before torch's zip format, with the sampler's numpy indices beside the model."""
+    """Both files in PANNs' form: from before torch's zip format, with the sampler's numpy indices
+    beside the model."""
     with scorers.without_init("panns_inference"):
         from panns_inference.models import Cnn14
     for scorer in (scorers.PannsScorer, scorers.Panns16kScorer):
-        net = lively(Cnn14(sample_rate=scorer.sample_rate_hz, mel_bins=64, classes_num=527, **scorer.stft))
-        file = {"iteration": 600000, "model": net.state_dict(), "sampler": {"indexes": np.arange(9), "pointer": 4}}
+        net = lively(
+            Cnn14(sample_rate=scorer.sample_rate_hz, mel_bins=64, classes_num=527, **scorer.stft)
+        )
+        file = {
+            "iteration": 600000,
+            "model": net.state_dict(),
+            "sampler": {"indexes": np.arange(9), "pointer": 4},
+        }
         torch.save(file, folder / scorer.files[0], _use_new_zipfile_serialization=False)
 
 
@@ -394,14 +469,21 @@ def write_passt(folder, patch=None):
 
 
 def write_synchformer(folder, patch=None):
-    """The one file that MMAudio (its video tower) and DeSync (all of it) read; tiny ones see 16 patches a frame."""
+    """The one file that MMAudio (its video tower) and DeSync (all of it) read; tiny ones see 16
+    patches a frame."""
     with common.upstream("av-benchmark"):
         from av_bench.synchformer import ast, motionformer, synchformer
     if patch:
         shrink_motionformer(motionformer, patch)
-        patch.setattr(ast, "ASTConfig", functools.partial(ast.ASTConfig, num_hidden_layers=1, intermediate_size=64))
+        patch.setattr(
+            ast,
+            "ASTConfig",
+            functools.partial(ast.ASTConfig, num_hidden_layers=1, intermediate_size=64),
+        )
         whole = synchformer.GlobalTransformer
-        patch.setattr(synchformer, "GlobalTransformer", lambda **sizes: whole(**(sizes | {"n_layer": 1})))
+        patch.setattr(
+            synchformer, "GlobalTransformer", lambda **sizes: whole(**(sizes | {"n_layer": 1}))
+        )
     torch.manual_seed(0)
     net = synchformer.Synchformer().eval()
     for p in net.parameters():
@@ -411,13 +493,16 @@ def write_synchformer(folder, patch=None):
     if not patch:
         return
 
-    # Random weights give every clip and sound the same offset: centre the logits on what some of them give.
+    # Random weights give every clip and sound the same offset: centre the logits on what some of
+    # them give.
     logits, clip = [], a_clip(film(folder / "a.mp4"))
     hook = synchformer.Synchformer.compare_v_a
     scorer = scorers.SCORERS["synchformer"](folder, "cpu")
     scorer.net.compare_v_a = lambda *x: logits.append(hook(scorer.net, *x)) or logits[-1]
     noise = 0.2 * torch.randn(2, 128_000, generator=torch.Generator().manual_seed(0))
-    voices = torch.stack([torch.from_numpy(bursts(8, 16000, pitch)).float() for pitch in (100, 400)])
+    voices = torch.stack(
+        [torch.from_numpy(bursts(8, 16000, pitch)).float() for pitch in (100, 400)]
+    )
     judged(scorer, torch.cat([voices, voices + noise, noise]), [clip] * 6)
     net.transformer.off_head.bias.data -= torch.cat(logits).mean(dim=0)
     torch.save(net.state_dict(), file)
@@ -427,7 +512,14 @@ def shrink_htsat(patch):
     """CLAP's audio tower with one block per stage instead of 2, 2, 12, 2."""
     with scorers.without_init("laion_clap"):
         from laion_clap.clap_module import htsat, model
-    tiny = dict(spec_size=256, patch_size=4, patch_stride=(4, 4), embed_dim=128, depths=[1] * 4, window_size=8)
+    tiny = dict(
+        spec_size=256,
+        patch_size=4,
+        patch_stride=(4, 4),
+        embed_dim=128,
+        depths=[1] * 4,
+        window_size=8,
+    )
 
     def build(config, enable_fusion, fusion_type):
         fusion = dict(enable_fusion=enable_fusion, fusion_type=fusion_type)
@@ -449,7 +541,9 @@ def count():
         from imagebind.models import imagebind_model
     with common.upstream("av-benchmark"):
         from av_bench.synchformer.synchformer import Synchformer
-    vocoder = functools.partial(upstream.bigvgan_v2.BigVGAN, upstream.bigvgan_v2.AttrDict(BIGVGAN_44K_REAL))
+    vocoder = functools.partial(
+        upstream.bigvgan_v2.BigVGAN, upstream.bigvgan_v2.AttrDict(BIGVGAN_44K_REAL)
+    )
 
     def vae():
         made = upstream.vae.get_my_vae("44k")
@@ -457,17 +551,38 @@ def count():
         return made
 
     parts = {
-        "CLIP, 64 pictures": (lambda: open_clip.CLIP(**CLIP_REAL), lambda n: n.encode_image(zeros(64, 3, 384, 384))),
-        "Synchformer, video": (Synchformer, lambda n: n.extract_vfeats(zeros(24, 1, 16, 3, 224, 224))),
+        "CLIP, 64 pictures": (
+            lambda: open_clip.CLIP(**CLIP_REAL),
+            lambda n: n.encode_image(zeros(64, 3, 384, 384)),
+        ),
+        "Synchformer, video": (
+            Synchformer,
+            lambda n: n.extract_vfeats(zeros(24, 1, 16, 3, 224, 224)),
+        ),
         "Synchformer, audio": (Synchformer, lambda n: n.extract_afeats(zeros(1, 24, 1, 128, 66))),
-        "ImageBind, video": (imagebind_model.imagebind_huge, lambda n: n({"vision": zeros(1, 9, 3, 2, 224, 224)})),
-        "ImageBind, audio": (imagebind_model.imagebind_huge, lambda n: n({"audio": zeros(1, 3, 1, 128, 204)})),
+        "ImageBind, video": (
+            imagebind_model.imagebind_huge,
+            lambda n: n({"vision": zeros(1, 9, 3, 2, 224, 224)}),
+        ),
+        "ImageBind, audio": (
+            imagebind_model.imagebind_huge,
+            lambda n: n({"audio": zeros(1, 3, 1, 128, 204)}),
+        ),
         "VAE, 44.1 kHz": (vae, lambda n: n.decode(zeros(1, 40, 345))),
         "vocoder, 44.1 kHz": (vocoder, lambda n: n(zeros(1, 128, 690))),
     }
-    for name in ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_", "trunc_normal_"):
+    for name in (
+        "normal_",
+        "uniform_",
+        "kaiming_normal_",
+        "kaiming_uniform_",
+        "xavier_uniform_",
+        "trunc_normal_",
+    ):
         setattr(nn.init, name, lambda x, *_, **__: x)  # values do not matter
-    torch.backends.mha.set_fastpath_enabled(False)  # an operator that the counter does not know, as fused attention
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # an operator that the counter does not know, as fused attention
     counted, made_up, plain = (
         FlopCounterMode(display=False),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -480,7 +595,8 @@ def count():
         print(f"| {name} | {counter.get_total_flops() / 1e12:.3g} |", flush=True)
 
 
-# Frieren ----------------------------------------------------------------------------------------------------
+# Frieren
+# --------------------------------------------------------------------------------------------------
 
 TINY_DIT = dict(in_channels=20, context_dim=768, hidden_size=64, num_heads=2, depth=2, max_len=300)
 TINY_VAE = dict(Frieren.vae_config, ch=32)
@@ -494,7 +610,8 @@ def frieren_root():
 
 
 class EulerOnly:
-    """torchdyn's NeuralODE(solver='euler') on a given time grid: the next step is measured from the accumulated t."""
+    """torchdyn's NeuralODE(solver='euler') on a given time grid: the next step is measured from the
+    accumulated t."""
 
     def __init__(self, field, solver, **_):
         assert solver == "euler"
@@ -512,7 +629,8 @@ class EulerOnly:
 
 
 class BareLightning(nn.Module):
-    """What Frieren's classes use of LightningModule outside of training; `cuda` stays where it is."""
+    """What Frieren's classes use of LightningModule outside of training; `cuda` stays where it
+    is."""
 
     device = property(lambda self: next(self.parameters()).device)
 
@@ -543,8 +661,8 @@ def frieren_modules(torchdyn=False):
 
 
 def frieren_script(folder, patch):
-    """script/generate_mel_cfm_cfg_scale.py as it is, and its configuration as a file in `folder`; within
-    `frieren_modules`."""
+    """script/generate_mel_cfm_cfg_scale.py as it is, and its configuration as a file in `folder`;
+    within `frieren_modules`."""
     (folder / "infer.yaml").write_text(yaml.safe_dump(inference_config()))
     patch.chdir(frieren_root() / "script")
     spec = importlib.util.spec_from_file_location("generate", "generate_mel_cfm_cfg_scale.py")
@@ -578,12 +696,29 @@ class ModelCheckpoint:
 ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
 
 
-def save_lightning(path, state, dirpath="/x/logs/2024_v2a_cfm_train_load_novidpos_concat_2card/checkpoints", **more):
-    """A file with the pickled names that Lightning 1.4 leaves in a checkpoint of Frieren's training."""
-    callback = {"monitor": "val/loss", "best_model_score": torch.tensor(0.5), "dirpath": dirpath, "best_model_path": ""}
+def save_lightning(
+    path, state, dirpath="/x/logs/2024_v2a_cfm_train_load_novidpos_concat_2card/checkpoints", **more
+):
+    """A file with the pickled names that Lightning 1.4 leaves in a checkpoint of Frieren's
+    training."""
+    callback = {
+        "monitor": "val/loss",
+        "best_model_score": torch.tensor(0.5),
+        "dirpath": dirpath,
+        "best_model_path": "",
+    }
     optimizer = {"param_groups": [{"lr": np.float64(5e-5), "steps": np.int64(3)}], "state": {}}
-    file = {"epoch": 7, "global_step": 1234, "state_dict": state, "pytorch-lightning_version": "1.4.2"}
-    file |= {"callbacks": {ModelCheckpoint: callback}, "optimizer_states": [optimizer], "lr_schedulers": []}
+    file = {
+        "epoch": 7,
+        "global_step": 1234,
+        "state_dict": state,
+        "pytorch-lightning_version": "1.4.2",
+    }
+    file |= {
+        "callbacks": {ModelCheckpoint: callback},
+        "optimizer_states": [optimizer],
+        "lr_schedulers": [],
+    }
     package, module = "pytorch_lightning.callbacks", {"ModelCheckpoint": ModelCheckpoint}
     with stand_ins({"pytorch_lightning": {}, package: {}, ModelCheckpoint.__module__: module}):
         torch.save(file | more, path)
@@ -601,7 +736,9 @@ def write_frieren(folder, patch):
     vocoder.mkdir()
     (vocoder / "args.yml").write_text(yaml.safe_dump(BIGVGAN_16K))
     with frieren_modules():
-        net = importlib.import_module("vocoder.bigvgan.models").BigVGAN(SimpleNamespace(**BIGVGAN_16K))
+        net = importlib.import_module("vocoder.bigvgan.models").BigVGAN(
+            SimpleNamespace(**BIGVGAN_16K)
+        )
     wake_vocoder(net, volume=1e-4)
     torch.save({"generator": net.state_dict()}, vocoder / "best_netG.pt")
     return theirs

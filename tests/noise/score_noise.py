@@ -17,7 +17,9 @@ def add_to(common):
 
     def noisy(scorer, waves, clips, videos=None):
         scores = exact(scorer, waves, clips, videos)
-        of_networks = {name: value * factor(len(waves)) for name, value in scores.items() if name != "pesq"}
+        of_networks = {
+            name: value * factor(len(waves)) for name, value in scores.items() if name != "pesq"
+        }
         return scores | of_networks  # PESQ is no network: it hears every audio by itself
 
     common.scoring.score_waves = noisy
