@@ -8,23 +8,22 @@ made from what, ranks, blocks of scores, training, media, people's answers.
 
 Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 
-| paper          | variable      | shape          | unit, range           | MMAudio            | Frieren               |
-|----------------|---------------|----------------|-----------------------|--------------------|-----------------------|
-| a_0            | a_0           | (B, T, C)      | normalised latent     | x1                 | x1, (B, C, T)         |
-| eps            | eps           | (B, T, C)      | N(0, 1)               | x0                 | x0                    |
-| t              | t             | (B,)           | [0, 1], 1 = noise     | 1 - t              | 1 - t, as t * 1000    |
-| a_t            | a_t           | (B, T, C)      | (1 - t) a_0 + t eps   | xt                 | xt                    |
-| v              | v             | (B, T, C)      | eps - a_0             | -(x1 - x0)         | -ut                   |
-| u_theta, u_ref | u_theta/u_ref | (B, T, C)      | predicted v           | -predict_flow      | -apply_model          |
-| v, c           | features      | dict, B rows   | frozen encoders       | clip, sync, text_f | CAVP features         |
-| gamma          | guidance      | float          | 1 = no guidance       | cfg_strength       | cfg scale             |
-| beta           | beta          | float          | Eq. 5                 |                    |                       |
-| p_i            | p             | (B, 3)         | (Good, Medium, Bad)   |                    |                       |
-| score_c        | score_c       | float          | [-1, 1], Eq. 3        |                    |                       |
+| paper          | variable | shape     | unit, range         | MMAudio            | Frieren      |
+|----------------|----------|-----------|---------------------|--------------------|--------------|
+| a_0            | a_0      | (B, T, C) | normalised latent   | x1                 | x1 (B, C, T) |
+| eps            | eps      | (B, T, C) | N(0, 1)             | x0                 | x0           |
+| t              | t        | (B,)      | [0, 1], 1 = noise   | 1 - t              | 1000 (1 - t) |
+| a_t            | a_t      | (B, T, C) | (1 - t) a_0 + t eps | xt                 | xt           |
+| v (velocity)   | v        | (B, T, C) | eps - a_0           | -(x1 - x0)         | -ut          |
+| u_theta, u_ref | u        | (B, T, C) | predicted v         | -predict_flow      | -apply_model |
+| v, c (inputs)  | features | B rows    | frozen encoders     | clip, sync, text_f | CAVP         |
+| gamma          | guidance | float     | 1 = no guidance     | cfg_strength       | cfg scale    |
+| beta           | beta     | float     | Eq. 5               |                    |              |
+| p_i            | p        | (B, 3)    | (Good, Medium, Bad) |                    |              |
+| score_c        | score_c  | float     | [-1, 1], Eq. 3      |                    |              |
 """
 
 import argparse
-import functools
 import hashlib
 import importlib
 import math
@@ -41,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from plumbing import (
+from plumbing import (  # noqa: F401, some of these rooms are for stages and adapters alone
     ahead,
     cores,
     digits,
@@ -54,18 +53,7 @@ from plumbing import (
     scoring,
     training,
 )
-from plumbing.files import NoAudio, NoFile, SkipClip, Stop, stop
-
-__all__ = [
-    "NoAudio",
-    "NoFile",
-    "SkipClip",
-    "ahead",
-    "media",
-    "people",
-    "ranks",
-    "record",
-]  # for stages and adapters
+from plumbing.files import NoAudio, NoFile, SkipClip, Stop, stop  # noqa: F401
 
 digits.same_on_every_cpu()  # before torch computes anything
 
@@ -78,10 +66,10 @@ SCORES = ("ib", "clap", "desync_s", "is_nats", "pesq")  # score_1 ... score_5 (S
 
 
 def interpolate(a_0, eps, t):
-    """Rectified flow's straight path (below Eq. 5). a_0, eps: (B, T, C); t: (B,) in [0, 1], 1 =
-    noise.
+    """Rectified flow's straight path (below Eq. 5).
 
-    Returns a_t (B, T, C), the point at time t, and v (B, T, C) = eps - a_0, the path's velocity.
+    a_0, eps: (B, T, C); t: (B,) in [0, 1], 1 = noise. Returns a_t (B, T, C), the point at time t,
+    and v (B, T, C) = eps - a_0, the path's velocity.
     """
     t = t[:, None, None]
     return (1 - t) * a_0 + t * eps, eps - a_0
@@ -91,32 +79,33 @@ def flow_error(v, u):
     """||v - u||^2 of Eq. 5 for each row: v, u (B, T, C), any float type -> (B,) float32.
 
     Paper silent: sum or mean. We average over the latent, as Diffusion-DPO's code and its followers
-    do, so that beta means the same for every latent size; the sum reading is beta times T * C.
+    do, so that beta means the same for every latent size: beta on means is beta / (T C) on sums.
     """
     return (v.float() - u.float()).square().mean(dim=(1, 2))
 
 
 def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
-    """Eq. 5 for each pair; no model, no randomness. err_*: (B,) float32, `flow_error` of policy and
-    reference.
+    """Eq. 5 for each pair; no model, no randomness.
+
+    err_*: (B,) float32, `flow_error` of policy and reference on winner and loser. Returns loss
+    (B,), log 2 where policy equals reference, and logits (B,), positive where the policy already
+    prefers the winner (the implicit reward's margin).
 
     The printed brackets subtract the loser's gap outside beta/2, which pulls towards the loser too
     and contradicts the paragraph below Eq. 5; we use Eq. 4's, -log sigmoid(-beta/2 (W - L)).
-    `printed` takes them literally, to compare. Returns loss (B,), log 2 where policy equals
-    reference, and logits (B,), positive where the policy already prefers the winner (the implicit
-    reward's margin).
+    `printed` takes them literally, to compare.
     """
-    gap_w = (
-        err_w - ref_err_w
-    )  # W, below 0 where the policy fits the winner better than the reference does
+    gap_w = err_w - ref_err_w  # W; below 0 where the policy fits better than the reference does
     gap_l = err_l - ref_err_l  # L
-    logits = -0.5 * beta * gap_w - gap_l if printed else -0.5 * beta * (gap_w - gap_l)
+    logits = -0.5 * beta * (gap_w - gap_l)
+    if printed:
+        logits = -0.5 * beta * gap_w - gap_l
     return -F.logsigmoid(logits), logits
 
 
 def score_c(p_w, p_l):
-    """Eq. 3; p_w, p_l: (Good, Medium, Bad) of winner and loser -> float in [-1, 1], high = an easy
-    pair."""
+    """Eq. 3: a float in [-1, 1], high = an easy pair. p_w, p_l: (Good, Medium, Bad) of winner and
+    loser."""
     return 0.5 * ((p_w[0] - p_l[0]) + (p_l[2] - p_w[2]))
 
 
@@ -143,18 +132,17 @@ class AudioScore(nn.Module):
         )
 
     def logits(self, scores):
-        """scores: (B, 5) float32, nan where a score does not apply (it then counts as the mean) ->
-        (B, 3)."""
+        """(B, 5) float32 -> (B, 3). A score that does not apply, nan, counts as the mean."""
         return self.mlp(torch.nan_to_num((scores - self.mean) / self.std, nan=0.0))
 
     def forward(self, scores):
-        """scores: (B, 5) -> p: (B, 3) float64, each row sums to 1. In float32 several bad audios
-        would have P(Bad) = 1 exactly, a tie."""
+        """(B, 5) -> p (B, 3) float64, each row sums to 1. In float32 several bad audios would have
+        P(Bad) = 1 exactly, a tie."""
         return self.logits(scores).double().softmax(dim=-1)
 
     def five_scores(self, said):
-        """What the five scorers said of n audios, {ib, clap, desync_s, pesq: (n,), logits: (n,
-        tags)} -> (n, 5) float32 in the order of SCORES, nan where one does not apply."""
+        """(n, 5) float32 in the order of SCORES, nan where one does not apply. said: what the
+        scorers said of n audios, {ib, clap, desync_s, pesq: (n,), logits: (n, tags)}."""
         if said["logits"].shape[1:] != self.p_y.shape:
             stop(
                 "02_audioscore.pt: fitted with another tagger than this run's; rerun "
@@ -176,13 +164,13 @@ class AudioScore(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        otherwise = "is not an AudioScore; rerun 02_fit_audioscore.py --redo"
+        not_one = "is not an AudioScore; rerun 02_fit_audioscore.py --redo"
         state = files.load_pt(path, {"audioscore": dict})["audioscore"]
         try:
             self = cls(tags=len(state["p_y"]), hidden=len(state["mlp.0.bias"]))
         except (KeyError, TypeError):
-            stop(f"{path}: {otherwise}")
-        files.load_weights(self, state, path, otherwise)
+            stop(f"{path}: {not_one}")
+        files.load_weights(self, state, path, not_one)
         return self.to(device).eval().requires_grad_(False)
 
 
@@ -193,13 +181,13 @@ class AudioScore(nn.Module):
 
 def seed_of(*parts):
     """A seed, a function of these parts alone: an audio's is of (seed, clip, k), never of rank,
-    shard or batch."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:7], "big")
+    shard or batch. 56 bits: torch's seeds have a sign."""
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def initial_noise(model, seeds):
-    """eps at t = 1 for each seed, drawn on the CPU so that every device starts alike ->
-    (len(seeds), T, C)."""
+    """eps at t = 1, (len(seeds), T, C), drawn on the CPU so that every device starts alike."""
     eps = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -217,12 +205,13 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
     """
     a_t = initial_noise(model, seeds)
     times = torch.linspace(1, 0, steps + 1)
-    known = model.snap_t(times[:-1]).to(a_t)  # one copy to the device, not one a step
+    steps_down = (-times.diff()).tolist()
+    t_of_network = model.snap_t(times[:-1]).to(a_t)  # one copy to the device, not one a step
     with training.autocast(model.device.type):
         conditions = model.project(features)
-        for t, dt in zip(known, times.diff().tolist()):
+        for t, dt in zip(t_of_network, steps_down):
             u = model.velocity(a_t, t.expand(len(a_t)), conditions, guidance)
-            a_t = a_t + dt * u.float()
+            a_t = a_t - dt * u.float()
     return a_t
 
 
@@ -276,7 +265,7 @@ class FlowModel(nn.Module):
     sample_rate_hz: int
     clip_s: float  # seconds of video that one audio belongs to, and of audio that is judged
     checkpoint: Path  # the file that the velocity network came from
-    reads_video = False  # whether `read` decodes the clip's video, and what `others` want of it
+    reads_video = False  # whether `read` decodes the clip's video
 
     # What an adapter fills in
     # -------------------------------------------------------------------------------
@@ -288,9 +277,12 @@ class FlowModel(nn.Module):
 
     def read(self, clip, others=()):
         """What `encode` needs of a clip's files, a list of CPU tensors: decoded and made small
-        here, where no GPU is used, by a process of its own (`read_ahead`); then, if `reads_video`,
-        what `others` (as `Scorer.frames`) want of it. clip: rows.Clip with `path`. Raises
-        SkipClip(reason) for a video that cannot be used."""
+        here, where no GPU is used, in a process of its own (ahead.read_ahead).
+
+        others: what else is wanted of the same video, which is decoded once: a list of (frames per
+        second, transform) as `Scorer.frames`, whose tensors come last. clip: FoundClip. Raises
+        SkipClip(reason) for a video that cannot be used.
+        """
         return []
 
     def stamp_of(self, clip):
@@ -298,8 +290,8 @@ class FlowModel(nn.Module):
         return scoring.stamp(clip.path)
 
     def encode(self, clip, tensors):
-        """Frozen encoders, once per clip. tensors: what `read` returned. Returns a dict of float32
-        CPU tensors without batch dimension."""
+        """Frozen encoders, once per clip: `read`'s tensors -> a dict of float32 CPU tensors without
+        batch dimension."""
         raise NotImplementedError
 
     def project(self, features):
@@ -315,13 +307,11 @@ class FlowModel(nn.Module):
         raise NotImplementedError
 
     def decode(self, latents):
-        """(B, T, C) normalised latents -> (B, S) float32 waveforms at sample_rate_hz, on the
-        CPU."""
+        """(B, T, C) normalised latents -> (B, S) float32 waves at sample_rate_hz, on the CPU."""
         raise NotImplementedError
 
     def snap_t(self, t):
-        """The nearest earlier time that the network knows; the identity for continuous-time
-        networks."""
+        """The nearest earlier time that the network knows: t itself where it knows all."""
         return t
 
     def blocks(self):
@@ -329,13 +319,12 @@ class FlowModel(nn.Module):
         return []
 
     def load_policy(self, path):
-        """Replaces the velocity network's weights, strictly, by a file of `save_policy`; stops when
-        it is another model's."""
+        """Replaces the velocity network's weights, strictly, by those of `policy_state`'s file;
+        stops when it is another model's."""
         raise NotImplementedError
 
     def policy_state(self):
-        """What `save_policy` writes: the upstream's own format, loadable by upstream's own
-        loader."""
+        """What policy.pt holds: the upstream's own format, for upstream's own loader."""
         raise NotImplementedError
 
     # What all adapters share
@@ -362,8 +351,7 @@ class FlowModel(nn.Module):
         return u_null + guidance * (u_cond - u_null)
 
     def forward(self, a_t, t, features, guidance=1.0):
-        """`velocity` from features: what stages 05 and 06 train, through
-        DistributedDataParallel."""
+        """`velocity` from features: what 05 and 06 train, through DistributedDataParallel."""
         return self.velocity(a_t, t, self.project(features), guidance)
 
     def trainable_parameters(self):
@@ -378,14 +366,14 @@ class FlowModel(nn.Module):
 
 def tile(conditions, repeats):
     """Repeats every tensor of a dict along its batch: (B, ...) -> (repeats * B, ...)."""
-    return {
-        key: value.repeat(repeats, *[1] * (value.dim() - 1)) for key, value in conditions.items()
-    }
+    repeated = {}
+    for key, value in conditions.items():
+        repeated[key] = value.repeat(repeats, *[1] * (value.dim() - 1))
+    return repeated
 
 
 def stack_features(features, device):
-    """A list of dicts of tensors without batch dimension -> a dict of (B, ...) tensors on the
-    device."""
+    """A list of B dicts of tensors -> a dict of (B, ...) tensors on the device."""
     return {key: torch.stack([one[key] for one in features]).to(device) for key in features[0]}
 
 
@@ -411,9 +399,13 @@ class Scorer:
 
     sample_rate_hz: int
     files: tuple = ()  # below --weights
-    reads: tuple = ()  # what of a clip its scores depend on: "caption", "video", "reference" (the clip's sound, label)
-    frames: tuple  # of one that reads "video": (frames per second, transform of a (3, H, W) uint8 picture)
-    video_shapes: dict = {}  # of one that reads "video": {name: shape} of what `embed_video` returns
+    # What of a clip its scores depend on: "caption", "video", "reference" (the clip's own sound,
+    # and its label).
+    reads: tuple = ()
+    # Of one that reads "video": (frames per second, transform of a (3, H, W) uint8 picture), and
+    # {name: shape} of what `embed_video` returns.
+    frames: tuple
+    video_shapes: dict = {}
     workers = 0  # processes that it may have
 
     def __init__(self, weights, device):
@@ -425,9 +417,11 @@ class Scorer:
         raise NotImplementedError
 
     def score(self, waves, clips, videos):
-        """waves: (B, S) float32 at sample_rate_hz; clips: B of rows.Clip with `path`; videos: what
-        `embed_video` returned, a dict of (B, ...) tensors, rows of nan where the video cannot be
-        used. Returns a dict of (B, ...) tensors, nan where a score does not apply."""
+        """A dict of (B, ...) tensors, nan where a score does not apply.
+
+        waves: (B, S) float32 at sample_rate_hz; clips: FoundClip of each; videos: what
+        `embed_video` returned, (B, ...) each, rows of nan where the video cannot be used.
+        """
         raise NotImplementedError
 
 
@@ -438,9 +432,10 @@ class ScorerSet:
         self.run = Path(run)
         self.root = Path(root)  # the folder of their files
         self.classes = {}  # {scorer: class}
-        self.measures = {}  # what stage 07 makes of them: {metric: (mean, fd, kl or is; scorer; tensor)}
+        self.audioscore = {}  # {what AudioScore needs: (scorer, tensor)}
+        self.measures = {}  # {metric of stage 07: (mean, fd, kl or is; scorer; tensor)}
         self.judges = ()  # scorers that stage 07 asks only when told to
-        self.audioscore = {}  # where AudioScore's five are said: {ib, clap, desync_s, logits, pesq: (scorer, tensor)}
+        self.digests = {}  # {scorer: digest of its files}
         for module_name in SCORERS[name]:
             module = importlib.import_module(module_name)
             self.classes |= module.SCORERS
@@ -448,7 +443,6 @@ class ScorerSet:
             self.judges += getattr(module, "JUDGES", ())
             self.audioscore |= getattr(module, "AUDIOSCORE", {})
         self.of_audioscore = list(dict.fromkeys(scorer for scorer, _ in self.audioscore.values()))
-        self.digest = functools.cache(self.digest)
 
     def load(self, name, device="cpu", workers=0):
         scorer = self.classes[name](self.root, device)
@@ -457,8 +451,10 @@ class ScorerSet:
 
     def digest(self, name):
         """Of a scorer's files."""
-        paths = [weight_file(self.root, file) for file in self.classes[name].files]
-        return scoring.digest_of_weights(self.run, paths)
+        if name not in self.digests:
+            paths = [weight_file(self.root, file) for file in self.classes[name].files]
+            self.digests[name] = scoring.digest_of_weights(self.run, paths)
+        return self.digests[name]
 
     def tensors_of(self, name):
         """What AudioScore and the metrics want of a scorer."""
@@ -466,8 +462,8 @@ class ScorerSet:
         return {tensor for scorer, tensor in wanted if scorer == name}
 
     def five(self, said):
-        """AudioScore's part of what scorers said. said: {scorer: {tensor: values}} -> {ib, ...:
-        values}."""
+        """AudioScore's part of what scorers said: {scorer: {tensor: values}} -> {ib, clap,
+        desync_s, logits, pesq: values}."""
         return {name: said[scorer][tensor] for name, (scorer, tensor) in self.audioscore.items()}
 
 
@@ -476,10 +472,7 @@ class ScorerSet:
 # --------------------------------------------------------------------------------------------------
 
 ADAPTERS = {"toy": "adapters.toy", "mmaudio": "adapters.mmaudio", "frieren": "adapters.frieren"}
-SCORERS = {
-    "toy": ("adapters.toy",),
-    "real": ("adapters.scorers",),
-}  # run.json names the set, if not the real one
+SCORERS = {"toy": ("adapters.toy",), "real": ("adapters.scorers",)}  # run.json says which
 
 
 def adapter_of(name):
@@ -553,7 +546,7 @@ def people_of(run):
 
 @contextmanager
 def upstream(repository, folder=""):
-    """While upstream code is imported, puts the clone $UPSTREAM_DIR/<repository>/<folder> first on
+    """Around an import of upstream code: the clone $UPSTREAM_DIR/<repository>/<folder> is first on
     sys.path; without that variable the installed package is used."""
     root = os.environ.get("UPSTREAM_DIR")
     path = str(Path(root) / repository / folder) if root else None
@@ -562,8 +555,10 @@ def upstream(repository, folder=""):
     try:
         yield
     except ModuleNotFoundError as error:
-        advice = "install it (docs/mmaudio.md, docs/frieren.md), or set UPSTREAM_DIR to the folder of its clone"
-        stop(f"{repository}: cannot import {error.name}; {advice}")
+        stop(
+            f"{repository}: cannot import {error.name}; install it (docs/mmaudio.md, "
+            "docs/frieren.md), or set UPSTREAM_DIR to the folder of its clone"
+        )
     finally:
         if path:
             sys.path.remove(path)
@@ -591,20 +586,14 @@ def weight_row(name):
 
 
 def print_missing(weights, names):
-    """The files among these that are not below --weights, with what docs/weights.md says of them,
-    and their size."""
-    in_gb = {"kB": 1e-6, "KB": 1e-6, "MB": 1e-3, "GB": 1, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}
-    missing = 0
-    gb = 0.0
-    for name in dict.fromkeys(names):
-        if not (Path(weights) / name).exists():
-            source, size, use = weight_row(name)
-            print(f"  {name} ({size}), {use}: {source}")
-            missing += 1
-            for number_of, unit in re.findall(r"([\d.]+) ([kKMG]i?B)", size):
-                gb += float(number_of) * in_gb[unit]
+    """The files among these that are not below --weights, with what docs/weights.md says of
+    them."""
+    missing = [name for name in dict.fromkeys(names) if not (Path(weights) / name).exists()]
+    for name in missing:
+        source, size, use = weight_row(name)
+        print(f"  {name} ({size}), {use}: {source}")
     if missing:
-        print(f"missing below {weights}/: {missing} files, {gb:.1f} GB in all")
+        print(f"missing below {weights}/: {len(missing)} files")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -643,8 +632,8 @@ def read_clips(run, split=None):
     root = run / run_json.video_root
     found = []
     ids = set()
-    for number_of, clip in enumerate(rows.read(file, rows.Clip, "; rerun 01_generate.py"), 1):
-        where = f"{file}, line {number_of}"
+    for line, clip in enumerate(rows.read(file, rows.Clip, "; rerun 01_generate.py"), 1):
+        where = f"{file}, line {line}"
         if clip.id in ids:
             stop(f"{where}, field 'id': {clip.id} occurs twice; rerun 01_generate.py")
         ids.add(clip.id)
@@ -658,8 +647,10 @@ def read_clips(run, split=None):
 
 
 def read_samples(run):
-    """Every audio of stage 01: {clip: [FoundSample, ...]} in order of k. Every train clip that
-    stage 01 drew must be there, with all its audios, or be skipped."""
+    """Every audio of stage 01: {clip: [FoundSample, ...]} in order of k.
+
+    Every train clip that stage 01 drew must be there, with all its audios, or be skipped.
+    """
     run = Path(run)
     run_json = read_run(run)
     train = {clip.id for clip in rows.read(run / "clips.jsonl", rows.Clip) if clip.split == "train"}
@@ -674,9 +665,10 @@ def read_samples(run):
         for i, sample in enumerate(rows.read(file, FoundSample, hint)):
             audios = samples.setdefault(sample.clip, [])
             wav = f"01_audio/{sample.clip}_{sample.k}.wav"
-            in_order = sample.row == i and sample.k == len(audios)
-            in_one_piece = not audios or (audios[-1].shard, audios[-1].row) == (shard, i - 1)
-            if not in_order or not in_one_piece or sample.clip not in train or sample.wav != wav:
+            is_of_run = sample.clip in train and sample.wav == wav
+            is_next = sample.row == i and sample.k == len(audios)
+            in_one_shard = all(audio.shard == shard for audio in audios)
+            if not (is_of_run and is_next and in_one_shard):
                 stop(
                     f"{file}, line {i + 1}: not the next audio of a train clip, with its row, k "
                     f"and wav{hint}"
@@ -703,7 +695,7 @@ def shard_blocks(run, samples, clips):
     for clip_id, audios in samples.items():
         shard = audios[0].shard
         if shard not in blocks:
-            blocks[shard] = scoring.Block(shard, folder, folder, [], [])
+            blocks[shard] = scoring.Block(shard, scores=folder, videos=folder, clips=[], audios=[])
         clip = clip_of[clip_id]
         blocks[shard].clips.append(clip)
         for audio in audios:
@@ -726,38 +718,28 @@ def read_pairs(path, row_type, hint):
 def known_k(line, samples, where, field):
     """The k in this field of an answer as an integer, after checking that stage 01 made the k-th
     audio of its clip."""
-    clip = line.get("clip")
-    if clip is None:
-        stop(f"{where}: field 'clip' is missing")
+    for needed in ("clip", field):
+        if line.get(needed) is None:
+            stop(f"{where}: field '{needed}' is missing")
+    clip = line["clip"]
+    k = line[field]
     if not isinstance(clip, str) or clip not in samples:
         stop(f"{where}, field 'clip': {repr(clip)[:80]} is no clip with generated audio")
-    k = line.get(field)
-    if k is None:
-        stop(f"{where}: field '{field}' is missing")
-    known = {str(audio.k): audio.k for audio in samples[clip]}
-    if isinstance(k, bool) or str(k).strip() not in known:
-        stop(
-            f"{where}, field '{field}': {repr(k)[:80]} is no audio of {clip} (there are "
-            f"{', '.join(known)})"
-        )
-    return known[str(k).strip()]
+    for audio in samples[clip]:
+        if str(k).strip() == str(audio.k):
+            return audio.k
+    known = ", ".join(str(audio.k) for audio in samples[clip])
+    stop(f"{where}, field '{field}': {repr(k)[:80]} is no audio of {clip} (there are {known})")
 
 
 def to_simulate(run, file, asked, redo):
-    """Whether simulated people answer: nobody has, or, with --redo, only they have, and to other
-    questions. file: their answers; asked: a list of tuples (clip, k), or (clip, a, b)."""
+    """Whether simulated people answer what is asked: nobody has, or, with --redo, only they have.
+    file: the answers."""
     if people_of(run) is None or not asked:
         return False
     if not file.exists():
         return True
-    answers = [line for _, line in files.read_jsonl(file)]
-    fields = ("clip", "k") if len(asked[0]) == 2 else ("clip", "a", "b")
-    answered = {tuple(line.get(field) for field in fields) for line in answers}
-    return (
-        redo
-        and all(line.get("rater") == "simulated" for line in answers)
-        and answered != set(asked)
-    )
+    return redo and all(line.get("rater") == "simulated" for _, line in files.read_jsonl(file))
 
 
 def score_fields(scores):
@@ -774,8 +756,8 @@ def score_fields(scores):
 
 
 class Parser(argparse.ArgumentParser):
-    """A stage's parser: the first line of its docstring, defaults in --help, a bad flag as a user
-    error, --run-dir."""
+    """A stage's parser: its docstring's first line and defaults in --help, three groups of flags,
+    --run-dir, a bad flag as a user error."""
 
     def __init__(self, doc):
         super().__init__(
@@ -803,27 +785,30 @@ def workers_flag(parser):
     share = min(cores.MOST_WORKERS, share)
     if sys.platform != "linux":
         share = 0  # a fork is not safe
-    described = (
-        "processes that decode video or compute PESQ, by default the cores per rank, at most "
+    parser.engineering.add_argument(
+        "--workers",
+        type=number(int, 0),
+        default=share,
+        help="processes that decode video or compute PESQ, by default the cores per rank, at most "
+        f"{cores.MOST_WORKERS}; 0: none besides this one",
     )
-    described += f"{cores.MOST_WORKERS}; 0: none besides this one"
-    parser.engineering.add_argument("--workers", type=number(int, 0), default=share, help=described)
 
 
 def number(kind, least, most=None):
-    """A flag's type: a finite int or float from least to most (if None, a number that no flag can
-    mean)."""
-    most = {int: 2**31 - 1, float: 1e9}[kind] if most is None else most
+    """A flag's type: an int or float from least to most, by default the largest that makes sense
+    anywhere."""
+    if most is None:
+        most = 2**31 - 1 if kind is int else 1e9
 
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and least <= value <= most):
-            kinds = {int: "a whole number", float: "a number"}
+        if not least <= value <= most:  # nan is not
+            named = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(
-                f"{text[:40]!r} must be {kinds[kind]} from {least} to {most}"
+                f"{text[:40]!r} must be {named} from {least} to {most}"
             )
         return value
 
@@ -839,24 +824,26 @@ def parse(parser, argv, stage):
             f"--run-dir {args.run_dir}: its name is not UTF-8, so that not every library can open "
             "it; use another"
         )
-    own = own_defaults(parser, args, stage)
-    if not own:
-        return args
-    paper = {key: parser.get_default(key) for key in own}
-    parser.set_defaults(**own)
-    args = parser.parse_args(argv)
+    file, own = own_defaults(args, stage)
+    paper = {name: parser.get_default(name) for name in own}
+    try:
+        parser.set_defaults(**own)
+        args = parser.parse_args(argv)
+    except Stop as reason:
+        stop(f"{file}, field 'defaults', stage {stage}: {reason}")
     changed = []
-    for key, value in own.items():
-        if getattr(args, key) == value != paper[key]:
-            changed.append(f"{key} {paper[key]} -> {value}")
+    for name in own:
+        value = getattr(args, name)
+        if str(value) == own[name] and value != paper[name]:
+            changed.append(f"{name} {paper[name]} -> {value}")
     if changed and int(os.environ.get("RANK", 0)) == 0:
         print(f"this run's defaults: {', '.join(changed)}")
     return args
 
 
-def own_defaults(parser, args, stage):
-    """The run's replacements for the paper's numbers of a stage, {flag: value}, each what the flag
-    may be."""
+def own_defaults(args, stage):
+    """The file that replaces the paper's numbers, and its numbers for this stage, {flag: text}, as
+    argparse takes them."""
     folders = [Path(args.run_dir)]
     if getattr(args, "checkpoint", None):
         folders.append(Path(args.checkpoint).parent)
@@ -864,24 +851,16 @@ def own_defaults(parser, args, stage):
         file = folder / "run.json"
         if not file.is_file():
             continue
-        defaults = rows.read_json(file, rows.Defaults).defaults
-        if stage not in defaults:
+        defaults = rows.read_json(file, rows.Defaults).defaults.get(stage, {})
+        if not defaults:
             continue
-        flags = {action.dest: action for action in parser._actions if action.type}
         own = {}
-        for key, value in defaults[stage].items():
-            text = (
-                f"{value:g}" if value == int(value) else str(value)
-            )  # JSON knows one kind of number
-            try:
-                own[key] = flags[key].type(text)
-            except (KeyError, argparse.ArgumentTypeError):
-                stop(
-                    f"{file}, field 'defaults': {key} {value!r} is no flag of stage {stage} with "
-                    "such a value"
-                )
-        return own
-    return {}
+        for name, value in defaults.items():
+            if name not in args:
+                stop(f"{file}, field 'defaults': {name} is no flag of stage {stage}")
+            own[name] = str(int(value)) if value == int(value) else str(value)
+        return file, own
+    return None, {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -904,26 +883,27 @@ def less_memory(args):
 
 
 def one_line(error, args):
-    """What a person reads of an error of theirs, or of the system; None for one of ours."""
+    """An error of the user's or of the system as a line for people; None for one of this code."""
     said = " ".join(str(error).split())
     if isinstance(error, Stop):
         return str(error)
     if isinstance(error, UnicodeEncodeError):
-        return f"{error.object[:200]!a}: a name that is not UTF-8, which some libraries cannot open; rename it"
+        name = ascii(error.object[:200])
+        return f"{name}: a name that is not UTF-8, which some libraries cannot open; rename it"
     if isinstance(error, OSError):
-        return f"{error.filename or 'system'}: {error.strerror or error}; mend that, then run the command again"
+        what = f"{error.filename or 'system'}: {error.strerror or error}"
+        return f"{what}; mend that, then run the command again"
     if isinstance(error, MemoryError) or files.NO_MEMORY in said:
         return (
             "the machine's memory is full; lower --workers or make room, then run the command again"
         )
     if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in said:
         return f"{said[:80]} ...: more than the GPU has; {less_memory(args)}"
-    if (
-        getattr(args, "lora", 0) and "does not require grad" in said
-    ):  # torch, of a loss that no weight has a part in
+    if getattr(args, "lora", 0) and "does not require grad" in said:  # no weight has a part in it
         return f"--lora: {training.nothing_is_trained()}"
     if re.match(r"a worker process ended unexpectedly|A process in the process pool was", said):
-        return f"{said[:80]} ...: perhaps the machine's memory is full; lower --workers, then run the command again"
+        advice = "lower --workers, then run the command again"
+        return f"{said[:80]} ...: perhaps the machine's memory is full; {advice}"
     return None
 
 
@@ -932,11 +912,8 @@ def start_in_utf8():
     Python reads them in the terminal's encoding where it is told to (latin-1, LC_ALL=C with
     PYTHONUTF8=0), and cannot change that later."""
     if os.environ.get("PYTHONUTF8") != "1":
-        environment = {
-            **os.environ,
-            "PYTHONUTF8": "1",
-            "PYTHONIOENCODING": sys.stdout.encoding,
-        }  # the terminal's stays
+        environment = dict(os.environ, PYTHONUTF8="1")
+        environment["PYTHONIOENCODING"] = sys.stdout.encoding  # the terminal's stays
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
@@ -958,12 +935,9 @@ def launch(main, parse_args):
         if line is None:
             raise
         if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(
-                5
-            )  # what rank 0 has met too, it has said by now, and torchrun ends this process
-        tqdm.write(
-            f"error: {line}", file=sys.stderr
-        )  # on a line of its own, also beside a progress bar
+            # What rank 0 has met too, it has said by then, and torchrun has ended this process.
+            time.sleep(5)
+        tqdm.write(f"error: {line}", file=sys.stderr)  # a line of its own, also beside a bar
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)

@@ -28,38 +28,42 @@ class Ranks(NamedTuple):
 
 
 def setup():
-    """Joins the other processes of torchrun, by nccl on CUDA, by gloo elsewhere. Others than the
-    first speak of errors alone."""
+    """Joins the other processes of torchrun, by nccl on CUDA, by gloo elsewhere. What others than
+    the first print goes nowhere, but for errors. float32 products are TF32 on CUDA."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
     device = "cpu"
-    options = {}
     if torch.cuda.is_available():
         here = torch.cuda.device_count()
         if local >= here:
             stop(f"process {local} of this node has no GPU ({here} here); lower --nproc_per_node")
         device = f"cuda:{local}"
-        options["device_id"] = torch.device(device)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
-        to_meet = timedelta(seconds=60)
-        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=to_meet))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # Restarted by torchrun, ranks would find their predecessors' addresses, and wait for
-            # them.
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        backend = "gloo" if device == "cpu" else "nccl"
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=to_meet, **options
-        )
-        to_wait = timedelta(hours=12)  # for the slowest clip, scorer or encoder
-        dist.distributed_c10d._set_pg_timeout(to_wait)
+        join(rank, world, device)
     return Ranks(rank, world, device)
+
+
+def join(rank, world, device):
+    """The process group. The others must come within 60 s, or torchrun would wait half an hour for
+    one that has ended; at work they may take 12 hours, for the slowest clip, scorer or encoder."""
+    to_meet = timedelta(seconds=60)
+    store, *_ = next(dist.rendezvous("env://", rank, world, timeout=to_meet))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # Restarted by torchrun, a process would find its predecessors' addresses, and wait for
+        # them.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    options = {"store": store, "rank": rank, "world_size": world, "timeout": to_meet}
+    if device == "cpu":
+        dist.init_process_group("gloo", **options)
+    else:
+        dist.init_process_group("nccl", device_id=torch.device(device), **options)
+    dist.distributed_c10d._set_pg_timeout(timedelta(hours=12))
 
 
 def is_first():

@@ -1,17 +1,22 @@
 """What a stage's output was made from, and who may make it: one rule for all stages.
 
     with record.stage(run, "03", inputs=[...], outputs=[...], redo=args.redo) as stage:
-        ...                      # where people answer: the sheet is written, their answers are taken
-        stage.claim(settings)    # the record says that the output is made with these settings from these inputs
-        ...                      # the work
+        ...  # where people answer: the sheet is written, their answers are taken
+        stage.claim(settings)
+        ...  # the work
 
-The first two digits of a file's name say which stage wrote it. That stage's record,
-NN_settings.json, or settings.json in a policy's folder, holds its settings and the digests of its
-inputs and outputs.
+1. Entered, it locks the output and proves the inputs: nothing that they were made from has changed.
+2. `claim` writes the stage's record, its settings and the digests of its inputs, or stops where the
+   record that is there says otherwise.
+3. Left without an error on any rank, it adds the digests of the outputs to the record.
+
+The first two digits of a file's name say which stage wrote it. That stage's record is
+NN_settings.json, or settings.json in a policy's folder.
 """
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -32,12 +37,11 @@ except ModuleNotFoundError:
 
 
 class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
-    """Locks an output, proves the inputs, and seals what was written when all ranks have come to
-    the end.
+    """What this module's docstring says.
 
-    name: the stage's two digits, or a policy's folder; inputs, outputs: names below the run folder.
-    An error on any rank seals nothing. Only processes that see each other's POSIX locks are kept
-    apart.
+    name: the stage's two digits, or a policy's folder; inputs, outputs: names below the run folder;
+    advice: what to do where the record says otherwise. Only processes that see each other's POSIX
+    locks are kept apart.
     """
 
     def __init__(
@@ -49,11 +53,7 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
         self.outputs = list(outputs)
         self.redo = redo
         self.advice = advice
-        self.file = (
-            self.run / f"{name}_settings.json"
-            if len(name) == 2
-            else self.run / name / "settings.json"
-        )
+        self.file = settings_file(self.run, name)
         self.lock = None
         self.claimed = False
 
@@ -61,17 +61,13 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
         if ranks.is_first():
             self.run.mkdir(parents=True, exist_ok=True)
             self.lock = take_lock(self.run, self.name)
-            if self.run not in UNLOCKED:  # else another process may be writing them
-                remove_temporaries(self.run, self.name)
+            remove_temporaries(self.run, self.name)
             follow(self.run, self.inputs)
         ranks.barrier()
         return self
 
     def claim(self, settings, more_inputs=()):
-        """Writes the record, or stops where the one that is there says otherwise: nothing is ever
-        half made with other settings. `redo` removes the old outputs first: interrupted, it leaves
-        none that the new record would vouch for. more_inputs: what was written since the lock was
-        taken, people's answers."""
+        """more_inputs: what was written since the stage was entered, people's answers."""
         self.inputs += more_inputs
         if ranks.is_first():
             self.write(settings, self.redo)
@@ -79,8 +75,11 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
         ranks.barrier()
 
     def write(self, settings, redo):
+        """With `redo` the old outputs go before the new record is there, which never vouches for
+        them, whenever this is killed."""
         digests = {name: digest(self.run / name) for name in self.inputs}
-        new = rows.Record(settings=json.loads(json.dumps(settings)), inputs=digests)
+        settings = json.loads(json.dumps(settings))  # as they will be read: a tuple is a list
+        new = rows.Record(settings=settings, inputs=digests)
         if self.file.exists() and not redo:
             compare(self.file, new, self.advice)
             return
@@ -117,61 +116,70 @@ def compare(file, new, advice):
             stop(f"{file}: {name} has changed since; {advice}")
 
 
-def follow(run, names):
+def follow(run, names, digests=None):
     """Stops unless these outputs of earlier stages exist and nothing that they were made from has
     changed since, back to stage 01. The earliest change is named: it is the one to mend."""
-    known = set()
+    digests = {} if digests is None else digests  # of the files that were looked at
     for name in names:
-        follow_one(Path(run), name, known)
+        if name in digests:
+            continue
+        path = run / name
+        file = record_of(run, name)
+        scripts = [script.name for script in ROOT.glob(f"{name[:2]}_*.py")]
+        script = scripts[0] if scripts else "the stage that writes it"
+        for needed in (path, file):
+            if not needed.exists():
+                stop(f"{needed}: no such file; run {script} --run-dir {run} first")
+        again = f"rerun {script} --run-dir {run} --redo"
+        if file.parent != run:
+            again = "train it anew, into another --out"
+
+        made = rows.read_json(file, rows.Record)
+        digests[name] = digest(path)
+        if made.outputs.get(name, digests[name]) != digests[name]:
+            stop(f"{path}: not the file that was written here, edited, or of another run; {again}")
+        for source in made.inputs:
+            files.inside(run, source, file)
+        follow(run, made.inputs, digests)
+        for source, was in made.inputs.items():
+            if digests[source] != was:
+                stop(f"{run / source}: changed after it was read for {path}; {again}")
 
 
-def follow_one(run, name, known):
-    path = run / name
-    file = record_of(run, name)
-    script = next((path.name for path in ROOT.glob(f"{name[:2]}_*.py")), "the stage that writes it")
-    again = f"rerun {script} --run-dir {run} --redo"
-    if file.parent != run:
-        again = "train it anew, into another --out"
-    for needed in (path, file):
-        if not needed.exists():
-            stop(f"{needed}: no such file; run {script} --run-dir {run} first")
-    made = rows.read_json(file, rows.Record)
-    if name in made.outputs and digest(path) != made.outputs[name]:
-        stop(f"{path}: not the file that was written here, edited, or of another run; {again}")
-    if file in known:
-        return
-    known.add(file)
-    for source in made.inputs:
-        if not files.inside(run, source, file).exists():
-            stop(
-                f"{run / source}: missing, but {path} was made from it; run the stage that writes "
-                "it again"
-            )
-        follow_one(run, source, known)
-    for source, was in made.inputs.items():
-        if digest(run / source) != was:
-            stop(f"{run / source}: changed after it was read for {path}; {again}")
+def settings_file(run, name):
+    """The record of a stage, named by its two digits, or of a policy, named by its folder."""
+    if is_stage(name):
+        return run / f"{name}_settings.json"
+    return run / name / "settings.json"
+
+
+def is_stage(name):
+    return re.fullmatch(r"\d\d", name) is not None
 
 
 def record_of(run, name):
     """The record of the stage that wrote this file."""
     top = Path(name).parts[0]
-    of_policy = run / top / "settings.json"
-    return of_policy if of_policy.exists() else run / f"{top[:2]}_settings.json"
+    of_policy = settings_file(run, top)
+    return of_policy if of_policy.exists() else settings_file(run, top[:2])
 
 
 # --------------------------------------------------------------------------------------------------
 # Locks
 # --------------------------------------------------------------------------------------------------
 
-UNLOCKED = set()  # run folders on whose disk locks do not work
+NO_LOCKS = (
+    "warning: {run}: files cannot be locked here ({why}); nothing keeps two commands from writing "
+    "to it at the same time: run one after the other"
+)
+unlocked = set()  # run folders on whose disk locks do not work
 
 
 def take_lock(run, name):
     """Locks an output, in a file whose text says who has it (not inherited by child processes), and
     returns it open. Where locks do not work (Lustre without flock, some NFS), that is said once for
     a run, and the work goes on."""
-    stream = open(run / f".{name}.lock", "a+", encoding="utf-8")  # noqa: SIM115, held until the stage ends
+    stream = open(run / f".{name}.lock", "a+", encoding="utf-8")  # noqa: SIM115, until the end
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -179,13 +187,9 @@ def take_lock(run, name):
         holder = stream.read() or "another process"
         stop(f"{run}: {name} is being made by {holder}; wait for it, or stop it")
     except OSError as error:
-        if run not in UNLOCKED:
-            UNLOCKED.add(run)
-            unprotected = "nothing keeps two commands from writing to it at the same time: run one after the other"
-            print(
-                f"warning: {run}: files cannot be locked here ({error.strerror}); {unprotected}",
-                file=sys.stderr,
-            )
+        if run not in unlocked:
+            unlocked.add(run)
+            print(NO_LOCKS.format(run=run, why=error.strerror), file=sys.stderr)
     stream.truncate(0)
     stream.write(f"process {os.getpid()} on {socket.gethostname()}")
     stream.flush()
@@ -193,15 +197,22 @@ def take_lock(run, name):
 
 
 def remove_temporaries(run, name):
-    """What killed processes left half written of a stage's, or of a policy folder's, files."""
-    patterns = [f".{name}*.tmp*", f"{name}/**/.*.tmp*"]
-    if len(name) == 2:
-        patterns.append(f"{name}_*/**/.*.tmp*")
+    """What killed processes left half written of a stage's, or of a policy folder's, files. Where
+    locks do not work they stay: another process may be writing them."""
+    if run in unlocked:
+        return
+    folder = f"{name}_*" if is_stage(name) else name
+    patterns = [f".{name}*.tmp*", f"{folder}/**/.*.tmp*"]
     if name in ("00", "01"):
         patterns += [".run*.tmp*", ".clips*.tmp*"]
     for pattern in patterns:
         for file in run.glob(pattern):
             file.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# The code
+# --------------------------------------------------------------------------------------------------
 
 
 def commit():

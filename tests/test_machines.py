@@ -51,7 +51,7 @@ def test_where_locks_do_not_work_that_is_said_once_for_a_run_and_the_work_goes_o
     code, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(fcntl, "lockf", failing(code))
-    monkeypatch.setattr(record, "UNLOCKED", set())
+    monkeypatch.setattr(record, "unlocked", set())
     foreign = tmp_path / "run" / "01_audio" / ".a_0.wav.71.tmp.wav"
     foreign.parent.mkdir(parents=True)
     foreign.touch()
