@@ -37,7 +37,8 @@ from scipy import stats
 
 import common
 from common import AudioScore, files, media, number, ranks, record, rows, scoring, stop
-from plumbing.rows import ShownMetric
+
+ShownMetric = rows.ShownMetric
 
 POLICIES = {"flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}  # evaluated where nobody asks for others
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")
@@ -209,25 +210,22 @@ def jackknife(statistic, n, blocks=20, seed=0):
     return value, value - reach, value + reach
 
 
-def value_and_interval(how, values):
-    """Value, low and high of a metric, from its `clip_values`."""
+def with_interval(how, values, against=None):
+    """Value, low and high of a metric, from its `clip_values`; with `against`, another system's, of
+    the difference to that, over the clips that both have."""
     if how in ("mean", "kl"):
-        return bootstrap(values)
-    whole = is_whole(values)
-    return jackknife(lambda chosen: set_metric(how, values, chosen & whole), len(values))
+        return bootstrap(values if against is None else values - against)
+    counts = is_whole(values)
+    if against is not None:
+        counts &= is_whole(against)
 
+    def statistic(chosen):
+        value = set_metric(how, values, chosen & counts)
+        if value is None or against is None:
+            return value
+        return value - set_metric(how, against, chosen & counts)
 
-def difference_and_interval(how, values, against):
-    """The same of its difference to another system, over the clips that both have."""
-    if how in ("mean", "kl"):
-        return bootstrap(values - against)
-    both = is_whole(values) & is_whole(against)
-
-    def difference(chosen):
-        ours = set_metric(how, values, chosen & both)
-        return None if ours is None else ours - set_metric(how, against, chosen & both)
-
-    return jackknife(difference, len(values))
+    return jackknife(statistic, len(values))
 
 
 def verdict(better, diff, low, high):
@@ -247,10 +245,10 @@ def results_of(values, how_of, metrics, against="base"):
                 continue
             how = how_of.get(metric, "mean")
             ours = values[system][metric]
-            value, low, high = value_and_interval(how, ours)
+            value, low, high = with_interval(how, ours)
             diff = (None, None, None)
             if system != against and metric in values.get(against, {}):
-                diff = difference_and_interval(how, ours, values[against][metric])
+                diff = with_interval(how, ours, values[against][metric])
             result = rows.Result(
                 system=system,
                 metric=metric,
