@@ -1,37 +1,47 @@
-"""Stage 08: pages for people: the report (Sec. 3.2); packs to rate (2.1), to choose from (2.2), and
-of unnamed systems.
+"""Stage 08: pages for people: the report (Sec. 3.2), and packs of sounds to rate, choose, compare.
+
+Raters answer `rate` (Sec. 2.1) and `choose` (2.2). The paper has nothing like `blind`, which asks
+which of two systems, unnamed, people prefer.
 
 Run:
-    python 08_listen.py                                         # after 07: the report
-    python 08_listen.py rate --run-dir runs/vgg                 # after 02: packs of the audios of 02_to_rate.csv
-    python 08_listen.py choose --run-dir runs/vgg               # after 03: packs of the pairs of 03_to_choose.csv
-    python 08_listen.py blind --run-dir runs/vgg                # after 07: the systems' audio of test clips, unnamed
+    python 08_listen.py                              # after 07: the report
+    python 08_listen.py rate --run-dir runs/vgg      # after 02: the audios of 02_to_rate.csv
+    python 08_listen.py choose --run-dir runs/vgg    # after 03: the pairs of 03_to_choose.csv
+    python 08_listen.py blind --run-dir runs/vgg     # after 07: the systems' audio of test clips
     python 08_listen.py blind --run-dir runs/vgg --answers packs/blind_*.csv
 
 Reads:
-    07_results.jsonl, 07_systems.json                the numbers, how they are shown, the audio of every system
-    policy.json, settings.json, log.jsonl            of the policy folders among the systems
-    02_audioscore.pt, 04_stage*.jsonl, 04_settings.json      heldout; pairs and threshold; left out where there are none
-    clips.jsonl, videos, 00_truth.jsonl              what six test clips show, and (toy world) when it sounds
-    02_to_rate.csv, 03_to_choose.csv, 01_audio/      what is asked, with any further columns; what is heard
-    --guide FILE       a line with the question, then `word: a sentence on it` for each answer
-    --answers FILE...  of blind: clip, a, b (systems), choice (a, b or tie), rater; if known repeat, seconds, comment,
-                       and audios (a digest of both, by which answers about other audio are refused)
+    07_results.jsonl      the numbers
+    07_systems.json       how they are shown, the audio of every system
+    policy.json, settings.json, log.jsonl    of the policy folders among the systems
+    02_audioscore.pt      heldout, if it is there: p (n, 3), rating (n,)
+    04_stage1.jsonl, 04_stage2.jsonl    if they are there: score_c of the pairs
+    04_settings.json      their threshold
+    clips.jsonl, videos   what six test clips show
+    00_truth.jsonl        toy world: when they sound
+    02_to_rate.csv, 03_to_choose.csv    what is asked, with any further columns
+    01_audio/             what is heard
+    --guide FILE          a line with the question, then `word: a sentence on it` for each answer
+    --answers FILE...     of blind: clip, a, b (systems), choice (a, b or tie), rater; if known
+                          repeat, seconds, comment, and audios (a digest of both, by which answers
+                          about other audio are refused)
 Writes:
-    08_report.html     one self-contained file that opens from disk in any browser, without network
-    08_rate/00001.html, 08_choose/00001.html, 08_blind/00001.html ...      packs, as self-contained; each saves a .csv
-                       with the sheet's columns and repeat (0, 1), seconds, comment, which 02, 03 and `blind` read
-    08_blind.jsonl     a, b (systems), win_rate (of a; a tie is half a win), low, high (95 %), n (answers), ties, clips,
-                       raters
+    08_report.html        one self-contained file that opens from disk in any browser, offline
+    08_rate/00001.html, 08_choose/00001.html, 08_blind/00001.html ...
+                          packs, as self-contained; each saves a .csv with the sheet's columns and
+                          repeat (0, 1), seconds, comment, which 02, 03 and `blind` read
+    08_blind.jsonl        a, b (systems), win_rate (of a; a tie is half a win), low, high (95 %), n
+                          (answers), ties, clips, raters
 Takes: toy report 6 s, a pack 1 s on 2 shared cores.
 """
 
 import base64
+import functools
 import io
 import math
 import random
-import time
-from itertools import combinations
+from collections import defaultdict
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +57,20 @@ from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import common
-from common import RATINGS, SkipClip, ahead, cores, files, media, number, people, record, rows, stop
+from common import (
+    RATINGS,
+    SkipClip,
+    ahead,
+    cores,
+    files,
+    media,
+    number,
+    people,
+    record,
+    rows,
+    scoring,
+    stop,
+)
 
 LISTEN = 6  # clips in the report's listening section
 REPEATED = 20  # one question of so many is asked twice
@@ -59,59 +82,80 @@ class Mode(NamedTuple):
     """What a pack asks of people."""
 
     title: str
-    script: str  # whose output is judged
-    sheet: str
-    heard: str  # the columns that say which audios a question is about
+    question: str
+    words: dict  # {an answer: a sentence on it}
     answer: str  # the column of the answer
-    words: tuple  # the answers
-    guide: str  # the question, and a sentence on each answer
+    sounds: tuple  # the columns that say which audios a question is about
+    split: str  # of its clips
+    then: str  # the command that takes what packs save
+    sheet: str = ""  # what is asked, if a stage has written that
 
 
 MODES = {
-    "rate": Mode("Rate sounds", "02_fit_audioscore.py", "02_to_rate.csv", "k", "rating", RATINGS, """
-How good is this sound for the video?
-Good: what the video should sound like, at the right moments, clear, and good to listen to.
-Medium: something is off, but not badly: not quite the right sound, one missing, a little early or late, some noise.
-Bad: the wrong sound, clearly out of time, or unpleasant to listen to."""),
-    "choose": Mode("Choose a sound", "03_mine_pairs.py", "03_to_choose.csv", "ab", "choice", ("A", "B", "Tie"), """
-Which sound would you rather hear with this video?
-A: the first is nicer to listen to, or draws you more into the scene.
-B: the second is.
-Tie: you hear no difference, or like both equally well."""),
-    "blind": Mode("Compare sounds", "07_evaluate.py", "07_systems.json", "ab", "choice", ("A", "B", "Tie"), """
-Which sound is better for this video?
-A: all in all the first is: the right sound, at the right moments, clear, good to listen to.
-B: the second is.
-Tie: you hear no difference, or find both equally good or bad."""),
-}  # fmt: skip
+    "rate": Mode(
+        title="Rate sounds",
+        question="How good is this sound for the video?",
+        words={
+            "Good": "what the video should sound like, at the right moments, clear, and good to "
+            "listen to.",
+            "Medium": "something is off, but not badly: not quite the right sound, one missing, a "
+            "little early or late, some noise.",
+            "Bad": "the wrong sound, clearly out of time, or unpleasant to listen to.",
+        },
+        answer="rating",
+        sounds=("k",),
+        split="train",
+        then="02_fit_audioscore.py --ratings",
+        sheet="02_to_rate.csv",
+    ),
+    "choose": Mode(
+        title="Choose a sound",
+        question="Which sound would you rather hear with this video?",
+        words={
+            "A": "the first is nicer to listen to, or draws you more into the scene.",
+            "B": "the second is.",
+            "Tie": "you hear no difference, or like both equally well.",
+        },
+        answer="choice",
+        sounds=("a", "b"),
+        split="train",
+        then="03_mine_pairs.py --redo --choices",
+        sheet="03_to_choose.csv",
+    ),
+    "blind": Mode(
+        title="Compare sounds",
+        question="Which sound is better for this video?",
+        words={
+            "A": "all in all the first is: the right sound, at the right moments, clear, good to "
+            "listen to.",
+            "B": "the second is.",
+            "Tie": "you hear no difference, or find both equally good or bad.",
+        },
+        answer="choice",
+        sounds=("a", "b"),
+        split="test",
+        then="08_listen.py blind --answers",
+    ),
+}
 
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
     io = parser.io
-    io.add_argument(
-        "what", nargs="?", choices=("report", *MODES), default="report", help="the pages to make"
-    )
-    io.add_argument(
-        "--guide", help="text file that replaces a pack's question and its sentence on each answer"
-    )
+    what = ("report", *MODES)
+    io.add_argument("what", nargs="?", choices=what, default="report", help="the pages to make")
+    described = "text file that replaces a pack's question and its sentence on each answer"
+    io.add_argument("--guide", help=described)
     io.add_argument("--answers", nargs="+", help="saved packs of blind, to be counted")
-    io.add_argument(
-        "--exclude-rater",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="whose --answers do not count",
-    )
+    described = "whose --answers do not count"
+    io.add_argument("--exclude-rater", nargs="+", action="extend", default=[], help=described)
     io.add_argument("--systems", nargs="+", help="of 07, to be compared by blind; else all")
     engineering = parser.engineering
     engineering.add_argument("--pack", type=number(int, 1, 50), default=10, help="clips in a pack")
-    engineering.add_argument(
-        "--num-clips", type=number(int, 1), default=100, help="test clips that blind draws"
-    )
-    engineering.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of that draw, and of what is asked twice"
-    )
+    described = "test clips that blind draws"
+    engineering.add_argument("--num-clips", type=number(int, 1), default=100, help=described)
+    described = "of that draw, and of what is asked twice"
+    engineering.add_argument("--seed", type=number(int, 0), default=0, help=described)
     return common.parse(parser, argv, "08")
 
 
@@ -133,119 +177,88 @@ def picture(draw, *about):
     return data_uri("image/png", stream.getvalue())
 
 
-def draw_differences(figure, cell, metrics, systems):
+def draw_differences(figure, rows_of, metrics, systems):
     """One small plot per metric: difference to base with its 95 % interval, green better, red
-    worse, grey undecided."""
-    tested = {metric for metric, _ in cell}
-    shown = [name for name in metrics if name in tested]
-    lines = math.ceil(len(shown) / 4)
+    worse, grey undecided. rows_of: {metric: {system: rows.Result}}; metrics: {metric:
+    ShownMetric}."""
+    lines = math.ceil(len(rows_of) / 4)
     figure.set_size_inches(11, lines * (0.95 + 0.25 * len(systems)))
     figure.get_layout_engine().set(h_pad=0.1)
-    for i, name in enumerate(shown):
-        how = metrics[name]
+    for i, (metric, row_of) in enumerate(rows_of.items()):
+        shown = metrics[metric]
         axis = figure.add_subplot(lines, 4, i + 1)
         for y, system in enumerate(systems):
-            if (name, system) in cell:
-                draw_interval(axis, y, cell[name, system], how.times)
+            if system in row_of:
+                draw_interval(axis, y, row_of[system], shown.times)
         axis.axvline(0, color="black", lw=0.8)
         first_of_line = i % 4 == 0
-        axis.set_yticks(
-            range(len(systems)), systems if first_of_line else [""] * len(systems), fontsize=8
-        )
+        names = systems if first_of_line else [""] * len(systems)
+        axis.set_yticks(range(len(systems)), names, fontsize=8)
         axis.set_ylim(len(systems) - 0.4, -0.6)
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.tick_params(axis="x", labelsize=7)
-        axis.set_title(f"{how.column} ({how.better} is better)", fontsize=8)
+        axis.set_title(f"{shown.column} ({shown.better} is better)", fontsize=8)
 
 
 def draw_interval(axis, y, row, times):
-    """A difference of rows.Result and its interval, at height y."""
-    colour = COLOURS[row.verdict]
-    axis.plot([row.diff_low * times, row.diff_high * times], [y, y], color=colour, lw=2)
-    axis.plot(row.diff * times, y, "o", color=colour, ms=5)
+    """A difference of rows.Result, a dot, in its interval, at height y."""
+    x = np.array([row.diff_low, row.diff, row.diff_high]) * times
+    axis.plot(x, [y, y, y], "o-", markevery=[1], color=COLOURS[row.verdict], lw=2, ms=5)
 
 
 def smooth(values, width):
     """A centred mean over `width` values, over fewer at both ends."""
-    sums = np.cumsum([0.0, *values])
     half = width // 2
-    place = np.arange(len(values))
-    low = np.clip(place - half, 0, len(values))
-    high = np.clip(place + half + 1, 0, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+    means = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    return np.array(means)
 
 
-TRAINING_PLOTS = {
-    "loss": "loss",
-    "accuracy": "implicit accuracy",
-    "gap": "error gap (dashed: losers)",
-    "reward": "DDPO: reward P(Good)",
-}
-TRAINING_CURVES = {
-    "loss": "loss",
-    "accuracy": "accuracy",
-    "gap_w": "gap",
-    "gap_l": "gap",
-    "reward": "reward",
-}
+TRAINING_PLOTS = (  # title, {field of the log: its line}
+    ("loss", {"loss": "-"}),
+    ("implicit accuracy", {"accuracy": "-"}),
+    ("error gap (dashed: losers)", {"gap_w": "-", "gap_l": "--"}),
+    ("DDPO: reward P(Good)", {"reward": "-"}),
+)
 
 
 def draw_training(figure, logs):
     """Loss, implicit accuracy and error gaps of Flow-DPO, reward of DDPO. logs: {system: lines of
     its log}."""
     figure.set_size_inches(11, 3)
-    axes = dict(zip(TRAINING_PLOTS, figure.subplots(1, len(TRAINING_PLOTS))))
-    for plot, axis in axes.items():
-        axis.set_title(TRAINING_PLOTS[plot], fontsize=9)
+    axes = figure.subplots(1, len(TRAINING_PLOTS))
+    for axis, (title, lines) in zip(axes, TRAINING_PLOTS):
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.tick_params(labelsize=7)
-    legend = []
-    for i, name in enumerate(logs):
-        colour = f"C{i}"
-        draw_log(axes, logs[name], colour)
-        legend.append(Line2D([], [], color=colour, label=name))
-    for axis in axes.values():
+        for i, log in enumerate(logs.values()):
+            for field, line in lines.items():
+                if hasattr(log[0], field):
+                    draw_curve(axis, log, field, f"C{i}", line)
         axis.set_visible(bool(axis.lines))
+    legend = [Line2D([], [], color=f"C{i}", label=name) for i, name in enumerate(logs)]
     figure.legend(handles=legend, loc="outside lower center", ncols=6, fontsize=8)
 
 
-def draw_log(axes, log, colour):
-    """The curves of one training. Every stage is smoothed by itself: a mean across the switch would
-    show its jump before it."""
+def draw_curve(axis, log, field, colour, line):
+    """A field of one training's log. Every stage of the curriculum is smoothed by itself: a mean
+    across the switch, a dotted line, would show its jump before it."""
     width = min(25, len(log) // 10)
-    stages = stages_of(log)
-    for field, plot in TRAINING_CURVES.items():
-        if not hasattr(log[0], field):
-            continue
-        axis = axes[plot]
-        dashes = "--" if field == "gap_l" else "-"
-        for lines in stages:
-            steps = [line.step for line in lines]
-            values = [getattr(line, field) for line in lines]
-            axis.plot(steps, smooth(values, width), color=colour, lw=1.2, ls=dashes)
-        for lines in stages[1:]:
-            axis.axvline(lines[0].step, color="grey", lw=0.8, ls=":")
-
-
-def stages_of(log):
-    """A log cut where the curriculum's stage changes; DDPO's is one piece."""
-    pieces = []
-    before = None
-    for line in log:
-        now = getattr(line, "stage", None)
-        if not pieces or now != before:
-            pieces.append([])
-        pieces[-1].append(line)
-        before = now
-    return pieces
+    for _, steps in groupby(log, key=lambda step: getattr(step, "stage", None)):
+        part = list(steps)
+        values = smooth([getattr(step, field) for step in part], width)
+        axis.plot([step.step for step in part], values, color=colour, lw=1.2, ls=line)
+        if part[0] is not log[0]:
+            axis.axvline(part[0].step, color="grey", lw=0.8, ls=":")
 
 
 def draw_audioscore(figure, heldout, score_cs, threshold):
-    """AudioScore on held-out clips, and score_c of the mined pairs."""
+    """AudioScore on held-out clips, and score_c of the mined pairs. heldout: of 02_audioscore.pt, p
+    (n, 3) and rating (n,)."""
     figure.set_size_inches(9, 3.2)
     left, right = figure.subplots(1, 2)
-    draw_calibration(left, heldout["p"][:, 0].numpy(), heldout["rating"].numpy() == 0)
+    good = RATINGS.index("Good")
+    draw_calibration(left, heldout["p"][:, good].numpy(), heldout["rating"].numpy() == good)
     right.hist(score_cs, bins=30, color="#4a6fa5")
     right.axvline(threshold, color="#b3261e")
     right.set(xlabel="score_c (high = easy)", ylabel="pairs")
@@ -268,22 +281,20 @@ def draw_calibration(axis, p_good, is_good):
         rated.append(is_good[inside].mean())
         sizes.append(15 + 250 * inside.mean())
     axis.scatter(predicted, rated, s=sizes)
-    axis.set(
-        xlabel="predicted P(Good)",
-        ylabel="share rated Good",
-        xlim=(-0.05, 1.05),
-        ylim=(-0.05, 1.05),
-    )
+    axis.set(xlabel="predicted P(Good)", ylabel="share rated Good")
+    axis.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
     axis.set_title(f"AudioScore on {len(p_good)} audios of held-out clips", fontsize=9)
 
 
 def shown_frame(frame):
-    """A picture (3, H, W) uint8 at 360 lines -> (360, W, 3) uint8, W even."""
-    _, lines, columns = frame.shape
+    """(3, H, W) uint8 -> (360, W', 3) uint8, W' even, as 4:2:0 needs."""
+    _, height, width = frame.shape
     image = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).numpy(), format="rgb24")
-    width = 2 * round(columns * 180 / lines)
-    how = "AREA" if lines > 360 else "POINT"  # the toy world's few pixels stay squares
-    return torch.from_numpy(image.reformat(width, 360, "rgb24", interpolation=how).to_ndarray())
+    even_width = 2 * round(width / height * 360 / 2)
+    how = "AREA" if height > 360 else "POINT"  # the toy world's few pixels stay squares
+    return torch.from_numpy(
+        image.reformat(even_width, 360, "rgb24", interpolation=how).to_ndarray()
+    )
 
 
 def playable_video(path, seconds):
@@ -292,11 +303,10 @@ def playable_video(path, seconds):
     fps = 25
     # Made small one by one: 8 s of full-size frames are a gigabyte.
     (frames,) = media.read_frames(path, [(fps, shown_frame)], seconds)
+    options = {"crf": "26", "preset": "veryfast"}
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
-        video = container.add_stream(
-            "libx264", rate=fps, options={"crf": "26", "preset": "veryfast"}
-        )
+        video = container.add_stream("libx264", rate=fps, options=options)
         video.height = frames.shape[1]
         video.width = frames.shape[2]
         video.pix_fmt = "yuv420p"
@@ -322,10 +332,23 @@ def spectrogram(wave, rate):
     amplitude = 2 * spectrum / window.sum()
     level_db = 20 * amplitude.clamp_min(1e-9).log10()
     png = io.BytesIO()
-    matplotlib.image.imsave(
-        png, level_db.numpy(), vmin=-100, vmax=-20, cmap="magma", origin="lower", format="png"
-    )
+    colours = {"vmin": -100, "vmax": -20, "cmap": "magma"}
+    matplotlib.image.imsave(png, level_db.numpy(), origin="lower", format="png", **colours)
     return data_uri("image/png", png.getvalue())
+
+
+def card_of(clip, clip_s):
+    """What a page shows of a clip. Raises SkipClip where it has no picture of the whole length."""
+    video = playable_video(clip.path, clip_s)
+    return {"clip": clip.id, "caption": clip.caption or clip.label, "video": video}
+
+
+def check_there(path, clip):
+    if not path.exists():
+        stop(
+            f"{path}: gone, though it was found for {clip}; put it back, or run the stage that "
+            "made it again (of a system's audio 07_evaluate.py)"
+        )
 
 
 def write_page(path, **parts):
@@ -340,11 +363,17 @@ def write_page(path, **parts):
 # --------------------------------------------------------------------------------------------------
 
 
+def read_systems(run):
+    """07_systems.json."""
+    hint = f"; run 07_evaluate.py --run-dir {run} first"
+    return rows.read_json(run / "07_systems.json", rows.Systems, hint)
+
+
 def read_results(run):
     """07_results.jsonl and 07_systems.json, which must be of one evaluation."""
     hint = f"; run 07_evaluate.py --run-dir {run} first"
     results = rows.read(run / "07_results.jsonl", rows.Result, hint)
-    evaluated = rows.read_json(run / "07_systems.json", rows.Systems, hint)
+    evaluated = read_systems(run)
     same_systems = {row.system for row in results} == {system.name for system in evaluated.systems}
     if not same_systems or not {row.metric for row in results} <= evaluated.metrics.keys():
         stop(
@@ -364,9 +393,8 @@ def read_policies(run, systems):
             continue
         folder = run / system.folder
         policy = rows.read_json(folder / "policy.json", rows.Policy)
-        made[system.name] = rows.read_json(
-            folder / "settings.json", rows.Record
-        ).settings | rows.as_dict(policy)
+        settings = rows.read_json(folder / "settings.json", rows.Record).settings
+        made[system.name] = settings | rows.as_dict(policy)
         line_type = rows.FlowDpoStep if policy.method == "flow_dpo" else rows.DdpoStep
         log = rows.read_if_there(folder / "log.jsonl", line_type)
         if log:
@@ -374,16 +402,16 @@ def read_policies(run, systems):
     return made, logs
 
 
-def figures_of(run, cell, evaluated, logs):
-    """{name: picture} of what there is to draw. cell: {(metric, system): row of the results}."""
+def figures_of(run, results, evaluated, logs):
+    """{name: picture} of what there is to draw."""
     figures = {}
-    tested = {}
-    for (metric, system), row in cell.items():
-        if row.diff_low is not None and system != "ground_truth":
-            tested[metric, system] = row
-    if tested:
+    rows_of = defaultdict(dict)
+    for row in results:
+        if row.diff_low is not None and row.system != "ground_truth":
+            rows_of[row.metric][row.system] = row
+    if rows_of:
         compared = [s.name for s in evaluated.systems if s.name not in ("base", "ground_truth")]
-        figures["differences"] = picture(draw_differences, tested, evaluated.metrics, compared)
+        figures["differences"] = picture(draw_differences, rows_of, evaluated.metrics, compared)
     if logs:
         figures["training"] = picture(draw_training, logs)
     if (run / "02_audioscore.pt").exists() and (run / "04_settings.json").exists():
@@ -409,36 +437,20 @@ def read_blind(run, systems):
     return blind
 
 
-def drawn_clips(run, clips, systems):
-    """Up to LISTEN clips, evenly drawn, with their audio: [(clip, {system: path}), ...]. Stops at a
-    file that is gone."""
-    drawn = []
-    for i in np.linspace(0, len(clips) - 1, min(LISTEN, len(clips))).astype(int):
-        clip = clips[i]
-        sounds = {}
-        for system in systems:
-            if clip.id in system.audio:
-                sounds[system.name] = run / system.audio[clip.id]
-        for path in (clip.path, *sounds.values()):
-            if not path.exists():
-                stop(
-                    f"{path}: gone, though stage 07 used it for {clip.id}; put it back or run "
-                    "07_evaluate.py again"
-                )
-        drawn.append((clip, sounds))
-    return drawn
-
-
-def player_of(clip, sounds, run_json):
-    """What the report's player shows of a clip. Raises SkipClip where it has no picture of the
-    whole length."""
-    card = {"clip": clip.id, "caption": clip.caption or clip.label, "sounds": []}
-    card["video"] = playable_video(clip.path, run_json.clip_s)
-    for name, path in sounds.items():
-        wave = media.read_audio(path, run_json.sample_rate_hz, run_json.clip_s)
-        sound = {"name": name, "audio": playable_sound(wave, run_json.sample_rate_hz)}
-        sound["picture"] = spectrogram(wave, run_json.sample_rate_hz)
-        card["sounds"].append(sound)
+def player_of(run, clip, systems, run_json):
+    """What the report's player shows of a clip. Raises SkipClip."""
+    rate = run_json.sample_rate_hz
+    check_there(clip.path, clip.id)
+    card = card_of(clip, run_json.clip_s)
+    card["sounds"] = []
+    for system in systems:
+        if clip.id in system.audio:
+            path = run / system.audio[clip.id]
+            check_there(path, clip.id)
+            wave = media.read_audio(path, rate, run_json.clip_s)
+            sound = {"name": system.name, "audio": playable_sound(wave, rate)}
+            sound["picture"] = spectrogram(wave, rate)
+            card["sounds"].append(sound)
     return card
 
 
@@ -459,18 +471,18 @@ def report(run):
     results, evaluated = read_results(run)
     systems = evaluated.systems
     clips = common.read_clips(run, evaluated.split)
-    cell = {(row.metric, row.system): row for row in results}
     made, logs = read_policies(run, systems)
     blind = read_blind(run, systems)
 
     # -- what is shown and played
-    figures = figures_of(run, cell, evaluated, logs)
-    drawn = drawn_clips(run, clips, systems)
+    figures = figures_of(run, results, evaluated, logs)
     events = true_events(run, run_json.clip_s)
+    evenly_spaced = np.linspace(0, len(clips) - 1, min(LISTEN, len(clips))).astype(int)
     cards = []
-    for clip, sounds in tqdm(drawn, desc="page", unit="clip"):
+    for i in tqdm(evenly_spaced, desc="page", unit="clip"):
+        clip = clips[i]
         try:
-            card = player_of(clip, sounds, run_json)
+            card = player_of(run, clip, systems, run_json)
         except SkipClip as reason:  # as in stage 07
             tqdm.write(f"{clip.id}: {reason}; left out of the page")
             continue
@@ -487,7 +499,7 @@ def report(run):
         about=evaluated,
         names=[system.name for system in systems],
         clips=clips,
-        cell=cell,
+        cell={(row.metric, row.system): row for row in results},
         policies=made,
         figures=figures,
         blind=blind,
@@ -506,30 +518,30 @@ class Question(NamedTuple):
     audios: dict  # {column: path of the audio that it names}
 
 
-def questions_of(run, mode, args):
-    """What is asked: the columns, and the questions in the order of the packs."""
-    if mode is MODES["blind"]:
-        return ["clip", "a", "b", "audios", "choice"], comparisons(run, args)
+def sheet_questions(run, mode):
+    """The questions of a sheet, in its order."""
     sheet = run / mode.sheet
+    script = mode.then.split()[0]
     samples = common.read_samples(run)
     if not sheet.exists():
-        stop(f"{sheet}: no such file; run {mode.script} --run-dir {run} first")
-    wav_of = {
-        (audio.clip, audio.k): run / audio.wav for audios in samples.values() for audio in audios
-    }
+        stop(f"{sheet}: no such file; run {script} --run-dir {run} first")
+    wav_of = {}
+    for audios in samples.values():
+        for audio in audios:
+            wav_of[audio.clip, audio.k] = run / audio.wav
     questions = []
-    for number_of, line in files.read_csv(sheet, ("clip", *mode.heard, mode.answer)):
+    for number_of, line in files.read_csv(sheet, ("clip", *mode.sounds, mode.answer)):
         audios = {}
-        for column in mode.heard:
+        for column in mode.sounds:
             k = common.known_k(line, samples, f"{sheet}, line {number_of}", column)
             audios[column] = wav_of[line["clip"], k]
         questions.append(Question(line, audios))
     if not questions:
-        stop(f"{sheet}: asks nothing; run {mode.script} --run-dir {run} again")
-    return list(questions[0].line), questions
+        stop(f"{sheet}: asks nothing; run {script} --run-dir {run} again")
+    return questions
 
 
-def comparisons(run, args):
+def blind_questions(run, args):
     """Questions about every pair of systems on drawn test clips, in rounds. Each round asks every
     clip once, and the pairs take turns, so that the first packs compare them all."""
     audio_of = systems_of(run)
@@ -540,8 +552,8 @@ def comparisons(run, args):
                 f"--systems {name}: is no system of {run}/07_systems.json (there are "
                 f"{', '.join(audio_of)})"
             )
-    chosen = [name for name in audio_of if name in (args.systems or audio_of)]
-    pairs = list(combinations(chosen, 2))
+    compared = [name for name in audio_of if name in (args.systems or audio_of)]
+    pairs = list(combinations(compared, 2))
     if not pairs:
         stop("blind compares two systems or more; evaluate another one by 07_evaluate.py")
     drawn = sorted(random.Random(args.seed).sample(clips, min(args.num_clips, len(clips))))
@@ -551,29 +563,32 @@ def comparisons(run, args):
             a, b = pairs[(i + turn) % len(pairs)]
             if clip in audio_of[a] and clip in audio_of[b]:
                 audios = {"a": audio_of[a][clip], "b": audio_of[b][clip]}
-                line = {"clip": clip, "a": a, "b": b, "audios": digest_of_both(audios)}
+                line = {"clip": clip, "a": a, "b": b, "audios": digest_of_both(*audios.values())}
                 questions.append(Question(line, audios))
+    if not questions:
+        stop(
+            f"{run}/07_systems.json: none of the {len(drawn)} drawn clips has audio of two of "
+            f"{', '.join(compared)}; give a larger --num-clips or other --systems"
+        )
     return questions
 
 
 def systems_of(run):
     """{system: {clip id: path}} of stage 07's last evaluation."""
-    hint = f"; run 07_evaluate.py --run-dir {run} first"
     audio_of = {}
-    for system in rows.read_json(run / "07_systems.json", rows.Systems, hint).systems:
+    for system in read_systems(run).systems:
         audio_of[system.name] = {clip: run / path for clip, path in system.audio.items()}
     return audio_of
 
 
-def digest_of_both(audios):
-    """What an answer is about. audios: {a, b: path}."""
-    return files.digest_of(files.digest(audios["a"]), files.digest(audios["b"]))
+def digest_of_both(path_a, path_b):
+    """What an answer is about."""
+    return files.digest_of(files.digest(path_a), files.digest(path_b))
 
 
-def guide_of(mode, path):
-    """The question, and {answer: a sentence on it}; from --guide, or the mode's own."""
-    text = files.read_text(path) if path else mode.guide
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def guided(mode, path):
+    """The mode with the question and the sentences of --guide."""
+    lines = [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
     words = {}
     for line in lines[1:]:
         word, _, sentence = line.partition(":")
@@ -584,7 +599,7 @@ def guide_of(mode, path):
             f"--guide {path}: must hold a line with the question, then a line for each answer: "
             f"{wanted}"
         )
-    return {"question": lines[0], "words": words}
+    return mode._replace(question=lines[0], words=words)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -603,8 +618,8 @@ def level_checks(rate=16_000):
     """{n: 4 s of noise at -23 dB of full scale, then n beeps at -50}: who can count them hears soft
     faults too."""
     t = torch.arange(rate // 5) / rate
-    noise = torch.randn(rate, generator=torch.Generator().manual_seed(0)) * 10**-1.15
-    beep = torch.hann_window(len(t)) * torch.sin(2000 * torch.pi * t) * 10**-2.5
+    noise = torch.randn(rate, generator=torch.Generator().manual_seed(0)) * 10 ** (-23 / 20)
+    beep = torch.hann_window(len(t)) * torch.sin(2000 * torch.pi * t) * 10 ** (-50 / 20)
     beep_and_pause = torch.cat([beep, torch.zeros(rate // 4)])
     sounds = {}
     for n in (2, 3, 4):
@@ -614,62 +629,59 @@ def level_checks(rate=16_000):
 
 
 def by_clip(questions):
-    """The questions in groups, one for each run of questions about a clip."""
-    groups = []
-    before = None
-    for question in questions:
-        clip = question.line["clip"]
-        if clip != before:
-            groups.append([])
-        groups[-1].append(question)
-        before = clip
-    return groups
+    """The questions in groups, one for each row of questions about one clip."""
+    groups = groupby(questions, key=lambda question: question.line["clip"])
+    return [list(group) for _, group in groups]
 
 
-def stamps_of(questions, clips, folder):
-    """Size and time of every file that a pack plays. Stops at one that is gone."""
+def asked_again(count, seed):
+    """Which of so many questions are asked twice: one of each REPEATED in a row. Those of a sheet
+    stay the same when it grows."""
+    again = set()
+    for start in range(0, count, REPEATED):
+        end = min(start + REPEATED, count)
+        again.add(random.Random(f"{seed} {start}").randrange(start, end))
+    return again
+
+
+def stamps_of(questions, clips):
+    """Size and time of every file that a pack plays."""
     stamps = []
     for question in questions:
-        for path in (clips[question.line["clip"]].path, *question.audios.values()):
-            if not path.exists():
-                stop(
-                    f"{path}: gone, though {folder.name} needs it; put it back, or run the stage "
-                    "that made it again"
-                )
-            stat = path.stat()
-            stamps.append((stat.st_size, stat.st_mtime_ns))
+        clip = clips[question.line["clip"]]
+        for path in (clip.path, *question.audios.values()):
+            check_there(path, clip.id)
+            stamps.append(scoring.stamp(path))
     return stamps
 
 
-def packs_of(folder, mode, columns, questions, clips, guide, clip_s, args):
+def packs_of(folder, mode, questions, clips, clip_s, args):
     """The questions as packs of --pack clips each."""
+    columns = [*questions[0].line, mode.answer, "rater", "repeat", "seconds", "comment"]
+    again = asked_again(len(questions), args.seed)
     groups = by_clip(questions)
     packs = []
-    before = 0
+    asked = 0
     for start in range(0, len(groups), args.pack):
         i = len(packs) + 1
         part = [question for group in groups[start : start + args.pack] for question in group]
-        after = before + len(part)
-        count = math.ceil(after / REPEATED) - math.ceil(
-            before / REPEATED
-        )  # so that of all packs one in REPEATED is
-        before = after
         data = {
             "name": f"{args.what}_{i:05}",
-            "columns": columns,
+            "columns": list(dict.fromkeys(columns)),
             "rows": [question.line for question in part],
-            "repeats": random.Random(f"{args.seed} {i}").sample(range(len(part)), count),
+            "repeats": [row for row in range(len(part)) if asked + row in again],
             "answer": mode.answer,
-            "pairs": len(mode.heard) > 1,
+            "pairs": len(mode.sounds) > 1,
         }
-        stamps = stamps_of(part, clips, folder)
-        data["id"] = files.digest_of(data, stamps, guide, clip_s, files.digest(PAGE))
+        asked += len(part)
+        data["id"] = files.digest_of(data, stamps_of(part, clips), mode, clip_s, files.digest(PAGE))
         packs.append(Pack(folder / f"{i:05}.html", f"{mode.title}, pack {i}", part, data))
     return packs
 
 
 def is_there(pack):
-    """Whether its file was made of the same questions and files."""
+    """Whether its file was made of the same questions and files: the id stands in the page's first
+    tag."""
     if not pack.file.exists():
         return False
     with open(pack.file, encoding="utf-8") as page:
@@ -682,13 +694,13 @@ def cards_of(questions, clips, clip_s):
     row = 0
     for group in by_clip(questions):
         clip = clips[group[0].line["clip"]]
-        card = {"clip": clip.id, "caption": clip.caption or clip.label, "questions": []}
         try:
-            card["video"] = playable_video(clip.path, clip_s)
+            card = card_of(clip, clip_s)
+            card["questions"] = []
             for i, question in enumerate(group):
-                sounds = [
-                    sound_of(column, path, clip_s) for column, path in question.audios.items()
-                ]
+                sounds = []
+                for column, path in question.audios.items():
+                    sounds.append(sound_of(column, path, clip_s))
                 card["questions"].append({"row": row + i, "sounds": sounds})
             cards.append(card)
         except SkipClip as reason:
@@ -703,20 +715,18 @@ def sound_of(column, path, clip_s):
     return {"name": column, "audio": playable_sound(wave, rate)}
 
 
-def write_pack(pack, mode, guide, clips, clip_s, levels):
-    """Returns its size in MB."""
-    asked = len(pack.questions) + len(pack.data["repeats"])
-    seconds = asked * (len(mode.heard) * clip_s + 4)  # 4 s to answer
+def write_pack(pack, mode, clips, clip_s, levels):
+    heard = (len(pack.questions) + len(pack.data["repeats"])) * len(mode.sounds)
+    seconds = heard * clip_s + 4 * heard / len(mode.sounds)  # 4 s to answer
     write_page(
         pack.file,
         title=pack.title,
         cards=cards_of(pack.questions, clips, clip_s),
         pack=pack.data | {"levels": levels},
-        guide=guide,
+        guide=mode,
         minutes=1 + int(seconds / 60),
-        heard=asked * len(mode.heard),
+        heard=heard,
     )
-    return pack.file.stat().st_size / 1e6
 
 
 def write_packs(run, args):
@@ -726,42 +736,39 @@ def write_packs(run, args):
     mode = MODES[args.what]
     folder = run / f"08_{args.what}"
     clip_s = common.read_run(run).clip_s
-    split = "test" if args.what == "blind" else "train"
-    clips = {clip.id: clip for clip in common.read_clips(run, split)}
-    guide = guide_of(mode, args.guide)
-    columns, questions = questions_of(run, mode, args)
-    columns = list(dict.fromkeys([*columns, "rater", "repeat", "seconds", "comment"]))
+    clips = {clip.id: clip for clip in common.read_clips(run, mode.split)}
+    if args.guide:
+        mode = guided(mode, args.guide)
+    questions = sheet_questions(run, mode) if mode.sheet else blind_questions(run, args)
 
     # -- packs
     with record.stage(run, "08"):
-        packs = packs_of(folder, mode, columns, questions, clips, guide, clip_s, args)
+        packs = packs_of(folder, mode, questions, clips, clip_s, args)
         todo = [pack for pack in packs if not is_there(pack)]
         levels = level_checks() if todo else {}
-        began = time.monotonic()
 
         def write(pack):
-            return write_pack(pack, mode, guide, clips, clip_s, levels)
+            return write_pack(pack, mode, clips, clip_s, levels)
 
         made = ahead.in_threads(write, todo, threads=min(8, cores.cores()))
-        sizes = list(tqdm(made, desc=folder.name, total=len(todo), unit="pack"))
-        took = time.monotonic() - began
+        for _ in tqdm(made, desc=folder.name, total=len(todo), unit="pack"):
+            pass
         for file in folder.glob("[0-9]*.html"):
             if int(file.stem) > len(packs):  # of an earlier, longer sheet
                 file.unlink()
 
     # -- what comes next
     named = {question.line["clip"] for question in questions}
-    line = f"{folder}: {len(packs)} packs of {len(questions)} questions on {len(named)} clips"
-    if todo:
-        line += f"; {len(todo)} made now, {took / len(todo):.1f} s and {sum(sizes) / len(todo):.1f} MB each"
-    print(f"{line}; {len(packs) - len(todo)} were there")
+    mb = sum(pack.file.stat().st_size for pack in packs) / 1e6
+    print(
+        f"{folder}: {len(packs)} packs of {len(questions)} questions on {len(named)} clips, "
+        f"{mb:.1f} MB; {len(todo)} made now, {len(packs) - len(todo)} were there"
+    )
     print(
         f"next: open {folder / '00001.html'} in a browser, or send the packs to people; then, with "
         "what they save,"
     )
-    flags = {"rate": "--ratings", "choose": "--redo --choices", "blind": "--answers"}[args.what]
-    script = "08_listen.py blind" if args.what == "blind" else mode.script
-    print(f"      python {script} --run-dir {run} {flags} {args.what}_*.csv")
+    print(f"      python {mode.then} {args.what}_*.csv --run-dir {run}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -769,36 +776,31 @@ def write_packs(run, args):
 # --------------------------------------------------------------------------------------------------
 
 
-def read_comparisons(audio_of, paths):
+def read_blind_answers(audio_of, paths):
     """Every answer, a list of rows.ChoiceAnswer, each proved to be about two systems' audio that is
     still the same. audio_of: {system: {clip id: path}}."""
-    known = {}
+    digest_of_these = functools.cache(digest_of_both)  # several people answer about the same
 
     def checked(line, where):
         choice = people.meant(line["choice"], ("a", "b", "tie"), where, "choice")
         answer = people.typed_answer(dict(line, choice=choice), rows.ChoiceAnswer, where)
-        clip = answer.clip
         for column, name in (("a", answer.a), ("b", answer.b)):
             if name not in audio_of:
                 stop(
                     f"{where}, field '{column}': {name!r} is no system of 07 (there are "
                     f"{', '.join(audio_of)})"
                 )
-        if answer.a == answer.b or clip not in audio_of[answer.a] or clip not in audio_of[answer.b]:
-            both = f"{answer.a} and {answer.b}"
+        path_a = audio_of[answer.a].get(answer.clip)
+        path_b = audio_of[answer.b].get(answer.clip)
+        if answer.a == answer.b or path_a is None or path_b is None:
             stop(
-                f"{where}: {clip} has no audio of two systems, {both}; these are answers of "
-                "another run"
+                f"{where}: {answer.clip} has no audio of two systems, {answer.a} and {answer.b}; "
+                "these are answers of another run"
             )
-        asked = (clip, answer.a, answer.b)
-        if asked not in known:
-            known[asked] = digest_of_both(
-                {"a": audio_of[answer.a][clip], "b": audio_of[answer.b][clip]}
-            )
-        if line.get("audios") not in (None, "", known[asked]):
+        if line.get("audios") not in (None, "", digest_of_these(path_a, path_b)):
             stop(
-                f"{where}: about other audio of {clip} than is here now; these are answers of "
-                "another run"
+                f"{where}: about other audio of {answer.clip} than is here now; these are answers "
+                "of another run"
             )
         return answer
 
@@ -814,8 +816,7 @@ def wins(answer, name):
 
 
 def wins_of_first(answer):
-    """The same of the two systems' first by name, so that an answer means the same whichever way it
-    was asked."""
+    """The same of that system of the two whose name comes first, whichever way it was asked."""
     return wins(answer, min(answer.a, answer.b))
 
 
@@ -834,13 +835,15 @@ def win_rate(answers, a, b, rng, resamples):
     """The interval is a bootstrap over clips and, where there are several, raters: both are drawn
     anew, and an answer counts as often as its clip and its rater together."""
     won = np.array([wins(answer, a) for answer in answers])
-    clips, clip_times = drawn_anew([answer.clip for answer in answers], rng, resamples)
-    raters, rater_times = drawn_anew([answer.rater for answer in answers], rng, resamples)
-    weight = clip_times * rater_times
+    clips, clip_of = np.unique([answer.clip for answer in answers], return_inverse=True)
+    raters, rater_of = np.unique([answer.rater for answer in answers], return_inverse=True)
+    clip_times = times_drawn(len(clips), rng, resamples)
+    rater_times = times_drawn(len(raters), rng, resamples)
+    weight = clip_times[:, clip_of] * rater_times[:, rater_of]  # (resamples, answers)
     weight = weight[weight.sum(axis=1) > 0]
     low = None
     high = None
-    if clips > 1:
+    if len(clips) > 1:
         rates = weight @ won / weight.sum(axis=1)
         low, high = np.percentile(rates, (2.5, 97.5)).tolist()
     return rows.BlindResult(
@@ -851,23 +854,20 @@ def win_rate(answers, a, b, rng, resamples):
         high=high,
         n=len(answers),
         ties=sum(answer.choice == "tie" for answer in answers),
-        clips=clips,
-        raters=raters,
+        clips=len(clips),
+        raters=len(raters),
     )
 
 
-def drawn_anew(names, rng, resamples):
-    """How many different names there are, and how often each of `names` was drawn in each resample,
-    (resamples, n)."""
-    different, place = np.unique(names, return_inverse=True)
-    count = len(different)
-    times = rng.multinomial(count, np.full(count, 1 / count), resamples)
-    return count, times[:, place]
+def times_drawn(count, rng, resamples):
+    """How often each of so many things comes, when as many are drawn with replacement: (resamples,
+    count)."""
+    return rng.multinomial(count, np.full(count, 1 / count), resamples)
 
 
 def count_answers(run, args):
     audio_of = systems_of(run)
-    answers = read_comparisons(audio_of, args.answers)
+    answers = read_blind_answers(audio_of, args.answers)
     kept = people.without_raters(answers, args.exclude_rater)
     people.print_agreement(kept, wins_of_first, "nominal")
     counted = [answer for answer in kept if not answer.repeat]
@@ -876,7 +876,8 @@ def count_answers(run, args):
     print(f"blind: {len(counted)} answers; share of those who preferred the first, 95 % interval")
     for line in lines:
         interval = "" if line.low is None else f" [{line.low:.2f}, {line.high:.2f}]"
-        count = f"{line.n} answers, {line.ties} of them ties, on {line.clips} clips by {line.raters} raters"
+        count = f"{line.n} answers, {line.ties} of them ties"
+        count += f", on {line.clips} clips by {line.raters} raters"
         print(f"  {line.a} to {line.b}: {line.win_rate:.2f}{interval}, {count}")
     print(f"wrote {run / '08_blind.jsonl'}")
     print(f"next: python 08_listen.py --run-dir {run}")

@@ -1,8 +1,7 @@
-"""What people are asked and answer: sheets, any number of files with answers, and how far the
-raters agree."""
+"""What people are asked and answer: sheets, files with answers, and how far the raters agree."""
 
 import csv
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -13,10 +12,12 @@ import numpy as np
 from plumbing import files, rows
 from plumbing.files import Stop, stop
 
-LEAST_ALPHA = 0.2  # below the line is a rater who agrees less with the others,
-LEAST_PAIRS = 20  # over this many pairs of answers,
-LEAST_STEADY = 0.5  # or who answers a smaller share of the repeated questions alike,
-LEAST_REPEATS = 5  # of at least this many
+# A rater is below the line whose answers agree less than this with the others', over so many pairs
+# of answers, or who answers a smaller share of the repeated questions alike, of so many.
+LEAST_ALPHA = 0.2
+LEAST_PAIRS = 20
+LEAST_ALIKE = 0.5
+LEAST_REPEATS = 5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -33,11 +34,8 @@ def write_sheet(path, columns, lines, answer):
             if line[answer]:
                 print(f"{path}: holds answers and is left as it is")
                 return
-    options = {
-        "newline": "",
-        "encoding": "utf-8",
-        "errors": "backslashreplace",
-    }  # the last as in files.write_text
+    # backslashreplace as in files.write_text
+    options = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
     with files.replacing(path) as temporary, open(temporary, "w", **options) as stream:
         writer = csv.writer(stream)
         writer.writerow(columns)
@@ -59,9 +57,9 @@ def read_answers(paths, field, checked):
     """What people answered in .csv and .jsonl files, a list of rows; lines with nothing in `field`
     are left out.
 
-    checked(line, where) -> the answer as a row (rows.Answer), its question proved to be one of this
-    run. Nobody answers a question twice, in one file or several, but where `repeat` says so. What
-    is wrong is listed, ten lines at a time.
+    checked(line, where) returns a line as a row (rows.Answer) whose question is one of this run's,
+    or stops. Nobody answers a question twice, in one file or several, but where `repeat` says so.
+    What is wrong is listed, ten lines at a time.
     """
     found = []
     wrong = []
@@ -169,18 +167,20 @@ def keep_answers(file, answers, paths, redo):
     """The answers as the run's own; other ones that it has are replaced by --redo alone, and both
     counts are said."""
     source = names_of(paths)
-    old = rows.read(file, type(answers[0])) if file.exists() else answers
-    if old != answers:
-        if not redo:
+    if file.exists():
+        old = rows.read(file, type(answers[0]))
+        if old != answers and not redo:
             stop(
                 f"{file}: holds {len(old)} other answers than the {len(answers)} of {source}; "
                 "--redo replaces them"
             )
-        print(f"{file}: {len(old)} answers are replaced by the {len(answers)} of {source}")
+        if old != answers:
+            print(f"{file}: {len(old)} answers are replaced by the {len(answers)} of {source}")
     rows.write(file, answers)
 
 
 def names_of(paths):
+    """Files by their names, or, where they are many, by their number."""
     return ", ".join(map(str, paths)) if len(paths) <= 3 else f"{len(paths)} files"
 
 
@@ -198,56 +198,52 @@ def alpha(table, level):
     return krippendorff.alpha(several, level_of_measurement=level) if len(known) > 1 else np.nan
 
 
-def print_agreement(answers, number, level):
+def print_agreement(answers, as_number, level):
     """How far the raters agree with one another, and each with an earlier self; names those below
-    the line.
-
-    number(answer): the answer as a number; level: ordinal or nominal. A rater against the others:
-    alpha over the pairs of the rater's and another's answer to one question.
-    """
-    said = defaultdict(dict)  # {rater: {question: number}}
+    the line. as_number(answer): what was answered; level: ordinal or nominal."""
+    first = defaultdict(dict)  # {rater: {question: number}}
+    again = defaultdict(dict)  # the same of what was asked once more
     seconds = defaultdict(list)
-    alike = defaultdict(list)  # {rater: whether a repeated question was answered as before}
-    for answer in sorted(answers, key=lambda answer: answer.repeat):
-        own = said[answer.rater]
-        question = question_of(answer)
+    for answer in answers:
+        said = again if answer.repeat else first
+        said[answer.rater][question_of(answer)] = as_number(answer)
         if answer.seconds is not None:
             seconds[answer.rater].append(answer.seconds)
-        if not answer.repeat:
-            own[question] = number(answer)
-        elif question in own:
-            alike[answer.rater].append(own[question] == number(answer))
-    count = Counter(question for own in said.values() for question in own)
-    several = sum(n > 1 for n in count.values())
-    line = f"raters: {len(said)}; {several} of {len(count)} questions answered by several"
+    raters = sorted(first.keys() | again.keys())
+    questions = sorted({question for said in first.values() for question in said})
+    table = []
+    for rater in raters:
+        table.append([first[rater].get(question, np.nan) for question in questions])
+    several = int((np.isfinite(table).sum(axis=0) > 1).sum())
+    line = f"raters: {len(raters)}; {several} of {len(questions)} questions answered by several"
     if several:
-        table = [[own.get(question, np.nan) for question in sorted(count)] for own in said.values()]
         line += f", Krippendorff's alpha {alpha(table, level):.3f} ({level})"
     print(line)
-    for name in sorted(said):
-        print_rater(name, said, seconds[name], alike[name], level)
+    for rater in raters:
+        others = [first[other] for other in raters if other != rater]
+        print_rater(rater, first[rater], again[rater], others, seconds[rater], level)
 
 
-def print_rater(name, said, seconds, alike, level):
-    """One rater against the others."""
-    own = said[name]
+def print_rater(name, first, again, others, seconds, level):
+    """One rater against the others: alpha over the pairs of the rater's and another's answer to one
+    question."""
     pairs = []
-    for other_name, other in said.items():
-        if other_name != name:
-            pairs += [(own[question], other[question]) for question in own.keys() & other.keys()]
-    agreed = alpha(np.array(pairs).reshape(-1, 2).T, level)
-    line = f"  {name}: {len(own)} answers"
+    for other in others:
+        pairs += [(first[question], other[question]) for question in first.keys() & other.keys()]
+    alike = [first[question] == again[question] for question in first.keys() & again.keys()]
+    line = f"  {name}: {len(first)} answers"
+    is_below = len(alike) >= LEAST_REPEATS and sum(alike) < LEAST_ALIKE * len(alike)
     if pairs:
+        agreed = alpha(np.transpose(pairs), level)
+        is_below = is_below or (len(pairs) >= LEAST_PAIRS and agreed < LEAST_ALPHA)
         line += f", alpha {agreed:.3f} with the others ({len(pairs)} pairs)"
     if alike:
         line += f", {sum(alike)} of {len(alike)} repeats alike"
     if seconds:
         line += f", median {median(seconds):.1f} s"
     print(line)
-    disagrees = len(pairs) >= LEAST_PAIRS and agreed < LEAST_ALPHA
-    unsteady = len(alike) >= LEAST_REPEATS and sum(alike) < LEAST_STEADY * len(alike)
-    if disagrees or unsteady:
-        limits = f"alpha {LEAST_ALPHA}, {LEAST_STEADY:.0%} of the repeats alike"
+    if is_below:
+        limits = f"alpha {LEAST_ALPHA}, {LEAST_ALIKE:.0%} of the repeats alike"
         print(
             f"    below the line ({limits}): these answers count, unless --exclude-rater {name!r} "
             "leaves them out"

@@ -374,11 +374,10 @@ class ShownMetric(Row):
     better: Literal["higher", "lower"] = "higher"
     decimals: Index = 3
     times: Count = 1  # shown times this
-    by: Text | None = None  # the scorer's file, where several would do
 
 
 class PaperTable(Row):
-    """Rows of the paper's Table 1, and where they compare ours minus theirs, as text."""
+    """Rows of the paper's Table 1 and, where they compare, ours and ours minus theirs, as text."""
 
     columns: list[Text]
     rows: list[tuple[Text, list[Text]]]
@@ -393,7 +392,8 @@ class Systems(Row):
     steps: Count
     systems: list[System]
     metrics: dict[Text, ShownMetric]  # in the table's order
-    paper: PaperTable
+    clap: Text | None = None  # the file of CLAP, of which there are several
+    paper: PaperTable | None = None  # null where the split is another than the paper's
 
 
 class BlindResult(Row, kw_only=True):

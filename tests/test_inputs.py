@@ -505,7 +505,9 @@ def scenes():
         )
     other = {"weight": torch.zeros(3)}
     edit = both(remove("07_audio/flow_dpo"), saved("05_flow_dpo/policy.pt", other))
-    yield "07", (), edit, ("05_flow_dpo/policy.pt", "not the file that was written here")
+    named = ("05_flow_dpo/policy.pt", "not the file that was written here")
+    yield "07", (), edit, named
+    yield "07", ("--systems", "mine={run}/05_flow_dpo"), edit, named
     yield "01", TOY, saved("00_base.pt", other), ("00_base.pt", "not a toy base")
     yield "05", OUT, base_moved, ("00_base.pt", "stage 01")
     alone = [flag.replace("00_base", "alone/00_base") for flag in TOY]

@@ -106,6 +106,11 @@ def test_every_row_of_a_sheet_is_asked_once_and_one_in_twenty_twice(run, without
         assert pages[0].pack["columns"] == [*rows[0], "repeat", "seconds", "comment"]
 
 
+def test_what_is_asked_twice_stays_so_when_a_sheet_grows():
+    fewer, more = (stage("08").asked_again(count, 0) for count in (40, 45))
+    assert len(fewer) == 2 and len(more) == 3 and fewer == {i for i in more if i < 40}
+
+
 def test_a_pack_holds_the_samples_bit_by_bit_and_the_whole_silent_video_at_360_lines(packed):
     for what in ("rate", "choose"):
         for page in packs_of(packed, what):
@@ -153,7 +158,7 @@ def test_packs_that_are_there_are_kept_unless_what_they_ask_changes(run, capsys,
     )
     call("08", run, "choose", "--pack", 3)
     said, before = capsys.readouterr().out, times()
-    assert re.search(r"\d+ made now, [\d.]+ s and [\d.]+ MB each; 0 were there", said)
+    assert re.search(r"3 packs of 12 questions on 8 clips, [\d.]+ MB; 3 made now, 0 were", said)
     (folder / "00002.html").unlink()
     (folder / ".00002.html.1.tmp.html").write_text("half")
     call("08", run, "choose", "--pack", 3)
@@ -192,6 +197,11 @@ def test_what_is_missing_or_unknown_is_said_in_one_line(run, refused):
     assert "no such file" in line("choose", "--guide", run / "none.txt")
     assert "--systems best: is no system" in line("blind", "--systems", "best")
     assert "compares two systems" in line("blind", "--systems", "base")
+    about = json.loads((run / "07_systems.json").read_text())
+    about["systems"][1]["audio"] = {}
+    (run / "07_systems.json").write_text(json.dumps(about))
+    two = about["systems"][0]["name"], about["systems"][1]["name"]
+    assert f"has audio of two of {', '.join(two)}" in line("blind", "--systems", *two)
     rows = cells(run / "02_to_rate.csv")
     for path in (run / rows[0]["wav"], run / "00_videos" / f"{rows[0]['clip']}.mp4"):
         content = path.read_bytes()
@@ -418,7 +428,8 @@ def test_a_blind_pack_half_done_is_saved_and_counted(packed, browser):
     (answer,) = found
     assert (answer["choice"], answer["comment"]) == (order[0], 'hum, "odd"')
     assert answer["rater"] == '\'=Zoë, "Z" <i>'  # no formula in a spreadsheet
-    assert len(cells(file)) == 3 and answer["clip"] == ask(browser, "pack.rows")[row]["clip"]
+    assert len(cells(file)) == 2 + ask(browser, "pack.repeats.length")
+    assert answer["clip"] == ask(browser, "pack.rows")[row]["clip"]
     call("08", packed, "blind", "--answers", file)
     (line,) = read(packed / "08_blind.jsonl")
     assert line["n"] == 1 and {line["a"], line["b"]} == {answer["a"], answer["b"]}

@@ -371,6 +371,7 @@ def test_two_systems_are_compared_and_what_their_intervals_leave_out_is_said(run
     assert (
         "minus flow_dpo, 95 % interval" in said
         and "intervals over clips, one training seed" in said
+        and "next:" not in said  # stage 08 reads what is compared with base
     )
     rows = {(row["system"], row["metric"]): row for row in read(run / "07_results_flow_dpo.jsonl")}
     assert rows["flow_dpo", "win_rate"]["value"] == 0.5 and rows["flow_dpo", "ib"]["diff"] is None
@@ -386,9 +387,12 @@ def test_two_systems_are_compared_and_what_their_intervals_leave_out_is_said(run
 def test_a_policy_beyond_the_two_that_is_judged_on_test_is_warned_of(run, capsys):
     shutil.copytree(run / "05_flow_dpo", run / "other")
     call("07", run, "--split", "val", "--systems", "base", "other")
-    assert "warning" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning" not in said and "Table 1" not in said and "next:" not in said
     call("07", run, "--systems", "base", "other")
-    assert "warning: other on the test split; choose on --split val" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: other on the test split; choose on --split val" in said
+    assert "Table 1, VGGSound test" in said and "next: python 08_listen.py" in said
 
 
 def test_a_policy_that_gains_on_audioscore_and_loses_by_another_judge_is_said(capsys):
@@ -401,7 +405,8 @@ def test_a_policy_that_gains_on_audioscore_and_loses_by_another_judge_is_said(ca
         row("b", "fd", "worse"),
         row("c", "oracle_semantic", "worse"),
     ]
-    stage("07").print_hacked(gains + losses, ["a", "b", "c"])
+    measures = {"audiobox_pq": ("mean", "audiobox", "pq"), "fd": ("fd", "toy", "embedding")}
+    stage("07").print_hacked(gains + losses, ["a", "b", "c"], measures, ("audiobox",))
     (line,) = capsys.readouterr().out.splitlines()
     assert "a gains on AudioScore and loses on audiobox_pq" in line
 
@@ -1586,3 +1591,13 @@ def test_a_cached_audio_of_another_policy_is_never_taken_for_this_ones_and_forei
     record.unlink()
     assert "07_audio/flow_dpo: holds audio that stage 07 did not make" in refused("07", run)
     assert all(path.exists() for path in names)
+
+
+def test_a_name_given_to_another_policy_voids_its_audio_of_both_splits(run):
+    of_base = {clip.id: run / f"07_audio/x/{clip.id}.wav" for clip in common.read_clips(run, "val")}
+    call("07", run, "--split", "val", "--systems", "x=05_flow_dpo")
+    kept = {name: wav.read_bytes() for name, wav in of_base.items()}
+    call("07", run, "--split", "test", "--systems", "x=06_ddpo")
+    call("07", run, "--split", "val", "--systems", "x=06_ddpo", "ddpo")
+    for name, wav in of_base.items():
+        assert wav.read_bytes() == (run / f"07_audio/ddpo/{name}.wav").read_bytes() != kept[name]

@@ -46,7 +46,7 @@ def test_the_report_shows_the_numbers_of_07(finished):
     about = json.loads((finished / "07_systems.json").read_text())
     for row in read(finished / "07_results.jsonl"):
         how = about["metrics"][row["metric"]]
-        by = f" <small>{how['by']}</small>" if how["by"] else ""
+        by = f" <small>{about['clap']}</small>" if row["metric"] == "clap" else ""
         assert f"<th>{how['column']}{by} {'↑' if row['better'] == 'higher' else '↓'}</th>" in page
         if row["value"] is not None:
             assert f">{row['value'] * how['times']:.{how['decimals']}f}" in page
