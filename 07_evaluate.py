@@ -190,8 +190,12 @@ def bootstrap(values, resamples=2000, seed=0):
     value = float(np.nanmean(values))
     if n == 1:
         return value, None, None
-    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    low, high = np.percentile(finite[drawn].mean(axis=1), (2.5, 97.5))
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(resamples // 100):  # 100 at a time: of 15,000 clips all would take 0.5 GB
+        drawn = rng.integers(0, n, (100, n))
+        means.append(finite[drawn].mean(axis=1))
+    low, high = np.percentile(means, (2.5, 97.5))
     return value, float(low), float(high)
 
 
