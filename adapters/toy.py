@@ -501,11 +501,6 @@ class AudioTower(nn.Module):
         return self.classify(self.embedding(mel))
 
 
-def text_tower():
-    """words (B, V) -> (B, 32)."""
-    return nn.Sequential(nn.Linear(len(VOCABULARY), EMBED), nn.ReLU(), nn.Linear(EMBED, EMBED))
-
-
 class Match(nn.Module):
     """Towers for sound and for something else, video or caption, to be compared by cosine."""
 
@@ -563,7 +558,9 @@ def scorer_networks():
     """The four learned scorers, untrained, in the order in which stage 00 draws them."""
     return {
         "imagebind": Match(VideoTower()),
-        "clap": Match(text_tower()),
+        "clap": Match(
+            nn.Sequential(nn.Linear(len(VOCABULARY), EMBED), nn.ReLU(), nn.Linear(EMBED, EMBED))
+        ),
         "synchformer": SyncNet(),
         "panns": AudioTower(len(CLASSES)),
     }

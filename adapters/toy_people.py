@@ -262,13 +262,12 @@ LATE_DB = -28.0  # reverberant above this; 5 % errors on the judge's own corpus
 def band_filters():
     """(20, 257) bool: bands of equal width in octaves from 60 Hz, each of one bin at least."""
     edges = np.geomspace(60, RATE_HZ / 2, BANDS + 1)
-    low = edges[:-1, None]
-    high = edges[1:, None]
+    centre = np.sqrt(edges[:-1] * edges[1:])
     hz = np.fft.rfftfreq(SPAN, 1 / RATE_HZ)
-    centre = np.sqrt(edges[:-1] * edges[1:])[:, None]
-    nearest_bin = np.abs(hz - centre).argmin(1)
-    is_nearest = np.arange(len(hz)) == nearest_bin[:, None]
-    return (hz >= low) & (hz < high) | is_nearest
+    band = np.arange(BANDS)
+    within = np.searchsorted(edges, hz, side="right") - 1 == band[:, None]
+    within[band, np.abs(hz - centre[:, None]).argmin(1)] = True  # the nearest bin
+    return within
 
 
 def band_energy(wave):
