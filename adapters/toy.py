@@ -73,6 +73,14 @@ VOCABULARY = sorted(set(" ".join([*CLASSES.values(), *OPENINGS]).split()))
 OTHER_VERSION = "is of another version of 00_toy_world.py; make the run folder anew"
 
 
+def load_parts(parts, state, path):
+    """Fills {name: network} from what stage 00 wrote, `state` of the file `path`."""
+    if state.get("vocabulary") != VOCABULARY:
+        stop(f"{path}: {OTHER_VERSION}")
+    for name, network in parts.items():
+        files.load_weights(network, state.get(name), path, OTHER_VERSION)
+
+
 # --------------------------------------------------------------------------------------------------
 # Codec: log-mel, PCA of patches, Griffin-Lim
 # --------------------------------------------------------------------------------------------------
@@ -238,11 +246,8 @@ def picture_moments(frames):
 
 def words(caption):
     """Bag of words (V,) float32. Unknown words vanish; no caption is all zeros."""
-    bag = torch.zeros(len(VOCABULARY))
-    for word in (caption or "").lower().split():
-        if word in VOCABULARY:
-            bag[VOCABULARY.index(word)] = 1.0
-    return bag
+    said = (caption or "").lower().split()
+    return torch.tensor([float(word in said) for word in VOCABULARY])
 
 
 class VideoTower(nn.Module):
@@ -287,15 +292,21 @@ class VideoEncoder(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 
+def zero_linear(inputs, outputs):
+    """A layer that begins at zero: it adds nothing before it has learnt."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class Block(nn.Module):
     """Attention and an MLP, both scaled, shifted and gated by the condition c."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.modulation = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.modulation = zero_linear(width, 6 * width)
         self.query = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
@@ -345,11 +356,8 @@ class ToyNet(nn.Module):
         self.null_vector = nn.Parameter(torch.zeros(1, width))
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
-        self.last = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, CHANNELS)
-        for layer in (self.last, self.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.last = zero_linear(width, 2 * width)
+        self.out = zero_linear(width, CHANNELS)
         frequencies = 1000 * torch.exp(-math.log(1e4) * torch.arange(32) / 32)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -564,14 +572,6 @@ def scorer_networks():
         "synchformer": SyncNet(),
         "panns": AudioTower(len(CLASSES)),
     }
-
-
-def load_parts(parts, state, path):
-    """Fills {name: network} from what stage 00 wrote, `state` of the file `path`."""
-    if state.get("vocabulary") != VOCABULARY:
-        stop(f"{path}: {OTHER_VERSION}")
-    for name, network in parts.items():
-        files.load_weights(network, state.get(name), path, OTHER_VERSION)
 
 
 # --------------------------------------------------------------------------------------------------
