@@ -35,13 +35,13 @@ All pictures, also those that only train networks, go through one encoder and on
 import math
 import multiprocessing
 import os
+import signal
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -71,23 +71,17 @@ from adapters.toy import (
     VOCABULARY,
     AudioTower,
     Codec,
-    Match,
-    PooledVideoTower,
     SyncNet,
     ToyNet,
     VideoEncoder,
     frame_transform,
     log_mel,
     picture_moments,
-    text_tower,
+    scorer_networks,
     words,
 )
 from adapters.toy_people import Truth, attack_shape, band_energy, find_attacks
 from common import ahead, files, media, record, rows, stop
-
-# Whether the stage ends before its trainings have: they run beside the main thread, which would
-# wait for them.
-ENDS = SimpleNamespace(value=False)
 
 # Clips and optimizer steps of each size; processes besides the main one.
 SIZES = {
@@ -163,9 +157,10 @@ DEFAULTS["large"] = DEFAULTS["default"] | {
     "06": DEFAULTS["default"]["06"] | dict(steps=250),
 }
 
-# The place here is part of every clip's seed.
+# Those of `rows.SPLITS` become files; the others train networks. The place here is part of every
+# clip's seed.
 CORPORA = ("train", "val", "test", "pretrain", "scorer", "oracle", "judge")
-SPLITS = ("train", "val", "test")  # the corpora that become files
+NETWORKS = ("00_base.pt", "00_scorers.pt", "00_oracle.pt", "00_judge.pt")
 
 
 def parse_args(argv=None):
@@ -200,7 +195,7 @@ def draw_script(seed, corpus, index):
     rng = np.random.default_rng([seed, CORPORA.index(corpus), index])
     kind = int(rng.integers(len(CLASSES)))
     count = int(rng.choice([2, 3, 4], p=[0.6, 0.3, 0.1]))
-    first = 0.34  # seconds; the floor is read before the first hit
+    first = 0.34  # seconds; a clip begins with silence
     last = 1.56
     gap = 0.38  # at least, between two hits
     spread = np.sort(rng.uniform(0, last - first - gap * (count - 1), count))
@@ -209,7 +204,16 @@ def draw_script(seed, corpus, index):
     caption = opening + CLASSES[LABELS[kind]]
     if rng.random() < 0.1:
         caption = None
-    script = Script(kind, hits_s, caption, kind, hits_s, noise=2e-4, wet=0.0, rng=rng)
+    script = Script(
+        kind=kind,
+        hits_s=hits_s,
+        caption=caption,
+        sound_kind=kind,
+        sound_s=hits_s,
+        noise=2e-4,
+        wet=0.0,
+        rng=rng,
+    )
 
     class_chance, time_chance, noise_chance, room_chance = rng.random(4)
     if corpus == "pretrain":  # the imperfect data
@@ -229,7 +233,7 @@ def draw_script(seed, corpus, index):
             script.noise = 10 ** rng.uniform(-3.2, -1.5)
         if room_chance < 0.5:
             script.wet = rng.uniform(0.3, 1.0)
-    elif room_chance < 0.5:
+    elif room_chance < 0.5:  # train, val, test: right and clean, half of them in a room
         script.wet = rng.uniform(0.5, 0.9)
     return script
 
@@ -245,9 +249,9 @@ def draw_syllable(phase):
     """One vowel with hard edges, 0.26 s: PESQ finds no utterance in soft or shorter ones."""
     harmonic = np.arange(1, 28)[:, None]
     hz = 130 * harmonic
-    gains = np.exp(-(((hz - 700) / 130) ** 2))  # three formants
-    gains = gains + 0.6 * np.exp(-(((hz - 1220) / 150) ** 2))
-    gains = gains + 0.3 * np.exp(-(((hz - 2600) / 200) ** 2))
+    gains = 0
+    for formant_hz, width_hz, gain in ((700, 130, 1), (1220, 150, 0.6), (2600, 200, 0.3)):
+        gains = gains + gain * np.exp(-(((hz - formant_hz) / width_hz) ** 2))
     y = (gains * np.sin(hz * phase + harmonic * harmonic)).sum(axis=0)
     edges = np.minimum(EVENT_S, 0.26 - EVENT_S) / 0.006
     return y * np.clip(edges, 0, 1)
@@ -257,17 +261,19 @@ def draw_event(kind, pitch, rng):
     """One hit of a class: (5600,) samples, peak 1. pitch: a factor on all frequencies."""
     t = EVENT_S
     phase = 2 * np.pi * pitch * t  # of 1 Hz
+
+    def tone(hz, time_constant_s, gain=1.0):
+        return gain * np.sin(hz * phase) * decay(time_constant_s)
+
     label = LABELS[kind]
     if label == "bell ringing":
-        y = np.sin(620 * phase) * decay(0.06)
-        y = y + 0.6 * np.sin(1710 * phase) * decay(0.045)
-        y = y + 0.4 * np.sin(2930 * phase) * decay(0.03)
+        y = tone(620, 0.06) + tone(1710, 0.045, 0.6) + tone(2930, 0.03, 0.4)
     elif label == "wood block knocking":
-        y = np.sin(310 * phase) * decay(0.02) + 0.7 * np.sin(830 * phase) * decay(0.012)
+        y = tone(310, 0.02) + tone(830, 0.012, 0.7)
         y[:32] += 0.5 * rng.standard_normal(32)
     elif label == "snare drum":
-        y = rng.standard_normal(len(t)) * decay(0.03) + np.sin(190 * phase) * decay(0.04)
-    elif label == "water dripping":
+        y = rng.standard_normal(len(t)) * decay(0.03) + tone(190, 0.04)
+    elif label == "water dripping":  # ever higher
         y = np.sin(700 * phase * (1 + 9 * t)) * decay(0.035)
     elif label == "synthesizer":  # frequency modulation
         modulation = 6 * decay(0.05) * np.sin(1150 * phase)
@@ -299,9 +305,9 @@ def draw_sound(script):
     if script.wet:
         wave = wave + reverberation(wave, script.wet, rng)
     wave = wave + script.noise * rng.standard_normal(SAMPLES)
-    loudest = max(1.0, np.abs(wave).max() / 0.95)
+    too_loud = max(1.0, np.abs(wave).max() / 0.95)
     # Of 16 bits: below them sin and exp differ between CPUs.
-    return np.round(wave / loudest * 2**15).astype(np.float32) / 2**15
+    return np.round(wave / too_loud * 2**15).astype(np.float32) / 2**15
 
 
 def reverberation(wave, wet, rng):
@@ -320,9 +326,10 @@ def draw_picture(script):
     t = np.arange(FRAMES) / FPS
     # The first flight begins and the last one ends outside the clip: no lowest point is silent.
     touches = np.concatenate([[-0.2], script.hits_s, [CLIP_S + 0.2]])
-    flight = np.clip(np.searchsorted(touches, t, side="right") - 1, 0, len(touches) - 2)
+    flight = np.searchsorted(touches, t, side="right") - 1
     gap = touches[flight + 1] - touches[flight]
     u = (t - touches[flight]) / gap  # 0 to 1 within a flight
+    # 4 u (1 - u) is a parabola of height 1.
     centre_y = 0.8 - np.minimum(0.6, 0.25 + 0.5 * gap) * 4 * u * (1 - u)
     centre_x = rng.uniform(0.3, 0.7) + rng.uniform(-0.1, 0.1) * t
     radius = rng.uniform(0.09, 0.14)
@@ -334,7 +341,7 @@ def draw_picture(script):
     ground = np.float32(255 * rng.uniform(0.1, 0.35))
     grain = np.frombuffer(rng.bytes(inside.size), np.uint8).reshape(inside.shape) >> 4
     picture = np.empty((*inside.shape, 3), np.uint8)
-    for channel in range(3):
+    for channel in range(3):  # in half the time of all three at once
         contrast = np.float32(colour[channel] - ground)
         picture[..., channel] = (ground + inside * contrast).astype(np.uint8) + grain
     return picture
@@ -414,57 +421,57 @@ def write_clip(job):
 def corpus_clip(job):
     """Pool job: one clip that only trains networks. Returns a dict of arrays.
 
-    Of the judge's corpus: wave (32000,), kind. Of the oracle's: mel (100, 64), kind, noise (0 none,
-    1 the loudest). Of all others also: moments (50, 10), text (V,), strike (50,), 1 at a hit.
+    Of the judge's corpus: kind, wave (32000,). Of the oracle's: kind, mel (100, 64). Of all others
+    also: noise (0 none, 1 the loudest), moments (50, 10), text (V,), strike (50,), 1 at a hit.
     """
     seed, corpus, index = job
     script = draw_script(seed, corpus, index)
     sound = draw_sound(script)
     if corpus == "judge":
-        return {"wave": sound, "kind": script.kind}
-    loudness = np.clip((np.log10(script.noise) + 3.2) / 1.7, 0, 1)
-    row = {
-        "mel": log_mel(torch.from_numpy(sound)[None])[0].numpy(),
-        "kind": script.kind,
-        "noise": np.float32(loudness),
-    }
+        return {"kind": script.kind, "wave": sound}
+    clip = {"kind": script.kind, "mel": log_mel(torch.from_numpy(sound)[None])[0].numpy()}
     if corpus == "oracle":
-        return row
+        return clip
+    # `draw_script` draws noise between amplitudes of 10^-3.2 and 10^-1.5.
+    loudness = np.clip((np.log10(script.noise) + 3.2) / 1.7, 0, 1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         write_mp4(path, draw_picture(script))
         (frames,) = media.read_frames(path, [(FPS, frame_transform)], CLIP_S)
     from_hits_s = np.arange(FRAMES)[:, None] / FPS - script.hits_s
     strike = np.exp(-0.5 * (from_hits_s / 0.03) ** 2).max(axis=1)
-    row["moments"] = picture_moments(frames).numpy()
-    row["text"] = words(script.caption).numpy()
-    row["strike"] = strike.astype(np.float32)
-    return row
+    clip["noise"] = np.float32(loudness)
+    clip["moments"] = picture_moments(frames).numpy()
+    clip["text"] = words(script.caption).numpy()
+    clip["strike"] = strike.astype(np.float32)
+    return clip
 
 
 # --------------------------------------------------------------------------------------------------
-# Training. `clips` are a corpus: the tensors of `corpus_clip`, stacked
+# Training. `clips` are a corpus: the tensors of `corpus_clip`, stacked. A loss is of a network, a
+# random generator, and the same rows of some tensors
 # --------------------------------------------------------------------------------------------------
 
 
-def fit(net, loss, count, batch, steps, seed, title, bar_line=0, after=None):
-    """AdamW with a cosine schedule on random batches of `count` clips.
+def fit(title, net, loss, data, steps, batch, seed, bar_line=0, after=None):
+    """AdamW with a cosine schedule on random batches of the clips.
 
-    loss(indices, generator) -> scalar; after(step): what to do after each step; bar_line: where the
-    progress bar stands, since two processes train side by side.
+    data: tensors with a row for each clip; loss(net, generator, *their rows) -> scalar;
+    after(step): what to do after each step; bar_line: where the progress bar stands, since two
+    processes train side by side.
     """
     lr = 2e-3
-    batch = min(batch, count)
+    count = len(data[0])
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
     for step in tqdm(range(steps), title, position=bar_line, disable=None, mininterval=1):
-        if ENDS.value:
+        if signal.SIGINT in signal.sigpending():  # in a process of the pool, see `start_pool`
             stop(f"{title}: interrupted")
         warmup = min(1, (step + 1) / 20)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = lr * warmup * cosine
-        indices = torch.randint(count, (batch,), generator=generator)
-        value = loss(indices, generator)
+        i = torch.randint(count, (min(batch, count),), generator=generator)
+        value = loss(net, generator, *[tensor[i] for tensor in data])
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -476,15 +483,16 @@ def fit(net, loss, count, batch, steps, seed, title, bar_line=0, after=None):
 def fit_codec(mel):
     """PCA of patches. mel: (N, 100, 64).
 
-    Components are divided by the root of their deviation, a compromise between whitening (the
-    network would spend itself on inaudible ones) and none.
+    A component's variance becomes its deviation over the mean deviation, a compromise between
+    whitening (the network would spend itself on inaudible ones) and none; the latent's overall
+    variance is 1.
     """
     codec = Codec()
     patches = mel.reshape(-1, PATCH * MELS).double()
     variances, vectors = torch.linalg.eigh(patches.T.cov())  # the largest last
     deviation = variances.flip(0)[:CHANNELS].sqrt()
     vectors = vectors.flip(1)[:, :CHANNELS]
-    scale = (deviation * deviation.mean()).sqrt()  # the latent's overall variance becomes 1
+    scale = (deviation * deviation.mean()).sqrt()
     codec.mean.copy_(patches.mean(0))
     codec.down.copy_(vectors / scale)
     codec.up.copy_((vectors * scale).T)
@@ -500,89 +508,86 @@ def half_as_generated(mel, codec):
     return mel
 
 
-def train_base(path, clips, codec, size, seed):
+def encoder_loss(encoder, generator, moments, strike, kind):
+    """Of the video encoder, which marks the hits and names the class."""
+    per_frame, pooled = encoder(moments)
+    marks = encoder.strike(per_frame)[..., 0]
+    weight = torch.tensor(4.0)  # of the few frames with a hit
+    mark_loss = F.binary_cross_entropy_with_logits(marks, strike, pos_weight=weight)
+    return mark_loss + F.cross_entropy(encoder.kind(pooled), kind)
+
+
+def flow_loss(net, generator, a_0, per_token, pooled, text):
+    """Of the velocity network."""
+    t = torch.sigmoid(torch.randn(len(a_0), generator=generator))  # logit-normal
+    eps = torch.randn(a_0.shape, generator=generator)
+    a_t, v = common.interpolate(a_0, eps, t)
+    # A tenth go without conditions, so that there is something to guide away from, and a tenth
+    # without text.
+    drop, drop_text = torch.rand(2, len(a_0), 1, generator=generator) < 0.1
+    given = net.condition(per_token, pooled, text * ~drop_text)
+    null = net.null(given)
+    conditions = {
+        "tokens": torch.where(drop[..., None], null["tokens"], given["tokens"]),
+        "vector": torch.where(drop, null["vector"], given["vector"]),
+    }
+    return common.flow_error(v, net(a_t, t, conditions)).mean()
+
+
+def train_base(run, clips, codec, size, seed):
     """The frozen video encoder, then rectified flow on the imperfect corpus."""
     torch.manual_seed(seed + 1)
     encoder = VideoEncoder()
     net = ToyNet()
-    train_encoder(encoder, clips, size, seed)
-    weights = train_flow(net, encoder, clips, codec, size, seed)
-    state = {
-        "kind": "toy base",
-        "vocabulary": VOCABULARY,
-        "net": weights,
-        "encoder": encoder.state_dict(),
-        "codec": codec.state_dict(),
-    }
-    files.save_pt(path, state)
-
-
-def train_encoder(encoder, clips, size, seed):
+    batch = size["batch"]
     moments = clips["moments"]
-    strike = clips["strike"]
-    kind = clips["kind"]
+    data = (moments, clips["strike"], clips["kind"])
+    fit("video encoder", encoder, encoder_loss, data, size["encoder_steps"], batch, seed)
 
-    def loss(i, generator):
-        per_frame, pooled = encoder.tower(moments[i])
-        marks = encoder.strike(per_frame)[..., 0]
-        weight = torch.tensor(4.0)  # of the few frames with a hit
-        mark_loss = F.binary_cross_entropy_with_logits(marks, strike[i], pos_weight=weight)
-        return mark_loss + F.cross_entropy(encoder.kind(pooled), kind[i])
-
-    fit(encoder, loss, len(moments), size["batch"], size["encoder_steps"], seed, "video encoder")
-
-
-def train_flow(net, encoder, clips, codec, size, seed):
-    """Returns the average weights of `net`: {name: tensor}."""
     with torch.no_grad():
         latents = codec.encode(clips["mel"])
-        per_frame, pooled = encoder.tower(clips["moments"])
-    per_token = per_frame.reshape(-1, TOKENS, 2 * EMBED)
-    text = clips["text"]
+        per_frame, pooled = encoder(moments)
+    data = (latents, per_frame.reshape(-1, TOKENS, 2 * EMBED), pooled, clips["text"])
     averages = {key: value.clone() for key, value in net.state_dict().items()}
 
-    def loss(i, generator):
-        a_0 = latents[i]
-        t = torch.sigmoid(torch.randn(len(i), generator=generator))  # logit-normal
-        eps = torch.randn(a_0.shape, generator=generator)
-        a_t, v = common.interpolate(a_0, eps, t)
-        # Conditions are dropped, so that there is something to guide away from.
-        drop, drop_text = torch.rand(2, len(i), 1, generator=generator) < 0.1
-        conditions = net.condition(per_token[i], pooled[i], text[i] * ~drop_text)
-        null = net.null(conditions)
-        conditions = {
-            "tokens": torch.where(drop[..., None], null["tokens"], conditions["tokens"]),
-            "vector": torch.where(drop, null["vector"], conditions["vector"]),
-        }
-        return common.flow_error(v, net(a_t, t, conditions)).mean()
-
     def average(step):
-        share = max(0.005, 10 / (step + 11))  # first a mean of all steps, then of the last 200
+        share = 10 / (step + 11)  # a mean of about the last tenth of the steps
         for key, value in net.state_dict().items():
             averages[key].lerp_(value, share)
 
-    fit(
-        net,
-        loss,
-        len(latents),
-        size["batch"],
-        size["base_steps"],
-        seed,
-        "base model",
-        after=average,
-    )
-    return averages
+    fit("base model", net, flow_loss, data, size["base_steps"], batch, seed, after=average)
+    state = {
+        "kind": "toy base",
+        "vocabulary": VOCABULARY,
+        "net": averages,
+        "encoder": encoder.state_dict(),
+        "codec": codec.state_dict(),
+    }
+    files.save_pt(run / "00_base.pt", state)
 
 
-def contrastive_loss(match, mel, other, kind):
-    """Of a `Match` on B pairs, where clips of one class are each other's positives: it asks what
-    sounds, not when."""
+def match_loss(match, generator, mel, other, kind):
+    """Contrastive, of a `Match` on B pairs of sounds (rows) and what belongs to them (columns). All
+    of one class are each other's positives: it asks what sounds, not when."""
     sound = match.sound(mel)[:, None]
     cosine = F.cosine_similarity(sound, match.other(other)[None], dim=-1)
     same = (kind[:, None] == kind).float()
     same = same / same.sum(1, keepdim=True)
     both = (10 * cosine).log_softmax(0) + (10 * cosine).log_softmax(1)
     return -(same * both).sum(1).mean()
+
+
+def tag_loss(tower, generator, mel, tags):
+    return F.cross_entropy(tower(mel), tags)
+
+
+def lag_loss(synchformer, generator, mel, moments, quiet):
+    """Of a `SyncNet`, which is to say by how many frames each sound was made late."""
+    most = SyncNet.LAGS
+    lag = torch.randint(-most, most + 1, (len(mel),), generator=generator)
+    late = shifted(mel, lag, quiet)
+    logits = synchformer(late, synchformer.embed_picture(moments))
+    return F.cross_entropy(logits, lag + most)
 
 
 def shifted(mel, lag, quiet):
@@ -594,77 +599,43 @@ def shifted(mel, lag, quiet):
     return torch.where(inside[..., None], mel.gather(1, index), quiet)
 
 
-def train_scorers(path, oracle_path, clips, oracle_clips, codec, size, seed):
-    """The four learned scorers, then the oracle's classifier, which is drawn from the same seed."""
+def train_scorers(run, clips, oracle_clips, codec, size, seed):
+    """The four learned scorers, then the oracle's classifier, on clips of its own."""
     torch.manual_seed(seed + 2)
-    imagebind = Match(PooledVideoTower())
-    clap = Match(text_tower())
-    synchformer = SyncNet()
-    panns = AudioTower(len(CLASSES))
+    networks = scorer_networks()
+    oracle = AudioTower(len(CLASSES))
 
     mel = half_as_generated(clips["mel"], codec)
     moments = clips["moments"]
     text = clips["text"]
     kind = clips["kind"]
-    captioned = text.any(1).nonzero()[:, 0]
     quiet = mel.quantile(0.1, dim=1, keepdim=True)
     # The tagger is less sure of a noisy sound: hard labels would make it deaf to noise, and score_4
     # with it.
     doubt = 0.9 * clips["noise"][:, None]
     tags = F.one_hot(kind, len(CLASSES)) * (1 - doubt) + doubt / len(CLASSES)
+    captioned = text.any(1)
+    oracle_mel = half_as_generated(oracle_clips["mel"], codec)
 
-    def imagebind_loss(i, generator):
-        return contrastive_loss(imagebind, mel[i], moments[i], kind[i])
+    def train(name, network, loss, *data, steps="scorer_steps"):
+        fit(name, network, loss, data, size[steps], size["batch"], seed, bar_line=1)
 
-    def clap_loss(i, generator):
-        i = captioned[i]
-        return contrastive_loss(clap, mel[i], text[i], kind[i])
+    train("imagebind", networks["imagebind"], match_loss, mel, moments, kind)
+    data = (mel[captioned], text[captioned], kind[captioned])
+    train("clap", networks["clap"], match_loss, *data)
+    data = (mel, moments, quiet)
+    train("synchformer", networks["synchformer"], lag_loss, *data, steps="sync_steps")
+    train("panns", networks["panns"], tag_loss, mel, tags)
+    train("oracle", oracle, tag_loss, oracle_mel, oracle_clips["kind"])
 
-    def synchformer_loss(i, generator):
-        most = SyncNet.LAGS
-        lag = torch.randint(-most, most + 1, (len(i),), generator=generator)
-        late = shifted(mel[i], lag, quiet[i])
-        logits = synchformer(late, synchformer.embed_picture(moments[i]))
-        return F.cross_entropy(logits, lag + most)
-
-    def panns_loss(i, generator):
-        return F.cross_entropy(panns(mel[i]), tags[i])
-
-    count = len(mel)
-    batch = size["batch"]
-    steps = size["scorer_steps"]
-    sync_steps = size["sync_steps"]
-    fit(imagebind, imagebind_loss, count, batch, steps, seed, "imagebind", bar_line=1)
-    fit(clap, clap_loss, len(captioned), batch, steps, seed, "clap", bar_line=1)
-    fit(synchformer, synchformer_loss, count, batch, sync_steps, seed, "synchformer", bar_line=1)
-    fit(panns, panns_loss, count, batch, steps, seed, "panns", bar_line=1)
-    state = {
-        "kind": "toy scorers",
-        "vocabulary": VOCABULARY,
-        "codec": codec.state_dict(),
-        "imagebind": imagebind.state_dict(),
-        "clap": clap.state_dict(),
-        "synchformer": synchformer.state_dict(),
-        "panns": panns.state_dict(),
-    }
-    files.save_pt(path, state)
-    train_oracle(oracle_path, oracle_clips, codec, size, seed)
+    state = {"kind": "toy scorers", "vocabulary": VOCABULARY, "codec": codec.state_dict()}
+    for name, network in networks.items():
+        state[name] = network.state_dict()
+    files.save_pt(run / "00_scorers.pt", state)
+    files.save_pt(run / "00_oracle.pt", {"kind": "toy oracle", "classifier": oracle.state_dict()})
 
 
-def train_oracle(path, clips, codec, size, seed):
-    oracle = AudioTower(len(CLASSES))
-    mel = half_as_generated(clips["mel"], codec)
-    kind = clips["kind"]
-
-    def loss(i, generator):
-        return F.cross_entropy(oracle(mel[i]), kind[i])
-
-    steps = size["scorer_steps"]
-    fit(oracle, loss, len(mel), size["batch"], steps, seed, "oracle", bar_line=1)
-    files.save_pt(path, {"kind": "toy oracle", "classifier": oracle.state_dict()})
-
-
-def train_judge(path, clips, codec):
+def train_judge(run, clips, codec):
     """Linear discriminant analysis: a Gaussian of `attack_shape` for every class, all of one
     covariance."""
     waves = clips["wave"].clone()
@@ -684,7 +655,8 @@ def train_judge(path, clips, codec):
     size = len(covariance)
     shrunk = 0.9 * covariance + 0.1 * np.trace(covariance) / size * np.eye(size)
     precision = torch.linalg.inv(torch.from_numpy(shrunk))
-    files.save_pt(path, {"mean": torch.from_numpy(mean), "precision": precision})
+    state = {"mean": torch.from_numpy(mean), "precision": precision}
+    files.save_pt(run / "00_judge.pt", state)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -692,15 +664,41 @@ def train_judge(path, clips, codec):
 # --------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def start_pool(processes):
+    """So many processes for clips and trainings, or None: then this one does all.
+
+    They are deaf to Ctrl-C (`in_pool`). When this process is interrupted or fails, it sends each of
+    them one more: `fit` finds it pending and ends, so that nobody waits for a training.
+    """
+    if not processes:
+        yield None
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, ahead.end_with, (os.getpid(),)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGINT)
+            raise
+
+
 def in_pool(pool, function, jobs, title):
-    """[function(job) for job in jobs], by the pool's processes."""
-    results = pool.map(function, jobs)
+    """[function(job) for job in jobs], by the pool's processes if there is one."""
+    if pool is None:
+        results = map(function, jobs)
+    else:
+        with ahead.deaf_to_ctrl_c():  # the processes start with their first jobs
+            results = pool.map(function, jobs)
     return list(tqdm(results, title, total=len(jobs), disable=None, mininterval=1))
 
 
-def draw_corpus(pool, corpus, count, seed):
+def draw_corpus(pool, corpus, size, seed):
     """The clips of a corpus: {name: (N, ...) tensor}."""
-    jobs = [(seed, corpus, index) for index in range(count)]
+    jobs = [(seed, corpus, index) for index in range(size[corpus])]
     drawn = in_pool(pool, corpus_clip, jobs, corpus)
     clips = {}
     for name in drawn[0]:
@@ -708,79 +706,49 @@ def draw_corpus(pool, corpus, count, seed):
     return clips
 
 
-def build(run, pool, size, seed):
-    """All that is not there yet, the longest training first. Returns pairs of lines: of clips.jsonl
-    and of the truth."""
-    began = time.monotonic()
-    base = run / "00_base.pt"
-    scorers = run / "00_scorers.pt"
-    oracle = run / "00_oracle.pt"
-    judge = run / "00_judge.pt"
+def start_trainings(pool, run, size, seed):
+    """Trains the networks that are not there yet, the longest training first. Returns the futures
+    of those that go on beside this process."""
     trainings = []
-    if not all(file.exists() for file in (base, scorers, oracle, judge)):
-        imperfect = draw_corpus(pool, "pretrain", size["pretrain"], seed)
+
+    def lacks(*names):
+        return not all((run / name).exists() for name in names)
+
+    def start(training, *given):
+        if pool is None:
+            training(run, *given)
+        else:
+            trainings.append(pool.submit(training, run, *given))
+
+    if lacks(*NETWORKS):
+        imperfect = draw_corpus(pool, "pretrain", size, seed)
         codec = fit_codec(imperfect["mel"])
-        took = time.monotonic() - began
-        print(f"pre-training clips: {size['pretrain']} ({took:.0f} s)", flush=True)
-        if not base.exists():
-            trainings.append(pool.submit(train_base, base, imperfect, codec, size, seed))
-        for_scorers = draw_corpus(pool, "scorer", size["scorer"], seed)
-        for_oracle = draw_corpus(pool, "oracle", size["oracle"], seed)
-        for_judge = draw_corpus(pool, "judge", size["judge"], seed)
-        if not (scorers.exists() and oracle.exists()):
-            given = (scorers, oracle, for_scorers, for_oracle, codec, size, seed)
-            trainings.append(pool.submit(train_scorers, *given))
-        if not judge.exists():
-            trainings.append(pool.submit(train_judge, judge, for_judge, codec))
-
-    folder = run / "00_videos"
-    jobs = [(folder, seed, split, index) for split in SPLITS for index in range(size[split])]
-    # Small jobs last, for whichever process has no training left.
-    clips = in_pool(pool, write_clip, jobs, "videos")
-    took = time.monotonic() - began
-    print(f"videos: {len(clips)} files in {folder} ({took:.0f} s)", flush=True)
-    for training in trainings:
-        training.result()
-    if trainings:
-        took = time.monotonic() - began
-        print(f"networks: base model, scorers, oracle, judge ({took:.0f} s)", flush=True)
-    return clips
-
-
-def begin(parent, ends):
-    """In a process of the pool."""
-    global ENDS
-    ENDS = ends
-    ahead.end_with(parent)
-
-
-def start_pool(processes):
-    """Of so many processes, or of a thread where there are none."""
-    global ENDS
-    ENDS = SimpleNamespace(value=False)
-    if not processes:
-        return ThreadPoolExecutor(1)
-    spawn = multiprocessing.get_context("spawn")
-    ENDS = spawn.RawValue("b", False)  # in memory that the processes share
-    pool = ProcessPoolExecutor(processes, spawn, begin, (os.getpid(), ENDS))
-    with ahead.deaf_to_ctrl_c():
-        for _ in range(processes):
-            pool.submit(os.getpid)  # each starts one
-    return pool
+        if lacks("00_base.pt"):
+            start(train_base, imperfect, codec, size, seed)
+        if lacks("00_scorers.pt", "00_oracle.pt"):
+            for_scorers = draw_corpus(pool, "scorer", size, seed)
+            for_oracle = draw_corpus(pool, "oracle", size, seed)
+            start(train_scorers, for_scorers, for_oracle, codec, size, seed)
+        if lacks("00_judge.pt"):
+            start(train_judge, draw_corpus(pool, "judge", size, seed), codec)
+    return trainings
 
 
 def main(args):
     run = Path(args.run_dir)
     size = SIZES[args.size]
+    videos = run / "00_videos"
     with record.stage(run, "00", advice="use another --run-dir") as stage:
         stage.claim({"seed": args.seed, "size": args.size, **size})
         with start_pool(size["processes"]) as pool:
-            try:
-                built = build(run, pool, size, args.seed)
-            except BaseException:
-                ENDS.value = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            trainings = start_trainings(pool, run, size, args.seed)
+            # Small jobs last, for whichever process has no training left.
+            jobs = []
+            for split in rows.SPLITS:
+                jobs += [(videos, args.seed, split, index) for index in range(size[split])]
+            built = in_pool(pool, write_clip, jobs, "videos")
+            for training in trainings:
+                training.result()
         if not (run / "00_truth.jsonl").exists():
             rows.write(run / "00_truth.jsonl", [truth for _, truth in built])
         if not (run / "clips.jsonl").exists():
@@ -800,7 +768,7 @@ def main(args):
                 defaults=DEFAULTS[args.size],
             )
             rows.write_json(run / "run.json", world)
-    splits = ", ".join(f"{size[split]} {split}" for split in SPLITS)
+    splits = ", ".join(f"{size[split]} {split}" for split in rows.SPLITS)
     print(f"toy world ({args.size}, seed {args.seed}): {len(built)} clips ({splits})")
     print(f"next: python 01_generate.py --run-dir {run}")
 

@@ -1,6 +1,7 @@
 """Frieren (Wang et al., NeurIPS 2024, https://arxiv.org/abs/2406.00320) as a FlowModel
 (docs/frieren.md)."""
 
+import contextlib
 import functools
 import io
 import re
@@ -14,18 +15,25 @@ import torch.nn as nn
 
 from common import FlowModel, SkipClip, files, scoring, stop, upstream, weight_file
 
+GENERIC = ("cfm", "vocoder", "pytorch_lightning", "omegaconf")
+
+
+def pop_generic():
+    """Takes the modules of these names, and those below them, out of sys.modules:
+    {name: module}."""
+    names = [name for name in sys.modules if name.partition(".")[0] in GENERIC]
+    return {name: sys.modules.pop(name) for name in names}
+
 
 @functools.cache
 def upstream_classes():
-    """Upstream's four classes. Lightning and OmegaConf, which they import and do not need, are
-    stood in for. Generic names leave sys.modules: what was imported lives on below `frieren_v2a`,
-    where torch.compile finds it."""
-    generic = {"cfm", "vocoder", "pytorch_lightning", "omegaconf"}
+    """Upstream's four classes.
 
-    def loaded():
-        return [name for name in sys.modules if name.partition(".")[0] in generic]
-
-    others = {name: sys.modules.pop(name) for name in loaded()}
+    Lightning and OmegaConf, which they import and do not need, are stood in for. Modules of such
+    generic names do not stay in sys.modules, where another `vocoder` would be taken for Frieren's;
+    they live on below `frieren_v2a`, since torch.compile looks a class's module up by its name.
+    """
+    others = pop_generic()
     sys.modules["pytorch_lightning"] = types.SimpleNamespace(LightningModule=nn.Module)
     sys.modules["omegaconf"] = types.SimpleNamespace(OmegaConf=None)
     try:
@@ -35,12 +43,10 @@ def upstream_classes():
             from cfm.modules.diffusionmodules.concatDiT import ChannelConcatDiT
             from vocoder.bigvgan.models import BigVGAN
     finally:
-        for name in loaded():
-            module = sys.modules.pop(name)
+        for name, module in pop_generic().items():
             module.__name__ = f"frieren_v2a.{name}"
             sys.modules[module.__name__] = module
         sys.modules.update(others)
-    AutoencoderKL.__init__.__globals__["print"] = lambda *_: None  # it prints while it is built
     return types.SimpleNamespace(
         dit=ChannelConcatDiT,
         embedder=Video_Feat_Encoder_NoPosembed,
@@ -49,19 +55,23 @@ def upstream_classes():
     )
 
 
-def fill(part, state, path, *prefixes):
-    """Strictly loads what `state` holds under the prefixes; a part on meta takes the mapped tensors
-    themselves."""
+def fill(part, state, path, *prefixes, assign=False):
+    """Strictly loads what `state` holds under the prefixes, which the names of `part` have too.
+    assign: a part on meta takes the mapped tensors themselves."""
     own = {name: value for name, value in state.items() if name.startswith(prefixes)}
     try:
-        part.load_state_dict(own, assign=next(part.parameters()).is_meta)
+        part.load_state_dict(own, assign=assign)
     except RuntimeError as error:
-        held = {".".join(name.split(".")[:2]) for name in state if "." in name}
+        held = sorted({".".join(name.split(".")[:2]) for name in state if "." in name})
         reason = " ".join(str(error).split())[:200]
-        stop(
-            f"{path}: not the tensors of Frieren; it holds {', '.join(sorted(held))[:200]}; "
-            f"{reason}"
-        )
+        holds = f"it holds {', '.join(held)[:200]}"
+        stop(f"{path}: not the tensors of Frieren; {holds}; {reason}")
+
+
+def is_reflowed(path):
+    """Whether a path speaks of a reflowed or distilled model. `noreflow` and `no_reflow` do not."""
+    trail = "/".join(Path(path).parts[-2:]).lower()
+    return re.search("(?<!no)reflow|distill", re.sub("[ _-]", "", trail))
 
 
 class Frieren(FlowModel):
@@ -69,10 +79,11 @@ class Frieren(FlowModel):
     features.
 
     Its time is k = 1000 (1 - t), 0 at noise, 999 at most. 32 frames, 8.000 s, drive 8.192 s of
-    audio. Trained: DiT and condition embedder, whole. Unconditional is the embedder's output for
-    zeros, so it moves with training; Flow-DPO at guidance 1 never uses it, DDPO trains through it.
-    Reflowed and distilled models learnt the guided velocity, unlike Eq. 5 at guidance 1: refused
-    where their path, or the one recorded in them, tells; their tensors alone do not."""
+    audio. DiT and condition embedder are trained, and with them what is unconditional: the
+    embedder's output for zeros. A reflowed or distilled model learnt the guided velocity, which is
+    not Eq. 5's at guidance 1; its tensors have the same names, so only paths can tell
+    (docs/frieren.md).
+    """
 
     latent_shape = (256, 20)
     sample_rate_hz = 16000
@@ -82,7 +93,12 @@ class Frieren(FlowModel):
     latent_scale = 0.18215
     feature_shapes = {"cavp": (frames, cavp_width)}
     dit_config = dict(
-        in_channels=20, context_dim=768, hidden_size=576, num_heads=8, depth=4, max_len=1000
+        in_channels=20,
+        context_dim=768,
+        hidden_size=576,
+        num_heads=8,
+        depth=4,
+        max_len=1000,
     )
     vae_config = dict(
         double_z=True,
@@ -92,8 +108,11 @@ class Frieren(FlowModel):
         kernel_size=5,
         ch=384,
         ch_mult=[1, 2, 4],
+        num_res_blocks=2,
+        attn_layers=[3],
+        down_layers=[0],
+        dropout=0.0,
     )
-    vae_config |= dict(num_res_blocks=2, attn_layers=[3], down_layers=[0], dropout=0.0)
 
     @classmethod
     def files(cls, variant):
@@ -105,68 +124,59 @@ class Frieren(FlowModel):
         super().__init__()
         names = self.files(variant)
         classes = upstream_classes()
-        self.model = nn.ModuleDict(
-            {"diffusion_model": classes.dit(**self.dit_config)}
-        )  # upstream's parameter names
+        # Upstream's parameter names.
+        self.model = nn.ModuleDict({"diffusion_model": classes.dit(**self.dit_config)})
         self.cond_stage_model = classes.embedder(self.cavp_width, self.dit_config["context_dim"])
         # Of a transposed input torch computes a linear layer otherwise with gradients than without:
-        # in bf16 the policy would begin away from its reference.
+        # in bf16 the policy would begin away from its reference. Upstream transposes inside.
         for layer in (self.model["diffusion_model"].x_proj, self.model["diffusion_model"].c_proj):
             layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         for module in self.model.modules():
-            module.checkpoint = (
-                False  # upstream's own recomputation loses gradients; `blocks` offers ours
-            )
+            # Upstream's own recomputation loses gradients; `blocks` offers ours.
+            module.checkpoint = False
         self.checkpoint = Path(checkpoint or weight_file(weights, names[0]))
         base, vae = self.load_policy(self.checkpoint)
-        self.base = functools.cache(lambda: base)  # so wrapped, copies of the model share these two
+        # Copies of the model share functions: these two.
+        self.base = lambda: base
         self.codec = functools.lru_cache(maxsize=1)(
             functools.partial(self.load_codec, vae, weights)
         )
 
     def load_policy(self, path):
-        """Replaces the velocity network's weights by those of a file that save_policy, or upstream
-        by Lightning 1.4, wrote. Returns the file's content and its VAE, both mapped: not read
-        before they are used."""
-        callbacks = (
-            "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # keyed by their class
-        )
+        """path: a file that save_policy, or upstream by Lightning 1.4, wrote. Returns, for the
+        constructor, its content and its VAE, both mapped: not read before they are used."""
+        # Lightning's callbacks are keyed by their class.
+        callbacks = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
         file = files.load_pt(path, mmap=True, ignore=[*files.NUMPY, callbacks])
         if not isinstance(file, dict) or not isinstance(file.get("state_dict"), dict):
             stop(f"{path}: no checkpoint of Frieren, which is a dict with a 'state_dict'")
-        recorded = [
-            callback.get("dirpath") or "" for callback in file.get("callbacks", {}).values()
-        ]
-        for place in [path, *recorded]:
-            trail = "/".join(Path(place).parts[-2:]).lower()
-            trail = re.sub("[ _-]", "", trail).replace("noreflow", "")
-            if "reflow" in trail or "distill" in trail:
-                told = "a reflowed or distilled Frieren by its path, now or in training"
-                stop(f"{path}: {told}; use the one without reflow")
-        with torch.device("meta"):
-            vae = upstream_classes().vae(
-                self.latent_shape[1], self.vae_config, {"target": "torch.nn.Identity"}
-            )
-        fill(
-            nn.ModuleDict({"first_stage_model": vae}),
-            file["state_dict"],
-            path,
-            "first_stage_model.",
-        )
-        fill(self, file["state_dict"], path, "model.", "cond_stage_model.")
+        # The folder that it was trained in, if a callback has kept that.
+        kept = [callback.get("dirpath") or "" for callback in file.get("callbacks", {}).values()]
+        if any(is_reflowed(place) for place in (path, *kept)):
+            told = "a reflowed or distilled Frieren by its path, now or in training"
+            stop(f"{path}: {told}; use the one without reflow")
+        state = file["state_dict"]
+        # The VAE prints its shapes.
+        with torch.device("meta"), contextlib.redirect_stdout(None):
+            no_loss = {"target": "torch.nn.Identity"}
+            vae = upstream_classes().vae(self.latent_shape[1], self.vae_config, no_loss)
+        named = nn.ModuleDict({"first_stage_model": vae})
+        fill(named, state, path, "first_stage_model.", assign=True)
+        fill(self, state, path, "model.", "cond_stage_model.")
         return file, vae
 
     def policy_state(self):
         """For upstream's generation script: the base checkpoint's 339 tensors, 127 of them replaced
         by the trained."""
+        base = self.base()
         trained = {name: value.cpu() for name, value in self.state_dict().items()}
         return {
-            "state_dict": self.base()["state_dict"] | trained,
-            "global_step": self.base().get("global_step", 0),
+            "state_dict": base["state_dict"] | trained,
+            "global_step": base.get("global_step", 0),
         }
 
     def cavp_file(self, clip):
-        for suffix in ("", ".npz", ".npy"):
+        for suffix in ("", ".npz", ".npy"):  # an id may end in its file's suffix
             file = Path(f"{clip.cavp}{suffix}")
             if file.suffix in (".npz", ".npy") and file.is_file():
                 return file
@@ -178,32 +188,26 @@ class Frieren(FlowModel):
 
     def read(self, clip, others=()):
         if clip.cavp is None:
-            stop(
-                f"clip {clip.id}: Frieren reads CAVP features; give stage 01 their folder with "
-                "--cavp"
-            )
+            advice = "give stage 01 their folder with --cavp"
+            stop(f"clip {clip.id}: Frieren reads CAVP features; {advice}")
         file = self.cavp_file(clip)
         if file is None:
             raise SkipClip("no CAVP features (.npz or .npy)")
+        # Whole, so that all that goes wrong below is wrong with the content.
         with files.reading(file), open(file, "rb") as stream:
-            content = io.BytesIO(
-                stream.read()
-            )  # whole, so that all that goes wrong below is wrong with the content
+            content = io.BytesIO(stream.read())
         try:
             loaded = np.load(content, allow_pickle=False)
             values = loaded["feat"] if file.suffix == ".npz" else loaded
             cavp = torch.from_numpy(np.array(values, dtype=np.float32))
-        except (
-            Exception
-        ) as error:  # numpy, zipfile and zlib have types of their own for a broken file
+        # numpy, zipfile and zlib have types of their own for a broken file.
+        except Exception as error:
             if isinstance(error, MemoryError):
                 files.memory_or_content()
             raise SkipClip(f"unreadable CAVP features ({type(error).__name__})") from None
         if cavp.dim() != 2 or cavp.shape[1] != self.cavp_width or len(cavp) < self.frames:
-            raise SkipClip(
-                f"CAVP features are {tuple(cavp.shape)}, not (at least {self.frames}, "
-                f"{self.cavp_width})"
-            )
+            wanted = f"(at least {self.frames}, {self.cavp_width})"
+            raise SkipClip(f"CAVP features are {tuple(cavp.shape)}, not {wanted}")
         if not cavp[: self.frames].isfinite().all():
             raise SkipClip("CAVP features are not finite")
         return [cavp[: self.frames].clone()]
@@ -219,15 +223,18 @@ class Frieren(FlowModel):
         return {"context": self.cond_stage_model(zeros).expand_as(conditions["context"])}
 
     def predict(self, a_t, t, conditions):
+        # t is snapped, so that this is whole but for rounding.
         k = (1000 * (1 - t.double())).round().clamp(0, 999).long()
-        return -self.model["diffusion_model"](
-            a_t.transpose(1, 2), k, conditions["context"]
-        ).transpose(1, 2)
+        u = self.model["diffusion_model"](a_t.transpose(1, 2), k, conditions["context"])
+        return -u.transpose(1, 2)
 
     def snap_t(self, t):
-        """1 - k/1000 with k cut, not rounded. At the times of 25 steps k is upstream's, whose
-        float32 cuts 200, 360 and 400 to 199, 359 and 399; with other numbers of steps a few k may
-        differ from upstream's by one."""
+        """1 - k/1000, k = 1000 (1 - t) cut, not rounded.
+
+        Upstream cuts in float32, which at its own 25 steps makes 199, 359 and 399 of 200, 360 and
+        400: there k is upstream's (`grid`). With other numbers of steps a few k may differ from
+        upstream's by one.
+        """
         passed = 1 - t.double()
         step = (25 * passed).round()
         grid = (1000 * torch.linspace(0, 1, 26)).long().to(t.device)

@@ -10,23 +10,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from common import FlowModel, files, media, stop, upstream, weight_file
 
-VARIANTS = (
-    "small_16k",
-    "small_44k",
-    "medium_44k",
-    "large_44k",
-    "large_44k_v2",
-)  # the paper's is large_44k
-CONDITIONS = (
-    "clip_f",
-    "sync_f",
-    "text_f",
-    "clip_f_c",
-    "text_f_c",
-)  # upstream's PreprocessedConditions
-CLIP = (
-    "apple/DFN5B-CLIP-ViT-H-14-384"  # read from the Hugging Face cache, where upstream looks for it
-)
+# The paper's is large_44k.
+VARIANTS = ("small_16k", "small_44k", "medium_44k", "large_44k", "large_44k_v2")
+# Read from the Hugging Face cache, where upstream looks for it.
+CLIP = "apple/DFN5B-CLIP-ViT-H-14-384"
 CLIP_FILES = ("open_clip_config.json", "open_clip_pytorch_model.bin")
 VOCODER = "nvidia/bigvgan_v2_44khz_128band_512x"  # a folder below --weights
 
@@ -34,8 +21,8 @@ VOCODER = "nvidia/bigvgan_v2_44khz_128band_512x"  # a folder below --weights
 class MMAudio(FlowModel):
     """Upstream's own classes, whose time runs from noise (0) to data (1).
 
-    Weights and t stay float32 and autocast goes around the calls: cast to bfloat16, large_44k_v2's
-    time embedding (frequencies up to 1e4) is another function.
+    Weights and t stay float32, under autocast too: in bfloat16 the time embedding of large_44k_v2
+    would lose its high frequencies (up to 1e4).
     """
 
     clip_s = 8.0
@@ -46,10 +33,7 @@ class MMAudio(FlowModel):
     def files(cls, variant):
         """Checkpoint, Synchformer, VAE and vocoder. CLIP lies in the Hugging Face cache."""
         if variant not in VARIANTS:
-            stop(
-                f"--model {f'mmaudio:{variant}'.rstrip(':')}: unknown variant; choose one of "
-                f"{', '.join(VARIANTS)}"
-            )
+            stop(f"--model mmaudio:{variant}: no such variant; choose one of {', '.join(VARIANTS)}")
         own = [f"mmaudio_{variant}.pth", "synchformer_state_dict.pth"]
         if variant.endswith("16k"):
             return [*own, "v1-16.pth", "best_netG.pt"]
@@ -82,13 +66,12 @@ class MMAudio(FlowModel):
         sync = features["sync"].to(self.device)
         text = features["text"].to(self.device)
         conditions = self.net.preprocess_conditions(clip, sync, text)
-        return {key: getattr(conditions, key) for key in CONDITIONS}
+        return vars(conditions)
 
     def null_conditions(self, conditions):
         # Learned null video and empty_string_feat, as in upstream's evaluation (batch_eval.py gives
         # no negative text); its demo.py encodes the negative text '' with CLIP instead.
-        null = self.net.get_empty_conditions(len(conditions["clip_f"]))
-        return {key: getattr(null, key) for key in CONDITIONS}
+        return vars(self.net.get_empty_conditions(len(conditions["clip_f"])))
 
     def predict(self, a_t, t, conditions):
         # Upstream's time is 1 - t, its velocity x1 - x0 = a_0 - eps.
@@ -107,17 +90,15 @@ class MMAudio(FlowModel):
         except (RuntimeError, TypeError) as error:
             said = str(error).replace("Error(s) in loading state_dict for MMAudio:", "")
             reason = " ".join(said.split())[:120]
-            stop(
-                f"{path}: not the weights of mmaudio:{self.variant} ({reason}); give a file of "
-                "this variant"
-            )
+            given = f"not the weights of mmaudio:{self.variant} ({reason})"
+            stop(f"{path}: {given}; give a file of this variant")
 
     # Frozen parts: CLIP and Synchformer; VAE and vocoder
     # ----------------------------------------------------
 
     def read(self, clip, others=()):
-        """(64, 3, 384, 384) at 8 fps for CLIP, (200, 3, 224, 224) at 25 fps for Synchformer,
-        uint8."""
+        """uint8, which goes through a pipe: (64, 3, 384, 384) at 8 fps for CLIP, (200, 3, 224, 224)
+        at 25 fps for Synchformer."""
         squash = v2.Resize((384, 384), InterpolationMode.BICUBIC)
         crop = v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224)])
         return media.read_frames(clip.path, [(8, squash), (25, crop), *others], self.clip_s)
@@ -160,14 +141,13 @@ class MMAudio(FlowModel):
     def load_encoders(self):
         from huggingface_hub import constants, try_to_load_from_cache, utils
 
-        synchformer = weight_file(self.weights, self.files(self.variant)[1])
+        _, synchformer, *_ = self.files(self.variant)
+        synchformer = weight_file(self.weights, synchformer)
         for name in CLIP_FILES:
             if not isinstance(try_to_load_from_cache(CLIP, name), str):
-                fetch = f"hf download {CLIP} {' '.join(CLIP_FILES)}"
-                stop(
-                    f"{constants.HF_HUB_CACHE}: {name} of MMAudio's CLIP (3.7 GiB) is missing; "
-                    f"run: {fetch}"
-                )
+                missing = f"{name} of MMAudio's CLIP (3.7 GiB) is missing"
+                fetch = f"run: hf download {CLIP} {' '.join(CLIP_FILES)}"
+                stop(f"{constants.HF_HUB_CACHE}: {missing}; {fetch}")
         before = constants.HF_HUB_OFFLINE
         constants.HF_HUB_OFFLINE = True  # the files are here: ask the hub for nothing
         utils.reset_sessions()
@@ -178,31 +158,27 @@ class MMAudio(FlowModel):
             utils.reset_sessions()
 
     def load_codec(self):
-        vae, vocoder, *_ = [
-            weight_file(self.weights, name) for name in self.files(self.variant)[2:]
-        ]
+        _, _, *names = self.files(self.variant)
+        vae, vocoder, *_ = [weight_file(self.weights, name) for name in names]
         parts = dict(tod_vae_ckpt=vae, bigvgan_vocoder_ckpt=vocoder, need_vae_encoder=False)
         return self.features_utils(enable_conditions=False, **parts)
 
     def features_utils(self, **parts):
-        """Upstream's FeaturesUtils with these parts; it looks for its 44.1 kHz vocoder below the
-        working folder."""
+        """Upstream's FeaturesUtils with these parts. Of a 44.1 kHz vocoder it ignores the file that
+        it is given, and looks for VOCODER below the working folder."""
         with upstream("MMAudio"):
             from mmaudio.model.utils.features_utils import FeaturesUtils
         names = ", ".join(str(value) for value in parts.values() if isinstance(value, Path))
         try:
             with files.reading(names), chdir(self.weights):
                 utils = FeaturesUtils(mode=self.mode, **parts)
-        except (
-            Exception
-        ) as error:  # upstream's loaders raise a dozen types for a truncated or foreign file
+        # Upstream's loaders raise a dozen types for a truncated or foreign file.
+        except Exception as error:
             if files.of_system(error):
                 raise
             reason = " ".join(str(error).split())[:160]
-            stop(
-                f"{names}: MMAudio cannot load it ({type(error).__name__}: {reason}); download it "
-                "again"
-            )
+            why = f"{type(error).__name__}: {reason}"
+            stop(f"{names}: MMAudio cannot load it ({why}); download it again")
         return utils.to(self.device).eval().requires_grad_(False)
 
 

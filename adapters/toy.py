@@ -16,10 +16,21 @@ import torch.nn.functional as F
 import torchaudio
 from tqdm import tqdm
 
-from common import FlowModel, NoAudio, NoFile, Scorer, SkipClip, files, media, stop, weight_file
+from common import (
+    SILENT_PEAK,
+    FlowModel,
+    NoAudio,
+    NoFile,
+    Scorer,
+    SkipClip,
+    files,
+    media,
+    stop,
+    weight_file,
+)
 
-# Networks so small that a second thread pays in training alone, where no other work waits for the
-# cores.
+# Networks so small that a second thread pays in training alone (`Toy.velocity`), where no other
+# work waits for the cores. The number is the whole process's.
 TRAINING_THREADS = min(2, torch.get_num_threads())
 torch.set_num_threads(1)
 
@@ -33,16 +44,17 @@ PIXELS = 64  # on file; moments are taken at half of it, where yuv420p has kept 
 N_FFT = 1024
 HOP = 320  # samples: a mel frame is 20 ms, two per video frame
 MELS = 64
-MEL_FRAMES = 100
+MEL_FRAMES = SAMPLES // HOP  # 100
 
 PATCH = 4  # mel frames to a token of the latent
-TOKENS = 25
+TOKENS = MEL_FRAMES // PATCH  # 25
 CHANNELS = 40  # numbers of a token
 
 MOMENTS = 10  # numbers that describe a picture
 EMBED = 32  # width of all embeddings of picture and caption
 
 # Label and caption of each class of sound. A class is known by its place here: its `kind`, 0 to 7.
+# The object that makes it has outline kind // 2 and colour kind % 2 (00_toy_world.py draws it).
 CLASSES = {
     "bell ringing": "a bell ringing",
     "wood block knocking": "knocking on a wood block",
@@ -58,7 +70,15 @@ SPEECH = LABELS.index("person speaking")
 OPENINGS = ("", "the sound of ", "we hear ", "close-up: ")  # of captions
 VOCABULARY = sorted(set(" ".join([*CLASSES.values(), *OPENINGS]).split()))
 
-OTHER_VERSION = "made by another version of 00_toy_world.py; make the run folder anew"
+OTHER_VERSION = "is of another version of 00_toy_world.py; make the run folder anew"
+
+
+def load_parts(parts, state, path):
+    """Fills {name: network} from what stage 00 wrote, `state` of the file `path`."""
+    if state.get("vocabulary") != VOCABULARY:
+        stop(f"{path}: {OTHER_VERSION}")
+    for name, network in parts.items():
+        files.load_weights(network, state.get(name), path, OTHER_VERSION)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -94,14 +114,20 @@ def log_mel(waves):
     return torch.cat(mels)
 
 
+def magnitudes(mel):
+    """`log_mel` backwards: (B, 100, 64) -> (B, 101, 513), a frame every 20 ms, the last at 2 s."""
+    _, inverse_filters = mel_filters()
+    level = 4 * mel.clamp(max=3.5) - 2.5
+    power = (level.exp() - 1e-4).clamp(min=0) @ inverse_filters
+    power = torch.cat([power, power[:, -1:]], dim=1)
+    return power.clamp(min=0).sqrt()
+
+
 def overlap_add(frames):
     """(B, F, 1024), one every 320 samples -> (B, (F + 3) * 320)."""
     padded = F.pad(frames, (0, 4 * HOP - N_FFT))
     quarters = padded.unflatten(2, (4, HOP))
-    wave = 0
-    for i in range(4):
-        wave = wave + F.pad(quarters[:, :, i], (0, 0, i, 3 - i))
-    return wave.flatten(1)
+    return sum(F.pad(quarters[:, :, i], (0, 0, i, 3 - i)) for i in range(4)).flatten(1)
 
 
 def griffin_lim(magnitude, steps=4, momentum=0.5):
@@ -112,8 +138,7 @@ def griffin_lim(magnitude, steps=4, momentum=0.5):
     """
     count = magnitude.shape[1]
     window = torch.hann_window(N_FFT)
-    squares = window.square().expand(1, count, N_FFT)
-    envelope = overlap_add(squares).clamp(min=1e-3)
+    envelope = overlap_add(window.square().expand(1, count, N_FFT)).clamp(min=1e-3)
 
     def synthesise(spectrum):
         frames = torch.fft.irfft(spectrum, N_FFT)
@@ -124,11 +149,11 @@ def griffin_lim(magnitude, steps=4, momentum=0.5):
     for _ in range(steps):
         frames = synthesise(spectrum).unfold(1, N_FFT, HOP)[:, :count]
         analysed = torch.fft.rfft(frames * window)
-        ahead = analysed - momentum * previous
+        hurried = analysed - momentum * previous
         previous = analysed
-        power = torch.view_as_real(ahead).square().sum(-1)
+        power = torch.view_as_real(hurried).square().sum(-1)
         scale = magnitude * (power + 1e-12).rsqrt()
-        spectrum = ahead * scale  # the phase of `ahead` alone
+        spectrum = hurried * scale  # its phase alone
     wave = synthesise(spectrum)
     return wave[:, N_FFT // 2 :][:, :SAMPLES]
 
@@ -155,14 +180,9 @@ class Codec(nn.Module):
     @torch.no_grad()
     def decode(self, latents):
         """(B, 25, 40) -> (B, 32000) on the CPU, by Griffin-Lim without randomness."""
-        _, inverse_filters = mel_filters()
         waves = []
         for part in latents.float().cpu().split(4):  # what fits the cache
-            level = 4 * self.mel(part).clamp(max=3.5) - 2.5  # as log_mel made it, backwards
-            power = (level.exp() - 1e-4).clamp(min=0) @ inverse_filters
-            power = torch.cat([power, power[:, -1:]], dim=1)  # a frame every 20 ms, the last at 2 s
-            magnitude = power.clamp(min=0).sqrt()
-            waves.append(griffin_lim(magnitude))
+            waves.append(griffin_lim(magnitudes(self.mel(part))))
         return torch.cat(waves)
 
 
@@ -184,31 +204,30 @@ def frame_transform(frame):
 
 
 def picture_moments(frames):
-    """(50, 64, 64, 3) uint8 -> (50, 10) float32.
+    """(50, 64, 64, 3) uint8 -> (50, 10) float32: where the object is, and what it looks like.
 
-    Of what differs from the ground: its mass, place (2), extent (2), hollowness, whether there is
-    anything, and its colour (3).
+    The object is what differs from the ground, the median colour. Of it: mass, place (2), extent
+    (2), hollowness, whether it is there, colour (3), each scaled to about 1.
     """
     # Every second pixel and its diagonal neighbour, averaged: (50, 32, 32, 3) in [0, 1].
     frames = (frames[:, ::2, ::2].float() + frames[:, 1::2, 1::2]) / 510
-    ground = frames.reshape(-1, 3)[::7].median(dim=0).values
+    ground = frames.reshape(-1, 3)[::7].median(dim=0).values  # of a seventh of the pixels: time
     difference = frames - ground
     weight = (difference.abs().sum(-1) - 0.25).clamp(min=0)
     mass = weight.sum((1, 2))
     # What share of the object's mass is in each pixel, (50, 32, 32): time, y, x.
     share = weight / mass.clamp(min=1e-3)[:, None, None]
-    share_x = share.sum(1)
-    share_y = share.sum(2)
-
     grid = (torch.arange(PIXELS // 2) + 0.5) / (PIXELS // 2)
-    centre_x = (share_x * grid).sum(-1)
-    centre_y = (share_y * grid).sum(-1)
-    dx = grid - centre_x[:, None]
-    dy = grid - centre_y[:, None]
-    extent_x = (share_x * dx**2).sum(-1).sqrt()
-    extent_y = (share_y * dy**2).sum(-1).sqrt()
 
-    squared_distance = dx[:, None, :] ** 2 + dy[:, :, None] ** 2
+    def along(share):
+        """Of shares (50, 32) along an axis: their centre, extent, and squared distances from it."""
+        centre = (share * grid).sum(-1)
+        squares = (grid - centre[:, None]) ** 2
+        return centre, (share * squares).sum(-1).sqrt(), squares
+
+    centre_x, extent_x, squares_x = along(share.sum(1))
+    centre_y, extent_y, squares_y = along(share.sum(2))
+    squared_distance = squares_x[:, None, :] + squares_y[:, :, None]
     near_centre = torch.exp(-(squared_distance / 0.002))
     in_the_middle = (share * near_centre).sum((1, 2))  # little for a ring, which is hollow
     colour = (share[..., None] * difference).sum((1, 2))
@@ -227,15 +246,12 @@ def picture_moments(frames):
 
 def words(caption):
     """Bag of words (V,) float32. Unknown words vanish; no caption is all zeros."""
-    bag = torch.zeros(len(VOCABULARY))
-    for word in (caption or "").lower().split():
-        if word in VOCABULARY:
-            bag[VOCABULARY.index(word)] = 1.0
-    return bag
+    said = (caption or "").lower().split()
+    return torch.tensor([float(word in said) for word in VOCABULARY])
 
 
 class VideoTower(nn.Module):
-    """Moments (B, 50, 10) -> an embedding of every frame (B, 50, 32), and of the video (B, 32)."""
+    """Moments (B, 50, 10) -> an embedding of the video (B, 32)."""
 
     def __init__(self):
         super().__init__()
@@ -243,19 +259,23 @@ class VideoTower(nn.Module):
         self.two = nn.Conv1d(EMBED, EMBED, 5, padding=2)
         self.pool = nn.Linear(2 * EMBED, EMBED)
 
-    def forward(self, moments):
+    def both(self, moments):
+        """-> an embedding of every frame (B, 50, 32), and of the video (B, 32)."""
         x = F.relu(self.one(moments.transpose(1, 2)))
         x = F.relu(self.two(x))
         per_frame = x.transpose(1, 2)
         pooled = torch.cat([x.mean(-1), x.amax(-1)], dim=-1)
         return per_frame, self.pool(pooled)
 
+    def forward(self, moments):
+        _, of_video = self.both(moments)
+        return of_video
+
 
 class VideoEncoder(nn.Module):
-    """The base model's own frozen video encoder.
-
-    A tower, and the two heads by which stage 00 trains it: to mark the hits, to name the class.
-    """
+    """The base model's own frozen video encoder: moments (B, 50, 10) -> an embedding of every frame
+    (B, 50, 32), and of the video (B, 32). Stage 00 trains it by two heads: `strike` marks the hits,
+    `kind` names the class."""
 
     def __init__(self):
         super().__init__()
@@ -263,10 +283,21 @@ class VideoEncoder(nn.Module):
         self.strike = nn.Linear(EMBED, 1)
         self.kind = nn.Linear(EMBED, len(CLASSES))
 
+    def forward(self, moments):
+        return self.tower.both(moments)
+
 
 # --------------------------------------------------------------------------------------------------
 # The velocity network: a small diffusion transformer
 # --------------------------------------------------------------------------------------------------
+
+
+def zero_linear(inputs, outputs):
+    """A layer that begins at zero: it adds nothing before it has learnt."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Block(nn.Module):
@@ -275,9 +306,7 @@ class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.modulation = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.modulation = zero_linear(width, 6 * width)
         self.query = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
@@ -327,11 +356,8 @@ class ToyNet(nn.Module):
         self.null_vector = nn.Parameter(torch.zeros(1, width))
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
-        self.last = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, CHANNELS)
-        for layer in (self.last, self.out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.last = zero_linear(width, 2 * width)
+        self.out = zero_linear(width, CHANNELS)
         frequencies = 1000 * torch.exp(-math.log(1e4) * torch.arange(32) / 32)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -383,27 +409,24 @@ class Toy(FlowModel):
         if checkpoint is None:
             advice = "give --checkpoint runs/toy/00_base.pt, which stage 00 writes"
             stop(f"--model toy: needs its weights; {advice}")
+        self.checkpoint = Path(checkpoint)
         state = files.load_pt(checkpoint)
         if not isinstance(state, dict) or state.get("kind") != "toy base":
             advice = "give the 00_base.pt that 00_toy_world.py writes"
             stop(f"{checkpoint}: is not a toy base model; {advice}")
-        if state.get("vocabulary") != VOCABULARY:
-            stop(f"{checkpoint}: {OTHER_VERSION}")
-        self.checkpoint = Path(checkpoint)
+        # What stage 01 takes from beside it, for those that follow.
         for name in ("00_scorers.pt", "run.json"):
             if not self.checkpoint.with_name(name).is_file():
                 stop(f"--checkpoint {checkpoint}: {name} of stage 00 must lie beside it")
 
         self.net = ToyNet()
-        encoder = VideoEncoder()
-        codec = Codec()
-        files.load_weights(self.net, state.get("net"), checkpoint, OTHER_VERSION, finite=False)
-        files.load_weights(encoder, state.get("encoder"), checkpoint, OTHER_VERSION)
-        files.load_weights(codec, state.get("codec"), checkpoint, OTHER_VERSION)
+        # In a dict they are no submodules: training and saving do not touch them. A copy of the
+        # model copies them too, which costs nothing at this size.
+        self.frozen = {"encoder": VideoEncoder(), "codec": Codec()}
+        load_parts({"net": self.net, **self.frozen}, state, checkpoint)
+        self.frozen["encoder"].requires_grad_(False)
         self.net.null_tokens.requires_grad_(False)
         self.net.null_vector.requires_grad_(False)
-        # In a dict they are no submodules: copying, training and saving do not touch them.
-        self.frozen = {"encoder": encoder.requires_grad_(False), "codec": codec}
 
     def read(self, clip, others=()):
         """Moments (50, 10), then what `others` want of the video."""
@@ -414,7 +437,7 @@ class Toy(FlowModel):
     @torch.no_grad()
     def encode(self, clip, tensors):
         moments = tensors[0]
-        per_frame, pooled = self.frozen["encoder"].tower(moments[None])
+        per_frame, pooled = self.frozen["encoder"](moments[None])
         return {
             "frames": per_frame.reshape(TOKENS, 2 * EMBED),
             "pooled": pooled[0],
@@ -422,17 +445,14 @@ class Toy(FlowModel):
         }
 
     def project(self, features):
-        frames = features["frames"].to(self.device).float()
-        pooled = features["pooled"].to(self.device).float()
-        text = features["text"].to(self.device).float()
-        return self.net.condition(frames, pooled, text)
+        moved = {name: value.to(self.device) for name, value in features.items()}
+        return self.net.condition(**moved)
 
     def null_conditions(self, conditions):
         return self.net.null(conditions)
 
     def velocity(self, *given):
-        training = torch.is_grad_enabled()
-        torch.set_num_threads(TRAINING_THREADS if training else 1)
+        torch.set_num_threads(TRAINING_THREADS if torch.is_grad_enabled() else 1)
         return super().velocity(*given)
 
     def predict(self, a_t, t, conditions):
@@ -445,12 +465,13 @@ class Toy(FlowModel):
         return self.net.blocks
 
     def policy_state(self):
-        return {key: value.detach().cpu().clone() for key, value in self.net.state_dict().items()}
+        return {key: value.cpu().clone() for key, value in self.net.state_dict().items()}
 
     def load_policy(self, path):
         """path: policy.pt, a bare state dict of ToyNet."""
         advice = "give the policy.pt of a run whose --model is toy"
         otherwise = f"is not a policy of the toy model; {advice}"
+        # What a training has broken is judged like any other policy.
         files.load_weights(self.net, files.load_pt(path), path, otherwise, finite=False)
 
 
@@ -488,19 +509,6 @@ class AudioTower(nn.Module):
         return self.classify(self.embedding(mel))
 
 
-class PooledVideoTower(VideoTower):
-    """Moments (B, 50, 10) -> the embedding of the video alone, (B, 32)."""
-
-    def forward(self, moments):
-        _, pooled = super().forward(moments)
-        return pooled
-
-
-def text_tower():
-    """words (B, V) -> (B, 32)."""
-    return nn.Sequential(nn.Linear(len(VOCABULARY), EMBED), nn.ReLU(), nn.Linear(EMBED, EMBED))
-
-
 class Match(nn.Module):
     """Towers for sound and for something else, video or caption, to be compared by cosine."""
 
@@ -508,6 +516,17 @@ class Match(nn.Module):
         super().__init__()
         self.sound = AudioTower(EMBED)
         self.other = other
+
+
+def channels(width, stride):
+    """(B, width, T) -> eight channels (B, 8, T / stride)."""
+    return nn.Sequential(
+        nn.Conv1d(width, 32, 5, stride=stride, padding=2),
+        nn.ReLU(),
+        nn.Conv1d(32, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.Conv1d(32, 8, 1),
+    )
 
 
 class SyncNet(nn.Module):
@@ -520,41 +539,39 @@ class SyncNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.sound = nn.Sequential(
-            nn.Conv1d(MELS, 32, 5, stride=2, padding=2),
-            nn.ReLU(),
-            nn.Conv1d(32, 32, 5, padding=2),
-            nn.ReLU(),
-            nn.Conv1d(32, 8, 1),
-        )
-        self.sight = nn.Sequential(
-            nn.Conv1d(MOMENTS, 32, 5, padding=2),
-            nn.ReLU(),
-            nn.Conv1d(32, 32, 5, padding=2),
-            nn.ReLU(),
-            nn.Conv1d(32, 8, 1),
-        )
+        self.sound = channels(MELS, stride=2)
+        self.sight = channels(MOMENTS, stride=1)
         self.scale = nn.Parameter(torch.tensor(10.0))
 
     def embed_picture(self, moments):
         """(B, 50, 10) -> (B, 8, 50) with unit norm."""
         return F.normalize(self.sight(moments.transpose(1, 2)), dim=(1, 2))
 
-    def embed_sound(self, mel):
-        """(B, 100, 64) -> (B, 8, 50) with unit norm."""
-        return F.normalize(self.sound(mel.transpose(1, 2)), dim=(1, 2))
-
     def forward(self, mel, picture):
         """mel: (B, 100, 64); picture: (B, 8, 50) -> logits of the lag (B, 21), from -10 to 10 video
         frames; positive when the sound comes late."""
-        sound = F.pad(self.embed_sound(mel), (self.LAGS, self.LAGS))
-        shifted = sound.unfold(2, FRAMES, 1)  # (B, 8, 21, 50)
+        sound = F.normalize(self.sound(mel.transpose(1, 2)), dim=(1, 2))
+        padded = F.pad(sound, (self.LAGS, self.LAGS))
+        # (B, 8, 21, 50): at [lag + 10, t] the sound of frame t + lag
+        shifted = padded.unfold(2, FRAMES, 1)
         return self.scale * (shifted * picture[:, :, None]).sum((1, 3))
 
     def desync_s(self, logits):
         """E|offset| in seconds, (B,)."""
         offset_s = torch.arange(-self.LAGS, self.LAGS + 1).abs() / FPS
         return logits.softmax(-1) @ offset_s
+
+
+def scorer_networks():
+    """The four learned scorers, untrained, in the order in which stage 00 draws them."""
+    return {
+        "imagebind": Match(VideoTower()),
+        "clap": Match(
+            nn.Sequential(nn.Linear(len(VOCABULARY), EMBED), nn.ReLU(), nn.Linear(EMBED, EMBED))
+        ),
+        "synchformer": SyncNet(),
+        "panns": AudioTower(len(CLASSES)),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -579,50 +596,35 @@ class ToyScorer(Scorer):
 
     def __init__(self, weights, device):
         path = weight_file(weights, self.files[0])
-        state = files.load_pt(path)
-        if not isinstance(state, dict) or state.get("kind") != "toy scorers":
-            stop(f"{path}: {OTHER_VERSION}")
-        if state.get("vocabulary") != VOCABULARY:
-            stop(f"{path}: {OTHER_VERSION}")
-        self.imagebind = Match(PooledVideoTower())
-        self.clap = Match(text_tower())
-        self.synchformer = SyncNet()
-        self.panns = AudioTower(len(CLASSES))
+        state = files.load_pt(path, {"vocabulary": list})
+        self.networks = scorer_networks()
         self.codec = Codec()
-        for part in ("imagebind", "clap", "synchformer", "panns", "codec"):
-            network = getattr(self, part)
-            files.load_weights(network, state.get(part), path, OTHER_VERSION)
-            network.requires_grad_(False)
+        load_parts(self.networks | {"codec": self.codec}, state, path)
 
     def embed_video(self, frames):
         moments = picture_moments(frames)[None]
         return {
-            "ib": self.imagebind.other(moments)[0],
-            "sync": self.synchformer.embed_picture(moments)[0],
+            "ib": self.networks["imagebind"].other(moments)[0],
+            "sync": self.networks["synchformer"].embed_picture(moments)[0],
         }
 
     def score(self, waves, clips, videos):
+        imagebind, clap, synchformer, panns = self.networks.values()
         mel = log_mel(waves)
-        embedding = self.panns.embedding(mel)
-        sync_logits = self.synchformer(mel, videos["sync"])
-        return {
-            "ib": F.cosine_similarity(self.imagebind.sound(mel), videos["ib"]),
-            "clap": F.cosine_similarity(self.clap.sound(mel), self.embed_captions(clips)),
-            "desync_s": self.synchformer.desync_s(sync_logits),
-            "logits": self.panns.classify(embedding),
-            "embedding": embedding,
-            "pesq": media.pesq_scores(
-                [self.reference(clip) for clip in clips], waves, self.workers
-            ),
-        }
-
-    def embed_captions(self, clips):
-        """(B, 32), nan for a clip without caption."""
-        embeddings = torch.full((len(clips), EMBED), math.nan)
+        embedding = panns.embedding(mel)
+        captions = torch.full((len(clips), EMBED), math.nan)
         for row, clip in enumerate(clips):
             if clip.caption is not None:
-                embeddings[row] = self.clap.other(words(clip.caption)[None])[0]
-        return embeddings
+                captions[row] = clap.other(words(clip.caption)[None])[0]
+        references = [self.reference(clip) for clip in clips]
+        return {
+            "ib": F.cosine_similarity(imagebind.sound(mel), videos["ib"]),
+            "clap": F.cosine_similarity(clap.sound(mel), captions),
+            "desync_s": synchformer.desync_s(synchformer(mel, videos["sync"])),
+            "logits": panns.classify(embedding),
+            "embedding": embedding,
+            "pesq": media.pesq_scores(references, waves, self.workers),
+        }
 
     def reference(self, clip):
         """The clip's own sound, (32000,); None where PESQ does not apply: no speech, no sound.
@@ -647,19 +649,13 @@ class ToyScorer(Scorer):
             return None
         latents = self.codec.encode(log_mel(wave[None]))
         sound = self.codec.decode(latents)[0]
-        return None if sound.abs().max() <= 1e-3 else sound
+        return None if sound.abs().max() <= SILENT_PEAK else sound
 
 
 SCORERS = {"toy": ToyScorer}
 
 # Where AudioScore's five are said: {name: (scorer, tensor)}.
-AUDIOSCORE = {
-    "ib": ("toy", "ib"),
-    "clap": ("toy", "clap"),
-    "desync_s": ("toy", "desync_s"),
-    "logits": ("toy", "logits"),
-    "pesq": ("toy", "pesq"),
-}
+AUDIOSCORE = {name: ("toy", name) for name in ("ib", "clap", "desync_s", "logits", "pesq")}
 
 # What stage 07 makes of them: {metric: (how, scorer, tensor)}; `mean` over clips, or a formula over
 # the set of audios.

@@ -1,11 +1,14 @@
-"""The toy world's simulated people and its two judges (docs/toy.md).
+"""The toy world's simulated people, its oracle and its judge (docs/toy.md).
 
-Raters answer in stage 02 and choosers in stage 03; in stage 07 the oracle and the second judge say
-what is true. Only this file reads 00_truth.jsonl, 00_oracle.pt and 00_judge.pt.
+Raters answer in stage 02 and choosers in stage 03; in stage 07 oracle and judge say what is true,
+and 08 marks the true hits. Only this file reads 00_truth.jsonl, 00_oracle.pt and 00_judge.pt.
 
 The oracle's classifier is trained on clips that no scorer saw, but the people answer by its
-measures: what learns from them learns from it. The second judge is for stage 07 alone: another kind
-of classifier, other measures, clips of its own.
+measures: what learns from them learns from it. The judge is for stage 07 alone: another kind of
+classifier, other measures, clips of its own.
+
+How reverberant an audio is, is measured as `wet_db`; an audio that counts as reverberant is what
+stage 07 calls `aesthetic`.
 """
 
 import functools
@@ -34,9 +37,8 @@ class Truth(rows.Row, kw_only=True, rename={"kind": "class"}):
     """00_truth.jsonl: what happens in a clip."""
 
     id: rows.Name
-    kind: Annotated[
-        int, Meta(ge=0, lt=len(CLASSES), description="a class of sound, 0 to 7")
-    ]  # in CLASSES
+    # Its place in CLASSES.
+    kind: Annotated[int, Meta(ge=0, lt=len(CLASSES), description="a class of sound, 0 to 7")]
     hits_s: Annotated[
         list[Annotated[float, Meta(ge=0, le=CLIP_S)]],
         Meta(min_length=1, description="seconds within the clip, at least once"),
@@ -44,14 +46,24 @@ class Truth(rows.Row, kw_only=True, rename={"kind": "class"}):
     wet: rows.Number = 0.0  # amplitude of the reverberation
 
 
-def truth_of(run, audios=()):
-    """{clip id: line of 00_truth.jsonl}; those of all audios must be there."""
+def truth_of(run, clips=()):
+    """{clip id: line of 00_truth.jsonl}; those of `clips` must be there."""
     file = Path(run) / "00_truth.jsonl"
-    truth = {line.id: line for line in rows.read(file, Truth, f"; {OTHER_VERSION}")}
-    for clip, _ in audios:
+    truth = {line.id: line for line in rows.read(file, Truth, f"; it {OTHER_VERSION}")}
+    for clip in clips:
         if clip.id not in truth:
-            stop(f"{file}: has no line of {clip.id}; {OTHER_VERSION}")
+            stop(f"{file}: has no line of {clip.id}; it {OTHER_VERSION}")
     return truth
+
+
+def judge_audios(run, audios, columns, judge):
+    """audios: list of (clip line, wav path); judge(wave, truth) -> one number for each of the
+    columns. Returns them as a dict of arrays (n,)."""
+    truth = truth_of(run, [clip for clip, _ in audios])
+    said = np.zeros((len(audios), len(columns)))
+    for i, (clip, path) in enumerate(audios):
+        said[i] = judge(media.read_audio(path, RATE_HZ), truth[clip.id])
+    return dict(zip(columns, said.T))
 
 
 def judged_samples(wave):
@@ -67,7 +79,8 @@ def judged_samples(wave):
 FRAMES_PER_S = RATE_HZ / HOP
 FARTHEST_S = 0.4  # a hit that is not heard counts as that far away
 CLEAN_FLOOR_DB = -57.0  # of the world's own clean clips; below it nothing is gained
-WET_DB = -32.0  # reverberant above this
+WET_DB = -32.0  # the oracle's: reverberant above this
+TAIL = slice(14, 20)  # frames after an onset: 280 to 400 ms
 
 
 def frame_energy(wave):
@@ -113,12 +126,9 @@ def tail_energy(energy, onsets, floor):
     for onset, following in zip(onsets, np.append(onsets[1:], CLIP_S)):
         if following - onset < 0.42:
             continue
-        frame = round(onset * FRAMES_PER_S)
-        tail = np.median(energy[frame + 14 : frame + 20])
-        if tail > 3 * floor:
-            tails.append(tail - floor)
-        else:  # a noisy floor's own ripple is no room
-            tails.append(0.0)
+        tail = np.median(energy[round(onset * FRAMES_PER_S) :][TAIL])
+        # Less is a noisy floor's own ripple, no room.
+        tails.append(tail - floor if tail > 3 * floor else 0.0)
     return np.mean(tails) if tails else 0.0
 
 
@@ -142,25 +152,19 @@ def measure(wave, hits_s):
 
 
 @torch.inference_mode()
-def examine(run, audios):
-    """What the oracle says of audios, a list of (clip line, wav path).
-
-    Returns arrays (n,): `semantic` (probability of the true class), and `measure`'s three.
-    """
+def ask_oracle(run, audios):
+    """audios: list of (clip line, wav path) -> dict of (n,) arrays: `semantic`, the probability of
+    the true class, and `measure`'s three."""
     file = Path(run) / "00_oracle.pt"
     state = files.load_pt(file, {"classifier": dict})
     classifier = AudioTower(len(CLASSES))
     files.load_weights(classifier, state["classifier"], file, OTHER_VERSION)
-    truth_by_clip = truth_of(run, audios)
-    columns = {"semantic": [], "sync_s": [], "floor_db": [], "wet_db": []}
-    for clip, path in audios:
-        truth = truth_by_clip[clip.id]
-        wave = media.read_audio(path, RATE_HZ)
+
+    def judge(wave, truth):
         probabilities = classifier(log_mel(wave[None])).softmax(-1)[0]
-        columns["semantic"].append(probabilities[truth.kind].item())
-        for name, value in measure(wave, truth.hits_s).items():
-            columns[name].append(value)
-    return {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
+        return probabilities[truth.kind].item(), *measure(wave, truth.hits_s).values()
+
+    return judge_audios(run, audios, ("semantic", "sync_s", "floor_db", "wet_db"), judge)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -182,11 +186,18 @@ def simulated_ratings(run, audios, seed):
     """What a listener says (Sec. 2.1): one with three faults to look for, unsteady thresholds, and
     a taste for rooms.
 
+    | faults                    | rating                                      |
+    |---------------------------|---------------------------------------------|
+    | none                      | Good; a third of the dry ones Medium        |
+    | slight ones               | Medium; one alone in a clearly wet audio is |
+    |                           | forgiven now and then: Good                 |
+    | any grave one             | Bad                                         |
+
     audios: list of (clip line, k, wav path). A rating depends on (seed, clip, k) and the audio, not
     on the order.
     """
     noise = rater_noise(run)
-    measured = examine(run, [(clip, path) for clip, _, path in audios])
+    measured = ask_oracle(run, [(clip, path) for clip, _, path in audios])
     answers = []
     for i, (clip, k, _) in enumerate(audios):
         rng = np.random.default_rng(seed_of(seed, "rater", clip.id, k))
@@ -201,30 +212,30 @@ def simulated_ratings(run, audios, seed):
             severity(sync_s, 0.06, 0.15),
             severity(floor_db, -42, -30),
         )
+        forgiven = sum(faults) == 1 and wet_db > WET_DB + 4 and chance < 0.3
+        too_dry = wet_db < WET_DB and chance < 0.35
+        rating = "Medium"
         if max(faults) == 2:
             rating = "Bad"
-        elif sum(faults) == 0:
-            dry = wet_db < WET_DB
-            rating = "Medium" if dry and chance < 0.35 else "Good"
-        else:
-            clearly_wet = wet_db > WET_DB + 4
-            forgiven = sum(faults) == 1 and clearly_wet and chance < 0.3
-            rating = "Good" if forgiven else "Medium"
+        elif forgiven or (sum(faults) == 0 and not too_dry):
+            rating = "Good"
         answers.append(rows.RatingAnswer(clip=clip.id, k=k, rating=rating, rater="simulated"))
     return answers
 
 
 def simulated_choices(run, comparisons, seed):
-    """Which of two audios of one clip and one rating a listener prefers (Sec. 2.2): the more
-    reverberant, by 1 per dB with noise of 2; "tie" where they differ by 6 dB or less.
+    """Which of two audios of a clip a listener prefers (Sec. 2.2): the more reverberant one, heard
+    with noise of 2 dB; "tie" where they differ by 6 dB or less.
 
     comparisons: list of (clip line, a, b, wav a, wav b).
     """
     noise = 2 * rater_noise(run)
-    wet_a = examine(run, [(clip, wav_a) for clip, _, _, wav_a, _ in comparisons])["wet_db"]
-    wet_b = examine(run, [(clip, wav_b) for clip, _, _, _, wav_b in comparisons])["wet_db"]
+    truth = truth_of(run, [clip for clip, *_ in comparisons])
     answers = []
-    for (clip, a, b, _, _), difference_db in zip(comparisons, wet_a - wet_b):
+    for clip, a, b, *wavs in comparisons:
+        hits_s = truth[clip.id].hits_s
+        wet_a, wet_b = [measure(media.read_audio(wav, RATE_HZ), hits_s)["wet_db"] for wav in wavs]
+        difference_db = wet_a - wet_b
         rng = np.random.default_rng(seed_of(seed, "chooser", clip.id, a, b))
         if abs(difference_db) <= 6:
             choice = "tie"
@@ -237,8 +248,8 @@ def simulated_choices(run, comparisons, seed):
 
 
 # --------------------------------------------------------------------------------------------------
-# The second judge, for stage 07 alone: it shares no network, no clip and no measure with raters,
-# scorers and oracle
+# The judge, for stage 07 alone: it shares no network, no clip and no measure with raters, scorers
+# and oracle
 # --------------------------------------------------------------------------------------------------
 
 SPAN = 512  # samples of a window, 32 ms
@@ -251,13 +262,12 @@ LATE_DB = -28.0  # reverberant above this; 5 % errors on the judge's own corpus
 def band_filters():
     """(20, 257) bool: bands of equal width in octaves from 60 Hz, each of one bin at least."""
     edges = np.geomspace(60, RATE_HZ / 2, BANDS + 1)
-    low = edges[:-1, None]
-    high = edges[1:, None]
+    centre = np.sqrt(edges[:-1] * edges[1:])
     hz = np.fft.rfftfreq(SPAN, 1 / RATE_HZ)
-    centre = np.sqrt(edges[:-1] * edges[1:])[:, None]
-    nearest_bin = np.abs(hz - centre).argmin(1)
-    is_nearest = np.arange(len(hz)) == nearest_bin[:, None]
-    return (hz >= low) & (hz < high) | is_nearest
+    band = np.arange(BANDS)
+    within = np.searchsorted(edges, hz, side="right") - 1 == band[:, None]
+    within[band, np.abs(hz - centre[:, None]).argmin(1)] = True  # the nearest bin
+    return within
 
 
 def band_energy(wave):
@@ -294,14 +304,10 @@ def attack_shape(energy, attacks):
     floor = np.quantile(energy, 0.1, axis=0)
     stretches = []
     for start, end in ((0, 6), (6, 14), (14, 28)):  # windows after the attack
-        spectra = []
-        for attack in attacks:
-            if attack + start < len(energy):
-                spectra.append(energy[attack + start : attack + end].mean(0))
-        if spectra:
-            stretches.append(np.maximum(np.mean(spectra, 0) - floor, 0))
-        else:
-            stretches.append(0 * floor)
+        within = [attack for attack in attacks if attack + start < len(energy)]
+        spectra = [energy[attack + start : attack + end].mean(0) for attack in within]
+        spectrum = np.mean(spectra, 0) if spectra else floor
+        stretches.append(np.maximum(spectrum - floor, 0))
     loudness = stretches[0].sum() + 1e-9
     return 10 * np.log10(np.concatenate(stretches) / loudness + 1e-4)
 
@@ -317,15 +323,13 @@ def late_db(energy, attacks):
     for attack, following in zip(attacks, np.append(attacks[1:], len(total))):
         if following - attack < 52:
             continue
-        early = total[attack : attack + 34] - floor
-        late = total[attack + 34 : min(following - 3, attack + 62)] - floor
-        if late.mean() > 0.3 * floor:
-            shares.append(late.sum() / max(early.sum(), 1e-9))
-        else:  # the floor's own ripple
-            shares.append(0.0)
-    if not shares:
-        return -50.0
-    return 10 * np.log10(max(np.mean(shares), 1e-5))
+        tail_starts = attack + 34
+        early = total[attack:tail_starts] - floor
+        late = total[tail_starts : min(following - 3, attack + 62)] - floor
+        share = late.sum() / max(early.sum(), 1e-9)
+        # Less is the floor's own ripple.
+        shares.append(share if late.mean() > 0.3 * floor else 0.0)
+    return 10 * np.log10(max(np.mean(shares), 1e-5)) if shares else -50.0
 
 
 def matched_sync_s(attacks_s, hits_s):
@@ -339,41 +343,35 @@ def matched_sync_s(attacks_s, hits_s):
     return (matched.sum() + FARTHEST_S * alone) / count
 
 
-def second_judge(run, audios):
+def ask_judge(run, audios):
     """audios: list of (clip line, wav path) -> dict of (n,) arrays.
 
     semantic: 1 where the class is recognised; sync_s: `matched_sync_s`; aesthetic: 1 where
     reverberant.
     """
-    state = files.load_pt(
-        Path(run) / "00_judge.pt", {"mean": torch.Tensor, "precision": torch.Tensor}
-    )
+    fields = {"mean": torch.Tensor, "precision": torch.Tensor}
+    state = files.load_pt(Path(run) / "00_judge.pt", fields)
     mean = state["mean"].numpy()
     precision = state["precision"].numpy()
-    truth_by_clip = truth_of(run, audios)
-    columns = {"semantic": [], "sync_s": [], "aesthetic": []}
-    for clip, path in audios:
-        truth = truth_by_clip[clip.id]
-        energy = band_energy(media.read_audio(path, RATE_HZ))
+
+    def judge(wave, truth):
+        energy = band_energy(wave)
         attacks = find_attacks(energy)
         difference = attack_shape(energy, attacks) - mean
         squared_distance = ((difference @ precision) * difference).sum(1)  # Mahalanobis, (8,)
         named = squared_distance.argmin()
-        attacks_s = attacks * STRIDE / RATE_HZ
-        columns["semantic"].append(named == truth.kind)
-        columns["sync_s"].append(matched_sync_s(attacks_s, np.array(truth.hits_s)))
-        columns["aesthetic"].append(late_db(energy, attacks) > LATE_DB)
-    return {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
+        sync_s = matched_sync_s(attacks * STRIDE / RATE_HZ, np.array(truth.hits_s))
+        return named == truth.kind, sync_s, late_db(energy, attacks) > LATE_DB
+
+    return judge_audios(run, audios, ("semantic", "sync_s", "aesthetic"), judge)
 
 
 def oracle_scores(run, audios):
     """audios: list of (clip line, wav path) -> dict of (n,) arrays: stage 07's columns `oracle_...`
     and `judge_...`."""
-    columns = {}
-    oracle = examine(run, audios)
-    for name, values in oracle.items():
-        columns[f"oracle_{name}"] = values
-    columns["oracle_aesthetic"] = (oracle["wet_db"] > WET_DB).astype(np.float64)
-    for name, values in second_judge(run, audios).items():
+    oracle = ask_oracle(run, audios)
+    oracle["aesthetic"] = (oracle["wet_db"] > WET_DB).astype(np.float64)
+    columns = {f"oracle_{name}": values for name, values in oracle.items()}
+    for name, values in ask_judge(run, audios).items():
         columns[f"judge_{name}"] = values
     return columns

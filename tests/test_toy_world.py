@@ -1,4 +1,4 @@
-"""The toy world by itself: its vocoder, its second judge."""
+"""The toy world by itself: its vocoder, its judge."""
 
 import numpy as np
 import pytest
@@ -61,9 +61,7 @@ def judged(tmp_path_factory):
     _, waves = drawn("pretrain", 64)
     scripts, own = drawn("judge", 160)
     kind = torch.tensor([script.kind for script in scripts])
-    world.train_judge(
-        run / "00_judge.pt", {"wave": own, "kind": kind}, world.fit_codec(toy.log_mel(waves))
-    )
+    world.train_judge(run, {"wave": own, "kind": kind}, world.fit_codec(toy.log_mel(waves)))
     truth = []
     for i in range(48):
         script = world.draw_script(0, "val", i)
@@ -80,7 +78,7 @@ def judged(tmp_path_factory):
             file = run / f"c{i}.wav"
             media.write_audio(file, torch.from_numpy(world.draw_sound(script)), toy.RATE_HZ)
             audios.append((a_clip(id=f"c{i}"), file))
-        return toy_people.second_judge(run, audios)
+        return toy_people.ask_judge(run, audios)
 
     def change_class(script):
         script.sound_kind = (script.sound_kind + 3) % 8
