@@ -1,28 +1,23 @@
 """Stage 05: Flow-DPO with the two-stage curriculum (Sec. 2.3, Eq. 5).
 
 Run:
-    torchrun --nproc_per_node 8 05_train_flow_dpo.py                 # one node, the paper's 8 GPUs
-    python 05_train_flow_dpo.py                                      # toy world, CPU
-    torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py --run-dir runs/vgg    # beside another torchrun
+    torchrun --nproc_per_node 8 05_train_flow_dpo.py           # one node, the paper's 8 GPUs
+    python 05_train_flow_dpo.py                                # toy world, CPU
+    torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py --run-dir runs/vgg
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        05_train_flow_dpo.py --run-dir runs/vgg                      # two nodes, a shared run folder
-Without --standalone torchrun waits at port 29500, which one job of a node can have. The global batch is the same on
-any number of GPUs that divides it, and so are the batches, times and noise.
+        05_train_flow_dpo.py --run-dir runs/vgg                # two nodes, a shared run folder
+Without --standalone torchrun waits at port 29500, which one job of a node can have. The global
+batch is the same on any number of GPUs that divides it, and so are the batches, times and noise.
 
 Reads:
-    01_samples/                    latents and features, memory-mapped
+    01_samples/                        latents and features, memory-mapped
     04_stage1.jsonl, 04_stage2.jsonl   clip, winner, loser (k), score_c, source
 Writes, in <run>/<--out>:
     policy.pt        the tuned network in its upstream's own format, nothing else
-    policy.json      model, digest of the base checkpoint, method, steps, commit of this code (null outside of git),
-                     the CPU, and the kernels that were asked for (docs/toy.md)
+    policy.json      model, digest of the base checkpoint, method, steps, commit of this code (null
+                     outside of git), the CPU, and the kernels that were asked for (docs/toy.md)
     checkpoint.pt    step, trained weights, optimizer: the same command resumes from here, exactly
-    log.jsonl        per step: stage, loss, accuracy (share of pairs whose winner the implicit reward prefers), gap_w
-                     and gap_l (error minus the reference's; also by quarter of t), ref_w (the reference's error of the
-                     winner), saturated (share of logits above 5, whose gradient is below 1 % of its largest), opposed
-                     (below -5, where it is full), weight (of a pair's gradient, sigmoid(-logit)), weight_wrong (that
-                     of pairs with a logit below 0, 0 for others), grad_norm, lr, seconds, forwards (rows through policy
-                     and reference so far), forwards_grad (with a backward pass), peak_gb
+    log.jsonl        a line per step: rows.FlowDpoStep, of which `train_step` measures the first
     settings.json    the settings that this folder was made with
 Takes: toy 14 s on 2 cores.
 """
@@ -32,7 +27,6 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import common
 from common import number, ranks, record, rows, stop, training
@@ -51,19 +45,13 @@ def parse_args(argv=None):
         "--beta", type=number(float, 0), default=600.0, help="KL strength [Sec. 3.1, Tab. 2]"
     )
     paper.add_argument(
-        "--lr",
-        type=number(float, 0),
-        default=5e-6,
-        help="learning rate after the warm-up [Sec. 3.1]",
+        "--lr", type=number(float, 0), default=5e-6, help="after the warm-up [Sec. 3.1]"
     )
     paper.add_argument(
         "--warmup", type=number(int, 0), default=1000, help="linear warm-up steps [Sec. 3.1]"
     )
     paper.add_argument(
-        "--steps",
-        type=number(int, 1),
-        default=12_000,
-        help="optimizer steps of both stages [Sec. 3.1]",
+        "--steps", type=number(int, 1), default=12_000, help="of both stages [Sec. 3.1]"
     )
     paper.add_argument(
         "--global-batch", type=number(int, 1), default=8, help="pairs per step, all GPUs [Sec. 3.1]"
@@ -75,9 +63,7 @@ def parse_args(argv=None):
     paper.add_argument("--no-human", action="store_true", help="ablation: without the human pairs")
     described = "ablation: Eq. 5's brackets as printed, -beta/2 W - L, instead of Eq. 4's"
     paper.add_argument("--printed-brackets", action="store_true", help=described)
-    described = (
-        "weight of the winner's own error; paper: 0; with --beta 0 this is SFT on the winners"
-    )
+    described = "weight of the winner's own error; paper: 0; with --beta 0: SFT on the winners"
     paper.add_argument("--sft-weight", type=number(float, 0), default=0.0, help=described)
     engineering = parser.engineering
     engineering.add_argument(
@@ -86,16 +72,10 @@ def parse_args(argv=None):
     engineering.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
     )
-    described = (
-        "of the frozen reference's weights; auto: bf16, half the memory, where --precision is bf16"
-    )
-    engineering.add_argument(
-        "--reference-precision", choices=("auto", "fp32", "bf16"), default="auto", help=described
-    )
     engineering.add_argument(
         "--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory"
     )
-    described = "rank of adapters on every linear and convolution layer, trained instead of the weights; 0: the weights"
+    described = "rank of the matrices that are trained instead of the weights; 0: the weights"
     engineering.add_argument("--lora", type=number(int, 0, 4096), default=0, help=described)
     engineering.add_argument(
         "--save-every", type=number(int, 1), default=500, help="steps between checkpoints"
@@ -104,12 +84,6 @@ def parse_args(argv=None):
         "--seed", type=number(int, 0), default=0, help="of batches, times and noise"
     )
     return common.parse(parser, argv, "05")
-
-
-def lr_at(step, args):
-    """Linear warm-up, then constant [Sec. 3.1]; over both stages, since the optimizer is kept
-    across the switch."""
-    return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,30 +112,23 @@ def read_stages(run, shards, args):
 
 
 def divide_steps(stages, steps):
-    """Paper silent: steps per stage. In proportion to the pairs, so that every pair is seen equally
-    often."""
+    """Paper silent: steps per stage. In proportion to the pairs: all are seen equally often."""
     first = round(steps * len(stages[0]) / sum(map(len, stages)))
     return [first, steps - first]
 
 
 def batch_at(step, stages, stage_steps, args):
-    """The pairs of a step, a function of the seed and the step alone: epochs of fresh permutations,
-    stage by stage."""
-    stage = 0 if step < stage_steps[0] else 1
-    pairs = stages[stage]
-    start = (step - stage * stage_steps[0]) * args.global_batch
-    batch = []
-    for i in range(start, start + args.global_batch):
-        order = training.shuffled(f"{args.seed}/{stage}/{i // len(pairs)}", len(pairs))
-        batch.append(pairs[order[i % len(pairs)]])
-    return stage, batch
+    """The stage of a step, 0 or 1, and its pairs; a function of the seed and the step alone."""
+    stage = int(step >= stage_steps[0])
+    step_of_stage = step - stage * stage_steps[0]
+    start = step_of_stage * args.global_batch
+    return stage, training.drawn(stages[stage], start, args.global_batch, f"{args.seed}/{stage}")
 
 
 def draw_t_and_noise(step, model, args):
-    """One t and one eps per pair, shared by winner and loser; the same on every rank and world
-    size.
+    """One t (B,) and one eps (B, T, C) per pair of the global batch, shared by winner and loser.
 
-    t ~ U(0, 1) as under Eq. 5 (not the backbones' own training laws), snapped to what the network
+    t ~ U(0, 1) as under Eq. 5, not the backbones' own training laws; snapped to what the network
     knows.
     """
     generator = torch.Generator().manual_seed(common.seed_of(args.seed, "step", step))
@@ -175,55 +142,49 @@ def draw_t_and_noise(step, model, args):
 # --------------------------------------------------------------------------------------------------
 
 
+def load_pairs(pairs, shards):
+    """Latents (2, B, T, C) of the winners, then the losers; features of their clips, B rows."""
+    winners = shards.latents([(pair.clip, pair.winner) for pair in pairs])
+    losers = shards.latents([(pair.clip, pair.loser) for pair in pairs])
+    return torch.stack([winners, losers]), shards.features([pair.clip for pair in pairs])
+
+
 def pair_errors(network, features, a_0, eps, t):
     """Errors of winners and losers in one forward, the conditions projected once per pair.
 
     a_0: (2, B, T, C), winners, then losers; eps: (B, T, C); t: (B,) -> err_w, err_l: (B,) float32.
     """
-    a_t, v = common.interpolate(a_0.flatten(0, 1), eps.repeat(2, 1, 1), t.repeat(2))  # (2B, T, C)
-    u = network(a_t, t.repeat(2), features)
+    t_twice = t.repeat(2)
+    a_t, v = common.interpolate(a_0.flatten(0, 1), eps.repeat(2, 1, 1), t_twice)  # (2B, T, C)
+    u = network(a_t, t_twice, features)
     err_w, err_l = common.flow_error(v, u).chunk(2)
     return err_w, err_l
 
 
-def load_pairs(pairs, shards, device):
-    """Latents (2, B, T, C) of the winners, then the losers; features of their clips, B rows."""
-    winners = [(pair.clip, pair.winner) for pair in pairs]
-    losers = [(pair.clip, pair.loser) for pair in pairs]
-    a_0 = torch.stack([shards.latents(winners), shards.latents(losers)]).to(
-        device, non_blocking=True
-    )
-    features = shards.features([pair.clip for pair in pairs], device)
-    return a_0, features
-
-
-def train_step(policy, reference, shards, pairs, t, eps, world, args, device):
-    """Accumulates the gradient of this rank's share of the global batch. Returns what is logged as
-    sums over its pairs by quarter of t, {name: (T_BINS,) float64 on the device}, for which nothing
-    here waits."""
+def train_step(policy, reference, shards, pairs, t, eps, args):
+    """Accumulates the gradient of this rank's share of the global batch. t: (B,), eps: (B, T, C).
+    Returns what is logged as sums over its pairs by quarter of t, {name: (T_BINS,) float64 on the
+    device}, for which nothing here waits."""
+    t = t.to(shards.device, non_blocking=True)
+    eps = eps.to(shards.device, non_blocking=True)
     totals = {}
     for start in range(0, len(pairs), args.micro_batch):
         micro = slice(start, start + args.micro_batch)
-        a_0, features = load_pairs(pairs[micro], shards, device)
-        t_micro = t[micro].to(device, non_blocking=True)
-        eps_micro = eps[micro].to(device, non_blocking=True)
-
+        a_0, features = load_pairs(pairs[micro], shards)
         last = start + args.micro_batch >= len(pairs)
         policy.require_backward_grad_sync = last  # DDP: one all-reduce per step
-        with training.autocast(device, args.precision):
+        with training.autocast(shards.device, args.precision):
             with torch.no_grad():
-                ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps_micro, t_micro)
-            err_w, err_l = pair_errors(policy, features, a_0, eps_micro, t_micro)
+                ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps[micro], t[micro])
+            err_w, err_l = pair_errors(policy, features, a_0, eps[micro], t[micro])
         loss, logits = common.flow_dpo_loss(
             err_w, err_l, ref_err_w, ref_err_l, args.beta, args.printed_brackets
         )
         loss = loss + args.sft_weight * err_w
-        # DDP averages over ranks: times world is the mean over the global batch.
-        (loss.sum() / args.global_batch * world).backward()
+        (loss.sum() / len(pairs)).backward()  # DDP averages over ranks, each with as many pairs
 
         with torch.no_grad():
             weight = torch.sigmoid(-logits)  # of the pair's gradient
-            wrong = logits < 0  # the implicit reward prefers the loser
             measured = {
                 "pairs": torch.ones_like(loss),
                 "loss": loss,
@@ -234,10 +195,10 @@ def train_step(policy, reference, shards, pairs, t, eps, world, args, device):
                 "saturated": logits > SATURATED,
                 "opposed": logits < -SATURATED,
                 "weight": weight,
-                "weight_wrong": weight * wrong,
+                "weight_wrong": weight * (logits < 0),  # the implicit reward prefers the loser
             }
-            sums = sum_by_quarter(measured, t_micro)
-        totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+            for name, value in sum_by_quarter(measured, t[micro]).items():
+                totals[name] = totals.get(name, 0) + value
     return totals
 
 
@@ -252,10 +213,8 @@ def sum_by_quarter(measured, t):
 def means_of(sums):
     """What is logged of the global batch. sums: {name: (T_BINS,)}; by quarter of t, None where it
     has no pair."""
-    pairs = sums["pairs"]
-    means = {
-        name: (value.sum() / pairs.sum()).item() for name, value in sums.items() if name != "pairs"
-    }
+    pairs = sums.pop("pairs")
+    means = {name: (value.sum() / pairs.sum()).item() for name, value in sums.items()}
     for name in ("gap_w", "gap_l"):
         by_quarter = (sums[name] / pairs).tolist()
         means[f"{name}_t"] = [None if math.isnan(gap) else gap for gap in by_quarter]
@@ -273,14 +232,17 @@ def share_backwards(stages):
     return sum(score_c < 0 for score_c in mined) / max(1, len(mined))
 
 
-def diagnosis(mean, rise, wrong, backwards):
-    """The case of docs/curves.md, and what to do. mean: of the logged means; rise: the winner's
-    error gap as a share of the reference's error; wrong: the share of the gradient's weight on
-    wrongly ordered pairs; backwards: see `share_backwards`."""
-    negative = f"score_c is negative for {backwards:.0%} of the mined pairs, whose winner is the worse audio"
+def diagnosis(accuracy, saturated, rise, wrong, backwards):
+    """The case of docs/curves.md, whose table says why these limits, and what to do. accuracy,
+    saturated: as logged; rise: the winner's error gap as a share of the reference's error; wrong:
+    the share of the gradient's weight on wrongly ordered pairs; backwards: see
+    `share_backwards`."""
+    negative = f"score_c is negative for {backwards:.0%} of the mined pairs"
+    negative += ", whose winner is the worse audio"
+    again = "mine them anew: 03 with --redo --min-score-c 0, then 04 --redo, then 05 --out NAME"
     if backwards > 0.5:  # then the better the curves, the worse the policy
-        return "pairs are backwards", f"{negative}; exchange winner and loser, then rerun 04"
-    if mean["accuracy"] < 0.6:
+        return "pairs are backwards", f"{negative}; {again}"
+    if accuracy < 0.6:
         return "has hardly learned", "give more --steps or a higher --lr"
     if rise > 10:
         return "beta too small", "nothing holds the policy; raise --beta"
@@ -288,187 +250,118 @@ def diagnosis(mean, rise, wrong, backwards):
         return "lr too high", "lower --lr"
     if wrong > 0.85:
         return "beta too large", "the few wrong pairs alone steer; lower --beta or --lr"
-    if mean["saturated"] > 0.95:
+    if saturated > 0.95:
         return "too few pairs", "they are learned by heart; give fewer --steps or more pairs"
     if rise > 2:
         return "winner's error rises", "lower --lr, raise --beta, or give --sft-weight 2"
     if backwards > 0:
-        return (
-            "some pairs are backwards",
-            f"{negative}; drop them, or rerun 03 with --min-score-c 0",
-        )
+        return "some pairs are backwards", f"{negative}; {again}"
     return "healthy", "nothing to change"
 
 
-def mean_of(steps, name):
-    return sum(getattr(step, name) for step in steps) / len(steps)
-
-
 def reading(log, backwards=0.0):
-    """What the last 50 steps of the longer stage show, in one line; docs/curves.md has a picture of
-    each case. log: of rows.FlowDpoStep."""
-    stages = [step.stage for step in log]
-    longer = 1 if stages.count(1) >= stages.count(2) else 2
-    last = [step for step in log if step.stage == longer][-50:]
-    mean = {name: mean_of(last, name) for name in ("loss", "accuracy", "saturated")}
-    rise = mean_of(last, "gap_w") / max(mean_of(last, "ref_w"), 1e-12)
-    wrong = mean_of(last, "weight_wrong") / max(mean_of(last, "weight"), 1e-12)
-    case, advice = diagnosis(mean, rise, wrong, backwards)
-    says = f"loss {mean['loss']:.2f}, accuracy {mean['accuracy']:.2f}, saturated {mean['saturated']:.2f}"
-    says += f", {wrong:.0%} of the gradient's weight on wrongly ordered pairs, winner's error {rise:+.0%}"
+    """What the last 50 steps of the longer stage show, in one line. log: of rows.FlowDpoStep."""
+    stages = [[step for step in log if step.stage == stage] for stage in (1, 2)]
+    last = max(stages, key=len)[-50:]
+    mean = {}
+    for name in ("loss", "accuracy", "saturated", "gap_w", "ref_w", "weight", "weight_wrong"):
+        mean[name] = sum(getattr(step, name) for step in last) / len(last)
+    rise = mean["gap_w"] / max(mean["ref_w"], 1e-12)
+    wrong = mean["weight_wrong"] / max(mean["weight"], 1e-12)
+    case, advice = diagnosis(mean["accuracy"], mean["saturated"], rise, wrong, backwards)
+    says = "loss {loss:.2f}, accuracy {accuracy:.2f}, saturated {saturated:.2f}".format(**mean)
+    says += f", {wrong:.0%} of the gradient's weight on wrongly ordered pairs"
+    says += f", winner's error {rise:+.0%}"
     return f"curves: {case}: {advice} ({says}; docs/curves.md)"
 
 
 def print_plan(model, stages, stage_steps, done, here, args):
     names = ["hard + human", "easy"] if args.hard_first else ["easy", "hard + human"]
-    for i in range(2):
-        plan = f"{len(stages[i])} pairs, {stage_steps[i]} steps with {args.global_batch} each"
-        if not stages[i]:
-            plan = "no pairs, so all steps are the other stage's"
-        print(f"stage {i + 1} ({names[i]}): {plan}")
+    for i, name in enumerate(names):
+        plan = f"{len(stages[i])} pairs, {stage_steps[i]} steps of {args.global_batch}"
+        print(f"stage {i + 1} ({name}): {plan}")
     size = model.latent_shape[0] * model.latent_shape[1]
-    print(
-        f"beta {args.beta:g} on errors averaged over {size} latent values (as a sum: beta "
-        f"{args.beta / size:g})"
-    )
+    mean = f"beta {args.beta:g} on errors averaged over {size} latent values"
+    print(f"{mean} (the same on their sums: beta {args.beta / size:g})")
     trained = sum(p.numel() for p in model.trainable_parameters())
-    print(
-        f"trained parameters: {trained:,}; step {done} of {args.steps}; {here.world} process(es) "
-        f"on {here.device}"
-    )
-
-
-def print_curves(log, stages):
-    for i in (1, 2):
-        last = [step for step in log if step.stage == i][-50:]
-        if last:
-            means = [
-                f"{name} {mean_of(last, name):.4f}"
-                for name in ("loss", "accuracy", "gap_w", "gap_l")
-            ]
-            print(f"stage {i}, last {len(last)} steps: {', '.join(means)}")
-    print(reading(log, share_backwards(stages)))
+    print(f"trained parameters: {trained:,}; step {done} of {args.steps}; {here.world} process(es)")
 
 
 def main(args):
     # -- setup
     here = ranks.setup()
-    device = here.device
     run = Path(args.run_dir)
     run_json = common.read_run(run)
     folder = training.output_folder(run, args.out)
-    if args.global_batch % here.world:
-        divided = f"cannot be divided over {here.world} processes; start as many as divide it"
-        stop(f"--global-batch {args.global_batch} {divided}")
-    if args.reference_precision == "bf16" and not training.in_bf16(device, args.precision):
-        stop(
-            "--reference-precision bf16: the policy is in float32; give --precision bf16 too, or "
-            "neither"
-        )
-    if args.lora and args.reference_precision != "auto":
-        stop(
-            "--reference-precision: with --lora the reference is the policy's own network; give "
-            "one of the two"
-        )
+    training.refuse_uneven("--global-batch", args.global_batch, here.world)
 
     inputs = ["01_samples", "04_stage1.jsonl", "04_stage2.jsonl"]
-    with record.stage(
-        run, args.out, inputs, [f"{args.out}/policy.pt"], advice=training.ADVICE
-    ) as stage:
-        stage.claim(training.settings_of(args))
+    outputs = [f"{args.out}/policy.pt"]
+    with record.stage(run, args.out, inputs, outputs, advice=training.ADVICE) as output:
+        output.claim(training.settings_of(args))
 
         # -- data
-        model = common.load_base_model(run, device, args.weights)
+        model = common.load_base_model(run, here.device, args.weights)
         shards = training.Shards(run, common.read_samples(run), model)
         stages = read_stages(run, shards, args)
         stage_steps = divide_steps(stages, args.steps)
 
         # -- model
-        bf16 = training.in_bf16(device, args.precision)
+        bf16 = training.in_bf16(here.device, args.precision)
         if args.lora:
-            lora = training.Lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
-            reference = lora.reference
+            training.add_lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
+            reference = training.lora_reference(model)
         else:
-            lora = None
-            reference = training.frozen_copy(model, bf16 and args.reference_precision != "fp32")
+            reference = training.frozen_copy(model, bf16)  # the pre-trained model, in both stages
         if args.gradient_checkpointing:
             training.checkpoint_blocks(model)
-        optimizer = torch.optim.AdamW(
-            model.trainable_parameters(),
-            lr=args.lr,
-            betas=(0.9, 0.95),
-            weight_decay=1e-6,
-            fused=device != "cpu",
-        )
-        done = training.resume(
-            folder, model, optimizer, args.steps, stage.digest(), rows.FlowDpoStep
-        )
-        policy = training.data_parallel(model, device)
-        if here.first:
-            print_plan(model, stages, stage_steps, done, here, args)
+        optimizer = training.adamw(model, args.lr)
+        made_from = output.digest()
+        done = training.resume(folder, model, optimizer, args.steps, made_from, rows.FlowDpoStep)
+        policy = training.data_parallel(model, here.device)
+        print_plan(model, stages, stage_steps, done, here, args)
 
         # -- loop
-        bar = tqdm(
-            range(done, args.steps),
-            initial=done,
-            total=args.steps,
-            unit="step",
-            disable=not here.first,
-        )
+        bar = training.progress(done, args.steps, here)
         for step in bar:
             began = time.time()
-            stage_of_step, batch = batch_at(step, stages, stage_steps, args)
+            stage, batch = batch_at(step, stages, stage_steps, args)
             t, eps = draw_t_and_noise(step, model, args)
-            mine = slice(here.rank, None, here.world)
+            mine = here.share(batch), here.share(t), here.share(eps)
             optimizer.zero_grad(set_to_none=True)
-            sums = train_step(
-                policy, reference, shards, batch[mine], t[mine], eps[mine], here.world, args, device
-            )
-            means = means_of(training.sum_dict_over_ranks(sums))
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
-            if not (math.isfinite(means["loss"]) and grad_norm.isfinite()):
-                last_good = f"{folder}/checkpoint.pt holds the last good step"
-                stop(f"step {step}: the loss is not finite; {last_good}; lower --lr")
+            sums = train_step(policy, reference, shards, *mine, args)
+            means = means_of(training.sum_dict_over_ranks(sums, here.device))
+            grad_norm = training.clip_gradient(model, step, [means["loss"]], folder)
             if step == 0 and args.sft_weight == 0 and abs(means["loss"] - math.log(2)) > 1e-3:
-                wrong = (
-                    f"step 0: the loss is {means['loss']:.4f}, not log 2, so the reference differs"
-                )
-                stop(f"{wrong}; use --reference-precision fp32 or --precision fp32")
-            lr = lr_at(step, args)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
+                wrong = f"the loss is {means['loss']:.4f}, not log 2, so the reference differs"
+                stop(f"step 0: {wrong}; use --precision fp32")
+            lr = training.lr_at(step, args)
+            training.take_step(optimizer, lr)
 
             if here.first:
                 logged = rows.FlowDpoStep(
                     step=step,
-                    stage=stage_of_step + 1,
+                    stage=stage + 1,
                     **means,
-                    grad_norm=grad_norm.item(),
+                    grad_norm=grad_norm,
                     lr=lr,
                     seconds=time.time() - began,
-                    forwards=4 * args.global_batch * (step + 1),
-                    forwards_grad=2 * args.global_batch * (step + 1),
-                    peak_gb=training.peak_gb(device),
+                    forwards=4 * args.global_batch * (step + 1),  # policy and reference, two each
+                    forwards_grad=2 * args.global_batch * (step + 1),  # the policy's
+                    peak_gb=training.peak_gb(here.device),
                 )
                 rows.append(folder / "log.jsonl", logged)
-                bar.set_postfix(
-                    loss=f"{logged.loss:.3f}", accuracy=f"{logged.accuracy:.2f}", refresh=False
-                )
+                bar.set_postfix(loss=f"{logged.loss:.3f}", refresh=False)
                 if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                    if lora and lr > 0:
-                        lora.check_moved()
-                    training.save_checkpoint(folder, step + 1, model, optimizer, stage.digest())
+                    training.save_checkpoint(folder, step + 1, model, optimizer, made_from)
 
         # -- save
         if here.first:
-            print_curves(rows.read(folder / "log.jsonl", rows.FlowDpoStep), stages)
-            if lora:
-                lora.merge()
+            log = rows.read(folder / "log.jsonl", rows.FlowDpoStep)
+            print(reading(log, share_backwards(stages)))
             training.save_policy(run, args.out, model, run_json, "flow_dpo", args.steps)
-    if here.first:
-        print(f"next: python 06_ddpo_baseline.py --run-dir {run}")
-        print(f"      python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
+    print(f"next: python 06_ddpo_baseline.py --run-dir {run}")
+    print(f"      python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
 
 
 if __name__ == "__main__":

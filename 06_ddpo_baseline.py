@@ -3,22 +3,20 @@
 Run:
     python 06_ddpo_baseline.py                                             # toy world, CPU
     torchrun --standalone --nproc_per_node 8 06_ddpo_baseline.py --run-dir runs/vgg
-Each round draws --prompts clips, samples --group-size audios of each with an SDE whose marginals are the ODE's, scores
-them, and makes --updates optimizer steps on the stored transitions; one step = one optimizer update, as in stage 05.
+Each round draws --prompts clips, samples --group-size audios of each with an SDE whose marginals
+are the ODE's, scores them, and makes --updates optimizer steps on the stored transitions; one step
+= one optimizer update, as in stage 05.
 
 Reads:
     01_samples/           features of the train clips
     02_audioscore.pt      the reward model, on top of the five scorers
     02_scores.jsonl       the rated clips, which are no prompts: AudioScore was fitted on them
-    03_scores/            what the scorers saw of the prompts' videos
+    03_scores/            what the scorers saw of the prompts' videos, proved by the files' own keys
     clips.jsonl           and the prompts' own sound, for PESQ
 Writes, in <run>/<--out>:
-    policy.pt, policy.json, checkpoint.pt, settings.json     as stage 05; a rerun resumes at the last whole round
-    log.jsonl             per step: round, reward (mean P(Good) of the round's samples), reward_std (within
-                          prompts), no_spread (share of the round's prompts whose audios all have one reward, up to
-                          rounding; at 1 the round changes nothing), ratio, clipped (share), approx_kl, grad_norm, lr,
-                          seconds, forwards (rows through the network so far, sampling and training), forwards_grad
-                          (with a backward pass), peak_gb
+    policy.pt, policy.json, checkpoint.pt, settings.json
+                          as stage 05; a rerun resumes at the last whole round
+    log.jsonl             a line per step: rows.DdpoStep
 Takes: toy 35 s on 2 cores.
 """
 
@@ -26,8 +24,9 @@ import math
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torchaudio
@@ -50,12 +49,7 @@ def parse_args(argv=None):
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     paper = parser.paper
     paper.description = "Silent on DDPO's settings: as many steps and the same lr as stage 05."
-    paper.add_argument(
-        "--lr",
-        type=number(float, 0),
-        default=5e-6,
-        help="learning rate, constant after the warm-up",
-    )
+    paper.add_argument("--lr", type=number(float, 0), default=5e-6, help="after the warm-up")
     paper.add_argument("--warmup", type=number(int, 0), default=0, help="linear warm-up steps")
     paper.add_argument("--steps", type=number(int, 1), default=12_000, help="optimizer updates")
     paper.add_argument(
@@ -71,13 +65,10 @@ def parse_args(argv=None):
         "--updates", type=number(int, 1), default=8, help="optimizer updates per round"
     )
     paper.add_argument(
-        "--eta", type=number(float, 0), default=0.7, help="SDE noise, s = eta sqrt(t / (1 - t))"
+        "--eta", type=number(float, 1e-3), default=0.7, help="SDE noise, s = eta sqrt(t / (1 - t))"
     )
     paper.add_argument(
-        "--clip-range",
-        type=number(float, 0),
-        default=1e-3,
-        help="the ratio is clipped to 1 +- this",
+        "--clip-range", type=number(float, 0), default=1e-3, help="bounds the ratio to 1 +- this"
     )
     engineering = parser.engineering
     engineering.add_argument(
@@ -89,7 +80,7 @@ def parse_args(argv=None):
     engineering.add_argument(
         "--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory"
     )
-    described = "rank of adapters on every linear and convolution layer, trained instead of the weights; 0: the weights"
+    described = "rank of the matrices that are trained instead of the weights; 0: the weights"
     engineering.add_argument("--lora", type=number(int, 0, 4096), default=0, help=described)
     engineering.add_argument(
         "--save-every", type=number(int, 1), default=20, help="rounds between checkpoints"
@@ -97,87 +88,70 @@ def parse_args(argv=None):
     engineering.add_argument("--seed", type=number(int, 0), default=0, help="of prompts and noise")
     common.workers_flag(parser)
     args = common.parse(parser, argv, "06")
-    if not 1 <= args.updates <= args.sampling_steps - 1:
-        stop(
-            f"--updates {args.updates}: from 1 to {args.sampling_steps - 1}, the stochastic steps "
-            "of a trajectory"
-        )
+    if args.updates >= args.sampling_steps:
+        most = f"at most {args.sampling_steps - 1}, the stochastic steps of a trajectory"
+        stop(f"--updates {args.updates}: {most}")
     return args
 
 
-def lr_at(step, args):
-    return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-
-
 # --------------------------------------------------------------------------------------------------
-# The policy as an SDE
+# The policy as an SDE (Flow-GRPO, arXiv 2505.05470)
 # --------------------------------------------------------------------------------------------------
 
 
 def sde_step(a_t, u, t, t_next, eta):
-    """One step of the SDE with the ODE's marginals, from t towards the data.
+    """One step of the SDE with the ODE's marginals, from t towards the data, dt = t - t_next:
 
-    a_t, u: (B, T, C); t, t_next: (B,), t > t_next > 0. eps_hat = a_t + (1 - t) u is the expected
-    noise, so the score of the marginal is -eps_hat / t. Returns mean (B, T, C) and std (B, 1, 1) of
-    a_{t_next} given a_t.
+        a_next = a_t - (u + s^2 / (2 t) eps_hat) dt + s sqrt(dt) z,  s = eta sqrt(t / (1 - t))
+
+    eps_hat = a_t + (1 - t) u is the expected noise, so that -eps_hat / t is the marginal's score.
+    a_t, u: (B, T, C); t, t_next: (B,), t > t_next > 0. Returns mean (B, T, C) and std (B, 1, 1) of
+    a_next given a_t.
     """
     t = t[:, None, None]
     t_next = t_next[:, None, None]
     dt = t - t_next
-    below_1 = torch.where(
-        t == 1, t_next, t
-    )  # at t = 1, s is infinite: take the next grid time in it
-    s = eta * (below_1 / (1 - below_1)).sqrt()
+    t_of_s = torch.where(t == 1, t_next, t)  # s is infinite at t = 1: take that of the next time
+    s = eta * (t_of_s / (1 - t_of_s)).sqrt()
     mean = a_t - (u + s**2 / (2 * t) * (a_t + (1 - t) * u)) * dt
     return mean, s * dt.sqrt()
 
 
 def log_prob(a_next, mean, std):
-    """Gaussian log-density averaged over the latent (B,), so that --clip-range does not depend on
-    its size."""
+    """Gaussian log-density, averaged over the latent (B,), so that one --clip-range suits all
+    latent sizes."""
     density = -0.5 * ((a_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
     return density.mean(dim=(1, 2))
 
 
 def grid(model, steps):
-    return model.snap_t(torch.linspace(1, 0, steps + 1)[:-1]).tolist() + [0.0]
+    """The times at which a trajectory asks the network, from 1 on: (S,), on the model's device."""
+    return model.snap_t(torch.linspace(1, 0, steps + 1)[:-1]).to(model.device, non_blocking=True)
 
 
 @torch.no_grad()
-def rollout(model, features, seeds, guidance, args, device):
+def rollout(model, features, seeds, guidance, args):
     """Samples trajectories. features: B rows; seeds: R * B (row r * B + b belongs to clip b).
 
-    Returns states (S, R * B, T, C): a_t at every grid time and the step after the last stochastic
-    one, the log-probs (S - 1, R * B) at sampling time, and a_0 (R * B, T, C). The last step is
-    deterministic and has no log-probability.
+    Returns states (S, R * B, T, C): a_t at each of the S grid times; log_probs (S - 1, R * B): of
+    the noisy steps between them; a_0 (R * B, T, C), by a last step to t = 0 without noise.
     """
     times = grid(model, args.sampling_steps)
-    with training.autocast(device, args.precision):
-        conditions = model.project(
-            features
-        )  # as in training: under bf16 the ratio would not start at 1 otherwise
-
-    def velocity(a_t, t):
-        with training.autocast(device, args.precision):
-            return model.velocity(a_t, t, conditions, guidance).float()
-
     generators = [torch.Generator().manual_seed(common.seed_of(seed, "sde", 0)) for seed in seeds]
     a_t = common.initial_noise(model, seeds)
     states = [a_t]
     log_probs = []
-    for time_now, time_next in zip(times[:-2], times[1:-1]):
-        t = torch.full((len(seeds),), time_now, device=device)
-        t_next = torch.full((len(seeds),), time_next, device=device)
-        mean, std = sde_step(a_t, velocity(a_t, t), t, t_next, args.eta)
-        z = torch.stack(
-            [torch.randn(model.latent_shape, generator=generator) for generator in generators]
-        )
-        a_t = mean + std * z.to(device, non_blocking=True)
-        states.append(a_t)
-        log_probs.append(log_prob(a_t, mean, std))
-    t = torch.full((len(seeds),), times[-2], device=device)
-    a_0 = a_t - times[-2] * velocity(a_t, t)
-    return torch.stack(states), torch.stack(log_probs), a_0
+    with training.autocast(model.device, args.precision):
+        conditions = model.project(features)
+        for t, t_next in pairwise(times[:, None].repeat(1, len(seeds))):
+            u = model.velocity(a_t, t, conditions, guidance).float()
+            mean, std = sde_step(a_t, u, t, t_next, args.eta)
+            z = torch.stack([torch.randn(model.latent_shape, generator=own) for own in generators])
+            a_t = mean + std * z.to(model.device, non_blocking=True)
+            states.append(a_t)
+            log_probs.append(log_prob(a_t, mean, std))
+        u = model.velocity(a_t, t_next, conditions, guidance).float()  # at the last grid time
+    return torch.stack(states), torch.stack(log_probs), a_t - times[-1] * u
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,47 +163,43 @@ class Reward:
     """P(Good) of generated audio. The scorers' audio networks stay loaded; what they saw of the
     videos is stage 03's.
 
-    blocks: those of stage 03, by clip.
+    blocks: those of stage 03.
     """
 
     def __init__(self, run, scorers, blocks, device, workers):
         self.audioscore = AudioScore.load(run / "02_audioscore.pt")
         self.set = scorers
-        self.blocks = blocks
+        self.block_of = {clip.id: block for block in blocks for clip in block.clips}
         self.scorers = {name: scorers.load(name, device, workers) for name in scorers.of_audioscore}
 
     def videos(self, name, clips):
-        """{clip id: what this scorer saw of its video}."""
+        """{clip id: what this scorer saw of its video}, also of other clips of their blocks."""
         seen = {}
         for clip in clips:
-            if clip.id not in seen:
-                block = self.blocks[clip.id]
-                if not block.video_file(name).exists():
-                    stop(
-                        f"{block.video_file(name)}: no such file; run 03_mine_pairs.py first, it "
-                        "looks at the videos"
-                    )
-                key = scoring.video_key(self.set, name, block.clips)
-                seen |= scoring.read_videos(block, key, name, self.scorers[name].video_shapes)
+            if clip.id in seen:
+                continue
+            block = self.block_of[clip.id]
+            file = block.video_file(name)
+            if not file.exists():
+                stop(f"{file}: no such file; run 03_mine_pairs.py first, it looks at the videos")
+            key = scoring.video_key(self.set, name, block.clips)
+            seen |= scoring.read_videos(block, key, name, self.scorers[name].video_shapes)
         return seen
 
     def __call__(self, model, a_0, clips):
-        """a_0: (B, T, C), clips: B clips -> (B,) float64 in [0, 1]; 0 for audio that is not
-        finite."""
+        """a_0: (B, T, C), clips: B -> (B,) float64 in [0, 1]; 0 for audio that is not finite."""
         waves = model.decode(a_0)
         finite = waves.isfinite().all(dim=1)
         waves = torch.nan_to_num(waves, 0.0, 0.0, 0.0).clamp(-1, 1)
         said = {}
         for name, scorer in self.scorers.items():
-            resampled = torchaudio.functional.resample(
-                waves, model.sample_rate_hz, scorer.sample_rate_hz
-            )
-            resampled = media.fit_length(resampled, round(model.clip_s * scorer.sample_rate_hz))
+            rate_hz = scorer.sample_rate_hz
+            resampled = torchaudio.functional.resample(waves, model.sample_rate_hz, rate_hz)
+            resampled = media.fit_length(resampled, round(model.clip_s * rate_hz))
             videos = self.videos(name, clips) if "video" in scorer.reads else None
             said[name] = scoring.score_waves(scorer, resampled, clips, videos)
-        scores = self.audioscore.five_scores(self.set.five(said))
-        p_good = self.audioscore(scores)[:, 0]
-        return p_good * finite
+        p = self.audioscore(self.audioscore.five_scores(self.set.five(said)))
+        return p[:, 0] * finite
 
 
 def group_advantages(rewards, groups):
@@ -246,10 +216,10 @@ def group_advantages(rewards, groups):
 
 
 def ppo_loss(ratio, advantage, clip_range):
-    """DDPO-IS: the clipped surrogate per transition, (B,) -> (B,)."""
-    return -torch.minimum(
-        ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
-    )
+    """The clipped surrogate of PPO for each transition, (B,) -> (B,): DDPO-IS, of the two forms of
+    DDPO (arXiv 2305.13301) the one that takes several updates per round."""
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,114 +227,98 @@ def ppo_loss(ratio, advantage, clip_range):
 # --------------------------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
+@dataclass
+class Batch:
     """Trajectories of B prompts, R of each; row r * B + b is prompt b's."""
 
     features: dict  # B rows
     states: torch.Tensor  # (S, R * B, T, C)
     log_probs: torch.Tensor  # (S - 1, R * B), when they were sampled
-    advantages: torch.Tensor  # (R * B,)
-    chosen: torch.Tensor  # (updates, R * B): the step that each update trains
-
-
-def draw_prompts(clips, number, args):
-    """The round's clips: epochs of seeded permutations, a function of the round alone."""
-    drawn = []
-    for i in range(number * args.prompts, (number + 1) * args.prompts):
-        order = training.shuffled(f"{args.seed}/{i // len(clips)}", len(clips))
-        drawn.append(clips[order[i % len(clips)]])
-    return drawn
+    chosen: torch.Tensor  # (updates, R * B): the noisy step that each update trains
+    advantages: torch.Tensor | None = None  # (R * B,), when their rewards are known
 
 
 def draw_times(seeds, args):
-    """Which stochastic step each update trains, per trajectory: (updates, B), without
-    repetition."""
-    rows = [
-        random.Random(seed).sample(range(args.sampling_steps - 1), args.updates) for seed in seeds
-    ]
-    return torch.tensor(rows).T
+    """Which noisy step each update trains, per trajectory: (updates, B), without repetition."""
+    drawn = []
+    for seed in seeds:
+        drawn.append(random.Random(seed).sample(range(args.sampling_steps - 1), args.updates))
+    return torch.tensor(drawn).T
 
 
-def collect(model, reward, shards, clips, number, guidance, args, device):
+def collect(model, reward, shards, clips, round_, guidance, args):
     """Samples and scores this rank's prompts, as many clips at a time as --micro-batch allows.
 
-    Returns the batches, and this rank's sums for the log: reward over its audios; reward_std and
-    no_spread over its prompts.
+    Returns the batches, and this rank's sums for the log, {name: () float64}: reward over its
+    audios; reward_std and no_spread over its prompts.
     """
     per_batch = max(1, args.micro_batch // args.group_size)
-    sampled = []
-    # This thread ends with the round: as long as one lives, OpenMP's own fall asleep between two
-    # operations.
+    batches = []
+    futures = []
+    # A thread that lived on would slow down torch's own: theirs fall asleep between two operations.
     with ThreadPoolExecutor(1) as scoring_thread:
         for start in range(0, len(clips), per_batch):
             prompts = clips[start : start + per_batch]
-            features = shards.features([clip.id for clip in prompts], device)
-            names = [(clip.id, k) for k in range(args.group_size) for clip in prompts]
-            seeds = [common.seed_of(args.seed, "ddpo", number, clip_id, k) for clip_id, k in names]
-            states, log_probs, a_0 = rollout(model, features, seeds, guidance, args, device)
+            features = shards.features([clip.id for clip in prompts])
+            seeds = []
+            for k in range(args.group_size):
+                seeds += [common.seed_of(args.seed, "ddpo", round_, clip.id, k) for clip in prompts]
+            states, log_probs, a_0 = rollout(model, features, seeds, guidance, args)
+            chosen = draw_times(seeds, args).to(model.device, non_blocking=True)
+            batches.append(Batch(features, states, log_probs, chosen))
             # While the next prompts are sampled:
-            rewards = scoring_thread.submit(reward, model, a_0, prompts * args.group_size)
-            sampled.append((len(prompts), seeds, features, states, log_probs, rewards))
+            futures.append(scoring_thread.submit(reward, model, a_0, prompts * args.group_size))
 
-    batches = []
-    sums = {"reward": 0.0, "reward_std": 0.0, "no_spread": 0.0}
-    for prompts, seeds, features, states, log_probs, rewards in sampled:
-        rewards = rewards.result()  # on the CPU
-        advantages, std = group_advantages(rewards, prompts)
-        chosen = draw_times(seeds, args).to(device)
-        batches.append(Batch(features, states, log_probs, advantages.float().to(device), chosen))
-        sums["reward"] += rewards.sum().item()
-        sums["reward_std"] += std.sum().item()
-        sums["no_spread"] += (std < MIN_SPREAD).sum().item()
+    sums = {}
+    for batch, future in zip(batches, futures):
+        rewards = future.result()  # on the CPU
+        advantages, std = group_advantages(rewards, len(rewards) // args.group_size)
+        batch.advantages = advantages.float().to(model.device)
+        measured = {"reward": rewards, "reward_std": std, "no_spread": std < MIN_SPREAD}
+        add_sums(sums, measured)
     return batches, sums
 
 
-def over_all_ranks(sums, device):
-    """The same sums over the prompts of all ranks: every rank then knows whether the round teaches
-    anything."""
-    tensors = {
-        name: torch.tensor(value, dtype=torch.float64, device=device)
-        for name, value in sums.items()
-    }
-    return {name: value.item() for name, value in training.sum_dict_over_ranks(tensors).items()}
+def add_sums(sums, measured):
+    """Adds the sum of every tensor to the one of its name, in float64."""
+    for name, value in measured.items():
+        sums[name] = sums.get(name, 0) + value.double().sum()
 
 
-def train_step(policy, batches, update, times, guidance, world, args, device):
-    """Accumulates the gradient of one update: one chosen transition of every trajectory of the
-    round. Returns this rank's sums for the log, {name: () float64 on the device}, for which nothing
+def train_step(policy, batches, update, times, guidance, args):
+    """Accumulates the gradient of one update: one noisy step of every trajectory of this rank's
+    round. Returns sums over them for the log, {name: () float64 on the device}, for which nothing
     here waits."""
-    audios = args.prompts * args.group_size
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    sums = {"ratio": zero, "clipped": zero, "approx_kl": zero}
-    parts = [(batch, part) for batch in batches for part in split_trajectories(batch, args, device)]
+    parts = []
+    for batch in batches:
+        trajectories = torch.arange(len(batch.advantages), device=times.device)
+        parts += [(batch, part) for part in trajectories.split(args.micro_batch)]
+    audios = sum(len(part) for _, part in parts)
+    sums = {}
     for i, (batch, part) in enumerate(parts):
-        policy.require_backward_grad_sync = i == len(parts) - 1  # DDP: one all-reduce per step
-        at = batch.chosen[update][part]
-        a_t = batch.states[at, part]
-        a_next = batch.states[at + 1, part]
+        at = batch.chosen[update][part]  # the step that each trajectory trains
         t = times[at]
         t_next = times[at + 1]
-        with training.autocast(device, args.precision):
+        a_t = batch.states[at, part]
+        a_next = batch.states[at + 1, part]
+
+        policy.require_backward_grad_sync = i == len(parts) - 1  # DDP: one all-reduce per step
+        with training.autocast(times.device, args.precision):
             u_theta = policy(a_t, t, batch.features, guidance)
         mean, std = sde_step(a_t, u_theta.float(), t, t_next, args.eta)
         log_ratio = log_prob(a_next, mean, std) - batch.log_probs[at, part]
         ratio = log_ratio.exp()
         loss = ppo_loss(ratio, batch.advantages[part], args.clip_range)
-        (loss.sum() / audios * world).backward()
+        (loss.sum() / audios).backward()  # DDP averages over ranks, each with as many audios
+
         with torch.no_grad():
-            clipped = (ratio - 1).abs() > args.clip_range
-            sums["ratio"] = sums["ratio"] + ratio.double().sum()
-            sums["clipped"] = sums["clipped"] + clipped.double().sum()
-            sums["approx_kl"] = sums["approx_kl"] + 0.5 * log_ratio.square().double().sum()
+            measured = {
+                "ratio": ratio,
+                "clipped": (ratio - 1).abs() > args.clip_range,
+                "approx_kl": 0.5 * log_ratio.square(),
+            }
+            add_sums(sums, measured)
     return sums
-
-
-def split_trajectories(batch, args, device):
-    """Rows of a batch for one backward pass each: whole repeats of the prompts, so that row r * B +
-    b keeps to prompt b, and at most --micro-batch where that is possible."""
-    prompts = len(next(iter(batch.features.values())))
-    repeats = max(1, args.micro_batch // prompts)
-    return torch.arange(len(batch.advantages), device=device).split(repeats * prompts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,17 +326,19 @@ def split_trajectories(batch, args, device):
 # --------------------------------------------------------------------------------------------------
 
 
-def find_prompts(run, samples):
+def find_prompts(run, clips, samples):
     """The train clips that may be drawn: those with features that were not rated."""
     rated = {row.clip for row in rows.read(run / "02_scores.jsonl", rows.RatedScore)}
-    clips = common.read_clips(run, "train")
     prompts = [clip for clip in clips if clip.id in samples and clip.id not in rated]
     if not prompts:
-        stop(
-            f"{run}: every clip was rated, and AudioScore was fitted on those; rate fewer (02 "
-            "--num-rated-clips)"
-        )
+        every = "every clip was rated, and AudioScore was fitted on those"
+        stop(f"{run}: {every}; rate fewer (02 --num-rated-clips)")
     return prompts
+
+
+def draw_prompts(clips, round_, args):
+    """The clips of a round, a function of the seed and the round alone."""
+    return training.drawn(clips, round_ * args.prompts, args.prompts, args.seed)
 
 
 def print_rewards(log):
@@ -394,145 +350,99 @@ def print_rewards(log):
     if no_spread > 0.5:
         print(
             f"warning: {no_spread:.0%} of the prompts taught nothing, since all their audios had "
-            "one reward "
-            "(no_spread in log.jsonl): see in 02's report whether AudioScore tells audios apart, "
-            "or give a "
-            "larger --group-size"
+            "one reward (no_spread in log.jsonl): see in 02's report whether AudioScore tells "
+            "audios apart, or give a larger --group-size"
         )
 
 
 def main(args):
     # -- setup
     here = ranks.setup()
-    device = here.device
     run = Path(args.run_dir)
     run_json = common.read_run(run)
     folder = training.output_folder(run, args.out)
-    if args.prompts % here.world:
-        stop(
-            f"--prompts {args.prompts} cannot be divided over {here.world} processes; start as "
-            "many as divide it"
-        )
+    training.refuse_uneven("--prompts", args.prompts, here.world)
 
     inputs = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"]
-    with record.stage(
-        run, args.out, inputs, [f"{args.out}/policy.pt"], advice=training.ADVICE
-    ) as stage:
-        stage.claim(training.settings_of(args))
+    outputs = [f"{args.out}/policy.pt"]
+    with record.stage(run, args.out, inputs, outputs, advice=training.ADVICE) as output:
+        output.claim(training.settings_of(args))
 
         # -- data
-        model = common.load_base_model(run, device, args.weights)
+        model = common.load_base_model(run, here.device, args.weights)
         samples = common.read_samples(run)
         shards = training.Shards(run, samples, model)
-        prompts = find_prompts(run, samples)
-        blocks = common.shard_blocks(run, samples, common.read_clips(run, "train"))
-        block_of = {clip.id: block for block in blocks for clip in block.clips}
-        reward = Reward(run, common.scorers_of(run, args.weights), block_of, device, args.workers)
-        guidance = run_json.sampler.guidance  # guidance is inside the policy
+        clips = common.read_clips(run, "train")
+        prompts = find_prompts(run, clips, samples)
+        blocks = common.shard_blocks(run, samples, clips)
+        scorers = common.scorers_of(run, args.weights)
+        reward = Reward(run, scorers, blocks, here.device, args.workers)
 
         # -- model
-        bf16 = training.in_bf16(device, args.precision)
-        lora = (
-            training.Lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
-            if args.lora
-            else None
-        )
+        bf16 = training.in_bf16(here.device, args.precision)
+        if args.lora:
+            training.add_lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
         if args.gradient_checkpointing:
             training.checkpoint_blocks(model)
-        optimizer = torch.optim.AdamW(
-            model.trainable_parameters(),
-            lr=args.lr,
-            betas=(0.9, 0.95),
-            weight_decay=1e-6,
-            fused=device != "cpu",
-        )
-        done = training.resume(folder, model, optimizer, args.steps, stage.digest(), rows.DdpoStep)
-        policy = training.data_parallel(model, device)
-        times = torch.tensor(grid(model, args.sampling_steps), device=device)
+        optimizer = training.adamw(model, args.lr)
+        made_from = output.digest()
+        done = training.resume(folder, model, optimizer, args.steps, made_from, rows.DdpoStep)
+        policy = training.data_parallel(model, here.device)
+        guidance = run_json.sampler.guidance  # inside the policy
+        times = grid(model, args.sampling_steps)
         audios = args.prompts * args.group_size
-        forwards = audios * (
-            2 if guidance != 1 else 1
-        )  # rows of one guided evaluation of a round's audios
-        if here.first:
-            print(
-                f"{audios} audios per round, {args.updates} updates each; guidance {guidance} "
-                "inside the policy"
-            )
-            print(f"step {done} of {args.steps}; {here.world} process(es) on {device}")
+        rows_per_pass = audios if guidance == 1 else 2 * audios  # of the network
+        print(f"{audios} audios and {args.updates} updates per round; guidance {guidance}")
+        print(f"step {done} of {args.steps}; {here.world} process(es) on {here.device}")
 
         # -- loop
-        bar = tqdm(
-            range(done, args.steps),
-            initial=done,
-            total=args.steps,
-            unit="step",
-            disable=not here.first,
-        )
+        bar = training.progress(done, args.steps, here)
         for step in bar:
             began = time.time()
-            number_of_round, update = divmod(step, args.updates)
+            round_, update = divmod(step, args.updates)
             if update == 0:
-                mine = here.share(draw_prompts(prompts, number_of_round, args))
-                batches, rewards = collect(
-                    model, reward, shards, mine, number_of_round, guidance, args, device
-                )
-                rewards = over_all_ranks(rewards, device)
+                mine = here.share(draw_prompts(prompts, round_, args))
+                batches, sums = collect(model, reward, shards, mine, round_, guidance, args)
+                rewards = training.sum_dict_over_ranks(sums, here.device)
             optimizer.zero_grad(set_to_none=True)
-            sums = train_step(policy, batches, update, times, guidance, here.world, args, device)
-            means = {
-                name: value.item() / audios
-                for name, value in training.sum_dict_over_ranks(sums).items()
-            }
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
-            if not (all(map(math.isfinite, means.values())) and grad_norm.isfinite()):
-                last_good = f"{folder}/checkpoint.pt holds the last good round"
-                stop(f"step {step}: the ratio is not finite; {last_good}; lower --lr")
-            lr = lr_at(step, args)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            sums = train_step(policy, batches, update, times, guidance, args)
+            sums = training.sum_dict_over_ranks(sums, here.device)
+            means = {name: value.item() / audios for name, value in sums.items()}
+            grad_norm = training.clip_gradient(model, step, means.values(), folder)
+            lr = training.lr_at(step, args)
             # Without any spread all gradients are 0, but AdamW's momentum and weight decay would
             # still move weights.
             if rewards["no_spread"] < args.prompts:
-                optimizer.step()
+                training.take_step(optimizer, lr)
 
             if here.first:
                 logged = rows.DdpoStep(
                     step=step,
-                    round=number_of_round,
-                    reward=rewards["reward"] / audios,
-                    reward_std=rewards["reward_std"] / args.prompts,
-                    no_spread=rewards["no_spread"] / args.prompts,
+                    round=round_,
+                    reward=rewards["reward"].item() / audios,
+                    reward_std=rewards["reward_std"].item() / args.prompts,
+                    no_spread=rewards["no_spread"].item() / args.prompts,
                     **means,
-                    grad_norm=grad_norm.item(),
+                    grad_norm=grad_norm,
                     lr=lr,
                     seconds=time.time() - began,
-                    forwards=forwards * (step + 1 + (number_of_round + 1) * args.sampling_steps),
-                    forwards_grad=forwards * (step + 1),
-                    peak_gb=training.peak_gb(device),
+                    forwards=rows_per_pass * (step + 1 + (round_ + 1) * args.sampling_steps),
+                    forwards_grad=rows_per_pass * (step + 1),
+                    peak_gb=training.peak_gb(here.device),
                 )
                 rows.append(folder / "log.jsonl", logged)
+                bar.set_postfix(reward=f"{logged.reward:.3f}", refresh=False)
                 if step == done and logged.clipped:  # the network is still the one that sampled
                     clipped = f"rounding alone clips {logged.clipped:.0%} of the ratios"
                     tqdm.write(f"warning: {clipped}; give --precision fp32")
-                bar.set_postfix(
-                    reward=f"{logged.reward:.3f}", clipped=f"{logged.clipped:.2f}", refresh=False
-                )
-                whole_round = update == args.updates - 1
-                if (
-                    whole_round and (number_of_round + 1) % args.save_every == 0
-                ) or step + 1 == args.steps:
-                    if lora and lr > 0 and optimizer.state:
-                        lora.check_moved()
-                    training.save_checkpoint(folder, step + 1, model, optimizer, stage.digest())
+                if (step + 1) % (args.save_every * args.updates) == 0 or step + 1 == args.steps:
+                    training.save_checkpoint(folder, step + 1, model, optimizer, made_from)
 
         # -- save
         if here.first:
             print_rewards(rows.read(folder / "log.jsonl", rows.DdpoStep))
-            if lora:
-                lora.merge()
             training.save_policy(run, args.out, model, run_json, "ddpo", args.steps)
-    if here.first:
-        print(f"next: python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
+    print(f"next: python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
 
 
 if __name__ == "__main__":

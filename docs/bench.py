@@ -146,10 +146,10 @@ def bench_05(what, run, model, seconds, **more):
         _, batch = train.batch_at(step, [pairs, []], [10**9, 0], args)
         t, eps = train.draw_t_and_noise(step, model, args)
         optimizer.zero_grad(set_to_none=True)
-        sums = train.train_step(model, reference, shards, batch, t, eps, 1, args, "cpu")
-        train.means_of(training.sum_dict_over_ranks(sums))
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
+        sums = train.train_step(model, reference, shards, batch, t, eps, args)
+        means = train.means_of(training.sum_dict_over_ranks(sums, "cpu"))
+        training.clip_gradient(model, step, [means["loss"]], run)
+        training.take_step(optimizer, args.lr)
 
     ready = []
     for part in (pairs[i : i + micro] for i in range(0, size, micro)):

@@ -411,7 +411,7 @@ def norm_wrong(folder, out, count=128):
     shards = common.training.Shards(folder, common.read_samples(folder), model)
     model.load_policy(folder / out / "policy.pt")
     pairs = common.rows.read(folder / "04_stage1.jsonl", common.rows.SplitPair)[:count]
-    a_0, features = stage_05.load_pairs(pairs, shards, model.device)
+    a_0, features = stage_05.load_pairs(pairs, shards)
     args = argparse.Namespace(seed=settings["seed"], global_batch=len(pairs))
     t, eps = stage_05.draw_t_and_noise(0, model, args)
     with torch.no_grad():

@@ -1,22 +1,22 @@
-"""What 05 and 06 share besides the method: shards of latents, precision, adapters of low rank,
-ranks, checkpoints."""
+"""What 05 and 06 share besides the method: stage 01's latents and features, precision and memory,
+LoRA, the optimizer, and a policy's folder with its checkpoint."""
 
 import copy
 import functools
-import os
+import math
 import random
-import re
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.utils.checkpoint
+from tqdm import tqdm
 
 from plumbing import digits, files, ranks, record, rows
-from plumbing.files import ROOT, stop
+from plumbing.files import stop
 
 # --------------------------------------------------------------------------------------------------
 # Shards: stage 01's latents and features
@@ -45,118 +45,112 @@ class Shards:
 
     def __init__(self, run, samples, model):
         self.folder = Path(run) / "01_samples"
-        self.latent_shape = model.latent_shape
+        self.device = model.device
         self.feature_shapes = model.feature_shapes
+        self.shapes = {"latents": model.latent_shape, **model.feature_shapes}
         self.opened = {}
         self.digests = defaultdict(list)  # {shard: of its audios, in order}
-        self.clips = defaultdict(list)  # {shard: its clips, in order}
-        self.place_of_audio = {}  # {(clip, k): (shard, row of its latent)}
-        self.place_of_clip = {}  # {clip: (shard, row of its features)}
+        self.place_of_audio = {}  # {(clip, k): (clip, shard, row of its latent)}
+        self.place_of_clip = {}  # {clip: (clip, shard, row of its features)}
+        clips = Counter()  # {shard: of its clips, so far}
         for clip, audios in samples.items():
             shard = audios[0].shard
-            self.place_of_clip[clip] = shard, len(self.clips[shard])
-            self.clips[shard].append(clip)
+            self.place_of_clip[clip] = clip, shard, clips[shard]
+            clips[shard] += 1
             for audio in audios:
-                self.place_of_audio[clip, audio.k] = shard, audio.row
+                self.place_of_audio[clip, audio.k] = clip, shard, audio.row
                 self.digests[shard].append(audio.digest)
 
     def latents(self, audios):
-        """[(clip, k), ...] -> (B, T, C) float32."""
+        """[(clip, k), ...] -> (B, T, C) float32 on the model's device."""
+        return self.rows("latents", [self.place_of_audio[audio] for audio in audios]).float()
+
+    def features(self, clips):
+        """[clip, ...] -> dict of (B, ...) float32 on the model's device."""
+        places = [self.place_of_clip[clip] for clip in clips]
+        return {name: self.rows(name, places) for name in self.feature_shapes}
+
+    def rows(self, name, places):
+        """The latents, or one of the features, at these places, stacked."""
         found = []
-        for clip, k in audios:
-            shard, row = self.place_of_audio[clip, k]
-            found.append(self.checked(shard, "latents", row, clip))
-        return torch.stack(found).float()
-
-    def features(self, clips, device="cpu"):
-        """[clip, ...] -> dict of (B, ...) float32 on the device."""
-        found = defaultdict(list)
-        for clip in clips:
-            shard, row = self.place_of_clip[clip]
-            for name in self.feature_shapes:
-                found[name].append(self.checked(shard, name, row, clip))
-        return {
-            name: torch.stack(values).to(device, non_blocking=True)
-            for name, values in found.items()
-        }
-
-    def checked(self, shard, name, row, clip):
-        """A row of a shard's latents or of one of its features."""
-        tensors = self.open(shard)
-        values = tensors["latents"] if name == "latents" else tensors["features"][name]
-        if crc32(values[row]) != tensors["crc32"][name][row]:
-            wrong = f"{name} of clip {clip} are not what stage 01 wrote (a bad disk or copy)"
-            stop(f"{self.folder / shard}.pt: {wrong}; {self.again(shard)}")
-        return values[row]
+        for clip, shard, row in places:
+            tensors, checksums = self.open(shard)
+            try:
+                value = tensors[name][row]
+                lost = crc32(value) != checksums[name][row]
+            except (IndexError, KeyError, TypeError):
+                lost = True
+            if lost:
+                wrong = "are not what stage 01 wrote (an older version, a bad disk or copy)"
+                self.refuse(shard, f"{name} of clip {clip} {wrong}")
+            found.append(value)
+        return torch.stack(found).to(self.device, non_blocking=True)
 
     def open(self, shard):
+        """A shard's tensors and the checksums of their rows, both by name."""
         if shard not in self.opened:
-            file = self.folder / f"{shard}.pt"
-            tensors = files.load_pt(
-                file, {"latents": torch.Tensor, "features": dict, "digests": list}, mmap=True
-            )
-            if "crc32" not in tensors:
-                stop(f"{file}: made by an older version, without checksums; {self.again(shard)}")
-            if not self.fits(tensors, shard):
-                stop(f"{file}: not of the audios in {shard}.jsonl; {self.again(shard)}")
-            self.opened[shard] = tensors
+            kinds = {"latents": torch.Tensor, "features": dict, "digests": list}
+            saved = files.load_pt(self.folder / f"{shard}.pt", kinds, mmap=True)
+            tensors = {"latents": saved["latents"], **saved["features"]}
+            shapes = {}
+            for name, value in tensors.items():
+                if torch.is_tensor(value):
+                    shapes[name] = tuple(value.shape[1:])
+            if saved["digests"] != self.digests[shard] or shapes != self.shapes:
+                self.refuse(shard, f"not of the audios in {shard}.jsonl")
+            self.opened[shard] = tensors, saved.get("crc32")
         return self.opened[shard]
 
-    def fits(self, tensors, shard):
-        """Whether a shard's tensors are of the audios in its .jsonl, and of this model."""
-        audios = len(self.digests[shard])
-        clips = len(self.clips[shard])
-        wanted = {"latents": (audios, *self.latent_shape)}
-        for name, shape in self.feature_shapes.items():
-            wanted[name] = (clips, *shape)
-        named = {"latents": tensors["latents"], **tensors["features"]}
-        if any(
-            not torch.is_tensor(value) or not value.is_floating_point() for value in named.values()
-        ):
-            return False
-        shapes = {name: tuple(value.shape) for name, value in named.items()}
-        sums = tensors["crc32"] if isinstance(tensors["crc32"], dict) else {}
-        counted = {name: len(found) for name, found in sums.items() if isinstance(found, list)}
-        rows_of = {name: shape[0] for name, shape in wanted.items()}
-        return tensors["digests"] == self.digests[shard] and shapes == wanted and counted == rows_of
-
-    def again(self, shard):
-        return f"remove both {shard}.pt and {shard}.jsonl, rerun 01_generate.py"
+    def refuse(self, shard, wrong):
+        again = f"remove both {shard}.pt and {shard}.jsonl, rerun 01_generate.py"
+        stop(f"{self.folder / shard}.pt: {wrong}; {again}")
 
 
-@functools.lru_cache(maxsize=4)
+def drawn(items, start, count, seed):
+    """`count` items from `start` on, of an endless sequence: epoch after epoch, each a fresh
+    permutation of the items, a function of the seed."""
+    found = []
+    for i in range(start, start + count):
+        epoch, place = divmod(i, len(items))
+        found.append(items[shuffled(f"{seed}/{epoch}", len(items))[place]])
+    return found
+
+
+@functools.lru_cache(maxsize=4)  # one permutation serves a whole epoch
 def shuffled(seed, count):
-    """A permutation of range(count), a function of the seed: one epoch's order."""
+    """A permutation of range(count), a function of the seed."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     return order
 
 
 # --------------------------------------------------------------------------------------------------
-# Precision, memory, ranks
+# Precision, memory, processes
 # --------------------------------------------------------------------------------------------------
+
+ROUNDED = (nn.Linear, nn.Conv1d)  # the layers whose weights autocast rounds to bf16 at every use
 
 
 def in_bf16(device, precision):
-    """bf16 on CUDA, plain float32 elsewhere, unless --precision says otherwise."""
-    return precision == "bf16" or (precision == "auto" and device != "cpu")
+    """bf16 on CUDA, float32 elsewhere (TF32, where --precision fp32 asks for it on CUDA)."""
+    if precision == "auto":
+        return torch.device(device).type != "cpu"
+    return precision == "bf16"
 
 
 def autocast(device, precision="auto"):
-    return torch.autocast(
-        torch.device(device).type, torch.bfloat16, enabled=in_bf16(device, precision)
-    )
+    device_type = torch.device(device).type
+    return torch.autocast(device_type, torch.bfloat16, enabled=in_bf16(device, precision))
 
 
 def frozen_copy(model, bf16):
-    """u_ref: a frozen copy. bf16 halves its memory: of the weights of linear and convolution
-    layers, which autocast rounds at every use, only the rounded values are kept; norms and time
-    embeddings stay float32."""
+    """u_ref: a frozen copy. With bf16 it keeps the `ROUNDED` layers' weights rounded, as autocast
+    would round them: the same u, half the memory."""
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     if bf16:
-        for module in copied.modules():
-            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-                module.to(torch.bfloat16)
+        for layer in copied.modules():
+            if isinstance(layer, ROUNDED):
+                layer.to(torch.bfloat16)
     return copied
 
 
@@ -169,8 +163,7 @@ def checkpoint_blocks(model):
 
 
 def data_parallel(model, device):
-    """The module whose forward 05 and 06 train: the model itself, or its
-    DistributedDataParallel."""
+    """The module whose forward is trained: the model, or its DistributedDataParallel."""
     if not dist.is_initialized():
         return model
     devices = None if device == "cpu" else [device]
@@ -178,10 +171,15 @@ def data_parallel(model, device):
     return nn.parallel.DistributedDataParallel(model, device_ids=devices, **options)
 
 
-def sum_dict_over_ranks(sums):
-    """{name: tensor}, all of one shape -> their sums over the ranks, on the CPU, in one
-    exchange."""
-    stacked = torch.stack(list(sums.values()))
+def refuse_uneven(flag, count, world):
+    """Every process trains on as many items of a batch as every other."""
+    if count % world:
+        stop(f"{flag} {count} cannot be divided over {world} processes; start as many as divide it")
+
+
+def sum_dict_over_ranks(sums, device):
+    """{name: tensor}, all of one shape -> their sums over the ranks, on the CPU."""
+    stacked = torch.stack(list(sums.values())).to(device, non_blocking=True)
     return dict(zip(sums, ranks.sum_over_ranks(stacked).cpu()))
 
 
@@ -191,88 +189,113 @@ def peak_gb(device):
 
 
 # --------------------------------------------------------------------------------------------------
-# Adapters of low rank
+# LoRA: small matrices beside the weights, trained instead of them
 # --------------------------------------------------------------------------------------------------
 
 
-class Lora:
-    """Adapters of one rank on every linear and convolution layer, trained instead of the weights.
-    They begin at zero: the network is what it was. bf16 halves the memory of the weights below
-    them, as in `frozen_copy`; the float32 ones wait on the CPU to be merged."""
+def add_lora(model, rank, seed, bf16):
+    """Freezes the network and adds LoRA of this rank to its linear and convolution layers. It
+    begins at zero: the network is what it was. With bf16 the weights below are rounded as in
+    `frozen_copy`; their float32 values wait on the CPU for `merge_lora`."""
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds
 
-    def __init__(self, model, rank, seed, bf16=False):
-        from peft import LoraConfig, inject_adapter_in_model  # seconds
-
-        self.model = model
-        model.requires_grad_(False)
-        names = [
-            name
-            for name, layer in model.named_modules()
-            if isinstance(layer, (nn.Linear, nn.Conv1d))
-        ]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            inject_adapter_in_model(
-                LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model
-            )
-        self.layers = {
-            name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")
-        }
-        self.unrounded = {}
+    model.requires_grad_(False)
+    names = [name for name, layer in model.named_modules() if isinstance(layer, ROUNDED)]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
+    for layer in lora_layers(model).values():
+        base = layer.get_base_layer()
+        layer.float32_weights = {name: p.cpu() for name, p in base.state_dict().items()}
         if bf16:
-            for name, layer in self.layers.items():
-                base = layer.get_base_layer()
-                self.unrounded[name] = {
-                    key: value.cpu() for key, value in base.state_dict().items()
-                }
-                base.to(torch.bfloat16)
-        trained = [p.requires_grad for name, p in model.named_parameters() if "lora_" in name]
-        if not trained or not all(trained):
-            stop(f"--lora: {nothing_is_trained()}")
+            base.to(torch.bfloat16)
+    if not model.trainable_parameters():
+        stop(f"--lora: {nothing_is_trained()}")
 
-    def reference(self, *inputs):
-        """u_ref: the network without its adapters."""
-        for layer in self.layers.values():
+
+def lora_layers(model):
+    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+
+
+def lora_reference(model):
+    """u_ref: the network without its LoRA."""
+    layers = lora_layers(model).values()
+
+    def reference(*inputs):
+        for layer in layers:
             layer.enable_adapters(False)
-        u = self.model(*inputs)
-        for layer in self.layers.values():
+        u = model(*inputs)
+        for layer in layers:
             layer.enable_adapters(True)
         return u
 
-    def check_moved(self):
-        """For after the first optimizer steps: every lora_B begins at zero, and until one moves the
-        adapters add nothing."""
-        moved = [p.any() for layer in self.layers.values() for p in layer.lora_B.parameters()]
-        if not any(moved):
-            stop(f"--lora: {nothing_is_trained()}")
+    return reference
 
-    def merge(self):
-        """Adds the adapters to the weights below them: the network is of its upstream's form
-        again."""
-        if self.unrounded:
-            self.model.cpu()  # where the weights below are, so that no GPU needs room for them
-        for name, layer in self.layers.items():
-            base = layer.get_base_layer()
-            if name in self.unrounded:
-                base.float().load_state_dict(self.unrounded.pop(name))
-            layer.merge()
-            parent, _, own_name = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), own_name, base)
+
+def merge_lora(model):
+    """Adds what was trained to the weights below: the network is of its upstream's form again."""
+    layers = lora_layers(model)
+    if layers:
+        model.cpu()  # so that no GPU needs room for the float32 weights
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        base.float().load_state_dict(layer.float32_weights)
+        layer.merge()
+        parent, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(parent), own_name, base)
 
 
 def nothing_is_trained():
-    """What is said where adapters do not learn: the usual reason is another version of peft than
-    the tested one."""
+    """What is said where LoRA does not learn: the usual reason is another version of peft than the
+    tested one."""
     import peft
 
-    pins = (ROOT / "requirements.txt").read_text(encoding="utf-8")
-    tested = re.search(r"^peft==(.+)$", pins, flags=re.MULTILINE)[1]
-    here = f"peft {peft.__version__} is installed, {tested} is tested"
-    return f"the adapters are frozen, or do not move; {here}: pip install peft=={tested}"
+    return (
+        f"the adapters are frozen, or do not move; peft {peft.__version__} is installed; give "
+        "pip install -r requirements.txt, which brings the tested one"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
-# A training's folder: settings, checkpoint, log, policy
+# Optimizer
+# --------------------------------------------------------------------------------------------------
+
+
+def adamw(model, lr):
+    # Paper silent: betas, weight decay and the gradient's bound (below) are those of MMAudio.
+    options = {"betas": (0.9, 0.95), "weight_decay": 1e-6, "fused": model.device.type != "cpu"}
+    return torch.optim.AdamW(model.trainable_parameters(), lr=lr, **options)
+
+
+def lr_at(step, args):
+    """Linear warm-up, then constant [Sec. 3.1]."""
+    return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+
+
+def clip_gradient(model, step, losses, folder):
+    """Bounds the gradient's norm by 1, and returns what it was. Stops where it, or one of the
+    losses, is not finite, before that reaches the weights."""
+    norm = nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0).item()
+    if not all(map(math.isfinite, [norm, *losses])):
+        last_good = f"{folder}/checkpoint.pt holds the last good one"
+        stop(f"step {step}: its loss or gradient is not finite; {last_good}; lower --lr")
+    return norm
+
+
+def take_step(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
+def progress(done, steps, here):
+    """A bar over the steps that are left; here: ranks.Ranks."""
+    return tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=not here.first)
+
+
+# --------------------------------------------------------------------------------------------------
+# A policy's folder: settings, checkpoint, log, policy
 # --------------------------------------------------------------------------------------------------
 
 ADVICE = "use another --out, or remove this folder"
@@ -285,6 +308,7 @@ MAY_CHANGE = (
     "gradient_checkpointing",
     "workers",
 )
+OTHER_STAGES = ("00", "01", "02", "03", "04", "07", "08")
 
 
 def settings_of(args):
@@ -299,12 +323,12 @@ def systems_flag(out):
 
 def output_folder(run, name):
     """run / name for --out: a folder name inside the run, nothing else."""
-    of_a_stage = re.match(r"0[0-47-9]", name)
-    if not files.is_name(name) or of_a_stage:
+    folder = Path(run) / name
+    if not files.is_name(name) or name.startswith(OTHER_STAGES):
         stop(f"--out {name}: give a plain folder name, not one of another stage")
-    if (Path(run) / name).exists() and not (Path(run) / name).is_dir():
+    if folder.exists() and not folder.is_dir():
         stop(f"--out {name}: is a file of this run; give a plain folder name")
-    return Path(run) / name
+    return folder
 
 
 def trained_state(model):
@@ -314,33 +338,32 @@ def trained_state(model):
 def save_checkpoint(folder, step, model, optimizer, made_from):
     """checkpoint.pt: everything that the next step depends on besides the settings and inputs,
     whose digest is made_from."""
-    with open(folder / "log.jsonl", "rb") as stream:
-        os.fsync(stream.fileno())  # the log never lacks what the checkpoint has
-    state = {
-        "step": step,
-        "settings": made_from,
-        "model": trained_state(model),
-        "optimizer": optimizer.state_dict(),
-    }
-    files.save_pt(folder / "checkpoint.pt", state)
+    state = trained_state(model)
+    # Every lora_B begins at zero, and until one moves LoRA adds nothing.
+    lora = [value for name, value in state.items() if "lora_B" in name]
+    may_move = optimizer.state and optimizer.param_groups[0]["lr"] > 0
+    if lora and may_move and not any(value.any() for value in lora):
+        stop(f"--lora: {nothing_is_trained()}")
+    files.sync(folder / "log.jsonl")  # the log never lacks what the checkpoint has
+    saved = {"step": step, "settings": made_from, "model": state}
+    saved["optimizer"] = optimizer.state_dict()
+    files.save_pt(folder / "checkpoint.pt", saved)
 
 
-def resume(folder, model, optimizer, steps, made_from, step_type):
-    """Loads checkpoint.pt if there is one, cuts log.jsonl back to it, and returns the number of
-    steps done. step_type: of the rows of the log."""
+def resume(folder, model, optimizer, steps, made_from, log_type):
+    """Loads checkpoint.pt if there is one, and cuts log.jsonl (of log_type) back to it: a kill
+    between two checkpoints leaves more lines than steps. Returns the number of steps done."""
     file = folder / "checkpoint.pt"
     done = 0
     if file.exists():
         done = load_checkpoint(file, model, optimizer, steps, made_from)
     if ranks.is_first():
         log = folder / "log.jsonl"
-        logged = rows.read(log, step_type, cut=True) if log.exists() else []
+        logged = rows.read(log, log_type, cut=True) if log.exists() else []
         kept = [row for row in logged if row.step < done]
         if [row.step for row in kept] != list(range(done)):
-            stop(
-                f"{log}: lacks some of the {done} steps of checkpoint.pt; put it back, or remove "
-                "the folder"
-            )
+            lacks = f"lacks some of the {done} steps of checkpoint.pt"
+            stop(f"{log}: {lacks}; put it back, or remove the folder")
         rows.write(log, kept)
     ranks.barrier()
     return done
@@ -348,45 +371,38 @@ def resume(folder, model, optimizer, steps, made_from, step_type):
 
 def load_checkpoint(file, model, optimizer, steps, made_from):
     """Returns its step."""
-    other = "is not of this model; remove it, or use another --out"
-    state = files.load_pt(
-        file, {"step": int, "settings": str, "model": dict, "optimizer": dict}, mmap=True
-    )
+    advice = "remove it, or use another --out"
+    kinds = {"step": int, "settings": str, "model": dict, "optimizer": dict}
+    state = files.load_pt(file, kinds, mmap=True)
     if state["settings"] != made_from or not 0 <= state["step"] <= steps:
         settings = file.with_name("settings.json")
-        stop(f"{file}: of another training than {settings}; remove it, or use another --out")
-    if state["model"].keys() != trained_state(model).keys():
+        stop(f"{file}: of another training than {settings}; {advice}")
+    other = f"is not of this model; {advice}"
+    moments = state["optimizer"].get("state")
+    if state["model"].keys() != trained_state(model).keys() or not fits_moments(moments, model):
         stop(f"{file}: {other}")
     files.load_weights(model, model.state_dict() | state["model"], file, other)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    moments = state["optimizer"].get("state")
-    if not fits_moments(moments, weights, state["step"]):
-        stop(f"{file}: {other}")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     return state["step"]
 
 
-def fits_moments(moments, weights, step):
-    """Whether AdamW's moments are of these weights."""
-    if not isinstance(moments, dict) or (step and not moments):
+def fits_moments(moments, model):
+    """Whether these are AdamW's moments of the trained weights, or {}, where no step was taken."""
+    wanted = {}
+    for i, p in enumerate(model.trainable_parameters()):
+        wanted[i] = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+    try:
+        found = {}
+        for i, moment in moments.items():
+            found[i] = {name: value.shape for name, value in moment.items()}
+    except AttributeError:
         return False
-    for i, moment in moments.items():
-        if not isinstance(i, int) or not 0 <= i < len(weights) or not isinstance(moment, dict):
-            return False
-        for name, shape in (
-            ("step", ()),
-            ("exp_avg", weights[i].shape),
-            ("exp_avg_sq", weights[i].shape),
-        ):
-            value = moment.get(name)
-            if not torch.is_tensor(value) or not value.is_floating_point() or value.shape != shape:
-                return False
-    return True
+    return found in ({}, wanted)
 
 
 def save_policy(run, out, model, run_json, method, steps):
-    """policy.pt in the upstream's own format, and policy.json, from which stage 07 knows whose it
-    is."""
+    """policy.pt in the upstream's own format; policy.json, by which stage 07 knows whose it is."""
+    merge_lora(model)
     file = Path(run) / out / "policy.pt"
     files.save_pt(file, model.policy_state())
     policy = rows.Policy(

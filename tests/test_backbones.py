@@ -482,7 +482,7 @@ def through_adapters(model, given, file, rank, bf16=False):
     reference."""
     with torch.no_grad():
         before = model(*given)
-    lora = training.Lora(model, rank, seed=0, bf16=bf16)
+    training.add_lora(model, rank, seed=0, bf16=bf16)
     for _ in range(
         2
     ):  # in the first, one half of every adapter is zero and stops the other half's gradient
@@ -492,8 +492,8 @@ def through_adapters(model, given, file, rank, bf16=False):
             for p in model.trainable_parameters():
                 p -= 0.01 * p.grad.sign()
     with torch.no_grad():
-        after, reference = model(*given), lora.reference(*given)
-    lora.merge()
+        after, reference = model(*given), training.lora_reference(model)(*given)
+    training.merge_lora(model)
     files.save_pt(file, model.policy_state())
     return before, after, reference
 
@@ -508,9 +508,10 @@ def test_adapters_on_every_layer_merge_into_a_policy_of_upstreams_form(side, mod
     with torch.no_grad():
         theirs = side.velocity(side.load(tmp_path / "policy.pt"), *given)
     assert (theirs - after).abs().max() < 1e-3 * (after - before).abs().max()
-    lora = training.Lora(model, 2, seed=0)
-    assert len(lora.layers) == len(kinds) and len(model.trainable_parameters()) == 2 * len(kinds)
-    lora.merge()
+    training.add_lora(model, 2, seed=0, bf16=False)
+    assert len(training.lora_layers(model)) == len(kinds)
+    assert len(model.trainable_parameters()) == 2 * len(kinds)
+    training.merge_lora(model)
     assert set(model.state_dict()) == side.names
 
 

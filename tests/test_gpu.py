@@ -205,11 +205,12 @@ def test_mmaudio_large_starts_at_log2_and_fits_40_gb_with_one_pair(
         if not p.data.any():
             p.data.normal_(std=0.02)
     shards = SimpleNamespace(
-        features=lambda clips, device: {
-            name: torch.randn(len(clips), *shape, device=device)
+        device=DEVICE,
+        features=lambda clips: {
+            name: torch.randn(len(clips), *shape, device=DEVICE)
             for name, shape in model.feature_shapes.items()
         },
-        latents=lambda audios: torch.randn(len(audios), *model.latent_shape),
+        latents=lambda audios: torch.randn(len(audios), *model.latent_shape, device=DEVICE),
     )
     reference = common.training.frozen_copy(model, bf16=True)
     optimizer = torch.optim.AdamW(weights, lr=args.lr, fused=True)
@@ -218,10 +219,10 @@ def test_mmaudio_large_starts_at_log2_and_fits_40_gb_with_one_pair(
         began, (t, eps) = time.perf_counter(), dpo.draw_t_and_noise(step, model, args)
         batch = [common.rows.SplitPair("a", winner=0, loser=1, score_c=1.0, source="auto")] * pairs
         optimizer.zero_grad(set_to_none=True)
-        sums = dpo.train_step(model, reference, shards, batch, t, eps, 1, args, DEVICE)
+        sums = dpo.train_step(model, reference, shards, batch, t, eps, args)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        losses.append(dpo.means_of(common.training.sum_dict_over_ranks(sums))["loss"])
+        losses.append(dpo.means_of(common.training.sum_dict_over_ranks(sums, DEVICE))["loss"])
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     second, peak, name = (

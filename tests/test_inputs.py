@@ -326,6 +326,7 @@ FLAGS += [
 ]
 FLAGS += [
     ("06", "--updates 9 --sampling-steps 4", "--updates"),
+    ("06", "--eta 0", "--eta"),
     ("05", "--out clips.jsonl", "is a file"),
 ]
 FLAGS += [

@@ -759,6 +759,9 @@ def test_ddpo_on_equal_rewards_leaves_the_policy_as_it_was_and_says_so(run, caps
         and "02's report" in warning
         and "--group-size" in warning
     )
+    (run / "none/policy.pt").unlink()
+    call("06", run, "--out", "none", "--steps", 4)  # a checkpoint without moments is taken up
+    assert largest_difference(weights(run, "none"), base) == 0
 
 
 def test_a_round_without_spread_changes_nothing_also_after_a_resume_and_on_two_ranks(
@@ -833,6 +836,7 @@ def test_pairs_whose_winner_is_the_worse_audio_are_named_by_04_and_05(run, capsy
     assert (
         f"warning: {count} of {count} mined pairs have a negative score_c" in said
         and "exchanged" in said
+        and "rerun 03_mine_pairs.py --redo --min-score-c 0" in said
     )
     assert (
         "stage 1 is empty: no score_c is above the threshold 0.1, so 05 trains on stage 2 alone"
@@ -840,9 +844,15 @@ def test_pairs_whose_winner_is_the_worse_audio_are_named_by_04_and_05(run, capsy
     )
     call("05", run, "--out", "backwards", "--steps", 3)
     said = capsys.readouterr().out
-    assert "stage 1 (easy): no pairs, so all steps are the other stage's" in said
+    assert "stage 1 (easy): 0 pairs, 0 steps" in said
     assert "curves: pairs are backwards: score_c is negative for 100% of the mined pairs" in said
+    assert "03 with --redo --min-score-c 0, then 04 --redo, then 05 --out NAME" in said
     assert "healthy" not in said
+    # The advice, followed:
+    call("03", run, "--redo", "--min-score-c", 0)
+    call("04", run, "--redo")
+    call("05", run, "--out", "mined_anew", "--steps", 3)
+    assert "backwards" not in capsys.readouterr().out
 
 
 def test_mined_pairs_are_named_backwards_where_min_score_c_lets_them_in(run, capsys, monkeypatch):
