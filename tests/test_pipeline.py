@@ -1017,7 +1017,7 @@ TSV_SPLITS += [("latest", "train"), ("testing", "train"), ("test-2", "train")]
 @pytest.mark.parametrize("name, split", TSV_SPLITS)
 def test_the_split_of_a_tsv_is_the_last_word_of_its_name(tmp_path, name, split):
     (tmp_path / f"{name}.tsv").write_text("id\tlabel\na\tdog\n")
-    assert [clip.split for clip in stage("01").clips_of_table(tmp_path / f"{name}.tsv")] == [split]
+    assert [clip.split for clip in stage("01").clips_of_tsv(tmp_path / f"{name}.tsv")] == [split]
 
 
 def test_captions_labels_and_clips_of_speech_are_counted_and_unread_fields_said(tmp_path, capsys):
@@ -1080,6 +1080,20 @@ def test_a_run_prepared_without_train_clips_gets_them_later(tmp_path, youtube, l
     stopped(call, "01", run, *listed, "--guidance", 2)
     call("01", run, *listed)
     assert clips_and_sampled(run)[1] == set(youtube[1][:5])
+
+
+def test_a_toy_run_prepared_without_train_clips_keeps_its_own_list(fresh, finished):
+    listed = (fresh / "clips.jsonl").read_bytes()
+    for flags in (("--max-clips", 0), ("--max-clips", 0), ()):
+        call("01", fresh, *flags)
+        assert (fresh / "clips.jsonl").read_bytes() == listed
+    assert files_of(fresh, "01_s") == files_of(finished, "01_s")
+
+
+def test_a_toy_world_that_was_stopped_half_made_is_said_to_be_one(fresh, refused):
+    (fresh / "run.json").unlink()
+    for flags in ((), ("--model", "toy")):
+        assert "stage 00 has not finished" in refused("01", fresh, *flags)
 
 
 def test_a_rerun_keeps_its_list_when_videos_appear_or_vanish(tmp_path, youtube, listed, capsys):
