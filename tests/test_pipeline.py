@@ -1491,6 +1491,7 @@ def test_audioscore_is_fitted_on_ratings_from_elsewhere_alone_which_are_never_mi
     said = capsys.readouterr().out
     assert "left out: 1 ratings from elsewhere" in said and "20 of 20 audios of 4 clips" in said
     judged = {row["k"]: row for row in read(run / "02_elsewhere.jsonl")}
+    assert len(common.rows.read(run / "02_elsewhere.jsonl", common.rows.ElsewhereScore)) == 20
     for row, mine in zip(rows, own):  # scored in batches of other sizes
         for key in ("ib", "clap", "desync_s", "pesq"):
             assert same_rows(judged[row["audio"]][key], mine[key], SCORES)
