@@ -1,28 +1,33 @@
 """Stage 01: N audios for every training clip, from the model that will be aligned (Sec. 2.2).
 
 Run:
-    python 01_generate.py                                    # the toy world of stage 00
-    python 01_generate.py --run-dir runs/vgg --model mmaudio:large_44k --clips vggsound.csv --videos DIR \\
-        --test-list MMAudio/sets/vgg-test.tsv                # the paper's
-    torchrun --standalone --nproc_per_node 8 01_generate.py ...           # shards are divided over the GPUs
+    python 01_generate.py                                   # the toy world of stage 00
+    python 01_generate.py --run-dir runs/vgg --model mmaudio:large_44k --clips vggsound.csv \\
+        --videos DIR --test-list MMAudio/sets/vgg-test.tsv  # the paper's
+    torchrun --standalone --nproc_per_node 8 01_generate.py ...  # shards are divided over the GPUs
 
 Reads:
-    clips        the toy's clips.jsonl; or a .jsonl (id, and if known video, caption, label, split); VGGSound's csv
-                 (youtube id, start second, label, split; no header); MMAudio's tsv (header id, label; its split is the
-                 last word of its name, as in vgg-test.tsv, else train); or all videos of a folder, for training
+    clips        the toy's clips.jsonl; or a .jsonl (id, and if known video, caption, label, split);
+                 VGGSound's csv (youtube id, start second, label, split; no header); MMAudio's tsv
+                 (header id, label; its split is the last word of its name, as in vgg-test.tsv, else
+                 train); or all videos of a folder, for training
     videos       below --videos, named by `video` or `<id>.mp4` (.mkv, .webm, .mov, .avi)
 Writes:
-    run.json                    model, checkpoint and its digest, latent shape, sampler, N, seed, video root
+    run.json                    model, checkpoint and its digest, latent shape, sampler, N, seed,
+                                video root
     clips.jsonl                 id, video, caption or null, label or null, split
     01_missing.jsonl            clips whose video does not exist: id, split, reason
-    01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row (= k-th of clip row // N), digest of the
-                                wav, finite, peak (of full scale), clipped (share of samples at full scale)
-    01_samples/00012.pt         latents (rows, T, C) float32 normalised; features: dict of (rows // N, ...) float32;
-                                digests: those of the rows, which bind the two files; crc32: by name, of the bytes of
-                                each row of latents and of each feature, checked whenever a row is read
+    01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row (= k-th of clip
+                                row // N), digest of the wav, finite, peak (of full scale), clipped
+                                (share of samples at full scale)
+    01_samples/00012.pt         latents (rows, T, C) float32 normalised; features: dict of
+                                (rows // N, ...) float32; digests: those of the rows, which bind the
+                                two files; crc32: by name, of the bytes of each row of latents and
+                                of each feature, checked whenever a row is read
     01_samples/00012.skipped.jsonl   clips of the shard that could not be used: clip, reason
     01_audio/<clip>_<k>.wav     what a person listens to
-Takes: toy 29 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in all.
+Takes: toy 29 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in
+all.
 """
 
 import os
@@ -45,105 +50,94 @@ ADVICE = "use another --run-dir, or remove this one"
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    io = parser.io
-    paper = parser.paper
-    engineering = parser.engineering
-    io.add_argument(
-        "--model",
-        help="toy, mmaudio:small_16k ... mmaudio:large_44k, frieren; the toy run knows its own",
+    flag = parser.io.add_argument
+    flag(
+        "--model", help="toy, mmaudio:small_16k ... mmaudio:large_44k, frieren; a toy run knows its"
     )
-    io.add_argument(
-        "--checkpoint",
-        help="weights of the velocity network, if not the upstream file under --weights",
-    )
-    io.add_argument("--weights", default="weights", help="folder of downloaded files")
-    io.add_argument("--clips", help=".jsonl, VGGSound's .csv or MMAudio's .tsv")
-    io.add_argument(
-        "--test-list", help="MMAudio's sets/vgg-test.tsv: the test split is exactly these clips"
-    )
-    io.add_argument("--videos", help="folder of videos")
-    io.add_argument("--cavp", help="Frieren only: folder of CAVP features, <id>.npz or <id>.npy")
-    io.add_argument(
-        "--strict",
-        action="store_true",
-        help="a video that cannot be used is an error, not a counted skip",
-    )
-    described = "train clips, a seeded random subset; 0 only prepares the run folder, for stage 07 [Sec. 2.2]"
-    paper.add_argument("--max-clips", type=number(int, 0), default=50_000, help=described)
-    paper.add_argument(
-        "--num-samples", type=number(int, 2), default=5, help="audios per clip [Sec. 3.1]"
-    )
-    paper.add_argument(
-        "--guidance", type=number(float, 0), default=4.5, help="guidance scale gamma [Sec. 3.1]"
-    )
-    paper.add_argument(
-        "--sampling-steps", type=number(int, 1), default=25, help="Euler steps; upstream's"
-    )
-    engineering.add_argument(
-        "--compile", action="store_true", help="torch.compile the network that samples"
-    )
-    engineering.add_argument(
-        "--batch-clips", type=number(int, 1), default=4, help="clips sampled together"
-    )
-    engineering.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of the clips' draw and all noise"
-    )
+    flag("--checkpoint", help="weights of the velocity network, if not upstream's below --weights")
+    flag("--weights", default="weights", help="folder of downloaded files")
+    flag("--clips", help=".jsonl, VGGSound's .csv or MMAudio's .tsv")
+    flag("--test-list", help="MMAudio's sets/vgg-test.tsv: the test split is exactly these clips")
+    flag("--videos", help="folder of videos")
+    flag("--cavp", help="Frieren only: folder of CAVP features, <id>.npz or <id>.npy")
+    flag("--strict", action="store_true", help="stop at a video that cannot be used")
+    flag = parser.paper.add_argument
+    described = "train clips, a seeded random subset; 0 only prepares the run, for 07 [Sec. 2.2]"
+    flag("--max-clips", type=number(int, 0), default=50_000, help=described)
+    flag("--num-samples", type=number(int, 2), default=5, help="audios per clip [Sec. 3.1]")
+    flag("--guidance", type=number(float, 0), default=4.5, help="scale gamma [Sec. 3.1]")
+    flag("--sampling-steps", type=number(int, 1), default=25, help="Euler steps; upstream's")
+    flag = parser.engineering.add_argument
+    flag("--compile", action="store_true", help="torch.compile the network that samples")
+    flag("--batch-clips", type=number(int, 1), default=4, help="clips sampled together")
+    flag("--seed", type=number(int, 0), default=0, help="of the clips' draw and all noise")
     common.workers_flag(parser)
     return common.parse(parser, argv, "01")
 
 
 # --------------------------------------------------------------------------------------------------
-# Clips in
+# Clips in: rows.ListedClip of what --clips or --videos name
 # --------------------------------------------------------------------------------------------------
 
 
-def clips_of_table(path):
-    """VGGSound's csv or MMAudio's tsv as rows.ListedClip; ids in upstream's form, `<youtube
-    id>_<start second, 6 digits>`; the label is the caption too."""
-    found = []
-    if path.suffix.lower() == ".tsv":
-        word = re.split(r"[-_. ]", path.stem)[-1].lower()
-        split = word if word in rows.SPLITS else "train"
-        print(f"{path}: all in the split {split}, by the last word of its name")
-        for line, cells in files.read_csv(path, ("id", "label"), delimiter="\t", header=False):
-            if line > 1 or cells != {"id": "id", "label": "label"}:
-                found.append((line, cells["id"], cells["label"], split))
-    else:
-        columns = ("youtube id", "start second", "label", "split")
-        for line, cells in files.read_csv(path, columns, header=False):
-            where = f"{path}, line {line}"
-            start = cells["start second"]
-            if not files.is_name(cells["youtube id"]):
-                stop(
-                    f"{where}, field 'youtube id': {cells['youtube id']!r:.60} is not a name that "
-                    "a file can have"
-                )
-            if not start.isdecimal() or len(start) > 6:
-                stop(
-                    f"{where}, field 'start second': {start!r:.60} is not a whole number of up to "
-                    "six digits"
-                )
-            found.append(
-                (line, f"{cells['youtube id']}_{int(start):06d}", cells["label"], cells["split"])
-            )
+def clips_of_file(path):
+    """A user's own .jsonl, VGGSound's .csv or MMAudio's .tsv. In the two tables the label is the
+    caption too."""
+    readers = {".jsonl": clips_of_jsonl, ".csv": clips_of_csv, ".tsv": clips_of_tsv}
+    if path.suffix.lower() not in readers:
+        stop(f"{path}: expected a .jsonl, VGGSound's .csv or MMAudio's .tsv")
+    return readers[path.suffix.lower()](path)
+
+
+def clips_of_tsv(path):
+    """MMAudio's: its split is the last word of the file's name, as in vgg-test.tsv, else train."""
+    split = re.split(r"[-_. ]", path.stem)[-1].lower()
+    if split not in rows.SPLITS:
+        split = "train"
+    print(f"{path}: all in the split {split}, by the last word of its name")
     clips = []
-    for line, name, label, split in found:
-        clip = {"id": name, "caption": label, "label": label, "split": split}
+    for line, cells in files.read_csv(path, ("id", "label"), delimiter="\t"):
+        clip = {"id": cells["id"], "caption": cells["label"], "label": cells["label"]}
+        clip["split"] = split
         clips.append(rows.typed(clip, rows.ListedClip, f"{path}, line {line}"))
     return clips
 
 
+def clips_of_csv(path):
+    """VGGSound's: ids in upstream's form, `<youtube id>_<start second, 6 digits>`."""
+    clips = []
+    columns = ("youtube id", "start second", "label", "split")
+    for line, clip in files.read_csv(path, columns, header=False):
+        where = f"{path}, line {line}"
+        video = clip["youtube id"]
+        start = clip["start second"]
+        if not files.is_name(video):
+            stop(f"{where}, field 'youtube id': {video!r:.60} is not a name that a file can have")
+        if not re.fullmatch(r"\d{1,6}", start):
+            stop(
+                f"{where}, field 'start second': {start!r:.60} is not a whole number of up to six "
+                "digits"
+            )
+        clip["id"] = f"{video}_{int(start):06d}"
+        clip["caption"] = clip["label"]
+        clips.append(rows.typed(clip, rows.ListedClip, where))
+    return clips
+
+
 def clips_of_jsonl(path):
-    """A user's own list."""
+    """A user's own list. Texts are stripped; fields that nobody reads are said."""
     known = rows.ListedClip.__struct_fields__
-    unread = Counter(key for _, line in files.read_jsonl(path) for key in line if key not in known)
-    for key, count in unread.items():
-        print(f"{path}: field {key!r} of {count} lines is not read (there are {', '.join(known)})")
-    clips = rows.read(path, rows.ListedClip)
-    for clip in clips:
-        for field in ("id", "video", "caption", "label"):
-            if getattr(clip, field) is not None:
-                setattr(clip, field, getattr(clip, field).strip())
+    unread = Counter()
+    clips = []
+    for line, fields in files.read_jsonl(path):
+        for name, value in fields.items():
+            if name not in known:
+                unread[name] += 1
+            if isinstance(value, str):
+                fields[name] = value.strip()
+        clips.append(rows.typed(fields, rows.ListedClip, f"{path}, line {line}"))
+    for name, count in unread.items():
+        print(f"{path}: field {name!r} of {count} lines is not read (there are {', '.join(known)})")
     return clips
 
 
@@ -158,7 +152,7 @@ def files_below(root):
     for folder, _, names in os.walk(root, onerror=refuse):
         for name in names:
             path = Path(folder, name).relative_to(root)
-            if not any(part.startswith(".") for part in path.parts):
+            if "/." not in f"/{path}":
                 found.append(path)
     return sorted(found)
 
@@ -166,50 +160,35 @@ def files_below(root):
 def clips_of_folder(root, strict):
     """Every video of a folder, for training. Those whose name cannot name a clip are said, or with
     `strict` refused."""
-    videos = [path for path in files_below(root) if path.suffix.lower() in VIDEO_SUFFIXES]
-    if not videos:
-        stop(f"--videos {root}: no video ({', '.join(VIDEO_SUFFIXES[::2])}) in this folder")
     clips = []
     odd = []
-    for video in videos:
-        name = "_".join(video.with_suffix("").parts)
+    for path in files_below(root):
+        if path.suffix.lower() not in VIDEO_SUFFIXES:
+            continue
+        name = "_".join(path.with_suffix("").parts)
         if files.is_name(name):
-            clips.append(rows.ListedClip(id=name, video=str(video)))
+            clips.append(rows.ListedClip(id=name, video=str(path)))
         else:
-            odd.append(str(video))
+            odd.append(str(path))
     if odd:
         rule = "not in UTF-8, of more than 200 bytes, or with a backslash or a line break"
         said = f"{len(odd)} videos have names that no clip can have ({rule}), first {odd[0]!a}"
         if strict or not clips:
             stop(f"{said}; rename them")
         print(f"{said}; they are left out until they are renamed")
+    if not clips:
+        stop(f"--videos {root}: no video ({', '.join(VIDEO_SUFFIXES[::2])}) in this folder")
     return clips
-
-
-def listed_clips(args):
-    """The clips that --clips or --videos name."""
-    if args.clips is None:
-        return clips_of_folder(args.videos, args.strict)
-    path = Path(args.clips)
-    if path.suffix.lower() == ".jsonl":
-        return clips_of_jsonl(path)
-    if path.suffix.lower() not in (".csv", ".tsv"):
-        stop(f"--clips {path}: expected a .jsonl, VGGSound's .csv or MMAudio's .tsv")
-    return clips_of_table(path)
 
 
 def with_test_list(clips, path):
     """The test split becomes exactly the clips of MMAudio's list; what --clips says of them is
     kept."""
     listed = {clip.id: clip for clip in clips}
-    test = clips_of_table(path)
-    names = {clip.id for clip in test}
-    kept = [clip for clip in clips if clip.split != "test" and clip.id not in names]
+    test = [listed.get(clip.id, clip) for clip in clips_of_file(path)]
     for clip in test:
-        clip = listed.get(clip.id, clip)
         clip.split = "test"
-        kept.append(clip)
-    return kept
+    return [clip for clip in clips if clip.split != "test"] + test
 
 
 def check_clips(clips, where):
@@ -219,12 +198,11 @@ def check_clips(clips, where):
     splits_of_video = defaultdict(set)
     for i, clip in enumerate(clips, 1):
         if clip.id in split_of:
-            before = split_of[clip.id]
-            twice = "twice" if before == clip.split else f"in both {before} and {clip.split}"
+            splits = {clip.split, split_of[clip.id]}
+            twice = "twice" if len(splits) == 1 else f"in both {' and '.join(sorted(splits))}"
             stop(f"{where}, clip {i}, field 'id': {clip.id} occurs {twice}; keep one")
         split_of[clip.id] = clip.split
-        is_youtube = len(clip.id) == 18 and clip.id[11] == "_"
-        splits_of_video[clip.id[:11] if is_youtube else clip.id].add(clip.split)
+        splits_of_video[common.video_of(clip.id)].add(clip.split)
     shared = sorted(video for video, splits in splits_of_video.items() if len(splits) > 1)
     if shared:
         more = " ..." if len(shared) > 10 else ""
@@ -241,47 +219,48 @@ def check_clips(clips, where):
 
 
 def find_video(clip, root, where):
-    """The name of a clip's video below root, or None and the name that is missing."""
+    """The name of a clip's video below root; None where there is none."""
     names = [clip.video] if clip.video else [clip.id + suffix for suffix in VIDEO_SUFFIXES]
     for name in names:
         if files.inside(root, name, f"{where}, clip {clip.id}").is_file():
-            return name, None
-    return None, names[0]
+            return name
+    return None
 
 
 def gather_clips(args):
-    """From the user's list: the lines of clips.jsonl (videos that exist) and of
-    01_missing.jsonl."""
-    where = " and ".join(filter(None, (args.clips or args.videos, args.test_list)))
+    """From the user's list: the lines of clips.jsonl (videos that exist), of 01_missing.jsonl."""
+    where = args.clips or args.videos
     root = Path(args.videos).resolve()
-    clips = listed_clips(args)
+    if args.clips is None:
+        clips = clips_of_folder(args.videos, args.strict)
+    else:
+        clips = clips_of_file(Path(args.clips))
     if args.test_list:
+        where = f"{where} and {args.test_list}"
         clips = with_test_list(clips, Path(args.test_list))
     check_clips(clips, where)
     found = []
     missing = []
     for clip in clips:
-        name, missing_name = find_video(clip, root, where)
-        if name is None:
-            reason = f"no {missing_name} below {root.name}/"
+        video = find_video(clip, root, where)
+        if video is None:
+            reason = f"no {clip.video or clip.id + VIDEO_SUFFIXES[0]} below {root.name}/"
             missing.append(rows.MissingClip(id=clip.id, split=clip.split, reason=reason))
             continue
         caption = clip.caption or None
         label = clip.label or None
         found.append(
-            rows.Clip(id=clip.id, video=name, caption=caption, label=label, split=clip.split)
+            rows.Clip(id=clip.id, video=video, caption=caption, label=label, split=clip.split)
         )
     if missing and args.strict:
-        first = missing[0]
         stop(
-            f"{len(missing)} of {len(clips)} videos are missing, first {first.id} ({first.reason})"
+            f"{len(missing)} of {len(clips)} videos are missing, first {missing[0].id} "
+            f"({missing[0].reason})"
         )
     have = Counter(clip.split for clip in found)
     listed = Counter(clip.split for clip in clips)
-    print(
-        "videos found: "
-        + ", ".join(f"{split} {have[split]} of {listed[split]}" for split in sorted(listed))
-    )
+    counts = ", ".join(f"{split} {have[split]} of {listed[split]}" for split in sorted(listed))
+    print(f"videos found: {counts}")
     if not found:
         stop(
             f"none of the {len(clips)} clips of {where} has a video below {args.videos}: "
@@ -295,18 +274,18 @@ def gather_clips(args):
 # --------------------------------------------------------------------------------------------------
 
 
-def check_flags(run, world, own_clips, args):
-    """Flags that do not fit together or to this run. own_clips: stage 00 wrote clips.jsonl
-    itself."""
-    if own_clips and not args.model:
+def check_flags(run, world, is_toy, args):
+    """Flags that do not fit together or to this run. world: its run.json, if there is one; is_toy:
+    stage 00 made the run, with its clips.jsonl."""
+    if is_toy and world is None:
         stop(f"{run}: stage 00 has not finished; run it again with --run-dir {run}")
-    if own_clips and not (run / "clips.jsonl").exists():
+    if is_toy and not (run / "clips.jsonl").exists():
         stop(f"{run}/clips.jsonl: gone; run 00_toy_world.py again")
+    if is_toy and (args.clips or args.videos):
+        stop(f"--clips, --videos: {run} has stage 00's; use another --run-dir")
     if not args.model:
         stop(f"--run-dir {run} is new: give --model (or run stage 00 first for the toy world)")
-    if own_clips and (args.clips or args.videos):
-        stop(f"--clips, --videos: {run} has stage 00's; use another --run-dir")
-    if not own_clips and not args.videos:
+    if not is_toy and not args.videos:
         stop("--videos: name the videos' folder, also when you run a command again")
     if args.videos and not Path(args.videos).is_dir():
         stop(f"--videos {args.videos}: no such folder")
@@ -314,53 +293,53 @@ def check_flags(run, world, own_clips, args):
         stop("--cavp: give CAVP features to Frieren, and to no other")
 
 
-def places(world, args):
-    """Where things lie, for the stages to come and for people: fields of run.json. They are no part
-    of the record: what has moved is still the same."""
-    found = {} if world is None else rows.as_dict(world)
+def places(args):
+    """Fields of run.json that say where things lie, as the flags do. They are no part of the
+    record: what has moved is still the same."""
+    found = {}
     if args.videos:
         found["video_root"] = str(Path(args.videos).resolve())
     if args.cavp:
         found["cavp_root"] = str(Path(args.cavp).resolve())
-    if not args.checkpoint:
-        found.setdefault("checkpoint", "upstream")
-        return found
-    checkpoint = Path(args.checkpoint).resolve()
-    found["checkpoint"] = str(checkpoint)
-    beside = checkpoint.with_name("run.json")
-    if (
-        beside.is_file()
-    ):  # a world's model keeps its scorers and its replacements for the paper's numbers
-        own = rows.read_json(beside, rows.World)
-        found["defaults"] = own.defaults
-        if own.scorers != "real":
-            found["scorers"] = own.scorers
-            found["scorers_root"] = str(checkpoint.parent)
+    if args.checkpoint:
+        checkpoint = Path(args.checkpoint).resolve()
+        found["checkpoint"] = str(checkpoint)
+        found |= inherited(checkpoint)
     return found
 
 
-def claim_run(stage, settings, model):
-    """The record of stage 01. Returns whether the run was only prepared before, by --max-clips 0,
-    and may get its train clips now."""
-    prepared = False
-    if stage.file.exists():
-        before = rows.read_json(stage.file, rows.Record).settings
-        same_model = before.get("model") == settings["model"]
-        if same_model and before.get("checkpoint_digest") != settings["checkpoint_digest"]:
-            stop(
-                f"{model.checkpoint}: not the checkpoint that {stage.run} was made with; give that "
-                f"one, or {ADVICE}"
-            )
-        prepared = before.get("max_clips") == 0
-        if prepared:
-            may_change = {key: before.get(key) for key in ("max_clips", "clips_digest")}
-            record.compare(
-                stage.file, rows.Record(settings=settings | may_change, inputs={}), ADVICE
-            )
-    return prepared
+def inherited(checkpoint):
+    """Fields of the run.json beside a world's model, which keeps its scorers and its replacements
+    for the paper's numbers."""
+    file = checkpoint.with_name("run.json")
+    if not file.is_file():
+        return {}
+    world = rows.read_json(file, rows.World)
+    found = {"defaults": world.defaults}
+    if world.scorers != "real":
+        found["scorers"] = world.scorers
+        found["scorers_root"] = str(checkpoint.parent)
+    return found
 
 
-def prepare_run(run, stage, world, own_clips, model, args):
+def is_only_prepared(stage, settings, model):
+    """Whether the run was made by --max-clips 0, with these settings otherwise, and may get its
+    train clips now."""
+    if not stage.file.exists():
+        return False
+    before = rows.read_json(stage.file, rows.Record).settings
+    same_model = before.get("model") == settings["model"]
+    if same_model and before.get("checkpoint_digest") != settings["checkpoint_digest"]:
+        other = f"not the checkpoint that {stage.run} was made with"
+        stop(f"{model.checkpoint}: {other}; give that one, or {ADVICE}")
+    if before.get("max_clips") != 0:
+        return False
+    may_change = {"max_clips": 0, "clips_digest": before.get("clips_digest")}
+    record.compare(stage.file, rows.Record(settings=settings | may_change, inputs={}), ADVICE)
+    return True
+
+
+def prepare_run(run, stage, world, is_toy, model, args):
     """run.json, clips.jsonl and 01_missing.jsonl, or the proof that those of this run are of the
     same settings."""
     settings = {
@@ -374,24 +353,34 @@ def prepare_run(run, stage, world, own_clips, model, args):
         "seed": args.seed,
         "max_clips": args.max_clips,
     }
-    listed = run / "clips.jsonl"
-    found, missing = ([], []) if own_clips else gather_clips(args)
-    prepared = claim_run(stage, settings, model)
-    if prepared or not listed.exists():
+    only_prepared = is_only_prepared(stage, settings, model)
+    if not is_toy:
+        list_clips(run, only_prepared, args)
+    settings["clips_digest"] = files.digest(run / "clips.jsonl")
+    stage.write(settings, redo=only_prepared)
+    known = {"checkpoint": "upstream"}
+    if world is not None:
+        known |= rows.as_dict(world)
+    file = run / "run.json"
+    rows.write_json(file, rows.typed(known | places(args) | settings, rows.Run, file))
+
+
+def list_clips(run, anew, args):
+    """clips.jsonl and 01_missing.jsonl from the user's list. A run keeps the list that its audios
+    were made from, unless it is to be made anew."""
+    file = run / "clips.jsonl"
+    clips, missing = gather_clips(args)
+    if anew or not file.exists():
         rows.write(run / "01_missing.jsonl", missing)
-        rows.write(listed, found)
-    elif not own_clips:  # the run keeps its list: its audios are made from it
-        own = {clip.id for clip in rows.read(listed, rows.Clip)}
-        now = {clip.id for clip in found}
-        if own != now:
-            print(
-                f"{listed} stays as it is: {len(now - own)} videos appeared since, "
-                f"{len(own - now)} vanished"
-            )
-    settings["clips_digest"] = files.digest(listed)
-    stage.write(settings, redo=prepared)
-    run_json = rows.typed(places(world, args) | settings, rows.Run, run / "run.json")
-    rows.write_json(run / "run.json", run_json)
+        rows.write(file, clips)
+        return
+    before = {clip.id for clip in rows.read(file, rows.Clip)}
+    now = {clip.id for clip in clips}
+    if before != now:
+        print(
+            f"{file} stays as it is: {len(now - before)} videos appeared since, "
+            f"{len(before - now)} vanished"
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -399,122 +388,109 @@ def prepare_run(run, stage, world, own_clips, model, args):
 # --------------------------------------------------------------------------------------------------
 
 
-def encode(model, clip, videos):
-    """The clip's features, or the SkipClip that says why it has none. videos: what `model.read`
-    read, in order."""
-    tensors = next(videos)
-    return tensors if isinstance(tensors, SkipClip) else model.encode(clip, tensors)
-
-
-def is_whole(folder, shard, clips, wavs):
-    """Whether each clip of a shard is used or skipped, its latents and wavs there. wavs: names of
+def is_whole(run, shard, clips, wavs):
+    """Whether each clip of a shard is used or skipped, its wavs and latents there. wavs: names of
     the run's wavs."""
+    folder = run / "01_samples"
     if not (folder / f"{shard}.jsonl").exists():
         return False
     samples = rows.read(folder / f"{shard}.jsonl", rows.Sample)
     skipped = rows.read_if_there(folder / f"{shard}.skipped.jsonl", rows.SkippedClip)
     done = {row.clip for row in samples + skipped}
-    if done != {clip.id for clip in clips}:
-        return False
-    if not {Path(sample.wav).name for sample in samples} <= wavs:
-        return False
-    return not samples or holds_tensors(folder / f"{shard}.pt", samples)
+    has_wavs = wavs.issuperset(Path(sample.wav).name for sample in samples)
+    digests = [sample.digest for sample in samples]
+    has_latents = not samples or digests_in(folder / f"{shard}.pt") == digests
+    return done == {clip.id for clip in clips} and has_wavs and has_latents
 
 
-def holds_tensors(file, samples):
-    """Whether a shard's .pt is the one that was written with these lines. Its directory is at its
-    end: one that was cut cannot be opened. Its rows are checked when they are read
+def digests_in(file):
+    """The digests of the wavs that a shard's .pt was written with; None of one that is not there
+    or, since its directory is at its end, that was cut. Its rows are checked when they are read
     (training.Shards)."""
     if not file.exists():
-        return False
+        return None
     try:
-        shard = files.load_pt(file, mmap=True)  # 3 ms, however large it is
+        return files.load_pt(file, {"digests": list}, mmap=True)["digests"]  # 3 ms
     except common.Stop:
-        return False
-    return "crc32" in shard and shard["digests"] == [sample.digest for sample in samples]
+        return None
+
+
+def encode_all(model, clips, workers):
+    """A generator of each clip's features, or of the SkipClip that says why it has none. Worker
+    processes decode video ahead."""
+    with closing(ahead.read_ahead(model.read, clips, workers)) as videos:
+        for clip, tensors in zip(clips, videos):
+            yield tensors if isinstance(tensors, SkipClip) else model.encode(clip, tensors)
+
+
+def generate(run, model, shards, todo, here, args):
+    """The audios of these shards, names of `shards`, {name: clips}. While one is sampled, a thread
+    encodes the next one."""
+    clips = []
+    for shard in todo:
+        clips += shards[shard]
+    if clips:
+        # A missing codec is said now, not after the first shard.
+        model.decode(torch.zeros(1, *model.latent_shape))
+    with closing(encode_all(model, clips, args.workers)) as encoder:
+        encoded = ahead.in_threads(
+            lambda _: next(encoder), clips, threads=1, in_advance=SHARD_CLIPS
+        )
+        with closing(encoded):
+            for shard in tqdm(todo, unit="shard", disable=not here.first):
+                generate_shard(run, shard, model, shards[shard], encoded, args)
 
 
 def generate_shard(run, shard, model, clips, encoded, args):
     """Samples, decodes and writes one shard; its .jsonl comes last, so that a shard that has one is
-    whole.
-
-    encoded: for each clip its features, or the SkipClip that says why it has none.
-    """
+    whole. encoded: an iterator of what `encode_all` yields."""
     folder = run / "01_samples"
     usable = []
     features = {}
     skipped = []
-    for clip, found in zip(clips, encoded):
+    for clip in clips:
+        found = next(encoded)
         if isinstance(found, SkipClip):
             skipped.append(rows.SkippedClip(clip=clip.id, reason=str(found)))
         else:
             usable.append(clip)
             features[clip.id] = found
+    if skipped and args.strict:
+        first = ", ".join(f"{row.clip} ({row.reason})" for row in skipped[:10])
+        more = " ..." if len(skipped) > 10 else ""
+        stop(f"--strict: {len(skipped)} clips of shard {shard} cannot be used: {first}{more}")
 
     def seeds_of(clip):
         return [common.seed_of(args.seed, clip.id, k) for k in range(args.num_samples)]
 
     def write(clip, latents, waves):
-        """Its wavs, and the lines of stage 01, whose row is counted later."""
-        samples = []
-        for k, (seed, latent, wave) in enumerate(zip(seeds_of(clip), latents, waves)):
+        """Its wavs; returns their lines, too."""
+        lines = []
+        first_row = usable.index(clip) * args.num_samples
+        for k, seed in enumerate(seeds_of(clip)):
             wav = f"01_audio/{clip.id}_{k}.wav"
-            written = media.write_audio(run / wav, wave, model.sample_rate_hz)
-            written["finite"] = written["finite"] and bool(latent.isfinite().all())
-            samples.append(rows.Sample(clip=clip.id, k=k, seed=seed, wav=wav, row=0, **written))
-        return samples, latents
+            written = media.write_audio(run / wav, waves[k], model.sample_rate_hz)
+            written["finite"] = written["finite"] and bool(latents[k].isfinite().all())
+            row = first_row + k
+            lines.append(rows.Sample(clip=clip.id, k=k, seed=seed, wav=wav, row=row, **written))
+        return lines, latents
 
     samples = []
     latents = []
     sampler = rows.Sampler(steps=args.sampling_steps, guidance=args.guidance)
-    for own_samples, own_latents in common.sample_clips(
+    for lines, of_clip in common.sample_clips(
         model, usable, features, seeds_of, write, sampler, args.batch_clips
     ):
-        samples += own_samples
-        latents.append(own_latents)
-    for row, sample in enumerate(samples):
-        sample.row = row
+        samples += lines
+        latents.append(of_clip)
     if usable:
-        stacked = common.stack_features([features[clip.id] for clip in usable], "cpu")
+        stacked = common.stack_features(list(features.values()), "cpu")
         digests = [sample.digest for sample in samples]
         training.save_shard(folder / f"{shard}.pt", torch.cat(latents), stacked, digests)
     unused = folder / f"{shard}.skipped.jsonl"
     if skipped or unused.exists():  # of an earlier, damaged shard
         rows.write(unused, skipped)
     rows.write(folder / f"{shard}.jsonl", samples)
-
-
-def generate(run, model, blocks, todo, here, args):
-    """All shards of this process. Worker processes decode video ahead; while a shard is sampled,
-    the next one is encoded."""
-    if todo:
-        model.decode(
-            torch.zeros(1, *model.latent_shape)
-        )  # a missing codec is said now, not after the first shard
-    clips = [clip for i in todo for clip in blocks[i]]
-    with closing(ahead.read_ahead(model.read, clips, args.workers)) as videos:
-        encoded = ahead.in_threads(
-            lambda clip: encode(model, clip, videos), clips, threads=1, waiting=SHARD_CLIPS
-        )
-        with closing(encoded):
-            for i in tqdm(todo, unit="shard", disable=not here.first):
-                found = [next(encoded) for _ in blocks[i]]
-                if args.strict:
-                    refuse_unusable(f"{i:05d}", blocks[i], found)
-                generate_shard(run, f"{i:05d}", model, blocks[i], found, args)
-
-
-def refuse_unusable(shard, clips, encoded):
-    """--strict, of one shard."""
-    unusable = [
-        f"{clip.id} ({found})" for clip, found in zip(clips, encoded) if isinstance(found, SkipClip)
-    ]
-    if unusable:
-        more = " ..." if len(unusable) > 10 else ""
-        stop(
-            f"--strict: {len(unusable)} clips of shard {shard} cannot be used: "
-            f"{', '.join(unusable[:10])}{more}"
-        )
 
 
 def print_report(run, train):
@@ -531,14 +507,16 @@ def print_report(run, train):
             f"no train clip of {run} could be used; the reasons are above and in "
             f"{run}/01_samples/*.skipped.jsonl"
         )
-    samples = [sample for audios in common.read_samples(run).values() for sample in audios]
+    samples = []
+    for audios in common.read_samples(run).values():
+        samples += audios
     broken = sum(not sample.finite for sample in samples)
     silent = sum(sample.peak < common.SILENT_PEAK for sample in samples)
     print(f"audios: {len(samples)}, {broken} not finite (never used in a pair), {silent} silent")
     if max(broken, silent) > 0.01 * len(samples):
         print(
-            "warning: more than 1 % of the audios are broken: look at the checkpoint, --guidance "
-            "and precision"
+            "warning: more than 1 % of the audios are broken or silent: look at the checkpoint, "
+            "--guidance and precision"
         )
     print(f"next: python 02_fit_audioscore.py --run-dir {run}")
 
@@ -547,46 +525,47 @@ def main(args):
     # -- setup
     here = ranks.setup()
     run = Path(args.run_dir)
+    is_toy = (run / "00_settings.json").exists()
     world = common.read_run(run, rows.World) if (run / "run.json").exists() else None
-    own_clips = (run / "00_settings.json").exists()
-    args.model = args.model or (world and world.model)
-    check_flags(run, world, own_clips, args)
+    if world is not None and args.model is None:
+        args.model = world.model
+    check_flags(run, world, is_toy, args)
     if args.max_clips == 0:  # all that any stage will ask for, said at once
         common.print_missing(args.weights, common.files_of(args.model, args.checkpoint))
-    checkpoint = args.checkpoint or (run / world.checkpoint if own_clips else None)
+    checkpoint = args.checkpoint
+    if is_toy and checkpoint is None:
+        checkpoint = run / world.checkpoint
     model = common.load_model(args.model, checkpoint, here.device, args.weights)
     if args.compile:
         model.compile_sampling()
 
+    # Nothing is claimed and sealed, as by other stages: shards are added, and vouch for themselves.
     with record.stage(run, "01", advice=ADVICE) as stage:
         # -- clips
         if here.first:
-            prepare_run(run, stage, world, own_clips, model, args)
+            prepare_run(run, stage, world, is_toy, model, args)
         ranks.barrier()
         train = common.read_clips(run, "train")
         if len(train) > args.max_clips:
             drawn = random.Random(args.seed).sample(range(len(train)), args.max_clips)
             train = [train[i] for i in sorted(drawn)]
-        blocks = [train[i : i + SHARD_CLIPS] for i in range(0, len(train), SHARD_CLIPS)]
+        shards = {}
+        for start in range(0, len(train), SHARD_CLIPS):
+            shards[f"{start // SHARD_CLIPS:05d}"] = train[start : start + SHARD_CLIPS]
 
         # -- audios
         wavs = {wav.name for wav in (run / "01_audio").glob("*.wav")}
-        folder = run / "01_samples"
-        todo = [
-            i for i, block in enumerate(blocks) if not is_whole(folder, f"{i:05d}", block, wavs)
-        ]
+        todo = [shard for shard in shards if not is_whole(run, shard, shards[shard], wavs)]
         ranks.barrier()  # every rank has seen the same
-        generate(run, model, blocks, here.share(todo), here, args)
+        generate(run, model, shards, here.share(todo), here, args)
 
     if not here.first:
         return
-    if not train:
-        print(
-            f"prepared {run}, no train clips\nnext: python 07_evaluate.py --run-dir {run} "
-            "--systems NAME=DIR"
-        )
-        return
-    print_report(run, train)
+    if train:
+        print_report(run, train)
+    else:
+        print(f"prepared {run}, no train clips")
+        print(f"next: python 07_evaluate.py --run-dir {run} --systems NAME=DIR")
 
 
 if __name__ == "__main__":

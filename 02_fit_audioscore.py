@@ -1,36 +1,41 @@
 """Stage 02: AudioScore, five frozen scores and a small MLP fitted to human ratings (Sec. 2.1).
 
 Run:
-    python 02_fit_audioscore.py                               # toy world: simulated raters answer
-    python 02_fit_audioscore.py --run-dir runs/vgg            # writes 02_to_rate.csv; rate it, then run again with
+    python 02_fit_audioscore.py                    # toy world: simulated raters answer
+    python 02_fit_audioscore.py --run-dir runs/vgg # writes 02_to_rate.csv; rate it, then run again:
     python 02_fit_audioscore.py --run-dir runs/vgg --ratings ann.csv packs/rate_*.csv
-    torchrun --standalone --nproc_per_node 8 02_fit_audioscore.py ...    # scoring is divided over the GPUs
+    torchrun --standalone --nproc_per_node 8 02_fit_audioscore.py ...  # scoring, over the GPUs
 
 The five scores of an audio (networks: adapters/scorers.py; the toy world's own: adapters/toy.py):
 
     score_1  ib        cosine of ImageBind's video and audio embeddings
     score_2  clap      cosine of LAION-CLAP's caption and audio embeddings; only with a caption
     score_3  desync_s  Synchformer's |audio-video offset| in seconds
-    score_4  is_nats   KL(p(y|a) || p(y)) in nats, y: PANNs' tags; the audio's part of the inception score
+    score_4  is_nats   KL(p(y|a) || p(y)) in nats, y: PANNs' tags; the audio's part of the inception
+                       score
     score_5  pesq      PESQ against the clip's own sound, MOS-LQO; only of human speech
 
 AudioScore (common.py) standardises them, takes one that does not apply for the mean, and maps them
 by Linear(5, 32), ReLU, Linear(32, 3), softmax to p = (Good, Medium, Bad).
 
 Reads:
-    01_samples/, 01_audio/      stage 01's audios
-    --ratings or 02_ratings.jsonl   clip, k, rating (Good, Medium or Bad; an empty cell in a csv is not rated), rater;
-                                if known repeat (1: asked once more, to see how steady the rater is), seconds, comment.
-                                From elsewhere: audio, video, caption, label instead of clip, k (docs/people.md)
+    01_samples/, 01_audio/  stage 01's audios
+    --ratings or 02_ratings.jsonl   clip, k, rating (Good, Medium or Bad; an empty cell in a csv is
+                            not rated), rater; if known repeat (1: asked once more, to see how
+                            steady the rater is), seconds, comment. From elsewhere: audio, video,
+                            caption, label instead of clip, k (docs/people.md)
 Writes:
-    02_to_rate.csv              the audios of --num-rated-clips random train clips: clip, k, wav, video, caption, rating
-    02_ratings.jsonl            the answers, validated
-    02_scores/*.pt              what every scorer said, by block of 32 clips of that draw
-    02_scores.jsonl             clip, k, the five scores (null where one does not apply), rating (of the majority, the
-                                worse of a tie)
-    02_elsewhere.jsonl          the same of the audios from elsewhere, k being the file, which no later stage reads
-    02_audioscore.pt            audioscore: the state dict of common.AudioScore (MLP, standardiser, marginal p(y));
-                                heldout: p (n, 3) float32 and rating (n,) int64 of the cross-validated report
+    02_to_rate.csv          the audios of --num-rated-clips random train clips: clip, k, wav, video,
+                            caption, rating
+    02_ratings.jsonl        the answers, validated
+    02_scores/*.pt          what every scorer said, by block of 32 clips of that draw
+    02_scores.jsonl         clip, k, the five scores (null where one does not apply), rating (of the
+                            majority, the worse of a tie)
+    02_elsewhere.jsonl      the same of the audios from elsewhere, k being the file, which no later
+                            stage reads
+    02_audioscore.pt        audioscore: the state dict of common.AudioScore (MLP, standardiser,
+                            marginal p(y)); heldout: p (n, 3) float32 and rating (n,) int64 of the
+                            cross-validated report
 Takes: toy 11 s on 2 cores.
 """
 
@@ -61,35 +66,16 @@ FOLDS = 5
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    io = parser.io
-    io.add_argument(
-        "--ratings",
-        nargs="+",
-        help="answers to 02_to_rate.csv (.csv, .jsonl); else 02_ratings.jsonl",
-    )
-    io.add_argument(
-        "--ratings-root",
-        help="folder of the files that ratings from elsewhere name as audio and video",
-    )
-    io.add_argument(
-        "--exclude-rater",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="names whose answers do not count",
-    )
-    io.add_argument("--weights", default="weights", help="folder of downloaded files")
-    io.add_argument(
-        "--redo", action="store_true", help="replace this stage's outputs; what is scored stays"
-    )
-    paper = parser.paper
-    paper.add_argument(
-        "--num-rated-clips", type=number(int, 2), default=2000, help="clips to rate [Sec. 2.1]"
-    )
-    engineering = parser.engineering
-    engineering.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of the draw, the folds and the fit"
-    )
+    flag = parser.io.add_argument
+    flag("--ratings", nargs="+", help="answers (.csv, .jsonl); else 02_ratings.jsonl")
+    flag("--ratings-root", help="folder of what ratings from elsewhere name as audio and video")
+    flag("--exclude-rater", nargs="+", action="extend", default=[], help="who does not count")
+    flag("--weights", default="weights", help="folder of downloaded files")
+    flag("--redo", action="store_true", help="replace the outputs; what is scored stays")
+    flag = parser.paper.add_argument
+    flag("--num-rated-clips", type=number(int, 2), default=2000, help="clips to rate [Sec. 2.1]")
+    flag = parser.engineering.add_argument
+    flag("--seed", type=number(int, 0), default=0, help="of the draw, the folds and the fit")
     common.workers_flag(parser)
     return common.parse(parser, argv, "02")
 
@@ -103,16 +89,17 @@ def fit(said, target, seed, steps=200):
     """AudioScore fitted on n audios: standardiser, marginal p(y), then cross entropy on the raters'
     shares.
 
-    said: what the scorers said, {name: (n, ...)}; target: (n, 3). Paper silent: the optimizer.
-    Full-batch AdamW, lr 3e-3, weight decay 0.3, 200 steps: of six settings the best cross-validated
-    log-loss in the toy world.
+    said: what the scorers said, {ib, clap, desync_s, pesq: (n,), logits: (n, tags)}; target:
+    (n, 3). Paper silent: the optimizer. Full-batch AdamW, lr 3e-3, weight decay 0.3, 200 steps: of
+    six settings the best cross-validated log-loss in the toy world.
     """
     torch.manual_seed(seed)
     audioscore = AudioScore(tags=said["logits"].shape[1])
+    # Over tags that PANNs was trained to tell one by one, with sigmoids: as av-benchmark's IS.
     audioscore.p_y.copy_(said["logits"].softmax(dim=-1).mean(dim=0))
     scores = audioscore.five_scores(said)
     mean = scores.nanmean(dim=0).nan_to_num(nan=0.0)
-    std = (scores - mean).square().nanmean(dim=0).sqrt().nan_to_num(nan=1.0)
+    std = (scores - mean).square().nanmean(dim=0).sqrt()
     audioscore.mean.copy_(mean)
     audioscore.std.copy_(torch.where(std > 1e-6, std, 1.0))  # a score without spread stays unscaled
     optimizer = torch.optim.AdamW(audioscore.parameters(), lr=3e-3, weight_decay=0.3)
@@ -125,6 +112,7 @@ def fit(said, target, seed, steps=200):
 
 
 def select(said, chosen):
+    """Of what the scorers said, these audios: a mask (n,), or a list of rows."""
     return {name: value[chosen] for name, value in said.items()}
 
 
@@ -133,15 +121,12 @@ def cross_validate(said, target, videos, seed):
     each audio's."""
     names = sorted(set(videos))
     random.Random(seed).shuffle(names)
-    folds = min(FOLDS, len(names))
-    fold_of = {name: i % folds for i, name in enumerate(names)}
+    fold_of = {name: i % FOLDS for i, name in enumerate(names)}
     fold = torch.tensor([fold_of[video] for video in videos])
     p = torch.full((len(videos), len(RATINGS)), float("nan"))
-    for i in range(folds):
-        rest = (fold != i).nonzero().flatten()
-        held = (fold == i).nonzero().flatten()
-        audioscore = fit(select(said, rest), target[rest], seed)
-        p[held] = audioscore(audioscore.five_scores(select(said, held))).float()
+    for i in fold.unique():
+        audioscore = fit(select(said, fold != i), target[fold != i], seed)
+        p[fold == i] = audioscore(audioscore.five_scores(select(said, fold == i))).float()
     return p
 
 
@@ -151,19 +136,21 @@ def print_heldout(p, truth):
     guess = p.argmax(dim=-1)
     shares = truth.bincount(minlength=len(RATINGS)) / len(truth)
     accuracy = (guess == truth).float().mean()
-    print(f"held-out clips ({FOLDS}-fold, {len(truth)} audios): accuracy {accuracy:.3f}, ", end="")
-    print(f"majority class ({RATINGS[shares.argmax()]}) {shares.max():.3f}")
-    print("  rated \\ predicted " + "".join(f"{name:>8}" for name in RATINGS))
+    print(
+        f"held-out clips (cross-validated, {len(truth)} audios): accuracy {accuracy:.3f}, majority "
+        f"class ({RATINGS[shares.argmax()]}) {shares.max():.3f}"
+    )
+    print("  rated \\ predicted     Good  Medium     Bad")
     for i, name in enumerate(RATINGS):
-        counts = guess[truth == i].bincount(minlength=len(RATINGS)).tolist()
-        print(f"  {name:>17} " + "".join(f"{count:>8}" for count in counts))
+        good, medium, bad = guess[truth == i].bincount(minlength=len(RATINGS)).tolist()
+        print(f"  {name:>17} {good:>8}{medium:>8}{bad:>8}")
     print("  calibration of P(Good): predicted -> rated Good (audios)")
     fifth = (p[:, 0] * 5).long().clamp(max=4)
     for i in range(5):
         inside = fifth == i
         if inside.any():
             mean = p[inside, 0].mean()
-            rate = (truth[inside] == 0).float().mean()
+            rate = (truth[inside] == RATINGS.index("Good")).float().mean()
             print(
                 f"    {i / 5:.1f}-{(i + 1) / 5:.1f}: {mean:.2f} -> {rate:.2f} ({int(inside.sum())})"
             )
@@ -187,17 +174,28 @@ def write_rating_sheet(run, to_rate, samples, clips):
     lines = []
     for name in to_rate:
         clip = clips[name]
+        caption = people.as_cell(clip.caption)
         for audio in samples[name]:
-            lines.append(
-                (name, audio.k, audio.wav, clip.path, people.as_cell(clip.caption), "", "")
-            )
+            lines.append((name, audio.k, audio.wav, clip.path, caption, "", ""))
     columns = ("clip", "k", "wav", "video", "caption", "rating", "rater")
     people.write_sheet(run / "02_to_rate.csv", columns, lines, "rating")
 
 
-def read_ratings(paths, samples, root=None):
-    """Every answer, a list of rows.RatingAnswer, each proved to be about an audio of this run, or
-    one below root."""
+def take_ratings(run, samples, clips, to_rate, root, args):
+    """Writes the sheet, which simulated people answer. Returns every answer, a list of
+    rows.RatingAnswer, each proved to be about an audio of this run, or one below root; [] where
+    nobody has answered yet."""
+    file = run / "02_ratings.jsonl"
+    if ranks.is_first():
+        write_rating_sheet(run, to_rate, samples, clips)
+        asked = []
+        audios = []
+        for name in to_rate:
+            for audio in samples[name]:
+                asked.append((name, audio.k))
+                audios.append((clips[name], audio.k, run / audio.wav))
+        if not args.ratings and common.to_simulate(run, file, asked, args.redo):
+            rows.write(file, common.people_of(run).simulated_ratings(run, audios, args.seed))
 
     def checked(line, where):
         if line.get("audio"):
@@ -207,30 +205,7 @@ def read_ratings(paths, samples, root=None):
         rating = people.meant(line["rating"], RATINGS, where, "rating")
         return people.typed_answer(dict(line, rating=rating), rows.RatingAnswer, where)
 
-    return people.read_answers(paths, "rating", checked)
-
-
-def take_ratings(run, samples, clips, to_rate, root, args):
-    """Writes the sheet, and returns the answers: of --ratings, of simulated people, or those that
-    the run has; None where nobody has answered yet."""
-    file = run / "02_ratings.jsonl"
-    if ranks.is_first():
-        write_rating_sheet(run, to_rate, samples, clips)
-        asked = [(name, audio.k) for name in to_rate for audio in samples[name]]
-        if not args.ratings and common.to_simulate(run, file, asked, args.redo):
-            audios = [
-                (clips[audio.clip], audio.k, run / audio.wav)
-                for name in to_rate
-                for audio in samples[name]
-            ]
-            rows.write(file, common.people_of(run).simulated_ratings(run, audios, args.seed))
-    ranks.barrier()
-    if not args.ratings and not file.exists():
-        return None
-    answers = read_ratings(args.ratings or [file], samples, root)
-    if args.ratings and ranks.is_first():
-        people.keep_answers(file, answers, args.ratings, args.redo)
-    return answers
+    return people.take_answers(file, args.ratings, "rating", checked, args.redo)
 
 
 def print_how_to_rate(run, to_rate, samples):
@@ -246,17 +221,26 @@ def print_how_to_rate(run, to_rate, samples):
     print(f"next: python 02_fit_audioscore.py --run-dir {run} --ratings FILE")
 
 
+def class_of(answer):
+    return RATINGS.index(answer.rating)
+
+
 def shares_of(answers):
     """{(clip, k): (3,) share of its raters who said Good, Medium, Bad}, in order of the names."""
-    counts = defaultdict(lambda: torch.zeros(len(RATINGS)))
+    votes = defaultdict(list)
     for answer in answers:
-        counts[answer.clip, answer.k][RATINGS.index(answer.rating)] += 1
-    return {audio: counts[audio] / counts[audio].sum() for audio in sorted(counts)}
+        votes[answer.clip, answer.k].append(class_of(answer))
+    shares = {}
+    for audio in sorted(votes):
+        counts = torch.tensor(votes[audio]).bincount(minlength=len(RATINGS))
+        shares[audio] = counts / len(votes[audio])
+    return shares
 
 
 def majority(target):
     """(n, 3) shares -> (n,) class index; of a tie, the worse."""
-    return len(RATINGS) - 1 - target.flip(-1).argmax(dim=-1)
+    is_most = target == target.amax(dim=-1, keepdim=True)
+    return (is_most * torch.arange(len(RATINGS))).amax(dim=-1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,42 +248,24 @@ def majority(target):
 # --------------------------------------------------------------------------------------------------
 
 
-def video_of(name):
-    """The YouTube id of `<youtube id>_<start second>`; any other id, or path, stands for itself."""
-    last = Path(name).name
-    is_youtube = len(last) == 18 and last[11] == "_"
-    return last[:11] if is_youtube else str(name)
-
-
 def rated_video(answer, root):
-    """Which video a rated audio belongs to, whatever its caption."""
+    """Which video a rated audio belongs to, whatever its caption: a YouTube id, the clip's id or,
+    of an audio from elsewhere, a path without suffix."""
     if answer.audio is None:
-        return video_of(answer.clip)
-    return video_of((root / answer.video).with_suffix(""))
-
-
-def clip_from_elsewhere(answer, root):
-    """The clip of a rated audio that is not this run's."""
-    return common.FoundClip(
-        id=answer.clip,
-        video=answer.video,
-        caption=answer.caption,
-        label=answer.label,
-        split="train",
-        path=root / answer.video,
-    )
+        return common.video_of(answer.clip)
+    return common.video_of(str((root / answer.video).with_suffix("")))
 
 
 def without_own_videos(answers, clips, root):
     """The answers less those from elsewhere whose video this run mines or tests on, which are
     counted."""
-    own = set()
+    of_run = set()
     for clip in clips.values():
-        own.add(video_of(clip.id))
-        own.add(str(clip.path.with_suffix("")))
-    kept = [
-        answer for answer in answers if answer.audio is None or rated_video(answer, root) not in own
-    ]
+        of_run |= {common.video_of(clip.id), str(clip.path.with_suffix(""))}
+    kept = []
+    for answer in answers:
+        if answer.audio is None or rated_video(answer, root) not in of_run:
+            kept.append(answer)
     if len(kept) < len(answers):
         print(
             f"left out: {len(answers) - len(kept)} ratings from elsewhere, of videos that this run "
@@ -316,62 +282,67 @@ def without_own_videos(answers, clips, root):
 def rated_blocks(run, order, samples, clips, answers, root):
     """Blocks of 32 clips, those of which any audio is rated: this run's clips in the order of the
     draw, then clips from elsewhere in the order of their names."""
+    rated = {answer.clip for answer in answers}
     audios_of = defaultdict(list)
     for name in order:
         for audio in samples[name]:
-            audios_of[name].append(
-                scoring.Audio(clips[name], audio.k, run / audio.wav, audio.digest)
-            )
-    blocks = blocks_of(run, "", order, audios_of, {answer.clip for answer in answers})
+            wav = run / audio.wav
+            audios_of[name].append(scoring.Audio(clips[name], audio.k, wav, audio.digest))
+    blocks = blocks_of(run, "", audios_of, rated)
 
     elsewhere = {(answer.clip, answer.k): answer for answer in answers if answer.audio is not None}
     audios_of = defaultdict(list)
     for (name, k), answer in sorted(elsewhere.items()):
-        path = root / answer.audio
-        audios_of[name].append(
-            scoring.Audio(clip_from_elsewhere(answer, root), k, path, files.digest(path))
-        )
-    return blocks + blocks_of(run, "elsewhere_", list(audios_of), audios_of, audios_of.keys())
+        about = {"caption": answer.caption, "label": answer.label, "path": root / answer.video}
+        clip = common.FoundClip(id=name, video=answer.video, split="train", **about)
+        wav = root / answer.audio
+        audios_of[name].append(scoring.Audio(clip, k, wav, files.digest(wav)))
+    return blocks + blocks_of(run, "elsewhere_", audios_of, rated)
 
 
-def blocks_of(run, prefix, names, audios_of, wanted):
+def blocks_of(run, prefix, audios_of, rated):
+    """audios_of: {clip id: its audios}, in the order of the blocks; rated: ids of clips. A block is
+    always of the same clips, and scored whole: one more rating leaves the other scores as they
+    are."""
     folder = run / "02_scores"
+    names = list(audios_of)
     blocks = []
-    for number_of, start in enumerate(range(0, len(names), scoring.BLOCK_CLIPS)):
+    for start in range(0, len(names), scoring.BLOCK_CLIPS):
         part = names[start : start + scoring.BLOCK_CLIPS]
-        if not wanted.isdisjoint(part):
-            audios = [audio for name in part for audio in audios_of[name]]
-            clips = [audios_of[name][0].clip for name in part]
-            blocks.append(scoring.Block(f"{prefix}{number_of:05d}", folder, folder, clips, audios))
+        if rated.isdisjoint(part):
+            continue
+        block = scoring.Block(f"{prefix}{start // scoring.BLOCK_CLIPS:05d}", folder, folder, [], [])
+        for name in part:
+            block.clips.append(audios_of[name][0].clip)
+            block.audios.extend(audios_of[name])
+        blocks.append(block)
     return blocks
 
 
-def said_of(rated, blocks, scorers):
-    """What the five scorers said of the rated audios, in their order: {name: (n, ...)}. rated:
+def read_said(rated, blocks, scorers):
+    """What the five scorers said of the rated audios, in their order, as `fit` wants it. rated:
     (clip, k) of each."""
     said = scorers.five(scoring.read_scores(blocks, scorers, scorers.of_audioscore))
-    row_of = {}
-    for block in blocks:
-        for audio in block.audios:
-            row_of[audio.clip.id, audio.k] = len(row_of)
-    return select(said, torch.tensor([row_of[audio] for audio in rated]))
+    scored = [(audio.clip.id, audio.k) for block in blocks for audio in block.audios]
+    row_of = {audio: row for row, audio in enumerate(scored)}
+    return select(said, [row_of[audio] for audio in rated])
 
 
 def write_scores(run, rated, scores, truth, samples):
     """02_scores.jsonl and, of audios from elsewhere, 02_elsewhere.jsonl. scores: (n, 5); truth:
     (n,) classes."""
-    own = []
-    elsewhere = []
+    of_run = []
+    from_elsewhere = []
     for (clip, k), five, rating in zip(rated, scores, truth.tolist()):
-        row = rows.RatedScore(clip=clip, k=k, rating=RATINGS[rating], **common.score_fields(five))
+        about = {"clip": clip, "k": k, "rating": RATINGS[rating], **common.score_fields(five)}
         if clip in samples:
-            own.append(row)
+            of_run.append(rows.RatedScore(**about))
         else:
-            elsewhere.append(row)
-    rows.write(run / "02_scores.jsonl", own)
+            from_elsewhere.append(rows.ElsewhereScore(**about))
+    rows.write(run / "02_scores.jsonl", of_run)
     file = run / "02_elsewhere.jsonl"
-    if elsewhere or file.exists():  # of earlier answers
-        rows.write(file, elsewhere)
+    if from_elsewhere or file.exists():  # of earlier answers
+        rows.write(file, from_elsewhere)
 
 
 def main(args):
@@ -390,7 +361,7 @@ def main(args):
         order = drawn_order(samples, args.seed)
         to_rate = order[: args.num_rated_clips]
         answers = take_ratings(run, samples, clips, to_rate, root, args)
-        if answers is None:
+        if not answers:
             print_how_to_rate(run, to_rate, samples)
             return
         kept = people.without_raters(answers, args.exclude_rater)
@@ -404,7 +375,7 @@ def main(args):
         settings = {
             "num_rated_clips": args.num_rated_clips,
             "seed": args.seed,
-            "audioscore": list(SCORES),
+            "audioscore": list(SCORES),  # whoever adds a score gets another AudioScore
             "exclude_rater": sorted(args.exclude_rater),
         }
         stage.claim(settings, ["02_ratings.jsonl"])
@@ -412,32 +383,28 @@ def main(args):
         # -- scores
         blocks = rated_blocks(run, order, samples, clips, counted, root)
         scoring.score(blocks, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
-        if not here.first:
+        if not here.first:  # the others wait where the stage ends
             return
         shares = shares_of(counted)
-        said = said_of(list(shares), blocks, scorers)
+        said = read_said(shares, blocks, scorers)
         target = torch.stack(list(shares.values()))
         truth = majority(target)
 
         # -- fit
-        people.print_agreement(kept, lambda answer: RATINGS.index(answer.rating), "ordinal")
-        print(
-            f"ratings: {len(counted)} of {len(shares)} audios of "
-            f"{len({clip for clip, _ in shares})} clips, ",
-            end="",
-        )
-        counts = Counter(answer.rating for answer in counted)
-        print(", ".join(f"{name} {count}" for name, count in counts.most_common()))
+        people.print_agreement(kept, class_of, "ordinal")
+        rated_clips = {clip for clip, _ in shares}
+        line = f"ratings: {len(counted)} of {len(shares)} audios of {len(rated_clips)} clips"
+        for name, count in Counter(answer.rating for answer in counted).most_common():
+            line += f", {name} {count}"
+        print(line)
         p = cross_validate(said, target, [video_of_audio[audio] for audio in shares], args.seed)
         print_heldout(p, truth)
         audioscore = fit(said, target, args.seed)
 
         # -- save
-        write_scores(run, list(shares), audioscore.five_scores(said), truth, samples)
-        heldout = {"p": p, "rating": truth}
-        files.save_pt(
-            run / "02_audioscore.pt", {"audioscore": audioscore.state_dict(), "heldout": heldout}
-        )
+        write_scores(run, shares, audioscore.five_scores(said), truth, samples)
+        fitted = {"audioscore": audioscore.state_dict(), "heldout": {"p": p, "rating": truth}}
+        files.save_pt(run / "02_audioscore.pt", fitted)
     print(f"wrote {run / '02_audioscore.pt'}")
     print(f"next: python 03_mine_pairs.py --run-dir {run}")
 

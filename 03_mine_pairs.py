@@ -1,33 +1,36 @@
-"""Stage 03: omni-preference pairs, best versus worst by AudioScore, and human choices (Sec. 2.2,
-Eq. 1-2).
+"""Stage 03: omni-preference pairs by AudioScore, and human choices (Sec. 2.2, Eq. 1-2).
 
 Run:
-    python 03_mine_pairs.py                                   # toy world: simulated choices
-    python 03_mine_pairs.py --run-dir runs/vgg                # writes 03_to_choose.csv for people, goes on without
+    python 03_mine_pairs.py                     # toy world: simulated choices
+    python 03_mine_pairs.py --run-dir runs/vgg  # writes 03_to_choose.csv, goes on without answers
     python 03_mine_pairs.py --run-dir runs/vgg --choices ann.csv packs/choose_*.csv --redo
-    torchrun --standalone --nproc_per_node 8 03_mine_pairs.py ...        # scoring is divided over the GPUs
+    torchrun --standalone --nproc_per_node 8 03_mine_pairs.py ...  # scoring, over the GPUs
 
 Reads:
     01_samples/, 01_audio/      stage 01's audios
-    02_audioscore.pt, 02_scores.jsonl    AudioScore; the rated clips, which are not mined, and their ratings
-    --choices or 03_human_choices.jsonl   clip, a, b (two k of the clip), choice (a, b or tie), rater;
-                                if known repeat (1: asked once more, to see how steady the rater is), seconds, comment
+    02_audioscore.pt, 02_scores.jsonl    AudioScore; the rated clips, which are not mined, and their
+                                ratings
+    --choices or 03_human_choices.jsonl   clip, a, b (two k of the clip), choice (a, b or tie),
+                                rater; if known repeat (1: asked once more, to see how steady the
+                                rater is), seconds, comment
 Writes:
     03_scores/00012.*.pt        what every scorer said, by shard of stage 01
-    03_scores/00012.jsonl       clip, k, the five scores (null where one does not apply), p: [Good, Medium, Bad]
+    03_scores/00012.jsonl       clip, k, the five scores (null where one does not apply), p: [Good,
+                                Medium, Bad]
     03_pairs.jsonl              clip, winner, loser (k), p_winner, p_loser: [Good, Medium, Bad]
-    03_to_choose.csv            pairs of equally rated audios for people: clip, a, b, wav_a, wav_b, video, choice
-    03_human_choices.jsonl, 03_human_pairs.jsonl   the answers, validated; the pairs they make, as 03_pairs.jsonl
+    03_to_choose.csv            pairs of equally rated audios for people: clip, a, b, wav_a, wav_b,
+                                video, choice
+    03_human_choices.jsonl, 03_human_pairs.jsonl   the answers, validated; the pairs they make, as
+                                03_pairs.jsonl
 Takes: toy 16 s on 2 cores.
 """
 
 import random
 from collections import Counter, defaultdict
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import common
 from common import AudioScore, number, people, ranks, record, rows, scoring, stop
@@ -37,37 +40,16 @@ CLIPPED_SHARE = 0.01  # of samples at full scale: from here on an audio is clipp
 
 def parse_args(argv=None):
     parser = common.Parser(__doc__)
-    io = parser.io
-    io.add_argument(
-        "--choices",
-        nargs="+",
-        help="answers to 03_to_choose.csv (.csv, .jsonl); else those this run has",
-    )
-    io.add_argument(
-        "--exclude-rater",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="names whose answers do not count",
-    )
-    io.add_argument("--weights", default="weights", help="folder of downloaded files")
-    io.add_argument(
-        "--redo", action="store_true", help="replace this stage's outputs; what is scored stays"
-    )
-    paper = parser.paper
-    paper.add_argument(
-        "--num-human-pairs", type=number(int, 0), default=2000, help="pairs for people [Sec. 2.2]"
-    )
-    paper.add_argument(
-        "--min-score-c",
-        type=number(float, -1, 1),
-        default=0.0,
-        help="drop weaker pairs; paper silent",
-    )
-    engineering = parser.engineering
-    engineering.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of the draw of comparisons"
-    )
+    flag = parser.io.add_argument
+    flag("--choices", nargs="+", help="answers (.csv, .jsonl); else 03_human_choices.jsonl")
+    flag("--exclude-rater", nargs="+", action="extend", default=[], help="who does not count")
+    flag("--weights", default="weights", help="folder of downloaded files")
+    flag("--redo", action="store_true", help="replace the outputs; what is scored stays")
+    flag = parser.paper.add_argument
+    flag("--num-human-pairs", type=number(int, 0), default=2000, help="for people [Sec. 2.2]")
+    flag("--min-score-c", type=number(float, -1, 1), default=0.0, help="drop pairs below it")
+    flag = parser.engineering.add_argument
+    flag("--seed", type=number(int, 0), default=0, help="of the draw of comparisons")
     common.workers_flag(parser)
     return common.parse(parser, argv, "03")
 
@@ -78,18 +60,17 @@ def parse_args(argv=None):
 
 
 def apply_audioscore(blocks, scorers, audioscore):
-    """Writes 03_scores/00012.jsonl of every block; returns {clip: {k: p}}, p = (Good, Medium,
-    Bad)."""
+    """p of every audio (Eq. 1), {clip: {k: (Good, Medium, Bad)}}, written with its five scores to
+    03_scores/00012.jsonl of each block."""
     p_of = defaultdict(dict)
-    for block in tqdm(blocks, desc="AudioScore", unit="shard"):
+    for block in blocks:
         said = scorers.five(scoring.read_scores([block], scorers, scorers.of_audioscore))
         scores = audioscore.five_scores(said)
         lines = []
         for audio, five, p in zip(block.audios, scores, audioscore(scores).tolist()):
-            lines.append(
-                rows.Score(clip=audio.clip.id, k=audio.k, p=p, **common.score_fields(five))
-            )
-            p_of[audio.clip.id][audio.k] = tuple(p)
+            clip = audio.clip.id
+            lines.append(rows.Score(clip=clip, k=audio.k, p=p, **common.score_fields(five)))
+            p_of[clip][audio.k] = tuple(p)
         rows.write(block.scores / f"{block.name}.jsonl", lines)
     return p_of
 
@@ -110,21 +91,24 @@ def select_pair(p, winners, losers):
     p: {k: (Good, Medium, Bad)} of one clip's audios; winners, losers: the k that may be one.
     Returns (winner, loser), or the reason why the clip makes no pair.
     """
-    if len(losers) < 2 or not winners:
+    if len(losers) < 2:
         return "fewer than two usable audios"
-    p_good = {k: p[k][0] for k in winners}
-    p_bad = {k: p[k][2] for k in losers}
-    winner = max(p_good, key=p_good.get)
-    loser = max(p_bad, key=p_bad.get)
-    # Paper silent: ties. An audio that ties with another is not the best or the worst.
-    if (
-        list(p_good.values()).count(p_good[winner]) > 1
-        or list(p_bad.values()).count(p_bad[loser]) > 1
-    ):
+    if not winners:
+        return "no audio may win"
+    winner = argmax({k: p[k][0] for k in winners})  # Eq. 2
+    loser = argmax({k: p[k][2] for k in losers})
+    if winner is None or loser is None:
         return "tie"
     if winner == loser:
         return "winner is loser"
     return winner, loser
+
+
+def argmax(values):
+    """The key of the largest value; None where two are. Paper silent: ties. An audio that ties with
+    another is not the best or the worst."""
+    first, *others = sorted(values, key=values.get, reverse=True)
+    return None if others and values[others[0]] == values[first] else first
 
 
 def mine(samples, p_of, rated, min_score_c):
@@ -161,40 +145,57 @@ def pair_of(clip, winner, loser, p_of):
 
 
 def comparisons(samples, ratings, count, seed):
-    """Pairs of one rated clip's audios with the same rating, which AudioScore's classes cannot tell
-    apart: what is left to prefer is the aesthetic appeal. ratings: of rows.RatedScore. Returns
-    [(clip, a, b), ...], sorted, of as many clips as possible."""
+    """[(clip, a, b), ...], sorted: pairs of one rated clip's audios with the same rating, of as
+    many clips as possible. ratings: of rows.RatedScore.
+
+    Paper silent: what people compare. AudioScore's classes cannot tell such audios apart, so that
+    what is left to prefer is the aesthetic appeal.
+    """
     rating_of = defaultdict(dict)
     for row in ratings:
         rating_of[row.clip][row.k] = row.rating
     rng = random.Random(seed)
-    rounds = defaultdict(list)  # the first comparison of every clip, the second, ...
+    of_clips = []
     for clip in sorted(rating_of):
         rating = rating_of[clip]
         usable = [audio.k for audio in samples.get(clip, []) if audio.finite and audio.k in rating]
         equal = [(clip, a, b) for a, b in combinations(sorted(usable), 2) if rating[a] == rating[b]]
         rng.shuffle(equal)
-        for i, comparison in enumerate(equal):
-            rounds[i].append(comparison)
+        of_clips.append(equal)
     drawn = []
-    for i in sorted(rounds):
-        rng.shuffle(rounds[i])
-        drawn += rounds[i]
+    for nth in zip_longest(*of_clips):  # the first comparison of every clip, the second, ...
+        of_round = [comparison for comparison in nth if comparison is not None]
+        rng.shuffle(of_round)
+        drawn += of_round
     return sorted(drawn[:count])
 
 
-def write_choice_sheet(run, asked, wav_of, clips):
+def write_choice_sheet(run, asked, samples, clips):
     """03_to_choose.csv."""
     lines = []
     for clip, a, b in asked:
-        lines.append((clip, a, b, wav_of[clip, a], wav_of[clip, b], clips[clip].path, "", ""))
+        wav_a = samples[clip][a].wav
+        wav_b = samples[clip][b].wav
+        lines.append((clip, a, b, wav_a, wav_b, clips[clip].path, "", ""))
     columns = ("clip", "a", "b", "wav_a", "wav_b", "video", "choice", "rater")
     people.write_sheet(run / "03_to_choose.csv", columns, lines, "choice")
 
 
-def read_choices(paths, samples):
-    """Every answer, a list of rows.ChoiceAnswer, each proved to be about two audios of a clip of
-    this run."""
+def take_choices(run, samples, clips, ratings, args):
+    """Writes the sheet, which simulated people answer. Returns every answer, a list of
+    rows.ChoiceAnswer, each proved to be about two audios of a clip of this run; [] where nobody has
+    chosen."""
+    file = run / "03_human_choices.jsonl"
+    if ranks.is_first():
+        asked = comparisons(samples, ratings, args.num_human_pairs, args.seed)
+        write_choice_sheet(run, asked, samples, clips)
+        if not args.choices and common.to_simulate(run, file, asked, args.redo):
+            audios = []
+            for clip, a, b in asked:
+                wav_a = run / samples[clip][a].wav
+                wav_b = run / samples[clip][b].wav
+                audios.append((clips[clip], a, b, wav_a, wav_b))
+            rows.write(file, common.people_of(run).simulated_choices(run, audios, args.seed))
 
     def checked(line, where):
         a = common.known_k(line, samples, where, "a")
@@ -204,40 +205,13 @@ def read_choices(paths, samples):
         choice = people.meant(line["choice"], ("a", "b", "tie"), where, "choice")
         return people.typed_answer(dict(line, a=a, b=b, choice=choice), rows.ChoiceAnswer, where)
 
-    return people.read_answers(paths, "choice", checked)
-
-
-def take_choices(run, samples, clips, ratings, args):
-    """Writes the sheet, and returns the answers: of --choices, of simulated people, or those that
-    the run has; none where nobody has chosen."""
-    file = run / "03_human_choices.jsonl"
-    if ranks.is_first():
-        asked = comparisons(samples, ratings, args.num_human_pairs, args.seed)
-        wav_of = {
-            (audio.clip, audio.k): audio.wav for audios in samples.values() for audio in audios
-        }
-        write_choice_sheet(run, asked, wav_of, clips)
-        if not args.choices and common.to_simulate(run, file, asked, args.redo):
-            audios = [
-                (clips[clip], a, b, run / wav_of[clip, a], run / wav_of[clip, b])
-                for clip, a, b in asked
-            ]
-            rows.write(file, common.people_of(run).simulated_choices(run, audios, args.seed))
-    ranks.barrier()
-    if not args.choices and not file.exists():
-        return []
-    answers = read_choices(args.choices or [file], samples)
-    if args.choices and ranks.is_first():
-        people.keep_answers(file, answers, args.choices, args.redo)
-    return answers
+    return people.take_answers(file, args.choices, "choice", checked, args.redo)
 
 
 def preference(answer):
     """1 where the audio of smaller k is preferred, -1 where the other is, 0 for a tie."""
-    if answer.choice == "tie":
-        return 0
-    preferred, other = (answer.a, answer.b) if answer.choice == "a" else (answer.b, answer.a)
-    return 1 if preferred < other else -1
+    of_a = {"a": 1, "b": -1, "tie": 0}[answer.choice]
+    return of_a if answer.a < answer.b else -of_a
 
 
 def human_pairs(answers, p_of):
@@ -274,12 +248,11 @@ def print_mined(run, samples, pairs, dropped):
     if negative:
         print(
             f"warning: {negative} of {len(pairs)} pairs have a negative score_c: AudioScore likes "
-            "their winner "
-            "less than their loser; give --min-score-c 0"
+            "their winner less than their loser; give --min-score-c 0"
         )
     print(
-        f"  --min-score-c {values.quantile(0.08):.3f} would drop 8 %, the paper's share (50K to "
-        "about 46K)"
+        f"  --min-score-c {values.quantile(0.08):.3f} would drop 8 % of these, the paper's share "
+        "(50K to about 46K)"
     )
 
 
@@ -332,7 +305,7 @@ def main(args):
         # -- scores, then pairs
         blocks = common.shard_blocks(run, samples, clips.values())
         scoring.score(blocks, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
-        if not here.first:
+        if not here.first:  # the others wait where the stage ends
             return
         p_of = apply_audioscore(blocks, scorers, audioscore)
         rated = {row.clip for row in ratings}

@@ -614,6 +614,13 @@ class FoundSample(rows.Sample):
     shard: str = ""
 
 
+def video_of(name):
+    """The YouTube id of `<youtube id>_<start second, 6 digits>`, the name of a clip or, in any
+    folder, of its video; any other name or path stands for itself."""
+    youtube = re.fullmatch(r"(?:.*/)?([^/]{11})_\d{6}", name)
+    return youtube[1] if youtube else name
+
+
 def read_run(run, row_type=rows.Run):
     """run.json of a run folder, completed by stage 01 unless row_type is rows.World."""
     run = Path(run)

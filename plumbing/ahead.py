@@ -1,9 +1,9 @@
 """Work beside the main thread: processes that decode video or compute PESQ, threads that read
 audio."""
 
+import functools
 import itertools
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import threading
@@ -18,7 +18,7 @@ from plumbing.files import SkipClip, Stop
 
 
 def end_with(parent):
-    """In a worker: ends it soon after this process is gone."""
+    """In a worker: ends it soon after this process is gone, which a kill keeps from ending it."""
 
     def watch():
         while os.getppid() == parent:
@@ -43,7 +43,11 @@ def deaf_to_ctrl_c():
 def read_ahead(read, items, workers):
     """A generator of read(item), a list of CPU tensors, or the SkipClip that it raised, in the
     order of the items. Each of so many worker processes has one ready or at work; with 0 workers
-    they are read when asked for. Who has asked for it closes it, which ends the workers."""
+    they are read when asked for. Who has asked for it closes it, which ends the workers.
+
+    No DataLoader: the garbage collector may close its queues a second time, of which a thread then
+    complains. No ProcessPoolExecutor: forked beside other threads, as here, it has hung.
+    """
     workers = min(workers, len(items))
     if workers == 0:
         for item in items:
@@ -55,10 +59,8 @@ def read_ahead(read, items, workers):
     with deaf_to_ctrl_c():
         for i in range(workers):
             receiver, sender = fork.Pipe(duplex=False)
-            share = items[i::workers]
-            process = fork.Process(
-                target=send_all, args=(read, share, sender, os.getpid()), daemon=True
-            )
+            args = (read, items[i::workers], sender, os.getpid())
+            process = fork.Process(target=send_all, args=args, daemon=True)
             process.start()
             sender.close()
             pipes.append(receiver)
@@ -89,9 +91,8 @@ def send_all(read, items, sender, parent):
         try:
             found = read_or_skip(read, item)
             if not isinstance(found, SkipClip):
-                found = [
-                    tensor.numpy() for tensor in found
-                ]  # as bytes: tensors would need as much of /dev/shm
+                # As bytes: tensors would need as much of /dev/shm.
+                found = [tensor.numpy() for tensor in found]
         except (Stop, OSError, MemoryError) as error:
             found = error
         sender.send(found)
@@ -99,10 +100,7 @@ def send_all(read, items, sender, parent):
 
 def receive(pipe, process):
     """What a worker has read."""
-    multiprocessing.connection.wait([pipe, process.sentinel])
     try:
-        if not pipe.poll():
-            raise EOFError
         found = pipe.recv()
     except (EOFError, OSError):  # it ended before it wrote, or while it did
         process.join()
@@ -114,16 +112,16 @@ def receive(pipe, process):
     return found if isinstance(found, SkipClip) else [torch.from_numpy(array) for array in found]
 
 
-def in_threads(function, items, threads, waiting=None):
-    """function(item) for each item, in order; `waiting` are computed ahead, by default two for each
-    thread. Closed early, it ends when those at work are done."""
-    waiting = waiting or 2 * threads
+def in_threads(function, items, threads, in_advance=None):
+    """function(item) for each item, in order. So many are begun before they are asked for, by
+    default two for each thread. Closed early, it ends when those at work are done."""
+    in_advance = in_advance or 2 * threads
     queue = deque()
     pool = ThreadPoolExecutor(threads)
     try:
         for item in items:
             queue.append(pool.submit(function, item))
-            if len(queue) > waiting:
+            if len(queue) > in_advance:
                 yield queue.popleft().result()
         while queue:
             yield queue.popleft().result()
@@ -131,18 +129,19 @@ def in_threads(function, items, threads, waiting=None):
         pool.shutdown(cancel_futures=True)
 
 
-POOLS = {}
+@functools.cache
+def pool_of(workers):
+    """The processes of `in_processes`, eight at most, kept for its next call."""
+    fork = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(min(workers, 8), fork, end_with, (os.getpid(),))
 
 
 def in_processes(function, jobs, workers):
-    """[function(*job) for job in jobs] by so many processes, eight at most, kept for the next call;
-    by this one without any. For what keeps Python's lock. jobs: tuples of numpy arrays and the
-    like; a fork must leave torch alone."""
+    """[function(*job) for job in jobs] by so many processes, or by this one without any: for what
+    holds Python's lock, so that threads would wait for each other. jobs: tuples of numpy arrays and
+    the like; no torch, whose threads do not survive a fork."""
     if not workers:
         return list(itertools.starmap(function, jobs))
-    if workers not in POOLS:
-        fork = multiprocessing.get_context("fork")
-        POOLS[workers] = ProcessPoolExecutor(min(workers, 8), fork, end_with, (os.getpid(),))
     with deaf_to_ctrl_c():  # the pool's processes start with its first job
-        scores = POOLS[workers].map(function, *zip(*jobs))
-    return list(scores)
+        results = pool_of(workers).map(function, *zip(*jobs))
+    return list(results)

@@ -9,7 +9,7 @@ from statistics import median
 import krippendorff
 import numpy as np
 
-from plumbing import files, rows
+from plumbing import files, ranks, rows
 from plumbing.files import Stop, stop
 
 # A rater is below the line whose answers agree less than this with the others', over so many pairs
@@ -51,6 +51,19 @@ def as_cell(text):
 # --------------------------------------------------------------------------------------------------
 # Answers
 # --------------------------------------------------------------------------------------------------
+
+
+def take_answers(file, paths, field, checked, redo):
+    """The answers of the files that --ratings or --choices name, which become the run's own, in
+    `file`; without such files those that the run has, [] where nobody has answered. field, checked:
+    as for read_answers."""
+    ranks.barrier()  # the first may just have written simulated ones
+    if not paths and not file.exists():
+        return []
+    answers = read_answers(paths or [file], field, checked)
+    if paths and ranks.is_first():
+        keep_answers(file, answers, paths, redo)
+    return answers
 
 
 def read_answers(paths, field, checked):

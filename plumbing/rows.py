@@ -258,6 +258,12 @@ class RatedScore(Row, kw_only=True):
     rating: Rating
 
 
+class ElsewhereScore(RatedScore, kw_only=True):
+    """02_elsewhere.jsonl: the same of an audio from elsewhere."""
+
+    k: FilePath  # the audio, below --ratings-root
+
+
 class Pair(Row):
     """03_pairs.jsonl, 03_human_pairs.jsonl: two audios of a clip."""
 

@@ -11,9 +11,11 @@ A video that cannot be decoded is a row of nan; its size and time are in the key
 file is seen anew. A fault of the system (disk, rights, memory) stops the stage and leaves no file.
 """
 
+import functools
 import math
 import os
 import sys
+from collections import defaultdict
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +83,8 @@ def read_tensors(file, key, count):
 
 
 def stamp(path):
-    """Size and time of a file that stage 01 found: enough to know it by, without opening it."""
+    """Size and time of a file: enough to know it by, without opening it. One that is gone since it
+    was found stops the stage."""
     try:
         about = os.stat(path)
     except FileNotFoundError:
@@ -90,7 +93,8 @@ def stamp(path):
 
 
 def score_key(scorers, name, audios):
-    """A digest of all that one scorer's scores of these audios depend on."""
+    """A digest of all that one scorer's scores of these audios depend on, within a run, whose clips
+    have one length."""
     reads = scorers.classes[name].reads
     clips = {audio.clip.id: audio.clip for audio in audios}.values()
     parts = [name, scorers.digest(name), [(audio.clip.id, audio.digest) for audio in audios]]
@@ -110,9 +114,13 @@ def video_key(scorers, name, clips):
 
 def features_key(model, clips):
     """A digest of all that a backbone's features of these clips depend on."""
-    return digest_of(
-        FEATURES, model.checkpoint_digest, [(clip.caption, model.stamp_of(clip)) for clip in clips]
-    )
+    about = [(clip.caption, model.stamp_of(clip)) for clip in clips]
+    return digest_of(FEATURES, model.checkpoint_digest, about)
+
+
+def peak_key(block, clip_s):
+    """A digest of all that the peaks of a block's audios depend on."""
+    return digest_of(PEAK, clip_s, [audio.digest for audio in block.audios])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -122,70 +130,80 @@ def features_key(model, clips):
 
 def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
     """Writes what is missing of what is seen of these blocks' videos: by the scorers among `names`
-    that see, and, with a `model`, by its encoders. A video is decoded once, for all who lack it."""
-    seers = [name for name in names if "video" in scorers.classes[name].reads]
-    todo = []
+    that see, and, with a `model`, by its encoders. A video is decoded once for all of them."""
+    names = [name for name in names if "video" in scorers.classes[name].reads]
+    todo = []  # [(block, {who has not seen its videos: the key})]
+    asked = set()
     for block in blocks:
-        keys = {name: video_key(scorers, name, block.clips) for name in seers}
+        lacking = {name: video_key(scorers, name, block.clips) for name in names}
         if model is not None:
-            keys[FEATURES] = features_key(model, block.clips)
-        lacking = {
-            name: key for name, key in keys.items() if not is_made(block.video_file(name), key)
-        }
+            lacking[FEATURES] = features_key(model, block.clips)
+        for name, key in list(lacking.items()):
+            if is_made(block.video_file(name), key):
+                del lacking[name]
         if lacking:
             todo.append((block, lacking))
-    asked = {name for _, lacking in todo for name in lacking}
-    loaded = {name: scorers.load(name, device, workers) for name in seers if name in asked}
-    rates = list(
-        dict.fromkeys(scorer.frames for scorer in loaded.values())
-    )  # two may want the same frames
+            asked.update(lacking)
+    loaded = {}
+    wanted = []
+    for name in names:
+        if name in asked:
+            loaded[name] = scorers.load(name, device, workers)
+            wanted.append(loaded[name].frames)
 
     def read(clip):
         if FEATURES in asked:
-            return model.read(clip, rates)
-        return media.read_frames(clip.path, rates, clip_s)
+            return model.read(clip, wanted)
+        return media.read_frames(clip.path, wanted, clip_s)
 
-    clips = [clip for block, _ in todo for clip in block.clips]
-    bar = tqdm(
-        total=len(clips), desc="videos", unit="video", disable=not clips or not ranks.is_first()
-    )
+    clips = []
+    for block, _ in todo:
+        clips += block.clips
+    hidden = not clips or not ranks.is_first()
+    bar = tqdm(total=len(clips), desc="videos", unit="video", disable=hidden)
     with bar, closing(read_ahead(read, clips, workers)) as videos:
         for block, lacking in todo:
-            seen = {name: [] for name in lacking}
+            seen = []
             for clip in block.clips:
-                video = next(videos)
+                seen.append(see(clip, next(videos), loaded, model, lacking))
                 bar.update()
-                if isinstance(video, NoFile):
-                    files.gone(clip.path)
-                if isinstance(video, SkipClip):
-                    tqdm.write(
-                        f"{clip.id}: {video}; {', '.join(lacking)} cannot use it", file=sys.stderr
-                    )
-                    for name in lacking:
-                        seen[name].append(None)
-                    continue
-                own = video[: len(video) - len(rates)]  # what the model's encoders need
-                frames = dict(zip(rates, video[len(own) :]))
-                for name in lacking:
-                    if name == FEATURES:
-                        seen[name].append(model.encode(clip, own))
-                    else:
-                        with torch.inference_mode():
-                            seen[name].append(loaded[name].embed_video(frames[loaded[name].frames]))
             for name, key in lacking.items():
                 shapes = model.feature_shapes if name == FEATURES else loaded[name].video_shapes
-                files.save_pt(block.video_file(name), {"key": key, **stack(seen[name], shapes)})
+                tensors = stack(seen, name, shapes)
+                files.save_pt(block.video_file(name), {"key": key, **tensors})
 
 
-def stack(seen, shapes):
-    """A list of {part: tensor}, None for a video that cannot be used -> {part: (rows, ...)
-    float32}, nan for None."""
+def see(clip, video, loaded, model, names):
+    """{name: {part: tensor}}: what these scorers and encoders see of a clip; {} where its video
+    cannot be used. video: what the model's encoders need, then what each of the `loaded` scorers
+    wants; or the SkipClip that says why not."""
+    if isinstance(video, NoFile):
+        files.gone(clip.path)
+    if isinstance(video, SkipClip):
+        tqdm.write(f"{clip.id}: {video}; {', '.join(names)} cannot use it", file=sys.stderr)
+        return {}
+    of_model = len(video) - len(loaded)
+    frames = dict(zip(loaded, video[of_model:]))
+    seen = {}
+    for name in names:
+        if name == FEATURES:
+            seen[name] = model.encode(clip, video[:of_model])
+        else:
+            with torch.inference_mode():
+                seen[name] = loaded[name].embed_video(frames[name])
+    return seen
+
+
+def stack(seen, name, shapes):
+    """{part: (clips, ...) float32} of one who has seen the videos, nan for one that cannot be used.
+    seen: what `see` returned for each clip."""
     tensors = {}
     for part, shape in shapes.items():
-        nothing = torch.full(shape, math.nan)
-        tensors[part] = torch.stack(
-            [nothing if row is None else row[part].float().cpu() for row in seen]
-        )
+        of_clips = []
+        for parts in seen:
+            value = parts[name][part] if name in parts else torch.full(shape, math.nan)
+            of_clips.append(value.float().cpu())
+        tensors[part] = torch.stack(of_clips)
     return tensors
 
 
@@ -208,14 +226,13 @@ def read_videos(block, key, seer, shapes):
 
 
 def score(blocks, scorers, names, clip_s, here, workers):
-    """Writes what these blocks lack of these scorers, divided over the ranks, one network in memory
-    at a time."""
+    """Writes what these blocks lack of these scorers, divided over the ranks. Those that see are
+    loaded together, to see the videos; then one at a time hears the audios."""
     for name in names:
         scorers.digest(name)  # a file that is missing is said before any network works
-    of_videos = {
-        block.videos / block.name: block for block in blocks
-    }  # systems share what is seen of the test clips
-    embed_videos(here.share(list(of_videos.values())), scorers, names, clip_s, here.device, workers)
+    # Systems share what is seen of the test clips: one block for each of these files.
+    by_file = {block.videos / block.name: block for block in blocks}
+    embed_videos(here.share(list(by_file.values())), scorers, names, clip_s, here.device, workers)
     ranks.barrier()
     for name in names:
         todo = []
@@ -225,6 +242,8 @@ def score(blocks, scorers, names, clip_s, here, workers):
                 todo.append((block, key))
         if todo:
             score_by(name, todo, scorers, clip_s, here.device, workers)
+            if here.device != "cpu":
+                torch.cuda.empty_cache()
     ranks.barrier()
 
 
@@ -239,17 +258,14 @@ def score_by(name, todo, scorers, clip_s, device, workers):
     total = sum(len(block.audios) for block, _ in todo)
     with tqdm(total=total, desc=name, unit="audio", disable=not ranks.is_first()) as bar:
         for (block, key), waves in zip(todo, in_threads(read, todo, threads=2)):
-            clips = [audio.clip for audio in block.audios]
             videos = None
             if "video" in scorer.reads:
-                videos = read_videos(
-                    block, video_key(scorers, name, block.clips), name, scorer.video_shapes
-                )
+                seen_with = video_key(scorers, name, block.clips)
+                videos = read_videos(block, seen_with, name, scorer.video_shapes)
+            clips = [audio.clip for audio in block.audios]
             scores = score_waves(scorer, waves, clips, videos)
             files.save_pt(block.score_file(name), {"key": key, **scores})
             bar.update(len(clips))
-    if device != "cpu":
-        torch.cuda.empty_cache()
 
 
 def score_waves(scorer, waves, clips, videos=None):
@@ -257,10 +273,9 @@ def score_waves(scorer, waves, clips, videos=None):
     clips: the clip of each wave; videos: {clip id: {part: tensor}} of a scorer that sees."""
     seen = None
     if videos is not None:
-        seen = {
-            part: torch.stack([videos[clip.id][part] for clip in clips])
-            for part in scorer.video_shapes
-        }
+        seen = {}
+        for part in scorer.video_shapes:
+            seen[part] = torch.stack([videos[clip.id][part] for clip in clips])
     with torch.inference_mode():
         scores = scorer.score(waves, clips, seen)
     return {name: value.float().cpu() for name, value in scores.items()}
@@ -285,15 +300,16 @@ def find_peaks(blocks, clip_s):
     be decoded to there: a damaged packet stops no evaluation."""
     todo = []
     for block in blocks:
-        key = digest_of(PEAK, clip_s, [audio.digest for audio in block.audios])
-        if not is_made(block.score_file(PEAK), key):
-            todo.append((block, key))
-    total = sum(len(block.audios) for block, _ in todo)
-    bar = tqdm(total=total, desc=PEAK, unit="audio", disable=not todo or not ranks.is_first())
-    with bar:
-        for block, key in todo:
-            peaks = list(in_threads(lambda audio: peak_of(audio, clip_s), block.audios, threads=4))
-            files.save_pt(block.score_file(PEAK), {"key": key, PEAK: torch.tensor(peaks)})
+        if not is_made(block.score_file(PEAK), peak_key(block, clip_s)):
+            todo.append(block)
+    total = sum(len(block.audios) for block in todo)
+    hidden = not todo or not ranks.is_first()
+    with tqdm(total=total, desc=PEAK, unit="audio", disable=hidden) as bar:
+        for block in todo:
+            peak = functools.partial(peak_of, clip_s=clip_s)
+            peaks = list(in_threads(peak, block.audios, threads=4))
+            tensors = {"key": peak_key(block, clip_s), PEAK: torch.tensor(peaks)}
+            files.save_pt(block.score_file(PEAK), tensors)
             bar.update(len(peaks))
 
 
@@ -315,31 +331,25 @@ def read_peaks(blocks, clip_s):
     """(n,) of all audios of the blocks, in order."""
     peaks = []
     for block in blocks:
-        key = digest_of(PEAK, clip_s, [audio.digest for audio in block.audios])
-        peaks.append(read_tensors(block.score_file(PEAK), key, len(block.audios))[PEAK])
-    return torch.cat(peaks) if peaks else torch.zeros(0)
+        file = block.score_file(PEAK)
+        peaks.append(read_tensors(file, peak_key(block, clip_s), len(block.audios))[PEAK])
+    return torch.cat(peaks)
 
 
 def read_scores(blocks, scorers, names):
-    """{scorer: {name: (n, ...) float32}} of all audios of the blocks, in order."""
+    """{scorer: {tensor: (n, ...) float32}} of all audios of the blocks, in order: what AudioScore
+    and the metrics want of these scorers."""
     said = {}
     for name in names:
-        parts = []
+        parts = defaultdict(list)
         for block in blocks:
-            key = score_key(scorers, name, block.audios)
-            tensors = read_tensors(block.score_file(name), key, len(block.audios))
-            lacking = scorers.tensors_of(name) - tensors.keys()
-            if lacking:
-                stop(
-                    f"{block.score_file(name)}: lacks '{min(lacking)}'; remove it and run the "
-                    "stage again"
-                )
-            parts.append(tensors)
-        said[name] = (
-            {column: torch.cat([part[column] for part in parts]) for column in parts[0]}
-            if parts
-            else {}
-        )
+            file = block.score_file(name)
+            tensors = read_tensors(file, score_key(scorers, name, block.audios), len(block.audios))
+            for tensor in scorers.tensors_of(name):
+                if tensor not in tensors:
+                    stop(f"{file}: lacks '{tensor}'; remove it and run the stage again")
+                parts[tensor].append(tensors[tensor])
+        said[name] = {tensor: torch.cat(values) for tensor, values in parts.items()}
     return said
 
 
@@ -354,14 +364,13 @@ def digest_of_weights(run, paths):
     memory = Path(run) / "weights.json"
     known = rows.read_json(memory, rows.Weights).files if memory.exists() else {}
     digests = []
-    changed = False
+    before = dict(known)
     for path in paths:
         name = str(Path(path).resolve())
         now = stamp(path)
         if name not in known or known[name].stamp != now:
             known[name] = rows.WeightFile(stamp=now, digest=files.digest(path))
-            changed = True
         digests.append(known[name].digest)
-    if changed and ranks.is_first():
+    if known != before and ranks.is_first():
         rows.write_json(memory, rows.Weights(files=known))
     return digest_of(*digests)

@@ -176,7 +176,7 @@ P = [(0.1, 0.2, 0.7), (0.6, 0.3, 0.1), (0.2, 0.2, 0.6), (0.5, 0.1, 0.4), (0.3, 0
     ([(0.4, 0.0, 0.6), (0.3, 0.5, 0.2), (0.3, 0.4, 0.3)], range(3), range(3), "winner is loser"),
     (P, [0, 2, 3, 4], range(5), (3, 0)),  # 1, the best, is silent: the next best wins
     (P, [1, 2, 3, 4], range(5), (1, 0)),  # 0 is silent and loses
-    (P, [], range(5), "fewer than two usable audios"), (P, [1], [1], "fewer than two usable audios"),
+    (P, [], range(5), "no audio may win"), (P, [1], [1], "fewer than two usable audios"),
 ])  # fmt: skip
 def test_a_pair_by_eq2(p, winners, losers, expected):
     assert stage("03").select_pair(dict(enumerate(p)), [*winners], [*losers]) == expected
@@ -754,7 +754,7 @@ def test_a_fold_never_splits_a_clip_nor_a_youtube_video(monkeypatch):
         return fit(part, share, seed, steps=1)
 
     monkeypatch.setattr(stage("02"), "fit", spy)
-    stage("02").cross_validate(said, target, [*map(stage("02").video_of, clips)], seed=0)
+    stage("02").cross_validate(said, target, [*map(common.video_of, clips)], seed=0)
     assert len(parts) == 5
     for fitted in parts:
         used = Counter(

@@ -1032,7 +1032,7 @@ TSV_SPLITS += [("latest", "train"), ("testing", "train"), ("test-2", "train")]
 @pytest.mark.parametrize("name, split", TSV_SPLITS)
 def test_the_split_of_a_tsv_is_the_last_word_of_its_name(tmp_path, name, split):
     (tmp_path / f"{name}.tsv").write_text("id\tlabel\na\tdog\n")
-    assert [clip.split for clip in stage("01").clips_of_table(tmp_path / f"{name}.tsv")] == [split]
+    assert [clip.split for clip in stage("01").clips_of_tsv(tmp_path / f"{name}.tsv")] == [split]
 
 
 def test_captions_labels_and_clips_of_speech_are_counted_and_unread_fields_said(tmp_path, capsys):
@@ -1095,6 +1095,20 @@ def test_a_run_prepared_without_train_clips_gets_them_later(tmp_path, youtube, l
     stopped(call, "01", run, *listed, "--guidance", 2)
     call("01", run, *listed)
     assert clips_and_sampled(run)[1] == set(youtube[1][:5])
+
+
+def test_a_toy_run_prepared_without_train_clips_keeps_its_own_list(fresh, finished):
+    listed = (fresh / "clips.jsonl").read_bytes()
+    for flags in (("--max-clips", 0), ("--max-clips", 0), ()):
+        call("01", fresh, *flags)
+        assert (fresh / "clips.jsonl").read_bytes() == listed
+    assert files_of(fresh, "01_s") == files_of(finished, "01_s")
+
+
+def test_a_toy_world_that_was_stopped_half_made_is_said_to_be_one(fresh, refused):
+    (fresh / "run.json").unlink()
+    for flags in ((), ("--model", "toy")):
+        assert "stage 00 has not finished" in refused("01", fresh, *flags)
 
 
 def test_a_rerun_keeps_its_list_when_videos_appear_or_vanish(tmp_path, youtube, listed, capsys):
@@ -1492,6 +1506,7 @@ def test_audioscore_is_fitted_on_ratings_from_elsewhere_alone_which_are_never_mi
     said = capsys.readouterr().out
     assert "left out: 1 ratings from elsewhere" in said and "20 of 20 audios of 4 clips" in said
     judged = {row["k"]: row for row in read(run / "02_elsewhere.jsonl")}
+    assert len(common.rows.read(run / "02_elsewhere.jsonl", common.rows.ElsewhereScore)) == 20
     for row, mine in zip(rows, own):  # scored in batches of other sizes
         for key in ("ib", "clap", "desync_s", "pesq"):
             assert same_rows(judged[row["audio"]][key], mine[key], SCORES)
