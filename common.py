@@ -229,10 +229,10 @@ def sample_clips(model, clips, features, seeds_of, finish, sampler, batch_clips,
         for start in tqdm(starts, title, unit="batch", disable=title is None):
             batch = clips[start : start + batch_clips]
             stacked = stack_features([features[clip.id] for clip in batch], model.device)
-            seeds = [seeds_of(clip) for clip in batch]
-            # All first audios, then all second ones, so that a clip's audios share its conditions.
-            in_order = [clip_seeds[k] for k in range(len(seeds[0])) for clip_seeds in seeds]
-            a_0 = sample(model, stacked, in_order, sampler.steps, sampler.guidance)
+            seeds = []
+            for kth in zip(*[seeds_of(clip) for clip in batch]):
+                seeds += kth  # the first audio of every clip, then the second of every clip, ...
+            a_0 = sample(model, stacked, seeds, sampler.steps, sampler.guidance)
             yield batch, a_0.unflatten(0, (-1, len(batch))).transpose(0, 1)  # (clips, N, T, C)
 
     def decode(sampled):
