@@ -471,7 +471,7 @@ def test_missing_videos_of_the_toy_world_are_made_again_alike(run):
 
 @pytest.mark.parametrize("number, flags, how", [
     ("05", ("--steps", 24, "--save-every", 3), signal.SIGKILL),
-    ("06", ("--steps", 16, "--save-every", 1), signal.SIGINT),
+    ("06", ("--steps", 12, "--save-every", 1), signal.SIGINT),
 ])  # fmt: skip
 def test_resume_equals_uninterrupted(run, number, flags, how):
     call(number, run, "--out", "whole", *flags)
