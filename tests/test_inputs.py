@@ -751,7 +751,7 @@ CASES = [pytest.param(*row, id=name) for name, *row in cases()]
 
 
 @pytest.mark.parametrize("number, flags, edit, named", CASES)
-def test_what_is_wrong_is_named(number, flags, edit, named, place, refused):
+def test_what_is_wrong_is_named(number, flags, edit, named, place, refused, without_pictures):
     run, whole, times = place
     try:
         if edit:
