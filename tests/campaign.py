@@ -1,18 +1,23 @@
 """Disturbs every stage, runs the same command again, and compares all that was written with an
 undisturbed run.
 
-Run:   python tests/campaign.py                # about 15 minutes on 2 idle cores, in a temporary folder
+Run:   python tests/campaign.py   # about 15 minutes on 2 idle cores, in a temporary folder
        python tests/campaign.py --kills 60 --seed 1 --folder DIR
 
-On the tiny world, for stages 00 to 07, alone and (01, 02, 03, 05, 06, 07) as two ranks under torchrun:
-    kill       SIGKILL at a random moment; of two ranks one, and `--max-restarts 1` goes on or ends within a minute
-    full disk  no file may grow beyond a random size (RLIMIT_FSIZE): exit code 2, and one line that names the file
-    two        the same command once more while it runs: refused, with process and host; the first does not suffer
+On the tiny world, for stages 00 to 07, alone and (01, 02, 03, 05, 06, 07) as two ranks under
+torchrun:
+    kill       SIGKILL at a random moment; of two ranks one, and `--max-restarts 1` goes on or ends
+               within a minute
+    full disk  no file may grow beyond a random size (RLIMIT_FSIZE): exit code 2, and one line that
+               names the file
+    two        the same command once more while it runs: refused, with process and host; the first
+               does not suffer
     beside     05 and 06 at the same time, which is allowed
-After each, the same command runs undisturbed. Says every trial that is not as it should be, and ends with one line of
-counts: trials `equal` to the undisturbed run (less times); files `lost`, missing or other than they should be; rows
-`doubled` in logs; `leftovers`, files that should not be there; `hangs`, commands that took a minute more than they
-should. `test_a_short_campaign` of test_pipeline.py is a short form.
+After each, the same command runs undisturbed. Says every trial that is not as it should be, and
+ends with one line of counts: trials `equal` to the undisturbed run (less times); files `lost`,
+missing or other than they should be; rows `doubled` in logs; `leftovers`, files that should not be
+there; `hangs`, commands that took a minute more than they should. `test_a_short_campaign` of
+test_pipeline.py is a short form.
 """
 
 import argparse
@@ -45,23 +50,17 @@ PATIENCE_S = 60  # what a command may take beyond its undisturbed time
 def start(number, run, ranks=1, most_bytes=None):
     """A stage's command line in a session of its own; no file that it writes may be larger than
     most_bytes."""
-    torchrun = [
-        Path(sys.executable).with_name("torchrun"),
-        "--nproc_per_node",
-        ranks,
-        "--max-restarts",
-        1,
-    ]
-    program = [sys.executable] if ranks == 1 else torchrun
+    program = [sys.executable]
+    if ranks > 1:
+        torchrun = Path(sys.executable).with_name("torchrun")
+        program = [torchrun, "--nproc_per_node", ranks, "--max-restarts", 1]
     command = [*program, STAGES[number], "--run-dir", run, *FLAGS.get(number, ())]
-    options = dict(
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
-    )
+    options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     if most_bytes:
-        options["preexec_fn"] = lambda: resource.setrlimit(
-            resource.RLIMIT_FSIZE, (most_bytes, most_bytes)
-        )
-    return subprocess.Popen([*map(str, command)], **options, start_new_session=True)
+        limit = (most_bytes, most_bytes)
+        options["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    command = [*map(str, command)]
+    return subprocess.Popen(command, env=ENVIRONMENT, **options, start_new_session=True)
 
 
 def finish(process, seconds):
@@ -77,11 +76,9 @@ def finish(process, seconds):
 
 def workers(process):
     """The ids of torchrun's ranks."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     try:
-        return [
-            int(x)
-            for x in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ]
+        return [int(x) for x in children.read_text().split()]
     except OSError:
         return []
 
@@ -109,9 +106,7 @@ def contents(folder):
             found[name] = plain(torch.load(path, weights_only=True))
         elif path.name == "log.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [
-                {key: value for key, value in row.items() if key != "seconds"} for row in rows
-            ]
+            found[name] = [{x: row[x] for x in row if x != "seconds"} for row in rows]
     return found
 
 
@@ -125,10 +120,8 @@ def plain(value):
 def compare(run, reference):
     """Counts of lost, doubled, leftovers; and the names of all these."""
     ours, theirs = contents(run), contents(reference)
-    counts, names = (
-        Counter(leftovers=len(ours.keys() - theirs.keys())),
-        sorted(ours.keys() - theirs.keys()),
-    )
+    names = sorted(ours.keys() - theirs.keys())
+    counts = Counter(leftovers=len(names))
     for name, value in theirs.items():
         if ours.get(name) != value:
             names.append(name)
@@ -169,20 +162,12 @@ class Trial:
 
     def full_disk(self, rng):
         ours, before = contents(self.after), contents(self.run)
-        sizes = [
-            (self.after / name).stat().st_size
-            for name, value in ours.items()
-            if before.get(name) != value
-        ]
-        code, error = self.end(
-            start(self.number, self.run, self.ranks, rng.randint(100, int(0.8 * max(sizes))))
-        )
-        clear = (
-            code == 2
-            and error.count("error: ") == 1
-            and "Traceback" not in error
-            and str(self.run) in error
-        )
+        changed = [name for name, value in ours.items() if before.get(name) != value]
+        largest = max((self.after / name).stat().st_size for name in changed)
+        limit = rng.randint(100, int(0.8 * largest))
+        code, error = self.end(start(self.number, self.run, self.ranks, limit))
+        clear = code == 2 and error.count("error: ") == 1 and "Traceback" not in error
+        clear = clear and str(self.run) in error
         self.check(clear, f"not clear, exit code {code}: {error[-400:]!r}")
 
     def two(self, rng):
@@ -192,9 +177,8 @@ class Trial:
         code, error = self.end(start(self.number, self.run))
         os.kill(first.pid, signal.SIGCONT)
         named = re.search(r"error: .* process \d+ on \S+; wait for it, or stop it", error)
-        self.check(
-            code == 2 and named, f"the second was not refused, exit code {code}: {error[-400:]!r}"
-        )
+        what = f"the second was not refused, exit code {code}: {error[-400:]!r}"
+        self.check(code == 2 and named, what)
         code, error = self.end(first)
         self.check(code == 0, f"the first ended with {code}: {error[-400:]!r}")
 
@@ -249,14 +233,11 @@ def main(args):
     code, _ = trial.end(other)
     named = compare(run, after["06", 1])[1]
     print(f"05 beside 06: {named or 'equal'}, exit code {code}")
-    print(
-        f"of {len(recovered)} jobs with a rank killed, torchrun itself brought {sum(recovered)} to "
-        "the end"
-    )
+    ranked = f"of {len(recovered)} jobs with a rank killed, torchrun itself brought"
+    print(f"{ranked} {sum(recovered)} to the end")
     counts += Counter(equal=not named, lost=len(named))
-    said = ", ".join(
-        f"{name} {counts[name]}" for name in ("equal", "lost", "doubled", "leftovers", "hangs")
-    )
+    names = ("equal", "lost", "doubled", "leftovers", "hangs")
+    said = ", ".join(f"{name} {counts[name]}" for name in names)
     print(f"{len(jobs) + 1} trials: {said}")
     if not args.folder:
         shutil.rmtree(folder)

@@ -31,48 +31,26 @@ from torch.overrides import TorchFunctionMode
 
 CUDA = torch.device("cuda", 0)
 UNSEEN = (str(Path(torch.__file__).parent), __file__)  # a sync is counted where these were called
-READS = {
-    "item",
-    "tolist",
-    "__bool__",
-    "__int__",
-    "__float__",
-    "__index__",
-    "__format__",
-    "__repr__",
-    "__contains__",
-}
-READS |= {"nonzero", "argwhere", "equal", "allclose", "masked_select", "unique", "bincount"}
+READS = {"item", "tolist", "nonzero", "argwhere", "equal", "allclose", "masked_select", "unique"}
+READS |= {"bincount", "__bool__", "__int__", "__float__", "__index__", "__format__", "__repr__"}
+READS |= {"__contains__"}
 FROM_HOST = {"tensor", "as_tensor", "asarray", "new_tensor"}
 CPU_ONLY = {"numpy", "__array__", "__dlpack__"}
-STRICT = {
-    "cat",
-    "stack",
-    "matmul",
-    "mm",
-    "bmm",
-    "linear",
-    "embedding",
-    "gather",
-    "index_select",
-}  # of scalars too
+STRICT = {"cat", "stack", "matmul", "mm", "bmm", "linear", "embedding", "gather"}  # of scalars too
+STRICT |= {"index_select"}
 SYNCS = Counter()
 
 
 class Gpu(torch.Tensor):
-    device, is_cuda, is_cpu = (
-        property(lambda self: CUDA),
-        property(lambda self: True),
-        property(lambda self: False),
-    )
+    device = property(lambda self: CUDA)
+    is_cuda, is_cpu = property(lambda self: True), property(lambda self: False)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
 
-    def backward(
-        self, *args, **kwargs
-    ):  # Tensor's own would recompute checkpointed blocks with our eyes shut
+    # Tensor's own would recompute checkpointed blocks with our eyes shut
+    def backward(self, *args, **kwargs):
         torch.autograd.backward(self, *args, **kwargs)
 
     def __deepcopy__(self, memo):
@@ -107,11 +85,8 @@ def wait(what):
     frame = sys._getframe(1)
     while frame.f_code.co_filename.startswith(UNSEEN):
         frame = frame.f_back
-    name, code = (
-        Path(frame.f_code.co_filename).name,
-        frame.f_code.co_qualname.partition(".<locals>")[0],
-    )
-    SYNCS[f"{name} {code} {frame.f_lineno}: {what}"] += 1
+    file, function = Path(frame.f_code.co_filename), frame.f_code.co_qualname
+    SYNCS[f"{file.name} {function.partition('.<locals>')[0]} {frame.f_lineno}: {what}"] += 1
 
 
 def move(x, func, args, kwargs):
@@ -131,9 +106,8 @@ def move(x, func, args, kwargs):
         return x
     if here != there and not (there and at_once):
         wait("to the device" if there else "to the CPU")
-    return relabel(
-        relabel(x, torch.Tensor).to(dtype or x.dtype, copy=True), Gpu if there else torch.Tensor
-    )
+    moved = relabel(x, torch.Tensor).to(dtype or x.dtype, copy=True)
+    return relabel(moved, Gpu if there else torch.Tensor)
 
 
 def run(func, args, kwargs):
@@ -141,9 +115,8 @@ def run(func, args, kwargs):
     name = getattr(func, "__name__", "")
     if name in ("to", "cpu", "cuda"):
         return move(args[0], func, args[1:], kwargs)
-    if (
-        name == "_has_compatible_shallow_copy_type"
-    ):  # Module.to asks whether a parameter can stay the object it is
+    # Module.to asks whether a parameter can stay the object it is
+    if name == "_has_compatible_shallow_copy_type":
         return isinstance(args[0], Gpu) == isinstance(args[1], Gpu)
     found, device = leaves((args, kwargs)), kwargs.get("device")
     made = device is not None and torch.device(device).type == "cuda"
@@ -151,17 +124,13 @@ def run(func, args, kwargs):
     if not (gpu or made) or name == "__deepcopy__":  # of a CPU tensor, beside ours in its memo
         return func(*args, **kwargs)
     others = [x for x in found if isinstance(x, torch.Tensor) and not isinstance(x, Gpu)]
-    if (
-        torch._C._current_graph_task_id() == -1
-    ):  # within backward(), autograd hands its gradients on without label
+    # within backward(), autograd hands its gradients on without label
+    if torch._C._current_graph_task_id() == -1:
         check(name, args, others)
     if any(isinstance(x, torch.Generator) for x in found) or (gpu and name in CPU_ONLY):
         raise TypeError(f"{name}: of a CUDA tensor, or by a CPU generator on a CUDA device")
-    if (
-        (gpu and name in READS)
-        or (made and name in FROM_HOST)
-        or (name == "where" and len(found) == 1)
-    ):
+    reads = (gpu and name in READS) or (made and name in FROM_HOST)
+    if reads or (name == "where" and len(found) == 1):
         wait(name)
     with torch._C.DisableTorchFunctionSubclass():
         result = func(*args, **(kwargs | {"device": "cpu"} if made else kwargs))
@@ -174,20 +143,16 @@ def check(name, args, others):
         return wait(name) if others else None
     if name in ("__getitem__", "__setitem__"):
         index = [x for x in leaves(args[1]) if isinstance(x, torch.Tensor)]
-        others = [
-            x
-            for x in others
-            if x is args[0] or (index and x.dim() and any(x is value for value in args[2:]))
-        ]
+        values = args[2:] if index else ()
+        others = [x for x in others if x is args[0] or (x.dim() and any(x is y for y in values))]
         if any(x.dtype == torch.bool or not isinstance(x, Gpu) for x in index):
             wait(name)  # its size is read, or it is copied
     elif name not in STRICT:
         others = [x for x in others if x.dim()]
     if others:
         shapes = ", ".join(str(tuple(x.shape)) for x in others)
-        raise RuntimeError(
-            f"{name}: expected all tensors to be on the same device, but {shapes} is on the CPU"
-        )
+        what = f"expected all tensors to be on the same device, but {shapes} is on the CPU"
+        raise RuntimeError(f"{name}: {what}")
 
 
 @contextmanager
@@ -204,34 +169,25 @@ def pretended_gpu():
         autocast(self, "cpu", torch.bfloat16 if device_type == "cuda" else dtype, *args, **kwargs)
 
     def labelled(tensors, *args):
-        return {
-            (tensors[0][0].device, dtype): found
-            for (_, dtype), found in group(tensors, *args).items()
-        }
+        device, groups = tensors[0][0].device, group(tensors, *args)
+        return {(device, dtype): found for (_, dtype), found in groups.items()}
+
+    def submit_seen(self, *args, **kwargs):
+        return submit(self, seen, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, Device():
-        said = dict(
-            is_available=True, device_count=1, current_device=0, is_current_stream_capturing=False
-        )
-        said |= dict(max_memory_allocated=0, reset_peak_memory_stats=None, empty_cache=None)
-        said |= dict(
-            set_device=None,
-            synchronize=None,
-            get_device_properties=SimpleNamespace(total_memory=80 * 2**30),
-        )
+        said = dict(is_available=True, device_count=1, current_device=0, max_memory_allocated=0)
+        said |= dict(is_current_stream_capturing=False, reset_peak_memory_stats=None)
+        said |= dict(empty_cache=None, set_device=None, synchronize=None)
+        said["get_device_properties"] = SimpleNamespace(total_memory=80 * 2**30)
         for name, value in said.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value: value)
         patch.setattr(torch.autocast, "__init__", on_cpu)
         patch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", labelled)
         # A block's inputs reach its recomputation without label, and would be called changed.
-        patch.setitem(
-            torch.utils.checkpoint._allowed_determinism_checks_to_fns, "default", lambda x: None
-        )
-        patch.setattr(
-            ThreadPoolExecutor,
-            "submit",
-            lambda self, *args, **kwargs: submit(self, seen, *args, **kwargs),
-        )
+        checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
+        patch.setitem(checks, "default", lambda x: None)
+        patch.setattr(ThreadPoolExecutor, "submit", submit_seen)
         SYNCS.clear()
         try:
             yield SYNCS

@@ -10,7 +10,20 @@ from collections import Counter
 import pytest
 import soundfile
 import torch
-from conftest import LATENTS, ROOT, SCORES, STAGES, a_clip, call, close, make_video, read, stopped
+from conftest import (
+    LATENTS,
+    ROOT,
+    SCORES,
+    STAGES,
+    a_clip,
+    call,
+    close,
+    make_video,
+    read,
+    results,
+    said,
+    stopped,
+)
 
 import common
 from common import files, scoring
@@ -35,42 +48,30 @@ def test_stage_01_generates_with_a_backbone_of_ones_own(modules, tmp_path):
     make_video(tmp_path / "videos" / "four.mp4", (64, 64), 25, 1.2)
     files.save_pt(tmp_path / "own.pt", {"weight": torch.zeros(1, 1), "bias": torch.zeros(1)})
     flags = ("--videos", tmp_path / "videos", "--num-samples", 2)
-    call(
-        "01", tmp_path / "run", "--model", "own:quiet", "--checkpoint", tmp_path / "own.pt", *flags
-    )
-    rows, shard = (
-        read(tmp_path / "run/01_samples/00000.jsonl"),
-        files.load_pt(tmp_path / "run/01_samples/00000.pt"),
-    )
-    for row, latent in zip(
-        rows, shard["latents"]
-    ):  # u is 4.5 times the 4 letters, all the way from noise to data
+    model = ("--model", "own:quiet", "--checkpoint", tmp_path / "own.pt")
+    call("01", tmp_path / "run", *model, *flags)
+    rows = read(tmp_path / "run/01_samples/00000.jsonl")
+    shard = files.load_pt(tmp_path / "run/01_samples/00000.pt")
+    # u is 4.5 times the 4 letters, all the way from noise to data
+    for row, latent in zip(rows, shard["latents"]):
         noise = torch.randn(50, 1, generator=torch.Generator().manual_seed(row["seed"]))
         assert close(latent, noise - 18, LATENTS)
         wave, rate = soundfile.read(tmp_path / "run" / row["wav"])
-        assert (len(wave), rate) == (8000, 8000) and wave[-1] == pytest.approx(
-            0.01 * latent[-1, 0].item(), abs=1e-4
-        )
+        assert (len(wave), rate) == (8000, 8000)
+        assert wave[-1] == pytest.approx(0.01 * latent[-1, 0].item(), abs=1e-4)
 
 
 def test_stage_07_shows_the_metric_of_a_scorer_of_ones_own(modules, run, capsys):
     call("07", run, "--systems", "base")
-    (row,) = [row for row in read(run / "07_results.jsonl") if row["metric"] == "loudness"]
-    named = [
-        clip["id"]
-        for clip in read(run / "clips.jsonl")
-        if clip["split"] == "test" and clip["caption"]
-    ]
-    peaks = [
-        abs(soundfile.read(run / "07_audio" / "base" / f"{name}.wav")[0]).max() for name in named
-    ]
+    row, folder = results(run)["base", "loudness"], run / "07_audio" / "base"
+    named = [clip.id for clip in common.read_clips(run, "test") if clip.caption]
+    peaks = [abs(soundfile.read(folder / f"{name}.wav")[0]).max() for name in named]
     assert close(row["value"], sum(peaks) / len(peaks), SCORES) and row["n"] == len(named)
     assert re.search(rf"\nloudness \^ +{row['value']:.3f}\n", capsys.readouterr().out)
 
 
 def test_an_unknown_backbone_is_named_with_what_there_is():
-    line = stopped(common.load_model, "sora:large")
-    assert "sora:large" in line and all(name in line for name in common.ADAPTERS)
+    said(stopped(common.load_model, "sora:large"), "sora:large", *common.ADAPTERS)
 
 
 def test_a_file_that_a_scorer_lacks_is_named_before_any_other_scorer_works(run, monkeypatch):
@@ -91,32 +92,31 @@ def test_a_file_that_a_scorer_lacks_is_named_before_any_other_scorer_works(run, 
 
 
 # Who knows whom
-# ----------------------------------------------------------------------------------------------
 
 ROOMS = ("", "adapters/", "plumbing/")
-SOURCES = {p.name: ast.parse(p.read_text()) for room in ROOMS for p in ROOT.glob(f"{room}*.py")}
+PATHS = [path for room in ROOMS for path in ROOT.glob(f"{room}*.py")]
+TOY = {  # the toy world's own files, and what they import of this repository
+    STAGES["00"].name: {"common", "adapters.toy", "adapters.toy_people"},
+    "toy.py": {"common"},
+    "toy_people.py": {"common", "adapters.toy"},
+}
 
 
-TOY = (STAGES["00"].name, "toy.py", "toy_people.py")
+def nodes_of(path, *kinds):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
 
 
-def test_outside_its_own_files_the_toy_world_is_known_by_its_adapters_its_record_and_its_truth_alone():
+def test_outside_its_own_files_the_toy_world_is_known_by_its_adapters_its_record_and_its_truth():
     known = Counter()
-    for file, tree in SOURCES.items():
-        if file in TOY:
+    for path in PATHS:
+        if path.name in TOY:
             continue
-        for node in ast.walk(tree):
-            text = (
-                getattr(node, "value", None)
-                if isinstance(node, ast.Constant)
-                else getattr(node, "id", None)
-            )
+        for node in nodes_of(path, ast.Constant, ast.Name):
+            text = str(node.value if isinstance(node, ast.Constant) else node.id)
             # its name, its files and its modules; sentences and --run-dir's default (runs/toy) are
             # for people
-            if isinstance(text, str) and re.fullmatch(
-                r"(adapters\.)?[Tt]oy\w*|TOY\w*|00_[\w.*/]+", text
-            ):
-                known[file, text] += 1
+            if re.fullmatch(r"(adapters\.)?[Tt]oy\w*|TOY\w*|00_[\w.*/]+", text):
+                known[path.name, text] += 1
     assert known == {
         ("common.py", "toy"): 2,  # in ADAPTERS and SCORERS
         ("common.py", "adapters.toy"): 2,
@@ -127,23 +127,13 @@ def test_outside_its_own_files_the_toy_world_is_known_by_its_adapters_its_record
     }
 
 
-def test_stages_and_adapters_import_common_alone_the_toys_files_each_other_and_plumbing_never_common():
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+def test_stages_and_adapters_import_common_the_toys_files_each_other_and_plumbing_itself(path):
     own = {path.stem for path in ROOT.glob("*.py")} | {"adapters", "plumbing"}
-    toys = {
-        TOY[0]: {"common", "adapters.toy", "adapters.toy_people"},
-        "toy_people.py": {"common", "adapters.toy"},
-    }
-    for path in (path for room in ROOMS for path in ROOT.glob(f"{room}*.py")):
-        tree = ast.parse(path.read_text())
-        found = {
-            name.name
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Import)
-            for name in node.names
-        }
-        found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        ours = {name for name in found if name.split(".")[0] in own}
-        if path.parent.name == "plumbing" or path.name == "common.py":
-            assert {name.split(".")[0] for name in ours} <= {"plumbing"}, path
-        elif path.name != "__init__.py":
-            assert ours == toys.get(path.name, {"common"}), path
+    found = {name.name for node in nodes_of(path, ast.Import) for name in node.names}
+    found |= {node.module for node in nodes_of(path, ast.ImportFrom)}
+    ours = {name for name in found if name.split(".")[0] in own}
+    if path.parent.name == "plumbing" or path.name == "common.py":
+        assert {name.split(".")[0] for name in ours} <= {"plumbing"}
+    elif path.name != "__init__.py":
+        assert ours == TOY.get(path.name, {"common"})

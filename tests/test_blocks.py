@@ -9,7 +9,17 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, a_clip, call, files_of, make_video, read, stopped
+from conftest import (
+    ROOT,
+    a_clip,
+    call,
+    files_of,
+    make_video,
+    read,
+    remove,
+    results,
+    stopped,
+)
 
 import common
 from adapters.toy import ToyScorer
@@ -19,7 +29,6 @@ FIVE = {"imagebind", "clap", "synchformer", "panns", "pesq"}
 LOOK = {"imagebind", "synchformer", "pesq"}  # what looks at the video, or listens to its sound
 
 # Keys
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -28,22 +37,14 @@ def keys(tmp_path):
     load these weights."""
     scorers = common.ScorerSet(tmp_path, "real", tmp_path / "weights")
     (tmp_path / "x.mp4").write_bytes(b"12345")
-    for scorer in scorers.classes.values():
-        for name in scorer.files:
-            (tmp_path / "weights" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "weights" / name).write_bytes(b"12345")
+    for name in [name for scorer in scorers.classes.values() for name in scorer.files]:
+        (tmp_path / "weights" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "weights" / name).write_bytes(b"12345")
 
     def of(digest="0123", wav="a.wav", k=0, **changes):
-        about = {
-            "id": "x",
-            "video": "x.mp4",
-            "caption": "a dog",
-            "label": "dog barking",
-            "split": "train",
-        } | changes
-        audio = scoring.Audio(
-            common.FoundClip(**about, path=tmp_path / "x.mp4"), k, tmp_path / wav, digest
-        )
+        clip = dict(id="x", video="x.mp4", caption="a dog", label="dog barking", split="train")
+        clip = common.FoundClip(**(clip | changes), path=tmp_path / "x.mp4")
+        audio = scoring.Audio(clip, k, tmp_path / wav, digest)
         scorers = common.ScorerSet(tmp_path, "real", tmp_path / "weights")
         return {name: scoring.score_key(scorers, name, [audio]) for name in FIVE}
 
@@ -64,7 +65,8 @@ def test_a_key_changes_with_what_its_scores_depend_on_and_with_nothing_else(chan
 @pytest.mark.parametrize("name, content, later_s, anew", [
     ("weights/imagebind_huge.pth", b"54321", 1, {"imagebind"}),
     ("weights/imagebind_huge.pth", b"12345", 1, set()),  # the same weights, downloaded again
-    ("x.mp4", b"123456", 0, LOOK), ("x.mp4", b"12345", 1, LOOK), ("x.mp4", b"54321", 0, set()),  # nobody has looked
+    ("x.mp4", b"123456", 0, LOOK), ("x.mp4", b"12345", 1, LOOK),
+    ("x.mp4", b"54321", 0, set()),  # nobody has looked
 ])  # fmt: skip
 def test_weights_are_known_by_content_and_videos_by_size_and_time(
     name, content, later_s, anew, keys, tmp_path
@@ -83,35 +85,29 @@ def test_weights_are_read_once_for_a_run(keys, monkeypatch):
 
 
 # Made whole, and anew
-# ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def heard(monkeypatch):
-    """The digests of the waves of every batch that the toy's networks hear."""
-    heard, original = [], ToyScorer.score
+def heard(spied):
+    """The arguments of every batch that the toy's networks hear."""
+    return spied(ToyScorer, "score")
 
-    def score(scorer, waves, clips, videos):
-        heard.append([files.digest_of(wave.tolist()) for wave in waves])
-        return original(scorer, waves, clips, videos)
 
-    monkeypatch.setattr(ToyScorer, "score", score)
-    return heard
+def digests(heard):
+    """Of the waves of every batch."""
+    return [[files.digest_of(wave.tolist()) for wave in waves] for _, waves, *_ in heard]
 
 
 @pytest.fixture
 def blocks(run):
     """Two blocks of two clips each, of five audios, without any file yet."""
-    samples = common.read_samples(run)
-    found = []
-    for number, clips in enumerate(
-        (common.read_clips(run, "train")[:2], common.read_clips(run, "train")[2:4])
-    ):
+    samples, clips, found = common.read_samples(run), common.read_clips(run, "train"), []
+    for number, part in enumerate((clips[:2], clips[2:4])):
         audios = []
-        for clip in clips:
+        for clip in part:
             for audio in samples[clip.id]:
                 audios.append(scoring.Audio(clip, audio.k, run / audio.wav, audio.digest))
-        found.append(scoring.Block(f"b{number}", run / "scores", run / "videos", clips, audios))
+        found.append(scoring.Block(f"b{number}", run / "scores", run / "videos", part, audios))
     return found
 
 
@@ -126,33 +122,29 @@ def values(run, blocks):
 
 
 def bytes_of(run):
-    return {
-        path.name: path.read_bytes()
-        for name in ("scores", "videos")
-        for path in (run / name).iterdir()
-    }
+    return files_of(run, "scores/", "videos/")
 
 
 def test_a_block_whose_key_differs_is_made_anew_as_a_whole_and_no_other(run, blocks, heard):
     score(run, blocks)
-    assert [len(batch) for batch in heard] == [10, 10]
+    assert [len(batch) for batch in digests(heard)] == [10, 10]
     before = bytes_of(run)
     score(run, blocks)
     assert len(heard) == 2 and bytes_of(run) == before
     other = blocks[1].audios[0]
     blocks[0].audios[3] = blocks[0].audios[3]._replace(path=other.path, digest=other.digest)
     score(run, blocks)
-    assert [len(batch) for batch in heard] == [10, 10, 10] and heard[2][3] == heard[1][0]
+    _, second, third = digests(heard)
+    assert len(third) == 10 and third[3] == second[0]
     after = bytes_of(run)
-    assert {name for name in after if after[name] != before[name]} == {"b0.toy.pt"}
+    assert {name for name in after if after[name] != before[name]} == {"scores/b0.toy.pt"}
     assert len(values(run, blocks)["ib"]) == 20
 
 
 def test_a_block_that_is_made_again_has_the_same_bytes_whatever_lies_beside_it(run, blocks):
     score(run, blocks)
     before = bytes_of(run)
-    for name in ("scores/b1.toy.pt", "videos/b1.toy_video.pt"):
-        (run / name).unlink()
+    remove(run, "scores/b1.toy.pt", "videos/b1.toy_video.pt")
     score(run, blocks)
     assert bytes_of(run) == before
 
@@ -160,16 +152,15 @@ def test_a_block_that_is_made_again_has_the_same_bytes_whatever_lies_beside_it(r
 def test_a_block_of_another_key_is_never_read(run, blocks):
     score(run, blocks)
     shutil.copy(run / "scores/b0.toy.pt", run / "scores/b1.toy.pt")
-    assert "b1.toy.pt: of other audio, videos or weights than there are now" in stopped(
-        values, run, blocks
-    )
+    line = stopped(values, run, blocks)
+    assert "b1.toy.pt: of other audio, videos or weights than there are now" in line
 
 
 def test_a_clip_may_have_any_number_of_audios(run, blocks):
     del blocks[0].audios[1:5], blocks[1].audios[5:]
     score(run, blocks)
-    said = values(run, blocks)
-    assert len(said["ib"]) == len(said["pesq"]) == 1 + 5 + 5 and said["ib"].isfinite().all()
+    found = values(run, blocks)
+    assert len(found["ib"]) == len(found["pesq"]) == 1 + 5 + 5 and found["ib"].isfinite().all()
 
 
 def test_other_weights_score_anew(run, finished, heard):
@@ -178,7 +169,7 @@ def test_other_weights_score_anew(run, finished, heard):
     state["panns"]["head.bias"][0] += 3
     files.save_pt(run / "00_scorers.pt", state)
     call("03", run)
-    assert [len(batch) for batch in heard] == [20 * 5]
+    assert [len(batch) for batch in digests(heard)] == [20 * 5]
     ours, theirs = (read(place / "03_scores" / "00000.jsonl") for place in (run, finished))
     assert [row["ib"] for row in ours] == [row["ib"] for row in theirs]
     assert all(a["is_nats"] != b["is_nats"] for a, b in zip(ours, theirs))
@@ -188,51 +179,39 @@ def test_other_weights_score_anew(run, finished, heard):
 
 
 # Nothing twice
-# -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """The videos whose frames are decoded."""
-    decoded, original = [], media.read_frames
-    monkeypatch.setattr(
-        media, "read_frames", lambda path, *rest: decoded.append(path) or original(path, *rest)
-    )
-    return decoded
 
 
 def test_no_stage_scores_an_audio_or_decodes_a_video_twice_and_no_later_run_of_it_again(
-    run, heard, decoded
+    run, heard, spied
 ):
     """Of a test clip, the model and the towers see one decode."""
-    for name in ("02_scores", "03_scores", "07_clips", "07_scores", "07_audio"):
-        shutil.rmtree(run / name)
-    train, test = (
-        [clip.path for clip in common.read_clips(run, split)] for split in ("train", "test")
-    )
-    made = (
-        ("02", (), 100, train),
-        ("03", (), 100, train),
+    decoded = spied(media, "read_frames")
+    remove(run, "02_scores", "03_scores", "07_clips", "07_scores", "07_audio")
+    train = [clip.path for clip in common.read_clips(run, "train")]
+    test = [clip.path for clip in common.read_clips(run, "test")]
+    for number, flags, audios, videos in (
+        ("02", ("--redo",), 100, train),
+        ("03", ("--redo",), 100, train),
         ("06", ("--out", "again", "--steps", 2), None, []),
-    )
-    made += (("07", (), 4 * 8, test), ("07", ("--systems", "base", "again"), 8, []))
-    for number, flags, audios, videos in made:
-        redo = ("--redo",) if number in ("02", "03") else ()
+        ("07", (), 4 * 8, test),
+        ("07", ("--systems", "base", "again"), 8, []),
+    ):
         for again in (False, True):
             heard.clear()
             decoded.clear()
-            call(number, run, "--workers", 0, *flags, *redo)
-            assert sorted(decoded) == ([] if again else sorted(videos)), number
-            digests = [digest for batch in heard for digest in batch]
+            call(number, run, "--workers", 0, *flags)
+            assert sorted(x[0] for x in decoded) == ([] if again else sorted(videos)), number
+            waves = [digest for batch in digests(heard) for digest in batch]
             if audios is not None:
-                assert len(digests) == len(set(digests)) == (0 if again else audios), number
+                assert len(waves) == len(set(waves)) == (0 if again else audios), number
 
 
 def test_the_same_audio_of_two_systems_has_the_same_scores(run, tmp_path):
     shutil.copytree(run / "07_audio" / "base", tmp_path / "twin")
     call("07", run, "--systems", "base", f"twin={tmp_path / 'twin'}")
-    value = {(row["system"], row["metric"]): row["value"] for row in read(run / "07_results.jsonl")}
-    assert all(value["twin", metric] == value["base", metric] for _, metric in value)
+    found = results(run)
+    for _, metric in found:
+        assert found["twin", metric]["value"] == found["base", metric]["value"]
 
 
 def test_what_is_scored_needs_neither_audio_nor_video_nor_weights_again(run, finished):
@@ -244,20 +223,15 @@ def test_what_is_scored_needs_neither_audio_nor_video_nor_weights_again(run, fin
         os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
     for number in ("02", "03"):
         call(number, run, "--redo")
-    assert files_of(run, "02_sco", "03_sco", "03_pairs") == files_of(
-        finished, "02_sco", "03_sco", "03_pairs"
-    )
+    names = ("02_sco", "03_sco", "03_pairs")
+    assert files_of(run, *names) == files_of(finished, *names)
     call("07", run, "--systems", "base")
-    ours, theirs = ({row["metric"]: row["value"] for row in read(place / "07_results.jsonl") if row["system"] == "base"}
-                    for place in (run, finished))  # fmt: skip
-    assert (
-        ours == {metric: theirs[metric] for metric in ours}
-        and {"ib", "clap", "is", "p_good"} <= ours.keys()
-    )
+    ours, theirs = results(run), results(finished)
+    assert {("base", metric) for metric in ("ib", "clap", "is", "p_good")} <= ours.keys()
+    assert all(row["value"] == theirs[key]["value"] for key, row in ours.items())
 
 
 # Failures
-# --------------------------------------------------------------------------------------------------
 
 
 def test_a_video_that_cannot_be_decoded_is_a_row_of_nan_until_there_is_another_file(
@@ -271,11 +245,8 @@ def test_a_video_that_cannot_be_decoded_is_a_row_of_nan_until_there_is_another_f
     score(run, blocks)
     assert f"{blocks[0].clips[0].id}: unreadable video" in capsys.readouterr().err
     broken = values(run, blocks)
-    assert (
-        broken["ib"].isfinite().tolist()
-        == broken["desync_s"].isfinite().tolist()
-        == [False] * 5 + [True] * 15
-    )
+    for name in ("ib", "desync_s"):
+        assert broken[name].isfinite().tolist() == [False] * 5 + [True] * 15
     assert torch.equal(broken["logits"], before["logits"])
     path.write_bytes(whole)
     score(run, blocks)
@@ -338,19 +309,13 @@ def test_a_reference_of_pesq_that_is_gone_stops_the_stage_and_a_silent_film_has_
     assert scorer.reference(clip) is None
 
 
-def test_a_peak_is_known_until_the_file_changes_and_of_no_file_for_good(tmp_path, monkeypatch):
-    path = tmp_path / "x.wav"
-    clip = a_clip()
-    decoded, original = [], media.decode_audio
-    monkeypatch.setattr(
-        media, "decode_audio", lambda path, *rest: decoded.append(path) or original(path, *rest)
-    )
+def test_a_peak_is_known_until_the_file_changes_and_of_no_file_for_good(tmp_path, spied):
+    path, clip, decoded = tmp_path / "x.wav", a_clip(), spied(media, "decode_audio")
 
     def peak():
         digest = files.digest(path) if path.exists() else "gone"
-        block = scoring.Block(
-            "b", tmp_path / "scores", tmp_path, [clip], [scoring.Audio(clip, 0, path, digest)]
-        )
+        audios = [scoring.Audio(clip, 0, path, digest)]
+        block = scoring.Block("b", tmp_path / "scores", tmp_path, [clip], audios)
         scoring.find_peaks([block], 1.0)
         return scoring.read_peaks([block], 1.0).item()
 
@@ -364,14 +329,7 @@ def test_a_peak_is_known_until_the_file_changes_and_of_no_file_for_good(tmp_path
     assert "x.wav: gone" in stopped(peak)
 
 
-def test_a_ddpo_run_does_not_take_what_was_seen_of_another_video(run, refused):
-    os.utime(common.read_clips(run, "train")[3].path)
-    line = refused("06", run, "--out", "again", "--steps", 2)
-    assert "03_scores/00000.toy_video.pt: of other audio, videos or weights" in line
-
-
 # Ranks and workers
-# -------------------------------------------------------------------------------------------
 
 
 def test_bytes_do_not_depend_on_the_workers_and_an_error_of_one_is_the_clips_own_reason(fresh):
@@ -383,17 +341,8 @@ def test_bytes_do_not_depend_on_the_workers_and_an_error_of_one_is_the_clips_own
         call("02", place, "--num-rated-clips", 4, "--workers", workers)
         call("03", place, "--workers", workers)
         call("07", place, "--systems", "base", "--workers", workers)
-    names = (
-        "01_samples",
-        "01_audio",
-        "02_sc",
-        "03_sc",
-        "03_pairs",
-        "07_clips",
-        "07_audio",
-        "07_scores",
-        "07_results",
-    )
+    names = ["01_samples", "01_audio", "02_sc", "03_sc", "03_pairs"]
+    names += ["07_clips", "07_audio", "07_scores", "07_results"]
     assert files_of(two, *names) == files_of(fresh, *names)
     assert all(files_of(two, name) for name in names)
     (skipped,) = read(two / "01_samples/00000.skipped.jsonl")
@@ -407,4 +356,4 @@ def test_a_worker_whose_process_was_killed_ends():
 
 def test_the_second_of_two_ranks_scores_its_blocks_alone(run, blocks):
     score(run, blocks, ranks.Ranks(1, 2))
-    assert bytes_of(run).keys() == {"b1.toy.pt", "b1.toy_video.pt"}
+    assert bytes_of(run).keys() == {"scores/b1.toy.pt", "videos/b1.toy_video.pt"}

@@ -2,11 +2,10 @@
 out the same."""
 
 import os
-import subprocess
 import sys
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, STAGES, arguments, files_of
+from conftest import STAGES, arguments, files_of, shell
 
 from common import files
 from plumbing import digits
@@ -19,8 +18,9 @@ MODERN, OLD = "sse4_2 avx avx2 fma", "sse4_2 avx"
 PRETENDED_AVX2 = {
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "OPENBLAS_CORETYPE": "Haswell",
-    "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
 }
+NPY = "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR"
+PRETENDED_AVX2["NPY_DISABLE_CPU_FEATURES"] = NPY
 
 
 @pytest.fixture
@@ -63,32 +63,16 @@ def test_a_tiny_world_up_to_audioscore_has_the_same_bytes_on_a_pretended_avx2_ma
 ):
     wanted = ["AVX2,STRICT", "avx2", "AVX2"]
     if [os.environ.get(name) for name in digits.VARIABLES] != wanted:
-        pytest.skip(
-            "other kernels are asked for here: no Intel CPU with AVX2, or the environment chose"
-        )
+        pytest.skip("other kernels here: no Intel CPU with AVX2, or the environment chose")
     run = tmp_path / "pretended"
     for number in ("00", "01", "02"):
         size = ("--size", "tiny") if number == "00" else ()
-        command = [sys.executable, STAGES[number].name, *arguments(run, *size)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=ENVIRONMENT | PRETENDED_AVX2, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-    networks = ("00_base", "00_scorers", "00_oracle")
-    names = (
-        *networks,
-        "clips",
-        "01_samples",
-        "01_audio",
-        "02_ratings",
-        "02_scores.jsonl",
-        "02_audioscore",
-    )
+        shell(sys.executable, STAGES[number].name, *arguments(run, *size), **PRETENDED_AVX2)
+    names = ["00_base", "00_scorers", "00_oracle", "clips", "01_samples", "01_audio"]
+    names += ["02_ratings", "02_scores.jsonl", "02_audioscore"]
     assert files_of(run, *names) == files_of(finished, *names)
-    for name in (
-        "00000.toy.pt",
-        "00000.toy_video.pt",
-    ):  # their keys hold the times of the videos' files
+    # their keys hold the times of the videos' files
+    for name in ("00000.toy.pt", "00000.toy_video.pt"):
         ours, theirs = (files.load_pt(place / "02_scores" / name) for place in (run, finished))
         assert ours.pop("key") != theirs.pop("key") and ours.keys() == theirs.keys()
         assert all(ours[part].numpy().tobytes() == theirs[part].numpy().tobytes() for part in ours)

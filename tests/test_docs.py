@@ -19,22 +19,15 @@ import common
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {
-    file: file.read_text(encoding="utf-8")
-    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-}
-SCRIPTS = {file.name: file for file in sorted(ROOT.glob("0?_*.py"))} | {
-    "docs/evidence.py": ROOT / "docs/evidence.py"
-}
-OTHERS = {
-    "--no-deps",
-    "--local-dir",
-    "--score-noise",
-}  # of pip, hf and pytest, where a sentence names them
+FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = {file: file.read_text(encoding="utf-8") for file in FILES}
+SCRIPTS = {file.name: file for file in sorted(ROOT.glob("0?_*.py"))}
+SCRIPTS["docs/evidence.py"] = ROOT / "docs/evidence.py"
+# of pip, hf and pytest, where a sentence names them
+OTHERS = {"--no-deps", "--local-dir", "--score-noise"}
 
 
 # Commands
-# --------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -57,12 +50,8 @@ def parser_of(script):
 
 def flags_of(parser):
     """Every `--flag` of a parser and of its subcommands."""
-    inner = [
-        p
-        for a in parser._actions
-        if isinstance(a, argparse._SubParsersAction)
-        for p in a.choices.values()
-    ]
+    subparsers = [x for x in parser._actions if isinstance(x, argparse._SubParsersAction)]
+    inner = [p for action in subparsers for p in action.choices.values()]
     own = {flag for flag in parser._option_string_actions if flag.startswith("--")}
     return own.union(*map(flags_of, inner))
 
@@ -103,11 +92,8 @@ def complaint(words):
         else:
             script, given = words[1], words[2:]
         assert script in SCRIPTS, f"no script {script}"
-        unknown = [
-            word
-            for word in given
-            if word.startswith("--") and word not in flags_of(parser_of(script))
-        ]
+        flags = [word for word in given if word.startswith("--")]
+        unknown = [flag for flag in flags if flag not in flags_of(parser_of(script))]
         assert not unknown, f"{script} has no {' '.join(unknown)}"
         parser_of(script).parse_args(given)
     except (SystemExit, AssertionError, common.Stop) as error:
@@ -123,19 +109,20 @@ SOURCES |= {script: docstring_of(script) for script in SCRIPTS}
 COMMANDS = [(source, words) for source, text in SOURCES.items() for words in commands_in(text)]
 
 
+EVERY_STAGE = '(for stage in 0?_*.py; do python "$stage" || exit 1; done)'
+
+
 def test_the_two_commands_stand_verbatim_on_one_line_each():
     lines = [line.strip() for line in README.splitlines()]
-    assert (
-        'pip install -r requirements.txt && (for stage in 0?_*.py; do python "$stage" || exit 1; done)'
-        in lines
-    )
+    assert f"pip install -r requirements.txt && {EVERY_STAGE}" in lines
     assert "pip install -r requirements.txt && python -m pytest" in lines
     assert "python -m pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "source, words", COMMANDS, ids=[f"{source}: {' '.join(w)}"[:90] for source, w in COMMANDS]
-)
+IDS = [f"{source}: {' '.join(words)}"[:90] for source, words in COMMANDS]
+
+
+@pytest.mark.parametrize("source, words", COMMANDS, ids=IDS)
 def test_every_command_line_parses(source, words):
     assert complaint(words) is None
 
@@ -153,15 +140,17 @@ def meets_at_the_common_port(line):
     return "--standalone" not in line and "--rdzv_endpoint" not in line
 
 
+TWO_NODES = "torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:29500"
+
+
 @pytest.mark.parametrize("line, taken", [
     (CARD, True), ("torchrun --nnodes 1 --nproc_per_node 8 05_train_flow_dpo.py", True),
     ("torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py", False),
-    ("torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:29500 05_train_flow_dpo.py", False),
+    (f"{TWO_NODES} 05_train_flow_dpo.py", False),
 ])  # fmt: skip
 def test_a_command_that_takes_the_common_port_is_found(line, taken):
-    assert [meets_at_the_common_port(found) for found in torchruns(f"as in\n    {line}\n")] == [
-        taken
-    ]
+    (found,) = torchruns(f"as in\n    {line}\n")
+    assert meets_at_the_common_port(found) == taken
 
 
 def test_torchrun_can_run_twice_on_a_node_by_every_command_but_the_design_cards():
@@ -173,11 +162,8 @@ def test_torchrun_can_run_twice_on_a_node_by_every_command_but_the_design_cards(
     assert torchruns(docstring_of("05_train_flow_dpo.py"))[0].startswith(CARD)
 
 
-SHEETS = {
-    "--ratings": "rate",
-    "--choices": "choose",
-    "--answers": "blind",
-}  # whose saved answers a flag takes
+# whose saved answers a flag takes
+SHEETS = {"--ratings": "rate", "--choices": "choose", "--answers": "blind"}
 
 
 @pytest.mark.parametrize("flag", SHEETS)
@@ -187,12 +173,11 @@ def test_a_pattern_of_saved_answers_takes_those_of_one_kind_of_page_alone(flag):
         if flag in words:
             given = words[words.index(flag) + 1 :]
             patterns += [word for word in given if "*" in word]
-    saved = [
-        f"packs/{what}_00001_ann.csv" for what in SHEETS.values()
-    ]  # as pages of stage 08 name them
+    # as pages of stage 08 name them
+    saved = {what: f"packs/{what}_00001_ann.csv" for what in SHEETS.values()}
     assert patterns
     for pattern in patterns:
-        assert fnmatch.filter(saved, pattern) == [f"packs/{SHEETS[flag]}_00001_ann.csv"], pattern
+        assert fnmatch.filter(saved.values(), pattern) == [saved[SHEETS[flag]]], pattern
 
 
 def test_the_readme_shows_a_command_of_every_stage():
@@ -200,8 +185,10 @@ def test_the_readme_shows_a_command_of_every_stage():
     assert {script for script in SCRIPTS if "/" not in script} <= said | {"00_toy_world.py"}
 
 
-@pytest.mark.parametrize("line", ("05_train_flow_dpo.py --no-such-flag", "05_train_flow_dpo.py --steps many",
-                                  "01_generate.py --gui 1", "09_none.py"))  # fmt: skip
+WRONG = ("05_train_flow_dpo.py --no-such-flag", "05_train_flow_dpo.py --steps many")
+
+
+@pytest.mark.parametrize("line", (*WRONG, "01_generate.py --gui 1", "09_none.py"))
 def test_a_wrong_command_line_is_found(line):
     for launcher in ("python", "torchrun --nproc_per_node 8"):
         (words,) = commands_in(f"    {launcher} \\\n        {line}  # as typed")
@@ -209,9 +196,7 @@ def test_a_wrong_command_line_is_found(line):
 
 
 def test_every_flag_in_a_sentence_is_some_scripts_or_torchruns():
-    known = OTHERS.union(
-        *(flags_of(parser_of(script)) for script in SCRIPTS), flags_of(torchrun_parser())
-    )
+    known = OTHERS.union(*map(flags_of, map(parser_of, SCRIPTS)), flags_of(torchrun_parser()))
     for page, text in PAGES.items():
         spans = " ".join(re.findall(r"`[^`\n]+`", text))
         said = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", spans))
@@ -219,16 +204,12 @@ def test_every_flag_in_a_sentence_is_some_scripts_or_torchruns():
 
 
 # Tables
-# --------------------------------------------------------------------------------------------------
 
 
 def rows_of(page):
     """{first cell without backticks: [other cells]} of a page that has one table."""
-    lines = [
-        line
-        for line in (ROOT / page).read_text(encoding="utf-8").splitlines()
-        if line.startswith("|")
-    ]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     assert sum(set(line) <= set("|-: ") for line in lines) == 1, f"{page}: one table"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert all(len(row) == len(cells[0]) and all(row) for row in cells), f"{page}: a cell is empty"
@@ -243,9 +224,8 @@ def files_read(source):
     for node in ast.walk(ast.parse(source)):
         parts = node.values if isinstance(node, ast.JoinedStr) else [node]
         text = "".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in parts)
-        if re.fullmatch(
-            r"[\w*][\w./=*+-]*\.(pth|pt|ckpt|yml|json|txt)", text
-        ) and not text.startswith("open_clip_"):
+        is_name = re.fullmatch(r"[\w*][\w./=*+-]*\.(pth|pt|ckpt|yml|json|txt)", text)
+        if is_name and not text.startswith("open_clip_"):
             found |= {text, f"*/{text}"}  # a folder may be put before it elsewhere
     return found
 
@@ -253,9 +233,7 @@ def files_read(source):
 def test_every_weight_file_has_its_row_and_every_row_its_reader():
     rows, read = rows_of("docs/weights.md"), set()
     for file in (ROOT / "adapters").glob("*.py"):
-        if (
-            file.name != "toy_people.py"
-        ):  # its files are no weights: it reads them in the run folder
+        if file.name != "toy_people.py":  # what it reads in the run folder are no weights
             read |= files_read(file.read_text(encoding="utf-8"))
     read -= {"run.json", "*/run.json"}  # lies beside the toy model's weights, and is none
     assert read
@@ -287,7 +265,6 @@ def test_the_stages_in_the_table_are_the_files():
 
 
 # Pages
-# --------------------------------------------------------------------------------------------------
 
 
 def test_the_readme_is_read_in_five_minutes_and_lists_every_page():
@@ -303,33 +280,20 @@ def test_every_link_leads_to_a_file_and_every_anchor_to_a_heading():
                 continue
             file = (page.parent / target).resolve() if target else page
             assert file.exists(), f"{page.name}: {target}"
-            headings = (
-                re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.M)
-                if anchor
-                else []
-            )
-            slugs = {
-                re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings
-            }
+            text_there = file.read_text(encoding="utf-8") if anchor else ""
+            headings = re.findall(r"^#+ (.+)$", text_there, flags=re.M)
+            plain = [re.sub(r"[^\w -]", "", heading).lower() for heading in headings]
+            slugs = [heading.replace(" ", "-") for heading in plain]
             assert not anchor or anchor in slugs, f"{page.name}: {target}#{anchor}"
 
 
 def test_git_holds_nothing_beyond_the_design():
     if not (ROOT / ".git").exists():
         pytest.skip("no git checkout")
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.splitlines()
+    command = ["git", "ls-files"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     assert "README.md" in listed
     top = {name.split("/")[0] for name in listed if name}
-    extra = {
-        ".ci",
-        ".gitignore",
-        ".python-version",
-        "LICENSE",
-        "README.md",
-        "common.py",
-        "pyproject.toml",
-    }
-    extra |= {"adapters", "docs", "plumbing", "requirements.txt", "tests"}
-    assert top <= extra | {path.name for path in ROOT.glob("0?_*.py")}
+    design = """.ci .gitignore .python-version LICENSE README.md common.py pyproject.toml
+        adapters docs plumbing requirements.txt tests"""
+    assert top <= {*design.split(), *(path.name for path in ROOT.glob("0?_*.py"))}

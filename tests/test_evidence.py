@@ -42,25 +42,24 @@ def test_holm_of_nine_null_claims_errs_in_at_most_5_of_100_tables():
 
 def test_worlds_needed_decide_in_about_80_of_100_tries():
     values = np.random.default_rng(2).standard_normal(20)
-    values = 0.5 + (values - values.mean()) / values.std(
-        ddof=1
-    )  # an effect of half a deviation: 34 worlds
-    assert (
-        evidence.worlds_needed(values) == 34 and evidence.worlds_needed([1.0, 1.1, 0.9]) == 4
-    )  # three did not
-    rng = np.random.default_rng(3)
-    decided = np.mean(
-        [evidence.interval(0.5 + rng.standard_normal(34))[2] < 0.05 for _ in range(1500)]
-    )
-    assert 0.77 < decided < 0.85
+    values = 0.5 + (values - values.mean()) / values.std(ddof=1)  # an effect of half a deviation
+    assert evidence.worlds_needed(values) == 34
+    assert evidence.worlds_needed([1.0, 1.1, 0.9]) == 4  # three did not
+    rng, decided = np.random.default_rng(3), 0
+    for _ in range(1500):
+        decided += evidence.interval(0.5 + rng.standard_normal(34))[2] < 0.05
+    assert 0.77 < decided / 1500 < 0.85
 
 
 @pytest.fixture
 def results(tmp_path):
     """Three worlds. In world w every metric of `base` is 10 w, of the arms a little more."""
-    more = {"base": (0, 0, 0), "flow_dpo": (1, 1.2, 1.4), "ddpo": (-1, 1, 0), "no_human": (2, 2, 2)}
-    rows = [(str(w), arm, 0, 0, metric, 10 * w + by[w], 5)
-            for arm, by in more.items() for w in range(3) for metric in evidence.METRICS]  # fmt: skip
+    more = {"base": (0, 0, 0), "flow_dpo": (1, 1.2, 1.4), "ddpo": (-1, 1, 0)}
+    more["no_human"] = (2, 2, 2)
+    rows = []
+    for arm, by in more.items():
+        for w in range(3):
+            rows += [(str(w), arm, 0, 0, x, 10 * w + by[w], 5) for x in evidence.METRICS]
     evidence.append(tmp_path / "e.csv", rows)
     return evidence.Results(evidence.read(tmp_path / "e.csv"))
 
@@ -68,13 +67,11 @@ def results(tmp_path):
 def test_differences_are_taken_within_a_world(results):
     assert results.gaps("flow_dpo", "base", "is") == pytest.approx([1, 1.2, 1.4])
     # mean 1.2, standard error .2 / sqrt(3), times t(0.975, 2) = 4.302653
-    assert evidence.interval(results.gaps("flow_dpo", "base", "is"))[:2] == pytest.approx(
-        (1.2, 0.496828), abs=1e-5
-    )
+    mean, half, _ = evidence.interval(results.gaps("flow_dpo", "base", "is"))
+    assert (mean, half) == pytest.approx((1.2, 0.496828), abs=1e-5)
     text = evidence.difference_table(results, ["flow_dpo", "no_human", "not_made"])
-    assert (
-        "| IS ↑ | 10.00 ± 24.84 | +1.20 ± 0.50 | +2.00 ± 0.00 |" in text and "not_made" not in text
-    )
+    assert "| IS ↑ | 10.00 ± 24.84 | +1.20 ± 0.50 | +2.00 ± 0.00 |" in text
+    assert "not_made" not in text
 
 
 def test_a_claim_holds_only_by_its_one_metric_and_after_holm(results):
@@ -95,9 +92,8 @@ def test_what_the_csv_holds_is_kept_once(results, tmp_path):
 
 
 def test_a_share_of_easy_pairs_becomes_its_threshold(tmp_path):
-    pairs = [{"score_c": c / 10, "source": "auto"} for c in range(1, 11)] + [
-        {"score_c": 0.0, "source": "human"}
-    ] * 5
+    pairs = [{"score_c": c / 10, "source": "auto"} for c in range(1, 11)]
+    pairs += [{"score_c": 0.0, "source": "human"}] * 5
     write(tmp_path / "04_stage1.jsonl", pairs[5:])
     write(tmp_path / "04_stage2.jsonl", pairs[:5])
     value = float(evidence.flags_at(tmp_path, "--threshold {share:0.4}").split()[1])
@@ -114,15 +110,13 @@ def test_every_claim_is_of_arms_that_are_made_and_of_one_metric_that_is_judged()
 
 
 def test_what_another_noise_or_round_made_is_an_arm_of_its_world():
-    rows = [dict(world=world, arm="flow_dpo", seed=0, metric="fd", value=value)
-            for world, value in (("0", 1.0), ("0 round 2", 4.0), ("0 noise 3", 7.0))]  # fmt: skip
+    values, same = {"0": 1.0, "0 round 2": 4.0, "0 noise 3": 7.0}, dict(seed=0, metric="fd")
+    rows = [dict(world=x, arm="flow_dpo", value=y, **same) for x, y in values.items()]
     results = evidence.Results(rows)
     assert results.gaps("flow_dpo, round 2", "flow_dpo", "fd") == [3]
     assert results.gaps("flow_dpo, noise 3", "flow_dpo, round 2", "fd") == [3]
-    assert (
-        evidence.World(0, 3.0).name == "0 noise 3"
-        and evidence.World(0, round=2).name == "0 round 2"
-    )
+    assert evidence.World(0, 3.0).name == "0 noise 3"
+    assert evidence.World(0, round=2).name == "0 round 2"
 
 
 def test_a_world_is_judged_and_never_made_again(finished, tmp_path, monkeypatch):
@@ -130,21 +124,14 @@ def test_a_world_is_judged_and_never_made_again(finished, tmp_path, monkeypatch)
     unsteadier people."""
     skip = shutil.ignore_patterns("0[5-8]*", ".*", "test_*", "val_*")
     shutil.copytree(finished, tmp_path / "tiny_0", ignore=skip)
-    flow_dpo, sft = (
-        evidence.Arm("flow_dpo", "05", "--steps 3"),
-        evidence.Arm("sft", "05", "--beta 0 --sft-weight 1"),
-    )
-    arms = [
-        flow_dpo,
-        sft._replace(flags=f"{sft.flags} --steps 3"),
-        evidence.Arm("ddpo", "06", "--steps 2"),
-    ]
-    arms.append(flow_dpo._replace(guidance=3))
+    arm = evidence.Arm
+    flow_dpo = arm("flow_dpo", "05", "--steps 3")
+    arms = [flow_dpo, arm("sft", "05", "--beta 0 --sft-weight 1 --steps 3")]
+    arms += [arm("ddpo", "06", "--steps 2"), flow_dpo._replace(guidance=3)]
     args = types.SimpleNamespace(runs=tmp_path, csv=tmp_path / "e.csv", jobs=1, size="tiny")
     study = {evidence.World(0): arms, evidence.World(0, round=2): arms[:1]}
-    write(
-        tmp_path / "tiny_0/commands.jsonl", [{"command": "01_generate.py --seed 0", "cpu_s": 7.5}]
-    )
+    made = {"command": "01_generate.py --seed 0", "cpu_s": 7.5}
+    write(tmp_path / "tiny_0/commands.jsonl", [made])
     (tmp_path / "tiny_0_round_2").mkdir()
     (tmp_path / "tiny_0_round_2/00_base.pt").touch()  # an interrupted copy
     evidence.make(args, study, "val")
@@ -153,43 +140,32 @@ def test_a_world_is_judged_and_never_made_again(finished, tmp_path, monkeypatch)
         ("0", "base"), ("0", "flow_dpo"), ("0", "sft"), ("0", "ddpo"), ("0", "base at guidance 3"),
         ("0", "flow_dpo at guidance 3"), ("0 round 2", "base"), ("0 round 2", "flow_dpo"),
     }  # fmt: skip
-    logged = {
-        row["metric"]
-        for row in rows
-        if (row["world"], row["arm"], row["n"]) == ("0", "flow_dpo", "0")
-    }
-    assert {*evidence.LOGGED, "norm_wrong", "cpu_s"} == logged
+    keys = ("world", "arm", "n")
+    logged = [x["metric"] for x in rows if [x[key] for key in keys] == ["0", "flow_dpo", "0"]]
+    assert {*evidence.LOGGED, "norm_wrong", "cpu_s"} == set(logged)
     assert not (tmp_path / "tiny_0/07_audio/flow_dpo_0").exists()
-    assert not [
-        row for row in rows if row["arm"] == "sft" and row["metric"] == "norm_wrong"
-    ]  # Eq. 5 has no gradient
+    # Eq. 5 has no gradient
+    assert ("sft", "norm_wrong") not in {(row["arm"], row["metric"]) for row in rows}
     value = {(row["world"], row["arm"], row["metric"]): row["value"] for row in rows}
-    assert (
-        value["0", "base", "pool_audios"] == 5 * 20
-        and value["0", "base", "pool_forwards"] == 2 * 8 * 5 * 20
-    )
+    assert value["0", "base", "pool_audios"] == 5 * 20
+    assert value["0", "base", "pool_forwards"] == 2 * 8 * 5 * 20
     assert value["0", "base", "cpu_s_01"] == 7.5 and value["0", "base", "pool_rated"] == 5 * 8
-    assert value["0 round 2", "base", "fd"] == pytest.approx(
-        value["0", "flow_dpo", "fd"], rel=1e-4
-    )  # begins there
-    assert value["0 round 2", "base", "fd"] != value["0", "base", "fd"]
+    first = pytest.approx(value["0", "flow_dpo", "fd"], rel=1e-4)
+    assert value["0 round 2", "base", "fd"] == first != value["0", "base", "fd"]  # begins there
     before, told, command = args.csv.read_text(), [], evidence.command
-    monkeypatch.setattr(
-        evidence,
-        "command",
-        lambda *words: told.append(words) or words[1] == "02" and command(*words),
-    )
+
+    def of_02_alone(*words):
+        told.append(words)
+        return words[1] == "02" and command(*words)
+
+    monkeypatch.setattr(evidence, "command", of_02_alone)
     evidence.make(args, study, "val")
     assert args.csv.read_text() == before and not told
     evidence.make_world((args, evidence.World(0, 3.0)))  # other people, of the same audios
-    twin = tmp_path / "tiny_0_noise_3"
+    twin, own = tmp_path / "tiny_0_noise_3", tmp_path / "tiny_0"
     assert [number for _, number, _ in told] == ["01", "02", "03", "04"]
     assert json.loads((twin / "run.json").read_text())["rater_noise"] == 3
-    assert (twin / "02_ratings.jsonl").read_text() != (
-        tmp_path / "tiny_0/02_ratings.jsonl"
-    ).read_text()
-    assert files_of(twin, "01_audio", "01_samples") == files_of(
-        tmp_path / "tiny_0", "01_audio", "01_samples"
-    )
-    for scores in (tmp_path / "tiny_0/03_scores").glob("*.pt"):
+    assert files_of(twin, "02_ratings") != files_of(own, "02_ratings")
+    assert files_of(twin, "01_audio", "01_samples") == files_of(own, "01_audio", "01_samples")
+    for scores in (own / "03_scores").glob("*.pt"):
         assert (twin / "03_scores" / scores.name).samefile(scores)  # nothing is scored twice

@@ -11,26 +11,28 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import a_clip, call, files_of, make_video, read, stage, stopped
+from conftest import (
+    a_clip,
+    call,
+    files_of,
+    make_video,
+    read,
+    remove,
+    said,
+    shards_of,
+    stage,
+    stopped,
+)
 
 import common
 from adapters.frieren import Frieren
-from common import ahead, files, media, scoring, training
+from common import ahead, files, media, scoring
 from plumbing.files import NO_MEMORY, NoFile
 
-CODES = (
-    errno.EIO,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ESTALE,
-    errno.ENOMEM,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ETIMEDOUT,
-)
+CODES = [errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOMEM, errno.EMFILE]
+CODES += [errno.ENFILE, errno.ETIMEDOUT]
 
 # An ill disk
-# -------------------------------------------------------------------------------------------------
 
 
 class Ill:
@@ -83,13 +85,8 @@ def not_opened(patch, path, code):
 
 def not_read(patch, path, code, share=0.0):
     original, end = builtins.open, share * os.path.getsize(path)
-    replace(
-        patch,
-        builtins,
-        "open",
-        path,
-        lambda *given, **options: Ill(original(*given, **options), code, end),
-    )
+    ill = lambda *given, **options: Ill(original(*given, **options), code, end)  # noqa: E731
+    replace(patch, builtins, "open", path, ill)
 
 
 def cut_off(patch, path, code):
@@ -109,7 +106,6 @@ def said_by_ffmpeg(patch, path, code):
 
 
 # Readers
-# --------------------------------------------------------------------------------------------------
 
 
 def frames(path):
@@ -142,11 +138,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-BY_PYTHON = [
-    (reader, name) for reader, name in READERS if name != "a.wav"
-]  # libsndfile reads by itself
 FAULTS = [(fault, *reader) for fault in (not_opened, not_read) for reader in READERS]
-FAULTS += [(cut_off, *reader) for reader in BY_PYTHON]
+# libsndfile reads by itself, as far as it is asked to
+FAULTS += [(cut_off, reader, name) for reader, name in READERS if name != "a.wav"]
 FAULTS += [(not_opened_by_pyav, frames, "a.mp4"), (not_opened_by_pyav, sound, "a.mp4")]
 FAULTS += [(not_opened_by_libsndfile, sound, "a.wav")]
 
@@ -192,10 +186,12 @@ def test_a_wav_that_libsndfile_cannot_read_is_read_by_ffmpeg(tmp_path, monkeypat
     torch.testing.assert_close(sound(tmp_path / "a.wav"), expected, rtol=0, atol=1e-6)
 
 
+CONTENT = [errno.EIO, errno.EINVAL, errno.EPERM, errno.ENOMEM]
+SYSTEM = [errno.EAGAIN, errno.EMFILE, errno.EACCES]
+
+
 @pytest.mark.parametrize("reader", [frames, sound])
-@pytest.mark.parametrize(
-    "code", [errno.EIO, errno.EINVAL, errno.EPERM, errno.ENOMEM], ids=errno.errorcode.get
-)
+@pytest.mark.parametrize("code", CONTENT, ids=errno.errorcode.get)
 def test_what_ffmpeg_says_of_a_file_that_can_be_read_is_said_of_its_content(
     reader, code, folder, monkeypatch
 ):
@@ -204,9 +200,7 @@ def test_what_ffmpeg_says_of_a_file_that_can_be_read_is_said_of_its_content(
         reader(folder / "a.mp4")
 
 
-@pytest.mark.parametrize(
-    "code", [errno.EAGAIN, errno.EMFILE, errno.EACCES], ids=errno.errorcode.get
-)
+@pytest.mark.parametrize("code", SYSTEM, ids=errno.errorcode.get)
 def test_what_ffmpeg_never_says_of_content_is_an_error_of_the_system(code, folder, monkeypatch):
     said_by_ffmpeg(monkeypatch, folder / "a.mp4", code)
     with pytest.raises(OSError, match=os.strerror(code)) as raised:
@@ -248,8 +242,9 @@ def test_torch_out_of_memory_or_files_asks_for_no_other_copy_of_the_file(
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises((OSError, MemoryError, RuntimeError)) as raised:
         files.load_pt(folder / "a.pt")
-    said = common.one_line(raised.value, None)
-    assert line in said and "run the command again" in said and "copy it" not in said
+    found = common.one_line(raised.value, None)
+    said(found, line, "run the command again")
+    assert "copy it" not in found
 
 
 def test_a_stamp_that_cannot_be_had_is_not_called_gone(folder, monkeypatch):
@@ -271,46 +266,61 @@ def fail(error):
     raise error
 
 
+ERRORS = [OSError(errno.ESTALE, os.strerror(errno.ESTALE), "a.mp4"), MemoryError()]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_of_the_system_comes_back_from_a_worker_with_its_file_and_reason(workers):
-    error = OSError(errno.ESTALE, os.strerror(errno.ESTALE), "a.mp4")
-    with pytest.raises(OSError) as raised:
+@pytest.mark.parametrize("error, line", zip(ERRORS, ("a.mp4: Stale file handle", "memory is full")))
+def test_an_error_of_the_system_comes_back_from_a_worker_with_its_file_and_reason(
+    error, line, workers
+):
+    with pytest.raises(type(error)) as raised:
         next(ahead.read_ahead(fail, [error], workers))
-    assert (raised.value.errno, raised.value.filename) == (errno.ESTALE, "a.mp4")
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_full_memory_comes_back_from_a_worker(workers):
-    with pytest.raises(MemoryError) as raised:
-        next(ahead.read_ahead(fail, [MemoryError()], workers))
-    assert "memory is full" in common.one_line(raised.value, None)
+    assert line in common.one_line(raised.value, None)
 
 
 # Stages
-# --------------------------------------------------------------------------------------------------
 
 SMALL = ("--sampling-steps", 2, "--num-samples", 2)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stage_01_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(
-    workers, fresh, refused
+def ill_files(number, run):
+    """[(fault, path), ...]: what a stage reads, and how it cannot be read."""
+    split, nth = {"01": ("train", 3), "03": ("train", 0), "07": ("test", 1)}[number]
+    clip = [clip for clip in read(run / "clips.jsonl") if clip["split"] == split][nth]
+    video = run / "00_videos" / clip["video"]
+    if number == "01":
+        return [(x, video) for x in (not_opened, not_read, cut_off, not_opened_by_pyav)]
+    if number == "03":
+        wav = run / "01_audio" / f"{clip['id']}_1.wav"
+        return [(not_read, video), (not_opened_by_libsndfile, wav), (not_opened, wav)]
+    wav = run / "07_audio" / "base" / f"{clip['id']}.wav"
+    return [(cut_off, video), (not_opened_by_pyav, video), (not_opened, wav)]
+
+
+@pytest.mark.parametrize("number, code, flags, results", [
+    ("01", errno.EIO, (*SMALL, "--workers", 0), ("01",)),
+    ("01", errno.EIO, (*SMALL, "--workers", 2), ("01",)),
+    ("03", errno.ESTALE, ("--redo", "--workers", 2), ("03_scores/00000.jsonl", "03_pairs")),
+    ("07", errno.EMFILE, ("--systems", "base", "--workers", 2), ("07_results.jsonl",)),
+])  # fmt: skip
+def test_a_stage_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(
+    number, code, flags, results, run, fresh, refused
 ):
-    undisturbed, flags = (
-        shutil.copytree(fresh, fresh.with_name("undisturbed")),
-        (*SMALL, "--workers", workers),
-    )
-    videos = [clip["video"] for clip in read(fresh / "clips.jsonl") if clip["split"] == "train"]
-    clip = fresh / "00_videos" / videos[3]
-    for fault in (not_opened, not_read, cut_off, not_opened_by_pyav):
+    place = fresh if number == "01" else run
+    remove(place, "03_scores", "07_clips", "07_scores")
+    undisturbed = shutil.copytree(place, place.with_name("undisturbed"))
+    for fault, path in ill_files(number, place):
         with pytest.MonkeyPatch.context() as patch:
-            fault(patch, clip, errno.EIO)
-            line = refused("01", fresh, *flags)
-        assert line == f"error: {clip}: Input/output error; mend that, then run the command again"
-    for place in (undisturbed, fresh):
-        call("01", place, *flags)
-    assert files_of(fresh, "01") == files_of(undisturbed, "01")
-    assert not [*fresh.glob("01_samples/*.skipped.jsonl")]
+            fault(patch, path, code)
+            line = refused(number, place, *flags)
+        assert line == f"error: {path}: {os.strerror(code)}; mend that, then run the command again"
+        if number == "03":
+            assert not [*place.glob("03_pairs.jsonl"), *place.glob("03_scores/*.toy.pt")]
+    for one in (undisturbed, place):
+        call(number, one, *flags)
+    assert files_of(place, *results) == files_of(undisturbed, *results) != {}
+    assert not [*place.glob("01_samples/*.skipped.jsonl")]
 
 
 def test_a_folder_of_videos_that_cannot_be_read_is_not_left_out(
@@ -326,107 +336,32 @@ def test_a_folder_of_videos_that_cannot_be_read_is_not_left_out(
         return original(folder)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert "more: Permission denied" in refused(
-        "01", tmp_path / "run", "--videos", tmp_path / "videos", *toy
-    )
-
-
-def test_stage_03_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(run, finished, refused):
-    shutil.rmtree(run / "03_scores")
-    clip = common.read_clips(run, "train")[0]
-    wav = run / "01_audio" / f"{clip.id}_1.wav"
-    for fault, path in ((not_read, clip.path), (not_opened_by_libsndfile, wav), (not_opened, wav)):
-        with pytest.MonkeyPatch.context() as patch:
-            fault(patch, path, errno.ESTALE)
-            assert f"{path}: {os.strerror(errno.ESTALE)}; mend that" in refused(
-                "03", run, "--redo", "--workers", 2
-            )
-        assert not (run / "03_pairs.jsonl").exists() and not [
-            *(run / "03_scores").rglob("*.toy.pt")
-        ]
-    call("03", run, "--redo", "--workers", 2)
-    for name in ("03_scores/00000.jsonl", "03_pairs.jsonl", "03_human_pairs.jsonl"):
-        assert (run / name).read_bytes() == (finished / name).read_bytes()
-
-
-def test_stage_07_stops_at_an_ill_disk_and_then_ends_as_if_nothing_had_been(run, refused):
-    for name in ("07_clips", "07_scores"):
-        shutil.rmtree(run / name)
-    undisturbed = shutil.copytree(run, run.with_name("undisturbed"))
-    flags = ("--systems", "base", "--workers", 2)
-    clip = common.read_clips(run, "test")[1]
-    wav = run / "07_audio" / "base" / f"{clip.id}.wav"
-    for fault, path in ((cut_off, clip.path), (not_opened_by_pyav, clip.path), (not_opened, wav)):
-        with pytest.MonkeyPatch.context() as patch:
-            fault(patch, path, errno.EMFILE)
-            assert f"{path}: Too many open files; mend that" in refused("07", run, *flags)
-    for place in (undisturbed, run):
-        call("07", place, *flags)
-    assert (run / "07_results.jsonl").read_bytes() == (
-        undisturbed / "07_results.jsonl"
-    ).read_bytes()
+    line = refused("01", tmp_path / "run", "--videos", tmp_path / "videos", *toy)
+    assert "more: Permission denied" in line
 
 
 # What a disk loses of the tensors
-# ----------------------------------------------------------------------------
 
 
-def zeroed(path, start, end):
-    """A part of a file, as shares of its length."""
-    content = bytearray(path.read_bytes())
-    start, end = round(start * len(content)), round(end * len(content))
-    content[start:end] = bytes(end - start)
-    path.write_bytes(content)
+def test_a_single_bit_is_noticed_when_its_row_is_read_and_only_then(run):
+    first, _, third, *_ = common.read_samples(run)
+    whole, row = shards_of(run).latents([(first, 0)]), shards_of(run).latents([(third, 1)])
+    file = run / "01_samples/00000.pt"
+    content = bytearray(file.read_bytes())
+    content[content.index(row.numpy().tobytes())] ^= 1
+    file.write_bytes(content)
+    assert torch.equal(shards_of(run).latents([(first, 0)]), whole)
+    shards_of(run).features([third])
+    line = stopped(shards_of(run).latents, [(third, 1)])
+    assert f"00000.pt: latents of clip {third} are not what stage 01 wrote" in line
 
 
-@pytest.fixture
-def shards(run):
-    def of():
-        return training.Shards(run, common.read_samples(run), common.load_base_model(run))
-
-    return of
-
-
-@pytest.mark.parametrize("start, end", [(0.1, 0.35), (0.4, 0.65), (0.65, 0.9)])
-def test_a_shard_of_which_a_quarter_was_lost_is_not_trained_on(start, end, run, refused):
-    zeroed(run / "01_samples/00000.pt", start, end)
-    line = refused("05", run, "--out", "again")
-    assert "01_samples/00000.pt" in line and "of clip train" in line
-    assert "remove both 00000.pt and 00000.jsonl, rerun 01_generate.py" in line
-
-
-def test_a_shard_without_its_end_is_not_trained_on(run, refused):
-    zeroed(run / "01_samples/00000.pt", 0.9, 1)
-    line = refused("05", run, "--out", "again")
-    assert "01_samples/00000.pt: cannot be read" in line
-
-
-def test_a_single_bit_is_noticed_when_its_row_is_read_and_only_then(run, shards):
-    clips = [*common.read_samples(run)]
-    whole = shards().latents([(clips[0], 0)])
-    place = (
-        (run / "01_samples/00000.pt")
-        .read_bytes()
-        .index(shards().latents([(clips[2], 1)]).numpy().tobytes())
-    )
-    with open(run / "01_samples/00000.pt", "r+b") as file:
-        file.seek(place)
-        (byte,) = file.read(1)
-        file.seek(place)
-        file.write(bytes([byte ^ 1]))
-    assert torch.equal(shards().latents([(clips[0], 0)]), whole)
-    shards().features([clips[2]])
-    line = stopped(shards().latents, [(clips[2], 1)])
-    assert f"00000.pt: latents of clip {clips[2]} are not what stage 01 wrote" in line
-
-
-def test_a_shard_of_an_older_version_is_said_to_be_one(run, shards):
+def test_a_shard_of_an_older_version_is_said_to_be_one(run):
     file = files.load_pt(run / "01_samples/00000.pt")
     del file["crc32"]
     files.save_pt(run / "01_samples/00000.pt", file)
-    assert "an older version" in stopped(
-        shards().latents, [(next(iter(common.read_samples(run))), 0)]
-    )
+    line = stopped(shards_of(run).latents, [(next(iter(common.read_samples(run))), 0)])
+    assert "an older version" in line
 
 
 @pytest.mark.parametrize("left", [0, 0.5, 0.999])

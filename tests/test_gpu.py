@@ -35,13 +35,11 @@ def sampled(run, device, steps=8, compiled=False):
     if compiled:
         model.compile_sampling()
     features = common.training.Shards(run, samples, model).features([*samples][:4])
-    return common.sample(
-        model, {k: v.to(device) for k, v in features.items()}, range(4), steps, 4.5
-    ).cpu()
+    features = {name: value.to(device) for name, value in features.items()}
+    return common.sample(model, features, range(4), steps, 4.5).cpu()
 
 
 # A pretended GPU
-# ---------------------------------------------------------------------------------------------
 
 
 def test_the_pretended_gpu_refuses_and_counts_what_cuda_would_and_leaves_nothing():
@@ -64,29 +62,25 @@ def test_the_pretended_gpu_refuses_and_counts_what_cuda_would_and_leaves_nothing
                 mixed()
         result = net((gpu * cpu[1]).double().to(torch.float32))
         result.sum().backward()
-        assert (
-            result.device == net.weight.grad.device == torch.zeros_like(result).device == gpu.device
-        )
+        others = (result, net.weight.grad, torch.zeros_like(result))
+        assert {other.device for other in others} == {gpu.device}
         cpu.to(gpu, non_blocking=True)
         assert not syncs
         with common.training.autocast(DEVICE), ThreadPoolExecutor(1) as pool:
             assert net(gpu).dtype == torch.bfloat16
             assert pool.submit(torch.ones, 3, device=DEVICE).result().device == gpu.device
-        assert [
-            x.item() for x in gpu
-        ] == gpu.tolist() == gpu.cpu().tolist() and gpu.isfinite().all()
+        assert [x.item() for x in gpu] == gpu.tolist() == gpu.cpu().tolist()
+        assert gpu.isfinite().all()
         gpu[gpu > 0] = cpu.to(DEVICE)
-        assert sum(syncs.values()) == 8 and all(
-            "test_gpu.py test_the_pretended_gpu" in place for place in syncs
-        )
+        assert sum(syncs.values()) == 8
+        assert all("test_gpu.py test_the_pretended_gpu" in place for place in syncs)
     assert [torch.cuda.is_available, torch.autocast.__init__, ThreadPoolExecutor.submit] == before
     assert type(torch.zeros(3) + cpu) is torch.Tensor and not torch.cuda.is_available()
 
 
 def test_the_stages_mix_no_devices_and_start_at_log2_and_ratio_1_in_bf16(fresh, syncs, monkeypatch):
-    monkeypatch.setattr(
-        stage("06"), "MIN_SPREAD", 0.0
-    )  # AudioScore of four clips likes all audios alike
+    # AudioScore of four clips likes all audios alike
+    monkeypatch.setattr(stage("06"), "MIN_SPREAD", 0.0)
     call("01", fresh, "--num-samples", 2, "--sampling-steps", 2, "--max-clips", 8)
     call("02", fresh, "--num-rated-clips", 4)
     call("03", fresh)
@@ -111,17 +105,13 @@ def test_the_host_waits_for_no_step_of_the_sampler(finished, syncs):
     assert not waits[1] - waits[0]
 
 
-@pytest.mark.parametrize(
-    "number, flags, more",
-    [
-        ("05", ("--steps", 2, "--micro-batch", 4), ("--micro-batch", 1)),
-        (
-            "06",
-            (*ONE_ROUND, "--micro-batch", 2, "--sampling-steps", 3),
-            ("--micro-batch", 1, "--sampling-steps", 5),
-        ),
-    ],
-)
+OF_06 = (*ONE_ROUND, "--micro-batch", 2, "--sampling-steps", 3)
+
+
+@pytest.mark.parametrize("number, flags, more", [
+    ("05", ("--steps", 2, "--micro-batch", 4), ("--micro-batch", 1)),
+    ("06", OF_06, ("--micro-batch", 1, "--sampling-steps", 5)),
+])  # fmt: skip
 def test_the_host_waits_for_no_micro_batch_and_no_step_of_a_rollout(
     number, flags, more, run, syncs
 ):
@@ -135,7 +125,6 @@ def test_the_host_waits_for_no_micro_batch_and_no_step_of_a_rollout(
 
 
 # A real GPU
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -174,9 +163,8 @@ def test_cuda_samples_the_latents_of_the_cpu_in_float32(finished, float32):
 def test_compiled_sampling_on_cuda_makes_the_eager_latents_but_for_rounding(finished):
     """In bf16, where fused operations round less often. On a CPU in bf16: 0.7 % apart, each 1.2 %
     from float32."""
-    assert (
-        relative_error(sampled(finished, DEVICE, compiled=True), sampled(finished, DEVICE)) < 0.05
-    )
+    compiled = sampled(finished, DEVICE, compiled=True)
+    assert relative_error(compiled, sampled(finished, DEVICE)) < 0.05
 
 
 PAIR_FLOP = 4.166e12  # docs/cost.md
@@ -195,10 +183,8 @@ def test_mmaudio_large_starts_at_log2_and_fits_40_gb_with_one_pair(
     gc.collect()  # an earlier model, whose caches refer to it
     torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
-    model, dpo = (
-        common.load_model("mmaudio:large_44k", tmp_path / "random.pth", DEVICE),
-        stage("05"),
-    )
+    model = common.load_model("mmaudio:large_44k", tmp_path / "random.pth", DEVICE)
+    dpo, shapes = stage("05"), model.feature_shapes.items()
     args = dpo.parse_args(["--run-dir", str(tmp_path), "--global-batch", str(pairs)])
     weights = model.trainable_parameters()
     for p in weights:  # zeros of a fresh network would hide every difference
@@ -207,8 +193,7 @@ def test_mmaudio_large_starts_at_log2_and_fits_40_gb_with_one_pair(
     shards = SimpleNamespace(
         device=DEVICE,
         features=lambda clips: {
-            name: torch.randn(len(clips), *shape, device=DEVICE)
-            for name, shape in model.feature_shapes.items()
+            name: torch.randn(len(clips), *shape, device=DEVICE) for name, shape in shapes
         },
         latents=lambda audios: torch.randn(len(audios), *model.latent_shape, device=DEVICE),
     )
@@ -225,11 +210,8 @@ def test_mmaudio_large_starts_at_log2_and_fits_40_gb_with_one_pair(
         losses.append(dpo.means_of(common.training.sum_dict_over_ranks(sums, DEVICE))["loss"])
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    second, peak, name = (
-        sorted(seconds[2:])[2],
-        torch.cuda.max_memory_allocated() / 2**30,
-        torch.cuda.get_device_name(),
-    )
+    second, peak = sorted(seconds[2:])[2], torch.cuda.max_memory_allocated() / 2**30
+    name = torch.cuda.get_device_name()
     share = utilisation(pairs * PAIR_FLOP / second)
     with capsys.disabled():
         print(f"\n{name}, large_44k, {pairs} pairs: {second:.3f} s per step, {peak:.1f} GiB{share}")

@@ -2,14 +2,23 @@
 
 import argparse
 import functools
-import json
 import math
 import random
 from collections import Counter
 
 import pytest
 import torch
-from conftest import LATENTS, PROBABILITIES, arguments, call, close, read, stage
+from conftest import (
+    LATENTS,
+    PROBABILITIES,
+    arguments,
+    call,
+    close,
+    read,
+    read_json,
+    shards_of,
+    stage,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +34,6 @@ def scalars(*values):
 
 
 # Flow-DPO (Eq. 5)
-# --------------------------------------------------------------------------------------------
 
 
 def test_flow_dpo_loss_is_log2_when_policy_equals_reference():
@@ -84,11 +92,8 @@ def test_interpolate_is_data_at_0_and_noise_at_1():
 def test_in_bf16_too_training_starts_at_log2(run):
     call("05", run, "--out", "half", "--steps", 1, "--precision", "bf16", "--beta", 600)
     first = read(run / "half" / "log.jsonl")[0]
-    assert (first["loss"], first["gap_w"], first["gap_l"]) == (
-        pytest.approx(LOG_2, abs=1e-7),
-        0.0,
-        0.0,
-    )
+    assert first["loss"] == pytest.approx(LOG_2, abs=1e-7)
+    assert (first["gap_w"], first["gap_l"]) == (0.0, 0.0)
 
 
 def test_a_reference_in_bf16_is_bit_equal_to_the_float32_one_under_autocast(finished):
@@ -109,11 +114,8 @@ def test_compiled_sampling_gives_the_same_latents_within_1e_4(finished, monkeypa
     plain, compiled = (common.load_base_model(finished) for _ in range(2))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     compiled.compile_sampling()
-    samples = common.read_samples(finished)
-    features = training.Shards(finished, samples, plain).features([*samples][:2])
-    ours, theirs = (
-        common.sample(model, features, [1, 2, 3, 4], 3, 1.5) for model in (compiled, plain)
-    )
+    features = shards_of(finished).features([*common.read_samples(finished)][:2])
+    ours, theirs = (common.sample(x, features, [1, 2, 3, 4], 3, 1.5) for x in (compiled, plain))
     assert close(ours, theirs, LATENTS) and ours.std() > 0.1
     torch._dynamo.reset()
 
@@ -126,7 +128,6 @@ def test_training_starts_at_log2_with_no_gap_and_its_reference_stays(finished):
 
 
 # AudioScore and mining (Eq. 1-3)
-# -----------------------------------------------------------------------------
 
 
 def test_score_c_matches_eq3_by_hand():
@@ -147,15 +148,10 @@ def audioscore():
 def test_audioscore_gives_three_probabilities_and_takes_a_score_that_does_not_apply_for_the_mean():
     judge = audioscore()
     p = judge(torch.randn(50, 5, generator=torch.Generator().manual_seed(1)) * 10)
-    assert (
-        p.shape == (50, 3) and (p >= 0).all() and p.sum(dim=1).tolist() == pytest.approx([1] * 50)
-    )
-    absent, mean, other = (
-        [0.3, math.nan, 0.1, 0.9, math.nan],
-        [0.3, 0.2, 0.1, 0.9, 2.0],
-        [0.3, 0.2, 0.1, 0.9, 1.0],
-    )
-    p = judge(torch.tensor([absent, mean, other]))
+    assert p.shape == (50, 3) and (p >= 0).all()
+    assert p.sum(dim=1).tolist() == pytest.approx([1] * 50)
+    absent, mean = [0.3, math.nan, 0.1, 0.9, math.nan], [0.3, 0.2, 0.1, 0.9, 2.0]
+    p = judge(torch.tensor([absent, mean, [*mean[:4], 1.0]]))
     assert close(p[0], p[1], PROBABILITIES) and not close(p[0], p[2], PROBABILITIES)
 
 
@@ -167,32 +163,30 @@ def test_inception_score_of_one_audio_by_hand():
 
 
 P = [(0.1, 0.2, 0.7), (0.6, 0.3, 0.1), (0.2, 0.2, 0.6), (0.5, 0.1, 0.4), (0.3, 0.3, 0.4)]
+FEW = "fewer than two usable audios"
 
 
 @pytest.mark.parametrize("p, winners, losers, expected", [
     (P, range(5), range(5), (1, 0)),  # argmax P(Good), argmax P(Bad)
-    ([*P[:4], (0.6, 0.2, 0.2)], range(5), range(5), "tie"), ([*P[:4], (0.2, 0.1, 0.7)], range(5), range(5), "tie"),
+    ([*P[:4], (0.6, 0.2, 0.2)], range(5), range(5), "tie"),
+    ([*P[:4], (0.2, 0.1, 0.7)], range(5), range(5), "tie"),
     ([(0.2, 0.3, 0.5)] * 5, range(5), range(5), "tie"),  # AudioScore blind: no audio beats itself
-    ([(0.4, 0.0, 0.6), (0.3, 0.5, 0.2), (0.3, 0.4, 0.3)], range(3), range(3), "winner is loser"),
+    ([(0.4, 0, 0.6), (0.3, 0.5, 0.2), (0.3, 0.4, 0.3)], range(3), range(3), "winner is loser"),
     (P, [0, 2, 3, 4], range(5), (3, 0)),  # 1, the best, is silent: the next best wins
     (P, [1, 2, 3, 4], range(5), (1, 0)),  # 0 is silent and loses
-    (P, [], range(5), "no audio may win"), (P, [1], [1], "fewer than two usable audios"),
+    (P, [], range(5), "no audio may win"), (P, [1], [1], FEW),
 ])  # fmt: skip
 def test_a_pair_by_eq2(p, winners, losers, expected):
     assert stage("03").select_pair(dict(enumerate(p)), [*winners], [*losers]) == expected
 
 
+AUDIO = st.tuples(st.integers(0, 4), st.integers(0, 4), st.booleans(), st.booleans())
+
+
 @settings(derandomize=True, database=None, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 4), st.integers(0, 4), st.booleans(), st.booleans()), max_size=6
-    )
-)
+@given(st.lists(AUDIO, max_size=6))
 def test_a_pair_is_the_one_that_eq2_defines_or_none(drawn):
-    p = {
-        k: (good / 10, (10 - good - bad) / 10, bad / 10)
-        for k, (good, bad, _, _) in enumerate(drawn)
-    }
+    p = {k: (x / 10, (10 - x - y) / 10, y / 10) for k, (x, y, _, _) in enumerate(drawn)}
     losers = [k for k, (*_, finite) in enumerate(drawn) if finite]
     winners = [k for k, (_, _, loud, finite) in enumerate(drawn) if loud and finite]
     best = [k for k in winners if all(p[k][0] > p[other][0] for other in winners if other != k)]
@@ -202,72 +196,44 @@ def test_a_pair_is_the_one_that_eq2_defines_or_none(drawn):
     assert [found] == pairs if pairs else isinstance(found, str)
 
 
-def test_what_stage_01_records_of_an_audio_says_whether_it_is_silent_or_clipped(tmp_path):
-    quiet, loud = torch.full((1000,), 0.0009), torch.full((1000,), 0.5)
-    barely = torch.cat(
-        [torch.full((9,), 1.7), loud[9:]]
-    )  # 9 of 1000 samples at full scale, then 10
-    waves = {
-        "loud": loud,
-        "silent": quiet,
-        "barely": barely,
-        "clipped": torch.cat([barely[:9], barely[:1], loud[10:]]),
-    }
-    waves["broken"] = torch.cat([loud[1:], torch.tensor([math.nan])])
-    written = {
-        name: media.write_audio(tmp_path / f"{name}.wav", wave, 16_000)
-        for name, wave in waves.items()
-    }
-    assert {name: (row["finite"], row["peak"], row["clipped"]) for name, row in written.items()} == {
-        "loud": (True, 0.5, 0), "silent": (True, 0.0009, 0), "barely": (True, 1, 0.009), "clipped": (True, 1, 0.01),
-        "broken": (False, 0.5, 0),
-    }  # fmt: skip
-    may_win = {name: stage("03").may_win(sample(**row)) for name, row in written.items()}
-    assert may_win == {
-        "loud": True,
-        "silent": False,
-        "barely": True,
-        "clipped": False,
-        "broken": False,
-    }
-    assert all(
-        row["digest"] == files.digest(tmp_path / f"{name}.wav") for name, row in written.items()
-    )
+LOUD = torch.full((1000,), 0.5)
+HEARD = {  # a wave; whether it is finite, its peak, its share at full scale; whether it may win
+    "loud": (LOUD, (True, 0.5, 0), True),
+    "silent": (torch.full((1000,), 0.0009), (True, 0.0009, 0), False),
+    "barely": (torch.cat([torch.full((9,), 1.7), LOUD[9:]]), (True, 1, 0.009), True),
+    "clipped": (torch.cat([torch.full((10,), 1.7), LOUD[10:]]), (True, 1, 0.01), False),
+    "broken": (torch.cat([LOUD[1:], torch.tensor([math.nan])]), (False, 0.5, 0), False),
+}
+
+
+@pytest.mark.parametrize("wave, expected, may_win", HEARD.values(), ids=HEARD)
+def test_what_stage_01_records_of_an_audio_says_whether_it_is_silent_or_clipped(
+    wave, expected, may_win, tmp_path
+):
+    row = media.write_audio(tmp_path / "x.wav", wave, 16_000)
+    assert (row["finite"], row["peak"], row["clipped"]) == expected
+    assert stage("03").may_win(sample(**row)) == may_win
+    assert row["digest"] == files.digest(tmp_path / "x.wav")
 
 
 def sample(k=0, finite=True, peak=0.5, clipped=0.0, digest=""):
-    return rows.Sample(
-        clip="x",
-        k=k,
-        seed=0,
-        wav="",
-        row=0,
-        digest=digest,
-        finite=finite,
-        peak=peak,
-        clipped=clipped,
-    )
+    return rows.Sample("x", k, 0, "", 0, digest, finite, peak, clipped)
 
 
 def test_mining_by_hand():
     p_of = {clip: dict(enumerate(P)) for clip in "abcdef"}
     samples = {clip: [sample(k) for k in range(5)] for clip in "abcdef"}
-    samples["b"][1].peak = samples["c"][0].clipped = (
-        1e-4  # b's best is silent, c's worst has one loud sample
-    )
+    # b's best is silent, c's worst has one loud sample
+    samples["b"][1].peak = samples["c"][0].clipped = 1e-4
     samples["d"][1].finite = samples["d"][0].finite = False  # neither may be in a pair
     samples["e"] = [sample(k, finite=k == 2) for k in range(5)]
     p_of["f"][3] = p_of["f"][1]
     pairs, dropped = stage("03").mine(samples, p_of, {"a"}, 0.0)
-    assert {(pair.clip, pair.winner, pair.loser) for pair in pairs} == {
-        ("b", 3, 0),
-        ("c", 1, 0),
-        ("d", 3, 2),
-    }
+    found = {(pair.clip, pair.winner, pair.loser) for pair in pairs}
+    assert found == {("b", 3, 0), ("c", 1, 0), ("d", 3, 2)}
     assert dropped == {"rated by people": 1, "fewer than two usable audios": 1, "tie": 1}
     assert pairs[0].p_winner == P[3] and pairs[0].p_loser == P[0]
-    # score_c, Eq. 3: b ((0.5 - 0.1) + (0.7 - 0.4)) / 2 = 0.35, c 0.55, d ((0.5 - 0.2) + (0.6 -
-    # 0.4)) / 2 = 0.25
+    # score_c, Eq. 3: b ((0.5 - 0.1) + (0.7 - 0.4)) / 2 = 0.35, c 0.55, d 0.25
     pairs, dropped = stage("03").mine(samples, p_of, {"a"}, 0.3)
     assert [pair.clip for pair in pairs] == ["b", "c"] and dropped["score_c below 0.3"] == 1
 
@@ -275,11 +241,9 @@ def test_mining_by_hand():
 def test_people_are_asked_about_audios_of_one_clip_with_one_rating():
     samples = {clip: [sample(k, finite=(clip, k) != ("y", 1)) for k in range(4)] for clip in "xyz"}
     given = {"x": ["Good", "Good", "Bad", "Bad"], "y": ["Good"] * 3, "z": ["Good", "Medium", "Bad"]}
-    ratings = [
-        rows.RatedScore(clip=clip, k=k, rating=r)
-        for clip, row in given.items()
-        for k, r in enumerate(row)
-    ]
+    ratings = []
+    for clip, row in given.items():
+        ratings += [rows.RatedScore(clip=clip, k=k, rating=r) for k, r in enumerate(row)]
     asked = stage("03").comparisons(samples, ratings, 10, seed=0)
     assert asked == [("x", 0, 1), ("x", 2, 3), ("y", 0, 2)]  # y's audio 1 is not finite
 
@@ -287,65 +251,49 @@ def test_people_are_asked_about_audios_of_one_clip_with_one_rating():
 def test_human_pairs_follow_the_majority_and_a_tie_makes_none():
     given = [("x", 0, 1, "a"), ("x", 1, 0, "a"), ("x", 0, 1, "b")]
     given += [("y", 2, 3, "a"), ("y", 2, 3, "b"), ("z", 4, 2, "tie")]
-    answers = [
-        rows.ChoiceAnswer(clip=clip, a=a, b=b, choice=choice) for clip, a, b, choice in given
-    ]
-    pairs = stage("03").human_pairs(
-        answers, {clip: dict.fromkeys(range(5), (0.2, 0.3, 0.5)) for clip in "xyz"}
-    )
+    answers = [rows.ChoiceAnswer(clip=clip, a=a, b=b, choice=x) for clip, a, b, x in given]
+    p_of = {clip: dict.fromkeys(range(5), (0.2, 0.3, 0.5)) for clip in "xyz"}
+    pairs = stage("03").human_pairs(answers, p_of)
     assert [(pair.clip, pair.winner, pair.loser) for pair in pairs] == [("x", 1, 0)]
+
+
+def answered(given, first=0, repeat=0):
+    """Choices between audios 0 and 1 of so many clips."""
+    made = []
+    for rater, clip, word in given:
+        about = dict(clip=f"{first + clip:02d}", a=0, b=1, choice=word, repeat=repeat)
+        made.append(rows.ChoiceAnswer(rater=rater, seconds=4.0 + clip, **about))
+    return made
 
 
 def test_raters_are_compared_with_the_others_and_with_themselves_and_named_below_the_line(capsys):
     # Two raters, three questions, aa ab bb: 2 of 6 ordered pairs differ, by chance 2 * 3 * 3 / (6 *
     # 5) = 0.6 would.
-    given = [
-        ("ann", 1, "a"),
-        ("ann", 2, "a"),
-        ("ann", 3, "b"),
-        ("bob", 1, "a"),
-        ("bob", 2, "b"),
-        ("bob", 3, "b"),
-    ]
-
-    def answered(given, first=0, repeat=0):
-        """Choices between audios 0 and 1 of so many clips."""
-        named = [(rater, f"{first + clip:02d}", word, 4.0 + clip) for rater, clip, word in given]
-        common_parts = dict(a=0, b=1, repeat=repeat)
-        return [
-            rows.ChoiceAnswer(clip=c, choice=w, rater=r, seconds=s, **common_parts)
-            for r, c, w, s in named
-        ]
+    ann = [("ann", 1, "a"), ("ann", 2, "a"), ("ann", 3, "b")]
+    bob = [("bob", 1, "a"), ("bob", 2, "b"), ("bob", 3, "b")]
 
     def printed(answers):
         people.print_agreement(answers, lambda answer: "ab".index(answer.choice), "nominal")
         return capsys.readouterr().out.splitlines()
 
-    assert printed(answered(given)) == [
+    assert printed(answered(ann + bob)) == [
         "raters: 2; 3 of 3 questions answered by several, Krippendorff's alpha 0.444 (nominal)",
         "  ann: 3 answers, alpha 0.444 with the others (3 pairs), median 6.0 s",
         "  bob: 3 answers, alpha 0.444 with the others (3 pairs), median 6.0 s",
     ]
-    many = [answer for i in range(7) for answer in answered(given, 3 * i)]
-    of_bob = [("bob", clip, "a") for _, clip, _ in given[3:]]
-    again = answered(of_bob, 0, 1) + answered(of_bob, 3, 1)  # bob said a, b, b, a, b, b
-    *_, bob, line = printed([*again, *many])
-    assert (
-        "2 of 6 repeats alike" in bob
-        and "below the line" in line
-        and "--exclude-rater 'bob'" in line
-    )
-    turned = [
-        ("cat", clip, "b" if word == "a" else "a") for rater, clip, word in given if rater == "ann"
-    ]
-    *_, cat, line = printed(
-        [*many, *(answer for i in range(7) for answer in answered(turned, 3 * i))]
-    )
-    assert "alpha -0." in cat and "--exclude-rater 'cat'" in line
+    many = [answer for i in range(7) for answer in answered(ann + bob, 3 * i)]
+    of_bob = [("bob", clip, "a") for clip in (1, 2, 3)]  # who said a, b, b, a, b, b
+    again = answered(of_bob, 0, 1) + answered(of_bob, 3, 1)
+    *_, row, line = printed([*again, *many])
+    assert "2 of 6 repeats alike" in row
+    assert "below the line" in line and "--exclude-rater 'bob'" in line
+    cat = [("cat", 1, "b"), ("cat", 2, "b"), ("cat", 3, "a")]
+    turned = [answer for i in range(7) for answer in answered(cat, 3 * i)]
+    *_, row, line = printed([*many, *turned])
+    assert "alpha -0." in row and "--exclude-rater 'cat'" in line
 
 
 # Sampler
-# --------------------------------------------------------------------------------------------------
 
 MU, SIGMA = 1.5, 0.4
 
@@ -382,9 +330,8 @@ def marginal(t):
 
 
 def test_the_ode_samples_the_analytic_flows_data():
-    a_0 = common.sample(
-        GaussianFlow(), {"shift": torch.zeros(1)}, range(3000), steps=100, guidance=1.0
-    )
+    none = {"shift": torch.zeros(1)}
+    a_0 = common.sample(GaussianFlow(), none, range(3000), steps=100, guidance=1.0)
     assert a_0.shape == (3000, 4, 2)
     assert a_0.mean().item() == pytest.approx(MU, abs=0.02)
     assert a_0.std().item() == pytest.approx(SIGMA, abs=0.02)
@@ -402,10 +349,8 @@ def test_an_audios_noise_depends_on_seed_clip_and_k_alone():
 
 
 def test_rows_of_a_batch_belong_to_their_clip():
-    model, conditions = (
-        GaussianFlow(),
-        {"shift": torch.tensor([0.0, 0.5])},
-    )  # row r * B + b takes condition b
+    model = GaussianFlow()
+    conditions = {"shift": torch.tensor([0.0, 0.5])}  # row r * B + b takes condition b
     a_t, t = torch.zeros(4, 4, 2), torch.full((4,), 0.5)
     u = model.velocity(a_t, t, conditions)[:, 0, 0]
     assert (u - u[0]).tolist() == pytest.approx([0, 0.5, 0, 0.5])
@@ -420,7 +365,6 @@ def test_guidance_extrapolates_from_the_unconditional_velocity():
 
 
 # DDPO
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eta", [0.3, 0.7, 1.0])
@@ -444,9 +388,8 @@ def test_the_sde_has_the_odes_marginals(eta):
 
 def test_without_noise_the_sde_step_is_eulers():
     a_t, u = torch.ones(2, 4, 2), torch.full((2, 4, 2), 3.0)
-    mean, std = stage("06").sde_step(
-        a_t, u, torch.tensor([1.0, 0.5]), torch.tensor([0.9, 0.3]), eta=0.0
-    )
+    t, t_next = torch.tensor([1.0, 0.5]), torch.tensor([0.9, 0.3])
+    mean, std = stage("06").sde_step(a_t, u, t, t_next, eta=0.0)
     assert mean[:, 0, 0].tolist() == pytest.approx([1 - 0.3, 1 - 0.6])
     assert std.flatten().tolist() == [0, 0]
 
@@ -461,16 +404,13 @@ def test_sde_step_by_hand():
 
 
 def test_log_prob_is_the_gaussians_averaged_over_the_latent():
-    value = stage("06").log_prob(
-        torch.full((1, 3, 2), 1.0), torch.zeros(1, 3, 2), torch.full((1, 1, 1), 2.0)
-    )
+    x, mean, std = torch.ones(1, 3, 2), torch.zeros(1, 3, 2), torch.full((1, 1, 1), 2.0)
+    value = stage("06").log_prob(x, mean, std)
     assert value.item() == pytest.approx(-0.125 - math.log(2) - 0.5 * math.log(2 * math.pi))
 
 
 def test_advantages_are_per_prompt():
-    rewards = torch.tensor(
-        [0.0, 10.0, 1.0, 12.0, 2.0, 14.0]
-    )  # rows r * 2 + b: 0, 1, 2 and 10, 12, 14
+    rewards = torch.tensor([0.0, 10.0, 1.0, 12.0, 2.0, 14.0])  # rows r * 2 + b
     advantages, std = stage("06").group_advantages(rewards, 2)
     assert std.tolist() == pytest.approx([1.0, 2.0])
     assert advantages.tolist() == pytest.approx([-1, -1, 0, 0, 1, 1], abs=1e-3)
@@ -490,17 +430,14 @@ def test_a_prompt_without_spread_has_no_advantage_and_its_neighbour_keeps_its_ow
     both = torch.tensor([rewards, (0.2, 0.4, 0.6)], dtype=torch.float64).T.flatten()  # std 0.2
     advantages, std = stage("06").group_advantages(both, 2)
     assert advantages[0::2].tolist() == pytest.approx(expected, abs=1e-6)
-    assert advantages[1::2].tolist() == pytest.approx((-1, 0, 1)) and std[
-        1
-    ].item() == pytest.approx(0.2)
+    assert advantages[1::2].tolist() == pytest.approx((-1, 0, 1))
+    assert std[1].item() == pytest.approx(0.2)
     assert expected[0] or not advantages[0::2].any()  # exactly 0
 
 
 def test_ppo_loss_by_hand():
-    ratio, advantage = (
-        torch.tensor([1.3, 0.7, 1.3, 0.7, 1.0]),
-        torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0]),
-    )
+    ratio = torch.tensor([1.3, 0.7, 1.3, 0.7, 1.0])
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0])
     # min(1.3, 1.1); min(0.7, 0.9); min(-1.3, -1.1); min(-0.7, -0.9); 2
     expected = [-1.1, -0.7, 1.3, 0.9, -2.0]
     assert stage("06").ppo_loss(ratio, advantage, 0.1).tolist() == pytest.approx(expected)
@@ -512,13 +449,10 @@ def test_ddpo_ratio_is_1_on_its_first_update(precision, run):
     first, second = read(run / "first" / "log.jsonl")
     assert first["ratio"] == pytest.approx(1.0, abs=1e-5)
     assert first["clipped"] == 0 and first["approx_kl"] < 1e-9
-    assert (
-        second["approx_kl"] > first["approx_kl"]
-    )  # the second update meets a policy that has moved
+    assert second["approx_kl"] > first["approx_kl"]  # of a policy that has moved
 
 
 # Curriculum
-# --------------------------------------------------------------------------------------------------
 
 
 def pair(clip, score_c=0.0, source="auto"):
@@ -542,18 +476,20 @@ def test_steps_are_divided_in_proportion_to_the_pairs():
 def test_every_pair_is_seen_equally_often_and_in_its_stage():
     stages, args = pairs(5, 2, 1), argparse.Namespace(seed=0, global_batch=4)
     stage_steps = stage("05").divide_steps(stages, 16)
+
+    def batches():
+        return [stage("05").batch_at(step, stages, stage_steps, args) for step in range(16)]
+
     assert stage_steps == [10, 6]
-    seen = [stage("05").batch_at(step, stages, stage_steps, args) for step in range(16)]
+    seen, counts = batches(), (Counter(), Counter())
     assert [i for i, _ in seen] == [0] * 10 + [1] * 6
-    counts = [
-        Counter(pair.clip for i, batch in seen if i == which for pair in batch) for which in (0, 1)
-    ]
+    for i, batch in seen:
+        counts[i].update(pair.clip for pair in batch)
     assert counts[0] == {f"e{i}": 8 for i in range(5)}  # 40 draws of 5
     assert counts[1] == {"h0": 8, "h1": 8, "p0": 8}  # 24 draws of 3
-    again = [stage("05").batch_at(step, stages, stage_steps, args) for step in range(16)]
-    assert again == seen
+    assert batches() == seen
     args.seed = 1
-    assert [stage("05").batch_at(step, stages, stage_steps, args) for step in range(16)] != seen
+    assert batches() != seen
 
 
 def test_t_and_noise_are_a_function_of_seed_and_step():
@@ -561,43 +497,36 @@ def test_t_and_noise_are_a_function_of_seed_and_step():
     args = argparse.Namespace(seed=0, global_batch=3)
     t, eps = draw(7, model, args)
     assert t.shape == (3,) and eps.shape == (3, 4, 2) and ((t >= 0) & (t < 1)).all()
-    assert torch.equal(draw(7, model, args)[1], eps) and not torch.equal(
-        draw(8, model, args)[1], eps
-    )
+    assert torch.equal(draw(7, model, args)[1], eps)
+    assert not torch.equal(draw(8, model, args)[1], eps)
 
 
 def test_winner_and_loser_share_time_and_noise():
-    model = GaussianFlow()
+    model, features = GaussianFlow(), {"shift": torch.zeros(2)}
     a_0 = torch.stack([torch.full((2, 4, 2), 1.0), torch.full((2, 4, 2), -1.0)])
     eps, t = torch.randn(2, 4, 2), torch.tensor([0.3, 0.8])
-    err_w, err_l = stage("05").pair_errors(model, {"shift": torch.zeros(2)}, a_0, eps, t)
-    for err, data in ((err_w, a_0[0]), (err_l, a_0[1])):
+    for err, data in zip(stage("05").pair_errors(model, features, a_0, eps, t), a_0):
         a_t, v = common.interpolate(data, eps, t)
-        assert torch.allclose(err, common.flow_error(v, model(a_t, t, {"shift": torch.zeros(2)})))
-    same = stage("05").pair_errors(
-        model, {"shift": torch.zeros(2)}, a_0[:1].expand(2, -1, -1, -1), eps, t
-    )
-    assert torch.allclose(*same)
+        assert torch.allclose(err, common.flow_error(v, model(a_t, t, features)))
+    twins = a_0[:1].expand(2, -1, -1, -1)
+    assert torch.allclose(*stage("05").pair_errors(model, features, twins, eps, t))
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.7, 1.0])
-def test_human_pairs_are_in_stage_2_with_score_c_0_at_any_threshold(threshold):
+@pytest.mark.parametrize("threshold, easy", [(0.0, 3), (0.5, 2), (0.7, 1), (1.0, 0)])
+def test_human_pairs_are_in_stage_2_with_score_c_0_at_any_threshold(threshold, easy):
     auto = [rows.Pair("a", 0, 1, (g, 0, 1 - g), (1 - g, 0, g)) for g in (0.55, 0.8, 0.9)]
     human = [rows.Pair("p", 2, 3, (1, 0, 0), (0, 0, 1))]  # AudioScore agrees fully
     scored = stage("04").with_score_c(auto, "auto") + stage("04").with_score_c(human, "human")
     assert [pair.score_c for pair in scored] == pytest.approx([0.1, 0.6, 0.8, 0.0])
     stage1, stage2 = stage("04").split(scored, threshold)
     assert stage2[-1] == rows.SplitPair("p", 2, 3, 0.0, "human")
-    assert [pair.source for pair in stage1] == ["auto"] * {0.0: 3, 0.5: 2, 0.7: 1, 1.0: 0}[
-        threshold
-    ]
+    assert [pair.source for pair in stage1] == ["auto"] * easy
 
 
 def test_ablations_of_the_curriculum(tmp_path):
     def stages(*flags):
-        found = stage("05").read_stages(
-            tmp_path, shards, stage("05").parse_args(arguments(tmp_path, *flags))
-        )
+        args = stage("05").parse_args(arguments(tmp_path, *flags))
+        found = stage("05").read_stages(tmp_path, shards, args)
         return [[pair.clip for pair in part] for part in found]
 
     for name, part in zip(("04_stage1.jsonl", "04_stage2.jsonl"), pairs(3, 2, 2)):
@@ -614,28 +543,25 @@ def test_ablations_of_the_curriculum(tmp_path):
 
 def logged(stage_number, accuracy, gap_w, saturated, share):
     """A step of 05's log, `share` of whose gradient's weight lies on wrongly ordered pairs."""
-    step = dict.fromkeys(rows.FlowDpoStep.__struct_fields__, 0) | dict(
-        stage=stage_number, loss=0.1, accuracy=accuracy
-    )
-    step |= dict(
-        gap_w=gap_w,
-        gap_l=2 * gap_w,
-        ref_w=0.51,
-        saturated=saturated,
-        weight=0.2,
-        weight_wrong=0.2 * share,
-    )
+    step = dict.fromkeys(rows.FlowDpoStep.__struct_fields__, 0) | dict(stage=stage_number, loss=0.1)
+    step |= dict(accuracy=accuracy, gap_w=gap_w, gap_l=2 * gap_w, ref_w=0.51)
+    step |= dict(saturated=saturated, weight=0.2, weight_wrong=0.2 * share)
     return rows.FlowDpoStep(**step)
 
 
 @pytest.mark.parametrize("case, accuracy, gap_w, saturated, share, backwards", [
-    ("healthy", 0.964, 0.226, 0.699, 0.51, 0), ("too few pairs", 0.996, 0.959, 0.978, 0.59, 0),
-    ("lr too high", 0.962, 2.406, 0.924, 0.90, 0), ("beta too large", 0.938, 0.306, 0.932, 0.99, 0),
-    ("beta too small", 0.958, 7.710, 0.584, 0.42, 0), ("winner's error rises", 0.975, 1.407, 0.846, 0.63, 0),
+    ("healthy", 0.964, 0.226, 0.699, 0.51, 0),
+    ("too few pairs", 0.996, 0.959, 0.978, 0.59, 0),
+    ("lr too high", 0.962, 2.406, 0.924, 0.90, 0),
+    ("beta too large", 0.938, 0.306, 0.932, 0.99, 0),
+    ("beta too small", 0.958, 7.710, 0.584, 0.42, 0),
+    ("winner's error rises", 0.975, 1.407, 0.846, 0.63, 0),
     ("has hardly learned", 0.52, 0.001, 0.0, 0.49, 0),
     # On pairs whose winner is the worse audio curves are never called healthy:
-    ("some pairs are backwards", 0.96, 0.2, 0.6, 0.5, 0.01), ("pairs are backwards", 0.96, 0.2, 0.6, 0.5, 1.0),
-    ("has hardly learned", 0.52, 0.2, 0.6, 0.5, 0.01), ("pairs are backwards", 0.52, 0.2, 0.6, 0.5, 1.0),
+    ("some pairs are backwards", 0.96, 0.2, 0.6, 0.5, 0.01),
+    ("pairs are backwards", 0.96, 0.2, 0.6, 0.5, 1.0),
+    ("has hardly learned", 0.52, 0.2, 0.6, 0.5, 0.01),
+    ("pairs are backwards", 0.52, 0.2, 0.6, 0.5, 1.0),
 ])  # fmt: skip
 def test_the_last_line_names_the_case_of_docs_curves(
     case, accuracy, gap_w, saturated, share, backwards
@@ -660,25 +586,22 @@ def test_learning_rate_warms_up_once_and_then_stays():
     assert [training.lr_at(step, args) for step in (0, 1, 3, 4, 11_999)] == [2, 4, 8, 8, 8]
 
 
-def test_the_papers_numbers_are_the_defaults():
-    flags = {f"0{i}": stage(f"0{i}").parse_args(["--run-dir", "none"]) for i in range(1, 8)}
-    assert (flags["01"].num_samples, flags["01"].guidance, flags["07"].guidance) == (5, 4.5, 4.5)
-    assert (flags["01"].max_clips, flags["02"].num_rated_clips, flags["03"].num_human_pairs) == (
-        50_000,
-        2000,
-        2000,
-    )
-    assert flags["04"].threshold == 0.7
-    dpo = flags["05"]
-    assert (dpo.beta, dpo.lr, dpo.warmup, dpo.steps, dpo.global_batch) == (
-        600,
-        5e-6,
-        1000,
-        12_000,
-        8,
-    )
-    assert (dpo.sft_weight, dpo.no_human, dpo.hard_first) == (0, False, False)
-    assert (flags["06"].steps, flags["06"].lr) == (dpo.steps, dpo.lr)
+PAPER = {
+    "01": dict(num_samples=5, guidance=4.5, max_clips=50_000),
+    "02": dict(num_rated_clips=2000),
+    "03": dict(num_human_pairs=2000),
+    "04": dict(threshold=0.7),
+    "05": dict(beta=600, lr=5e-6, warmup=1000, steps=12_000, global_batch=8),
+    "06": dict(lr=5e-6, steps=12_000),
+    "07": dict(guidance=4.5),
+}
+PAPER["05"] |= dict(sft_weight=0, no_human=False, hard_first=False)
+
+
+@pytest.mark.parametrize("number", PAPER)
+def test_the_papers_numbers_are_the_defaults(number):
+    args = vars(stage(number).parse_args(["--run-dir", "none"]))
+    assert {name: args[name] for name in PAPER[number]} == PAPER[number]
 
 
 def test_an_explicit_flag_wins_over_the_runs_defaults_and_they_over_the_paper(
@@ -687,38 +610,30 @@ def test_an_explicit_flag_wins_over_the_runs_defaults_and_they_over_the_paper(
     def beta(run, *flags):
         return stage("05").parse_args(arguments(run, *flags)).beta
 
-    assert (
-        json.loads((finished / "run.json").read_text())["defaults"] == stage("00").DEFAULTS["tiny"]
-    )
+    assert read_json(finished / "run.json")["defaults"] == stage("00").DEFAULTS["tiny"]
     assert beta(finished) == stage("00").DEFAULTS["tiny"]["05"]["beta"] == 20
     assert "beta 600.0 -> 20.0" in capsys.readouterr().out
     assert beta(finished, "--beta", 600) == 600 and "beta" not in capsys.readouterr().out
-    (tmp_path / "run.json").write_text(
-        '{"defaults": {"05": {"beta": 7.5}}}'
-    )  # any run may bring its own
+    # any run may bring its own
+    (tmp_path / "run.json").write_text('{"defaults": {"05": {"beta": 7.5}}}')
     assert beta(tmp_path) == 7.5 and "lr" not in capsys.readouterr().out
 
 
 # AudioScore's fit (Sec. 2.1)
-# ---------------------------------------------------------------------------------
 
 
 def made_up_scores(count, seed=0):
     """What scorers said of `count` audios, 5 per clip, whose rating depends on ib and desync
     alone."""
     generator = torch.Generator().manual_seed(seed)
-    said = {
-        name: torch.randn(count, generator=generator) for name in ("ib", "clap", "desync_s", "pesq")
-    }
+    names = ("ib", "clap", "desync_s", "pesq")
+    said = {name: torch.randn(count, generator=generator) for name in names}
     said["pesq"][::2] = float("nan")
     said["logits"] = torch.randn(count, 4, generator=generator)
     merit = said["ib"] - said["desync_s"]
     rating = (merit < 0.7).long() + (merit < -0.7).long()
-    return (
-        said,
-        torch.nn.functional.one_hot(rating, 3).float(),
-        [f"clip{i // 5}" for i in range(count)],
-    )
+    clips = [f"clip{i // 5}" for i in range(count)]
+    return said, torch.nn.functional.one_hot(rating, 3).float(), clips
 
 
 def test_audioscore_learns_ratings_that_its_scores_determine_and_is_judged_on_other_clips():
@@ -757,9 +672,8 @@ def test_a_fold_never_splits_a_clip_nor_a_youtube_video(monkeypatch):
     stage("02").cross_validate(said, target, [*map(common.video_of, clips)], seed=0)
     assert len(parts) == 5
     for fitted in parts:
-        used = Counter(
-            clip[:11] for clip, x in zip(clips, said["ib"].tolist()) if round(x, 6) in fitted
-        )
+        ib = said["ib"].tolist()
+        used = Counter(clip[:11] for clip, x in zip(clips, ib) if round(x, 6) in fitted)
         assert set(used.values()) == {10}  # whole videos only
 
 

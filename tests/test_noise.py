@@ -15,7 +15,8 @@ class One(common.Scorer):
     def score(self, waves, clips, videos):
         return {"one": torch.ones(len(waves))}
 def ask(rows):
-    return common.scoring.score_waves(One("", "cpu"), torch.zeros(rows, 8), [None] * rows)["one"][0].item()
+    waves = torch.zeros(rows, 8)
+    return common.scoring.score_waves(One("", "cpu"), waves, [None] * rows)["one"][0].item()
 print(json.dumps([ask(5), ask(20)]), flush=True)
 """
 
@@ -42,10 +43,8 @@ def test_scores_are_noisy_by_the_size_of_their_batch_exactly_where_that_is_asked
     said = [json.loads(line) for line in ask().splitlines()]
     if request.config.getoption("--score-noise"):
         # 5 is odd and its rest of 11 is 5: 1 + 2e-6 * 6 / 11. 20 is even and its rest 9: 1 - 2e-6 *
-        # 10 / 11.
-        expected = pytest.approx(
-            [1.00000109, 0.99999818], abs=7e-8
-        )  # float32 has steps of 6e-8 and 1.2e-7 there
+        # 10 / 11. Float32 has steps of 6e-8 and 1.2e-7 there.
+        expected = pytest.approx([1.00000109, 0.99999818], abs=7e-8)
     else:
         expected = [1.0, 1.0]
     assert said == [expected] * processes

@@ -23,13 +23,11 @@ def test_griffin_lim_is_torchaudios_but_for_the_edges_which_it_mirrors(steps, mo
     _, waves = drawn("val", 6)
     window = torch.hann_window(toy.N_FFT)
     magnitude = torch.stft(waves, toy.N_FFT, toy.HOP, window=window, return_complex=True).abs()
-    ours = toy.griffin_lim(
-        magnitude.transpose(1, 2), steps, momentum / (1 + momentum)
-    )  # as torchaudio takes it
+    # momentum as torchaudio takes it
+    ours = toy.griffin_lim(magnitude.transpose(1, 2), steps, momentum / (1 + momentum))
+    sizes = (magnitude, window, toy.N_FFT, toy.HOP, toy.N_FFT, 1.0)
     options = dict(n_iter=steps, momentum=momentum, rand_init=False, length=toy.SAMPLES)
-    theirs = torchaudio.functional.griffinlim(
-        magnitude, window, toy.N_FFT, toy.HOP, toy.N_FFT, 1.0, **options
-    )
+    theirs = torchaudio.functional.griffinlim(*sizes, **options)
     inside = slice(steps * toy.N_FFT, -steps * toy.N_FFT)
     assert (ours - theirs)[:, inside].abs().max() < 1e-4 * theirs.abs().max()
 
@@ -41,9 +39,8 @@ def test_the_codec_keeps_what_the_oracle_measures():
     decoded = codec.decode(codec.encode(mel))
 
     def measured(waves, name):
-        return np.array(
-            [toy_people.measure(w, script.hits_s)[name] for w, script in zip(waves, scripts)]
-        )
+        heard = [toy_people.measure(w, script.hits_s) for w, script in zip(waves, scripts)]
+        return np.array([measures[name] for measures in heard])
 
     moved_s = measured(decoded, "sync_s") - measured(waves, "sync_s")
     moved_db = measured(decoded, "floor_db") - measured(waves, "floor_db")
@@ -61,7 +58,8 @@ def judged(tmp_path_factory):
     _, waves = drawn("pretrain", 64)
     scripts, own = drawn("judge", 160)
     kind = torch.tensor([script.kind for script in scripts])
-    world.train_judge(run, {"wave": own, "kind": kind}, world.fit_codec(toy.log_mel(waves)))
+    codec = world.fit_codec(toy.log_mel(waves))
+    world.train_judge(run, {"wave": own, "kind": kind}, codec)
     truth = []
     for i in range(48):
         script = world.draw_script(0, "val", i)
@@ -97,9 +95,9 @@ def judged(tmp_path_factory):
 
 
 def test_the_judge_hears_what_was_done_to_a_sound_and_nothing_else(judged):
-    mean = {
-        name: {key: value.mean() for key, value in seen.items()} for name, seen in judged.items()
-    }
+    mean = {}
+    for name, columns in judged.items():
+        mean[name] = {key: value.mean() for key, value in columns.items()}
     assert all(mean[name]["semantic"] > 0.97 for name in mean if name != "another class")
     assert mean["another class"]["semantic"] < 0.05
     assert mean["truth"]["sync_s"] < 0.02 and mean["noise"]["sync_s"] < 0.03

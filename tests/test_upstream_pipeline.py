@@ -7,7 +7,6 @@ with CAVP features.
 
 import contextlib
 import io
-import json
 import math
 import os
 import shutil
@@ -20,7 +19,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import STAGES, answer, call, read, write
+from conftest import SYSTEMS, answer, call, read, read_json, said, write
 from pretended_gpu import pretended_gpu
 from upstream_files import (
     film,
@@ -43,7 +42,7 @@ from upstream_files import (
 import common
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("no_network")]
-SPEECH, SYSTEMS = "male speech, man speaking", ("ground_truth", "base", "flow_dpo", "ddpo")
+SPEECH = "male speech, man speaking"
 RATE = Fraction(24000, 1001)
 EVERY = {"fd_passt", "kl_panns", "kl_passt", "is", "ib", "clap", "desync_s", "p_good", "win_rate"}
 FEW = ("--num-samples", 2, "--sampling-steps", 2)
@@ -54,13 +53,8 @@ def weights(tmp_path_factory):
     """One --weights folder for both models and all scorers."""
     folder = tmp_path_factory.mktemp("weights")
     with pytest.MonkeyPatch.context() as patch:
-        for write_files in (
-            write_mmaudio,
-            write_synchformer,
-            write_imagebind,
-            write_passt,
-            write_frieren,
-        ):
+        writers = [write_mmaudio, write_synchformer, write_imagebind, write_passt, write_frieren]
+        for write_files in writers:
             write_files(folder, patch)
         shrink_htsat(patch)
         write_clap(folder, patch)
@@ -73,53 +67,32 @@ def weights(tmp_path_factory):
 def pipeline(run, weights, *source):
     """Every stage as a user runs it, with ratings and choices from files. Returns the run and what
     was printed."""
-    said, given, rated, chosen = (
-        {},
-        ("--weights", weights),
-        run.with_suffix(".rated.csv"),
-        run.with_suffix(".csv"),
-    )
+    printed, given = {}, ("--weights", weights)
+    rated, chosen = run.with_suffix(".rated.csv"), run.with_suffix(".csv")
 
     def stage(number, *flags):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             call(number, run, *flags)
-        said[number] = out.getvalue()
+        printed[number] = out.getvalue()
 
     stage("01", *given, *source, *FEW)
     stage("02", *given, "--num-rated-clips", 2)
-    assert (
-        "02_to_rate.csv: 4 audios of 2 clips" in said["02"]
-        and not (run / "02_audioscore.pt").exists()
-    )
+    said(printed["02"], "02_to_rate.csv: 4 audios of 2 clips")
+    assert not (run / "02_audioscore.pt").exists()
     answer(run / "02_to_rate.csv", rated, "rating", {0: "Good", 1: "Bad", 2: "Medium", 3: "Medium"})
     stage("02", *given, "--num-rated-clips", 2, "--ratings", rated)
     stage("03", *given)
-    assert "no human choices" in said["03"]
+    said(printed["03"], "no human choices")
     answer(run / "03_to_choose.csv", chosen, "choice", {0: "b"})
     stage("03", *given, "--choices", chosen, "--redo")
     stage("04")
     stage("05", *given, "--steps", 2, "--global-batch", 2, "--warmup", 1, "--lr", 1e-4)
-    small = (
-        "--steps",
-        1,
-        "--prompts",
-        1,
-        "--group-size",
-        2,
-        "--sampling-steps",
-        2,
-        "--updates",
-        1,
-        "--lr",
-        1e-4,
-    )
-    stage("06", *given, *small)
+    small = ("--steps", 1, "--prompts", 1, "--group-size", 2, "--sampling-steps", 2)
+    stage("06", *given, *small, "--updates", 1, "--lr", 1e-4)
     stage("07", *given)
-    if "08" in STAGES:
-        stage("08")
-    return SimpleNamespace(
-        run=run, said=said, weights=weights, results=read(run / "07_results.jsonl")
-    )
+    stage("08")
+    results = read(run / "07_results.jsonl")
+    return SimpleNamespace(run=run, said=printed, weights=weights, results=results)
 
 
 @pytest.fixture(scope="module")
@@ -130,39 +103,26 @@ def mmaudio(weights, tmp_path_factory):
     test_list = Path(os.environ["UPSTREAM_DIR"]) / "MMAudio/sets/vgg-test.tsv"
     listed = [line.split("\t") for line in test_list.read_text().splitlines()[1:]]
     test = [next(row for row in listed if row[1] == SPEECH), listed[0]]
-    labels = {
-        "rock_train01": "playing drum kit",
-        "talk_train01": SPEECH,
-        "dogs_train01": "dog barking",
-    }
-    labels |= {"cars_train01": "car passing by", "dead_train01": "dog barking"}
+    labels = {"rock_train01": "playing drum kit", "talk_train01": SPEECH}
+    labels |= {"dogs_train01": "dog barking", "cars_train01": "car passing by"}
+    labels["dead_train01"] = "dog barking"
     lines = [f'{name[:11]},{i},"{label}",train' for i, (name, label) in enumerate(labels.items())]
     lines += [f'{name[:11]},{int(name[12:])},"{label}",test' for name, label in test]
     (folder / "vggsound.csv").write_text("\n".join(lines) + "\n")
-    names = [f"{name[:11]}_{i:06d}" for i, name in enumerate(labels)][:4] + [
-        name for name, _ in test
-    ]
+    names = [f"{name[:11]}_{i:06d}" for i, name in enumerate(labels)][:4]
+    names += [name for name, _ in test]
     (folder / "videos").mkdir()
     for i, name in enumerate(names):
         film(folder / f"videos/{name}.mp4", 8.2 + 0.1 * i, RATE, size=(96 + 16 * i, 64))
-    clips = (
-        "--clips",
-        folder / "vggsound.csv",
-        "--videos",
-        folder / "videos",
-        "--test-list",
-        test_list,
-    )
+    clips = ("--clips", folder / "vggsound.csv", "--test-list", test_list)
+    clips += ("--videos", folder / "videos")
     with pretended_gpu(), pytest.MonkeyPatch.context() as patch:
         # Training in bf16, as on a real one; `sample`, which says `cuda`, in float32, as upstream,
         # which it must equal.
         patch.setattr(common.training, "in_bf16", lambda device, precision: device != "cuda")
         done = pipeline(folder / "run", weights, "--model", "mmaudio:small_16k", *clips)
-    done.test, done.listed, done.missing = (
-        [name for name, _ in test],
-        len(listed),
-        "dead_train0_000004",
-    )
+    done.test, done.listed = [name for name, _ in test], len(listed)
+    done.missing = "dead_train0_000004"
     return done
 
 
@@ -171,36 +131,21 @@ def frieren(weights, tmp_path_factory):
     """A .jsonl: six train clips, of which one has no CAVP features and one no video; two test
     clips, one without caption and label."""
     folder = tmp_path_factory.mktemp("frieren")
-    about = [
-        ("a man talks", SPEECH),
-        ("a dog barks", "dog barking"),
-        (None, None),
-        ("rain", "raining"),
-    ]
-    about += [("wind", "wind noise"), ("a dog in the rain", "dog barking"), (None, None)]
-    clips = [
-        {
-            "id": f"video{i}-----_{i:06d}",
-            "caption": caption,
-            "label": label,
-            "split": "test" if i > 4 else "train",
-        }
-        for i, (caption, label) in enumerate(about)
-    ]
+    about = [("a man talks", SPEECH), ("a dog barks", "dog barking"), (None, None)]
+    about += [("rain", "raining"), ("wind", "wind noise")]
+    about += [("a dog in the rain", "dog barking"), (None, None)]
+    clips = []
+    for i, (caption, label) in enumerate(about):
+        clip = {"id": f"video{i}-----_{i:06d}", "caption": caption, "label": label}
+        clips.append(clip | {"split": "test" if i > 4 else "train"})
     clips.append({"id": "gone", "caption": "nothing", "split": "train"})
     (folder / "videos").mkdir()
     for i, clip in enumerate(clips[:-1]):
         film(folder / f"videos/{clip['id']}.mp4", 8.2 + 0.1 * i, RATE, size=(96 + 16 * i, 64))
     write(folder / "clips.jsonl", clips)
     write_cavp(folder / "cavp", [clip["id"] for i, clip in enumerate(clips) if i != 4])
-    source = (
-        "--clips",
-        folder / "clips.jsonl",
-        "--videos",
-        folder / "videos",
-        "--cavp",
-        folder / "cavp",
-    )
+    source = ("--clips", folder / "clips.jsonl", "--videos", folder / "videos")
+    source += ("--cavp", folder / "cavp")
     with pretended_gpu():  # in bf16, as on a real one
         done = pipeline(folder / "run", weights, "--model", "frieren", *source)
     done.test, done.unused, done.missing = [c["id"] for c in clips[5:7]], clips[4]["id"], "gone"
@@ -217,32 +162,27 @@ def table(rows):
 
 
 # Clips in
-# --------------------------------------------------------------------------------------------------
 
 
 def test_missing_videos_of_vggsound_and_of_the_test_list_are_counted_and_listed(mmaudio):
     assert f"videos found: test 2 of {mmaudio.listed}, train 4 of 5" in mmaudio.said["01"]
     missing = read(mmaudio.run / "01_missing.jsonl")
     assert [row["id"] for row in missing if row["split"] == "train"] == [mmaudio.missing]
-    assert len(missing) == mmaudio.listed - 2 + 1 and all(
-        row["reason"].startswith("no ") for row in missing
-    )
+    assert len(missing) == mmaudio.listed - 2 + 1
+    assert all(row["reason"].startswith("no ") for row in missing)
     splits = {clip["id"]: clip["split"] for clip in read(mmaudio.run / "clips.jsonl")}
-    assert len(splits) == 6 and {name for name, split in splits.items() if split == "test"} == set(
-        mmaudio.test
-    )
+    assert len(splits) == 6
+    assert {name for name, split in splits.items() if split == "test"} == set(mmaudio.test)
 
 
 def test_a_clip_without_features_is_skipped_with_the_reason(frieren):
-    assert "videos found: test 2 of 2, train 5 of 6" in frieren.said["01"]
-    assert "train clips: 5 in, 4 used, 1 skipped\n  1 x no CAVP features" in frieren.said["01"]
-    assert [row["clip"] for row in read(frieren.run / "01_samples/00000.skipped.jsonl")] == [
-        frieren.unused
-    ]
+    said(frieren.said["01"], "videos found: test 2 of 2, train 5 of 6")
+    said(frieren.said["01"], "train clips: 5 in, 4 used, 1 skipped\n  1 x no CAVP features")
+    (skipped,) = read(frieren.run / "01_samples/00000.skipped.jsonl")
+    assert skipped["clip"] == frieren.unused
 
 
 # Scores, pairs, training
-# ------------------------------------------------------------------------------------
 
 
 def test_five_real_scores_of_every_audio_are_finite_where_they_apply_and_null_elsewhere(done):
@@ -251,34 +191,23 @@ def test_five_real_scores_of_every_audio_are_finite_where_they_apply_and_null_el
     assert len(rows) == 8 and sum(row["pesq"] is not None for row in rows) == 2
     for row in rows:
         clip = about[row["clip"]]
-        assert (row["pesq"] is None) == (clip["label"] != SPEECH) and (row["clap"] is None) == (
-            clip["caption"] is None
-        )
+        assert (row["pesq"] is None) == (clip["label"] != SPEECH)
+        assert (row["clap"] is None) == (clip["caption"] is None)
         assert all(math.isfinite(row[name]) for name in common.SCORES if row[name] is not None)
         assert -1 <= row["ib"] <= 1 and 0 <= row["desync_s"] <= 2 and row["is_nats"] > 0
-    for name in ("ib", "clap", "is_nats"):
-        assert len({row[name] for row in rows if row[name] is not None}) >= 6, (
-            name
-        )  # audios are told apart
+    for name in ("ib", "clap", "is_nats"):  # audios are told apart
+        assert len({row[name] for row in rows if row[name] is not None}) >= 6, name
 
 
 def test_people_and_audioscore_both_give_pairs_to_train_on(done):
     easy, hard = (read(done.run / f"04_stage{i}.jsonl") for i in (1, 2))
-    assert {pair["source"] for pair in easy + hard} == {"auto", "human"} and hard[-1][
-        "source"
-    ] == "human"
-    log = read(done.run / "05_flow_dpo/log.jsonl")
-    assert (
-        len(log) == 2
-        and log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-        and log[0]["grad_norm"] > 0
-    )
+    assert {pair["source"] for pair in easy + hard} == {"auto", "human"}
+    assert hard[-1]["source"] == "human"
+    first, _ = read(done.run / "05_flow_dpo/log.jsonl")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4) and first["grad_norm"] > 0
     (ddpo,) = read(done.run / "06_ddpo/log.jsonl")
-    assert (
-        0 < ddpo["reward"] < 1
-        and ddpo["ratio"] == pytest.approx(1, abs=1e-3)
-        and ddpo["grad_norm"] > 0
-    )
+    assert 0 < ddpo["reward"] < 1 and ddpo["ratio"] == pytest.approx(1, abs=1e-3)
+    assert ddpo["grad_norm"] > 0
 
 
 def test_mmaudio_strictly_loads_the_policies_and_generates_the_audio_of_stage_07(mmaudio, weights):
@@ -290,9 +219,8 @@ def test_mmaudio_strictly_loads_the_policies_and_generates_the_audio_of_stage_07
     model = common.load_base_model(mmaudio.run, weights=weights)
     (clip,) = (clip for clip in common.read_clips(mmaudio.run) if clip.id == name)
     theirs = mmaudio_generate(net, model, clip, steps=2, seed=common.seed_of(0, name, 0)).numpy()
-    ours, base = (
-        soundfile.read(mmaudio.run / f"07_audio/{s}/{name}.wav")[0] for s in ("flow_dpo", "base")
-    )
+    audio = [mmaudio.run / f"07_audio/{system}/{name}.wav" for system in ("flow_dpo", "base")]
+    ours, base = (soundfile.read(file)[0] for file in audio)
     assert len(theirs) == len(ours) == 128_000
     assert np.abs(ours - theirs).max() < 2e-4 < np.abs(ours - base).max()
 
@@ -312,7 +240,6 @@ def test_frierens_generation_script_loads_the_policy_with_nothing_missing(
 
 
 # Results
-# --------------------------------------------------------------------------------------------------
 
 
 def test_results_have_every_metric_of_the_real_path(done):
@@ -327,27 +254,22 @@ def test_results_have_every_metric_of_the_real_path(done):
             assert math.isfinite(row["value"]), (system, metric)
             assert (row["diff"] is None) == (system == "base"), (system, metric)
     assert rows["base", "fd_passt"]["value"] > 0 and rows["base", "kl_panns"]["value"] > 0
-    assert (
-        rows["base", "win_rate"]["value"] == 0.5 and 0 <= rows["flow_dpo", "win_rate"]["value"] <= 1
-    )
+    assert rows["base", "win_rate"]["value"] == 0.5
+    assert 0 <= rows["flow_dpo", "win_rate"]["value"] <= 1
     assert -1 <= rows["base", "ib"]["value"] <= 1 and 0 <= rows["base", "desync_s"]["value"] <= 2
-    captions = [
-        clip["caption"] for clip in read(done.run / "clips.jsonl") if clip["split"] == "test"
-    ]
-    assert rows["base", "clap"]["n"] == sum(caption is not None for caption in captions)
+    test = [clip for clip in read(done.run / "clips.jsonl") if clip["split"] == "test"]
+    assert rows["base", "clap"]["n"] == sum(clip["caption"] is not None for clip in test)
     assert "MMAudio-DPO" in done.said["07"] and "0.69 FD_PaSST" in done.said["07"]
-    evaluated = json.loads((done.run / "07_systems.json").read_text())["systems"]
-    assert [(about["name"], set(about["audio"])) for about in evaluated] == [
-        (name, set(done.test)) for name in SYSTEMS
-    ]
-    if "08" in STAGES:
-        page = (done.run / "08_report.html").read_text()
-        assert all(name in page for name in done.test)
+    evaluated = read_json(done.run / "07_systems.json")["systems"]
+    assert [x["name"] for x in evaluated] == [*SYSTEMS]
+    assert all(set(x["audio"]) == set(done.test) for x in evaluated)
+    page = (done.run / "08_report.html").read_text()
+    assert all(name in page for name in done.test)
 
 
 def test_a_folder_of_audio_files_has_the_numbers_of_the_system_it_was_copied_from(done, tmp_path):
     """As the same wav; as flac, another file with the same samples; as 44.1 kHz stereo."""
-    own = json.loads((done.run / "run.json").read_text())["sample_rate_hz"]
+    own = read_json(done.run / "run.json")["sample_rate_hz"]
     for name in ("wav", "flac", "stereo"):
         (tmp_path / name).mkdir()
     for clip in done.test:
@@ -356,35 +278,24 @@ def test_a_folder_of_audio_files_has_the_numbers_of_the_system_it_was_copied_fro
         samples, _ = soundfile.read(file, dtype="float32")
         soundfile.write(tmp_path / f"flac/{clip}.flac", samples, own, subtype="PCM_16")
         wide = torchaudio.functional.resample(torch.from_numpy(samples), own, 44_100).clamp(-1, 1)
-        soundfile.write(
-            tmp_path / f"stereo/{clip}.flac",
-            wide[:, None].repeat(1, 2).numpy(),
-            44_100,
-            subtype="PCM_24",
-        )
+        stereo = wide[:, None].repeat(1, 2).numpy()
+        soundfile.write(tmp_path / f"stereo/{clip}.flac", stereo, 44_100, subtype="PCM_24")
     folders = [f"{name}={tmp_path / name}" for name in ("wav", "flac", "stereo")]
     call("07", done.run, "--weights", done.weights, "--systems", "ground_truth", "base", *folders)
     before, now = table(done.results), table(read(done.run / "07_results.jsonl"))
     assert {system for system, _ in now} == {"ground_truth", "base", "wav", "flac", "stereo"}
+    # Resampling cuts the band edge, where a random vocoder is loud; P(Good), fitted on four audios
+    # here, magnifies that and is left out.
+    near = dict(fd_passt=0.5, kl_panns=0.005, kl_passt=0.005, ib=0.01, clap=0.005, desync_s=0.2)
+    near["win_rate"] = 0.5
     for metric in EVERY - {"is"}:
+        was = before["flow_dpo", metric]
         for key in ("value", "diff", "n"):
-            was = before["flow_dpo", metric][key]
-            assert now["wav", metric][key] == was, metric
-            assert now["flac", metric][key] == pytest.approx(was, rel=1e-4, abs=1e-5), metric
-        # Resampling cuts the band edge, where a random vocoder is loud; P(Good), fitted on four
-        # audios here, magnifies that and is left out.
-        near = dict(
-            fd_passt=0.5,
-            kl_panns=0.005,
-            kl_passt=0.005,
-            ib=0.01,
-            clap=0.005,
-            desync_s=0.2,
-            win_rate=0.5,
-        )
+            assert now["wav", metric][key] == was[key], metric
+            assert now["flac", metric][key] == pytest.approx(was[key], rel=1e-4, abs=1e-5), metric
         if metric in near:
-            was = before["flow_dpo", metric]["value"]
-            assert now["stereo", metric]["value"] == pytest.approx(was, abs=near[metric]), metric
+            close = pytest.approx(was["value"], abs=near[metric])
+            assert now["stereo", metric]["value"] == close, metric
 
 
 def test_a_published_system_is_judged_before_any_training(mmaudio, weights, tmp_path):
@@ -396,13 +307,9 @@ def test_a_published_system_is_judged_before_any_training(mmaudio, weights, tmp_
     call("01", run, "--weights", weights, "--model", "mmaudio:small_16k", *source)
     call("07", run, "--weights", weights, "--systems", "ground_truth", f"published={published}")
     rows, before = table(read(run / "07_results.jsonl")), table(mmaudio.results)
-    assert {metric for name, metric in rows if name == "published"} == EVERY - {
-        "p_good",
-        "win_rate",
-    }
+    judged = {metric for name, metric in rows if name == "published"}
+    assert judged == EVERY - {"p_good", "win_rate"}
     for (system, metric), row in rows.items():
         was = before["flow_dpo" if system == "published" else system, metric]["value"]
-        assert row["value"] == (was if was is None else pytest.approx(was, rel=1e-4, abs=1e-5)), (
-            system,
-            metric,
-        )
+        expected = was if was is None else pytest.approx(was, rel=1e-4, abs=1e-5)
+        assert row["value"] == expected, (system, metric)

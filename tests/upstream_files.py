@@ -71,11 +71,8 @@ class Decoder:
         frames = []
         with av.open(str(self.path)) as container:
             stream, graph = container.streams.video[0], av.filter.Graph()
-            steps = (
-                graph.add("fps", str(frame_rate)),
-                graph.add("format", format),
-                graph.add("buffersink"),
-            )
+            steps = [graph.add("fps", str(frame_rate)), graph.add("format", format)]
+            steps.append(graph.add("buffersink"))
             graph.link_nodes(graph.add_buffer(template=stream), *steps).configure()
             for frame in [*container.decode(stream), None]:
                 graph.push(frame)
@@ -94,7 +91,6 @@ class Decoder:
 TORIO = {"torio": {}, "torio.io": {"StreamingMediaDecoder": Decoder}}
 
 # Clips
-# --------------------------------------------------------------------------------------------------
 
 
 def film(path, seconds=9.0, rate=Fraction(43, 2), sound="bursts", size=(160, 90)):
@@ -116,7 +112,6 @@ def bursts(seconds, rate_hz, pitch_hz=140.0, seed=0):
 
 
 # Random weights
-# --------------------------------------------------------------------------------------------
 
 
 def wake(module, seed):
@@ -133,9 +128,10 @@ def wake_vocoder(generator, volume):
     """A BigVGAN, whose weights are weight-normed: original0 or weight_g is a filter's length."""
     wake(generator, 1)
     for name, p in generator.conv_post.named_parameters():
-        p.data.mul_(
-            volume if name.endswith(("original0", "weight_g")) else 0 if name == "bias" else 1
-        )
+        if name == "bias":
+            p.data.zero_()
+        elif name.endswith(("original0", "weight_g")):
+            p.data.mul_(volume)
 
 
 def lively(net, seed=0):
@@ -150,7 +146,6 @@ def lively(net, seed=0):
 
 
 # MMAudio
-# --------------------------------------------------------------------------------------------------
 
 MMAUDIO = {
     "networks": "mmaudio.model.networks",
@@ -166,23 +161,16 @@ MMAUDIO = {
     "bigvgan_v2": "mmaudio.ext.bigvgan_v2.bigvgan",
 }
 BIGVGAN = dict(
-    resblock="1", upsample_initial_channel=64, resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3, 5]],
-    activation="snakebeta", snake_logscale=True,
+    resblock="1", upsample_initial_channel=64, resblock_kernel_sizes=[3],
+    resblock_dilation_sizes=[[1, 3, 5]], activation="snakebeta", snake_logscale=True,
 )  # fmt: skip
-BIGVGAN_16K = dict(
-    BIGVGAN,
-    num_mels=80,
-    upsample_rates=[4, 4, 2, 2, 2, 2],
-    upsample_kernel_sizes=[8, 8, 4, 4, 4, 4],
-)
-BIGVGAN_44K = dict(
-    BIGVGAN,
-    num_mels=128,
-    upsample_rates=[8, 4, 2, 2, 2, 2],
-    upsample_kernel_sizes=[16, 8, 4, 4, 4, 4],
-)
+BIGVGAN_16K = BIGVGAN | dict(num_mels=80, upsample_rates=[4, 4, 2, 2, 2, 2])
+BIGVGAN_16K["upsample_kernel_sizes"] = [8, 8, 4, 4, 4, 4]
+BIGVGAN_44K = BIGVGAN | dict(num_mels=128, upsample_rates=[8, 4, 2, 2, 2, 2])
+BIGVGAN_44K["upsample_kernel_sizes"] = [16, 8, 4, 4, 4, 4]
 BIGVGAN_44K_REAL = BIGVGAN_44K | dict(
-    resblock_kernel_sizes=[3, 7, 11], resblock_dilation_sizes=[[1, 3, 5]] * 3, upsample_initial_channel=1536
+    resblock_kernel_sizes=[3, 7, 11], resblock_dilation_sizes=[[1, 3, 5]] * 3,
+    upsample_initial_channel=1536,
 )  # fmt: skip
 CLIP = dict(
     embed_dim=1024, quick_gelu=True,
@@ -200,8 +188,9 @@ def tiny_network(variant):
     blocks."""
     channels, length = (20, 250) if variant.endswith("16k") else (40, 345)
     return mmaudio_modules().networks.MMAudio(
-        latent_dim=channels, latent_seq_len=length, clip_seq_len=64, sync_seq_len=192, clip_dim=1024, sync_dim=768,
-        text_dim=1024, hidden_dim=64, depth=3, fused_depth=1, num_heads=2, v2=variant.endswith("v2"),
+        latent_dim=channels, latent_seq_len=length, clip_seq_len=64, sync_seq_len=192,
+        clip_dim=1024, sync_dim=768, text_dim=1024, hidden_dim=64, depth=3, fused_depth=1,
+        num_heads=2, v2=variant.endswith("v2"),
     )  # fmt: skip
 
 
@@ -220,13 +209,11 @@ def random_state(network, seed):
 
 @functools.cache
 def mmaudio_modules():
-    sys.modules.setdefault(
-        "mmaudio.utils.dist_utils", SimpleNamespace(local_rank=0)
-    )  # it would import tensorboard
+    # it would import tensorboard
+    sys.modules.setdefault("mmaudio.utils.dist_utils", SimpleNamespace(local_rank=0))
     with common.upstream("MMAudio"), stand_ins(TORIO):
-        return SimpleNamespace(
-            **{name: importlib.import_module(path) for name, path in MMAUDIO.items()}
-        )
+        modules = {name: importlib.import_module(path) for name, path in MMAUDIO.items()}
+    return SimpleNamespace(**modules)
 
 
 def mmaudio_frames(path):
@@ -242,14 +229,12 @@ def mmaudio_generate(net, model, clip, steps, seed):
     """MMAudio's generate() from a video file to the wave (S,); encoders and codec are the upstream
     ones that our model holds."""
     code, encoders, codec = mmaudio_modules(), model.encoders(), model.codec()
-    utils = SimpleNamespace(
-        device=torch.device("cpu"), dtype=torch.float32, decode=codec.decode, vocode=codec.vocode
-    )
+    utils = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    utils.decode, utils.vocode = codec.decode, codec.vocode
     for name in ("encode_video_with_clip", "encode_video_with_sync", "encode_text"):
         setattr(utils, name, getattr(encoders, name))
-    settings = dict(
-        feature_utils=utils, net=net, fm=code.flow_matching.FlowMatching(0, "euler", steps)
-    )
+    euler = code.flow_matching.FlowMatching(0, "euler", steps)
+    settings = dict(feature_utils=utils, net=net, fm=euler)
     settings |= dict(rng=torch.Generator().manual_seed(seed), cfg_strength=4.5)
     frames = (part[None] for part in mmaudio_frames(clip.path))
     with torch.inference_mode():
@@ -290,9 +275,8 @@ def write_mmaudio(folder, patch):
     write_codec(folder, "16", vae("16k"), BIGVGAN_16K)
     write_codec(folder, "44", vae("44k"), BIGVGAN_44K)
     shrink_motionformer(upstream.motionformer, patch)
-    torch.save(
-        upstream.synchformer.Synchformer().state_dict(), folder / "synchformer_state_dict.pth"
-    )
+    net = upstream.synchformer.Synchformer()
+    torch.save(net.state_dict(), folder / "synchformer_state_dict.pth")
     write_clip(folder, patch, CLIP)
 
 
@@ -302,10 +286,8 @@ def write_codec(folder, rate, vae, sizes):
     upstream = mmaudio_modules()
     torch.save(vae.state_dict(), folder / f"v1-{rate}.pth")
     if rate == "16":
-        generator, file = (
-            upstream.bigvgan.BigVGANVocoder(OmegaConf.create(sizes)),
-            folder / "best_netG.pt",
-        )
+        generator = upstream.bigvgan.BigVGANVocoder(OmegaConf.create(sizes))
+        file = folder / "best_netG.pt"
     else:
         generator = upstream.bigvgan_v2.BigVGAN(upstream.bigvgan_v2.AttrDict(sizes))
         file = folder / mmaudio.VOCODER / "bigvgan_generator.pt"
@@ -324,9 +306,8 @@ def write_clip(folder, patch, sizes):
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    (snapshot / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": sizes, "preprocess_cfg": {}})
-    )
+    config = {"model_cfg": sizes, "preprocess_cfg": {}}
+    (snapshot / "open_clip_config.json").write_text(json.dumps(config))
     torch.save(open_clip.CLIP(**sizes).state_dict(), snapshot / "open_clip_pytorch_model.bin")
     patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
 
@@ -337,17 +318,14 @@ def write_real(folder, variant):
     from omegaconf import OmegaConf
 
     upstream, rate = mmaudio_modules(), variant.split("_")[1][:2]
-    torch.save(
-        random_state(upstream.networks.get_my_mmaudio(variant), 0),
-        folder / f"mmaudio_{variant}.pth",
-    )
+    network = upstream.networks.get_my_mmaudio(variant)
+    torch.save(random_state(network, 0), folder / f"mmaudio_{variant}.pth")
     config = Path(upstream.bigvgan.__file__).with_name("bigvgan_vocoder.yml")
     sizes = OmegaConf.to_container(OmegaConf.load(config)) if rate == "16" else BIGVGAN_44K_REAL
     write_codec(folder, rate, upstream.vae.get_my_vae(f"{rate}k"), sizes)
 
 
 # The scorers
-# -----------------------------------------------------------------------------------------------
 
 
 def write_imagebind(folder, patch=None):
@@ -358,17 +336,14 @@ def write_imagebind(folder, patch=None):
     for m, width in dict(vision=32, audio=32, text=16, depth=16, thermal=16, imu=16).items():
         small |= {f"{m}_embed_dim": width, f"{m}_num_blocks": 2, f"{m}_num_heads": 2}
     if patch:
-        patch.setattr(
-            upstream, "imagebind_huge", lambda pretrained: upstream.ImageBindModel(**small)
-        )
-        patch.setattr(
-            scorers.ImageBindScorer, "video_shapes", {"embedding": (small["out_embed_dim"],)}
-        )
+        tiny = lambda pretrained: upstream.ImageBindModel(**small)  # noqa: E731
+        patch.setattr(upstream, "imagebind_huge", tiny)
+        shape = {"embedding": (small["out_embed_dim"],)}
+        patch.setattr(scorers.ImageBindScorer, "video_shapes", shape)
     torch.manual_seed(0)
     net = upstream.imagebind_huge(False).eval()
-    for p in (
-        net.parameters()
-    ):  # the real initialisation hides the pictures behind nearly equal class tokens
+    # the real initialisation hides the pictures behind nearly equal class tokens
+    for p in net.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
     torch.save(net.state_dict(), folder / "imagebind_huge.pth")
     return net
@@ -382,9 +357,8 @@ def write_clap(folder, patch=None):
 
     tokenizer = ByteLevelBPETokenizer()
     words = ["a man talks", "a dog barks in the rain", "someone is playing the drums"]
-    tokenizer.train_from_iterator(
-        words, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    )
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer.train_from_iterator(words, vocab_size=300, special_tokens=special)
     (folder / "roberta-base").mkdir()
     tokenizer.save_model(str(folder / "roberta-base"))
     roberta, vocab = dict(scorers.ClapScorer.roberta), tokenizer.get_vocab()
@@ -396,18 +370,14 @@ def write_clap(folder, patch=None):
         from laion_clap.clap_module import factory, model
     torch.manual_seed(0)
     text_tower = RobertaModel(RobertaConfig(**roberta))
-    before, model.RobertaModel = (
-        model.RobertaModel,
-        SimpleNamespace(from_pretrained=lambda _: text_tower),
-    )
-    net = lively(factory.create_model("HTSAT-base", "roberta", device="cpu")[0])
-    model.RobertaModel = before
+    made = SimpleNamespace(from_pretrained=lambda _: text_tower)
+    with pytest.MonkeyPatch.context() as without_hub:
+        without_hub.setattr(model, "RobertaModel", made)
+        net = lively(factory.create_model("HTSAT-base", "roberta", device="cpu")[0])
     state = {f"module.{key}": value for key, value in net.state_dict().items()}
     state["module.text_branch.embeddings.position_ids"] = torch.arange(514)[None]
-    optimizer = {
-        "state": {},
-        "param_groups": [{"lr": np.float64(1e-4), "betas": (0.9, 0.99), "params": [0, 1]}],
-    }
+    group = {"lr": np.float64(1e-4), "betas": (0.9, 0.99), "params": [0, 1]}
+    optimizer = {"state": {}, "param_groups": [group]}
     official = {"epoch": 15, "name": "clap", "state_dict": state, "optimizer": optimizer}
     torch.save(official, folder / "music_speech_audioset_epoch_15_esc_89.98.pt")
     if patch:
@@ -422,10 +392,8 @@ def shrink_cnn14(patch):
 
     class Narrow(models.ConvBlock):
         def __init__(self, in_channels, out_channels):
-            inner, outer = (
-                max(1, in_channels // 16),
-                out_channels if out_channels == 2048 else out_channels // 16,
-            )
+            inner = max(1, in_channels // 16)
+            outer = out_channels if out_channels == 2048 else out_channels // 16
             nn.Module.__init__(self)
             self.conv1 = nn.Conv2d(inner, outer, 3, padding=1, bias=False)
             self.conv2 = nn.Conv2d(outer, outer, 3, padding=1, bias=False, groups=outer // 4)
@@ -442,14 +410,10 @@ def write_panns(folder):
     with scorers.without_init("panns_inference"):
         from panns_inference.models import Cnn14
     for scorer in (scorers.PannsScorer, scorers.Panns16kScorer):
-        net = lively(
-            Cnn14(sample_rate=scorer.sample_rate_hz, mel_bins=64, classes_num=527, **scorer.stft)
-        )
-        file = {
-            "iteration": 600000,
-            "model": net.state_dict(),
-            "sampler": {"indexes": np.arange(9), "pointer": 4},
-        }
+        sizes = dict(sample_rate=scorer.sample_rate_hz, mel_bins=64, classes_num=527)
+        net = lively(Cnn14(**sizes, **scorer.stft))
+        file = {"iteration": 600000, "model": net.state_dict()}
+        file["sampler"] = {"indexes": np.arange(9), "pointer": 4}
         torch.save(file, folder / scorer.files[0], _use_new_zipfile_serialization=False)
 
 
@@ -475,15 +439,11 @@ def write_synchformer(folder, patch=None):
         from av_bench.synchformer import ast, motionformer, synchformer
     if patch:
         shrink_motionformer(motionformer, patch)
-        patch.setattr(
-            ast,
-            "ASTConfig",
-            functools.partial(ast.ASTConfig, num_hidden_layers=1, intermediate_size=64),
-        )
+        one_layer = dict(num_hidden_layers=1, intermediate_size=64)
+        patch.setattr(ast, "ASTConfig", functools.partial(ast.ASTConfig, **one_layer))
         whole = synchformer.GlobalTransformer
-        patch.setattr(
-            synchformer, "GlobalTransformer", lambda **sizes: whole(**(sizes | {"n_layer": 1}))
-        )
+        shallow = lambda **sizes: whole(**(sizes | {"n_layer": 1}))  # noqa: E731
+        patch.setattr(synchformer, "GlobalTransformer", shallow)
     torch.manual_seed(0)
     net = synchformer.Synchformer().eval()
     for p in net.parameters():
@@ -500,9 +460,8 @@ def write_synchformer(folder, patch=None):
     scorer = scorers.SCORERS["synchformer"](folder, "cpu")
     scorer.net.compare_v_a = lambda *x: logits.append(hook(scorer.net, *x)) or logits[-1]
     noise = 0.2 * torch.randn(2, 128_000, generator=torch.Generator().manual_seed(0))
-    voices = torch.stack(
-        [torch.from_numpy(bursts(8, 16000, pitch)).float() for pitch in (100, 400)]
-    )
+    voices = [torch.from_numpy(bursts(8, 16000, pitch)).float() for pitch in (100, 400)]
+    voices = torch.stack(voices)
     judged(scorer, torch.cat([voices, voices + noise, noise]), [clip] * 6)
     net.transformer.off_head.bias.data -= torch.cat(logits).mean(dim=0)
     torch.save(net.state_dict(), file)
@@ -512,14 +471,8 @@ def shrink_htsat(patch):
     """CLAP's audio tower with one block per stage instead of 2, 2, 12, 2."""
     with scorers.without_init("laion_clap"):
         from laion_clap.clap_module import htsat, model
-    tiny = dict(
-        spec_size=256,
-        patch_size=4,
-        patch_stride=(4, 4),
-        embed_dim=128,
-        depths=[1] * 4,
-        window_size=8,
-    )
+    tiny = dict(spec_size=256, patch_size=4, patch_stride=(4, 4), embed_dim=128, depths=[1] * 4)
+    tiny["window_size"] = 8
 
     def build(config, enable_fusion, fusion_type):
         fusion = dict(enable_fusion=enable_fusion, fusion_type=fusion_type)
@@ -541,9 +494,9 @@ def count():
         from imagebind.models import imagebind_model
     with common.upstream("av-benchmark"):
         from av_bench.synchformer.synchformer import Synchformer
-    vocoder = functools.partial(
-        upstream.bigvgan_v2.BigVGAN, upstream.bigvgan_v2.AttrDict(BIGVGAN_44K_REAL)
-    )
+    sizes = upstream.bigvgan_v2.AttrDict(BIGVGAN_44K_REAL)
+    vocoder = functools.partial(upstream.bigvgan_v2.BigVGAN, sizes)
+    imagebind = imagebind_model.imagebind_huge
 
     def vae():
         made = upstream.vae.get_my_vae("44k")
@@ -552,51 +505,29 @@ def count():
 
     parts = {
         "CLIP, 64 pictures": (
-            lambda: open_clip.CLIP(**CLIP_REAL),
-            lambda n: n.encode_image(zeros(64, 3, 384, 384)),
-        ),
+            lambda: open_clip.CLIP(**CLIP_REAL), lambda n: n.encode_image(zeros(64, 3, 384, 384))),
         "Synchformer, video": (
-            Synchformer,
-            lambda n: n.extract_vfeats(zeros(24, 1, 16, 3, 224, 224)),
-        ),
+            Synchformer, lambda n: n.extract_vfeats(zeros(24, 1, 16, 3, 224, 224))),
         "Synchformer, audio": (Synchformer, lambda n: n.extract_afeats(zeros(1, 24, 1, 128, 66))),
-        "ImageBind, video": (
-            imagebind_model.imagebind_huge,
-            lambda n: n({"vision": zeros(1, 9, 3, 2, 224, 224)}),
-        ),
-        "ImageBind, audio": (
-            imagebind_model.imagebind_huge,
-            lambda n: n({"audio": zeros(1, 3, 1, 128, 204)}),
-        ),
+        "ImageBind, video": (imagebind, lambda n: n({"vision": zeros(1, 9, 3, 2, 224, 224)})),
+        "ImageBind, audio": (imagebind, lambda n: n({"audio": zeros(1, 3, 1, 128, 204)})),
         "VAE, 44.1 kHz": (vae, lambda n: n.decode(zeros(1, 40, 345))),
         "vocoder, 44.1 kHz": (vocoder, lambda n: n(zeros(1, 128, 690))),
-    }
-    for name in (
-        "normal_",
-        "uniform_",
-        "kaiming_normal_",
-        "kaiming_uniform_",
-        "xavier_uniform_",
-        "trunc_normal_",
-    ):
+    }  # fmt: skip
+    for name in ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_"):
         setattr(nn.init, name, lambda x, *_, **__: x)  # values do not matter
-    torch.backends.mha.set_fastpath_enabled(
-        False
-    )  # an operator that the counter does not know, as fused attention
-    counted, made_up, plain = (
-        FlopCounterMode(display=False),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        SDPBackend.MATH,
-    )
+    nn.init.trunc_normal_ = nn.init.normal_
+    # an operator that the counter does not know, as fused attention
+    torch.backends.mha.set_fastpath_enabled(False)
+    counted, made_up = FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True)
     for name, (build, call) in parts.items():
         network = build().eval()
-        with made_up, counted as counter, torch.no_grad(), sdpa_kernel(plain):
+        with made_up, counted as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             call(network)
         print(f"| {name} | {counter.get_total_flops() / 1e12:.3g} |", flush=True)
 
 
 # Frieren
-# --------------------------------------------------------------------------------------------------
 
 TINY_DIT = dict(in_channels=20, context_dim=768, hidden_size=64, num_heads=2, depth=2, max_len=300)
 TINY_VAE = dict(Frieren.vae_config, ch=32)
@@ -696,29 +627,18 @@ class ModelCheckpoint:
 ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
 
 
-def save_lightning(
-    path, state, dirpath="/x/logs/2024_v2a_cfm_train_load_novidpos_concat_2card/checkpoints", **more
-):
+LOGS = "/x/logs/2024_v2a_cfm_train_load_novidpos_concat_2card/checkpoints"
+
+
+def save_lightning(path, state, dirpath=LOGS, **more):
     """A file with the pickled names that Lightning 1.4 leaves in a checkpoint of Frieren's
     training."""
-    callback = {
-        "monitor": "val/loss",
-        "best_model_score": torch.tensor(0.5),
-        "dirpath": dirpath,
-        "best_model_path": "",
-    }
+    callback = {"monitor": "val/loss", "best_model_score": torch.tensor(0.5), "dirpath": dirpath}
+    callback["best_model_path"] = ""
     optimizer = {"param_groups": [{"lr": np.float64(5e-5), "steps": np.int64(3)}], "state": {}}
-    file = {
-        "epoch": 7,
-        "global_step": 1234,
-        "state_dict": state,
-        "pytorch-lightning_version": "1.4.2",
-    }
-    file |= {
-        "callbacks": {ModelCheckpoint: callback},
-        "optimizer_states": [optimizer],
-        "lr_schedulers": [],
-    }
+    file = {"epoch": 7, "global_step": 1234, "pytorch-lightning_version": "1.4.2"}
+    file |= {"state_dict": state, "callbacks": {ModelCheckpoint: callback}}
+    file |= {"optimizer_states": [optimizer], "lr_schedulers": []}
     package, module = "pytorch_lightning.callbacks", {"ModelCheckpoint": ModelCheckpoint}
     with stand_ins({"pytorch_lightning": {}, package: {}, ModelCheckpoint.__module__: module}):
         torch.save(file | more, path)
@@ -736,9 +656,8 @@ def write_frieren(folder, patch):
     vocoder.mkdir()
     (vocoder / "args.yml").write_text(yaml.safe_dump(BIGVGAN_16K))
     with frieren_modules():
-        net = importlib.import_module("vocoder.bigvgan.models").BigVGAN(
-            SimpleNamespace(**BIGVGAN_16K)
-        )
+        models = importlib.import_module("vocoder.bigvgan.models")
+        net = models.BigVGAN(SimpleNamespace(**BIGVGAN_16K))
     wake_vocoder(net, volume=1e-4)
     torch.save({"generator": net.state_dict()}, vocoder / "best_netG.pt")
     return theirs

@@ -1,5 +1,6 @@
-"""Python imports this at its start where this folder is in PYTHONPATH, and so takes `--score-noise` to processes that
-tests start, the ranks of torchrun included: to their module `common`, as soon as it has been imported."""
+"""Python imports this at its start where this folder is in PYTHONPATH, and so takes `--score-noise`
+to processes that tests start, the ranks of torchrun included: to their module `common`, as soon as
+it has been imported."""
 
 import importlib.abc
 import importlib.util
