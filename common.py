@@ -841,7 +841,7 @@ def parse(parser, argv, stage):
     changed = []
     for name in own:
         value = getattr(args, name)
-        if str(value) == own[name] and value != paper[name]:
+        if value == float(own[name]) and value != paper[name]:
             changed.append(f"{name} {paper[name]} -> {value}")
     if changed and int(os.environ.get("RANK", 0)) == 0:
         print(f"this run's defaults: {', '.join(changed)}")

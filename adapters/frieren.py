@@ -203,7 +203,7 @@ class Frieren(FlowModel):
         # numpy, zipfile and zlib have types of their own for a broken file.
         except Exception as error:
             if isinstance(error, MemoryError):
-                files.memory_or_content()
+                files.raise_if_memory_is_short()
             raise SkipClip(f"unreadable CAVP features ({type(error).__name__})") from None
         if cavp.dim() != 2 or cavp.shape[1] != self.cavp_width or len(cavp) < self.frames:
             wanted = f"(at least {self.frames}, {self.cavp_width})"

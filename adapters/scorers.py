@@ -9,8 +9,8 @@ finite value everywhere, and never raises.
 import contextlib
 import functools
 import importlib.util
+import io
 import math
-import os
 import sys
 import types
 import warnings
@@ -19,14 +19,10 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
 from common import (
     HUMAN_SPEECH_CLASSES,
-    NoAudio,
-    NoFile,
     Scorer,
-    SkipClip,
     files,
     media,
     stop,
@@ -34,23 +30,26 @@ from common import (
     weight_file,
 )
 
+# What upstream's networks are made for: Synchformer sees 24 segments in it, ImageBind 4 frames.
 JUDGED_S = 8.0
 
 
 def judged(waves, sample_rate_hz, centred=False):
     """(B, S) waves -> (B, 8 s), cut or padded with silence; `centred` takes off the whole wave's
-    mean first."""
-    waves = torch.nan_to_num(waves.float(), 0, 0, 0).clamp(
-        -2, 2
-    )  # resampling may overshoot 1; 1e30 would overflow
+    mean first, as av-benchmark's loader does for CLAP, PANNs and PaSST."""
+    # Resampling may overshoot 1; a float file of others' may hold 1e30, which would overflow.
+    waves = torch.nan_to_num(waves.float(), 0, 0, 0).clamp(-2, 2)
     if centred:
         waves = waves - waves.mean(dim=-1, keepdim=True)
     return media.fit_length(waves, round(JUDGED_S * sample_rate_hz))
 
 
-def in_batches(network, rows, device, size=16):
-    """network(rows) on the device, a few rows at a time -> float32 on the CPU."""
-    return torch.cat([network(part.to(device)).float().cpu() for part in rows.split(size)])
+def in_batches(network, device, *tensors, size=16):
+    """network(*tensors) on the device, a few rows at a time -> float32 on the CPU."""
+    found = []
+    for parts in zip(*[tensor.split(size) for tensor in tensors]):
+        found.append(network(*[part.to(device) for part in parts]).float().cpu())
+    return torch.cat(found)
 
 
 @contextlib.contextmanager
@@ -71,23 +70,21 @@ def without_init(package):
         del sys.modules[package]
 
 
-def load_weights(net, state, path, device, **options):
-    """Strict; a file of another network ends in one line. Returns the network frozen, in eval mode,
-    on the device."""
-    try:
-        net.load_state_dict(state, **options)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        stop(f"{path}: not the weights of {type(net).__name__} ({reason}); download it again")
+def frozen(net, state, path, device, assign=False):
+    """The network with these weights, in eval mode, on the device; a file of another network ends
+    in one line."""
+    other = f"not the weights of {type(net).__name__}; download it again"
+    files.load_weights(net, state, path, other, finite=False, assign=assign)
     return net.to(device).eval().requires_grad_(False)
 
 
 class ImageBindScorer(Scorer):
     """score_1, `ib`: cosine of ImageBind's video and audio embeddings, in [-1, 1].
 
-    Video: 4 frames, 3 crops along the longer side, 3 pairs of neighbouring frames; the 9 unit
-    embeddings are averaged. Audio: windows of 2 s at 0, 3 and 6 s, averaged (av-benchmark spreads
-    them over the whole file if it exceeds 8 s).
+    Video: 4 frames (0.5 a second), 3 pairs of neighbours, 3 crops of each along the longer side.
+    Audio: windows of 2 s at 0, 3 and 6 s (av-benchmark spreads them over the whole file if it
+    exceeds 8 s). ImageBind itself averages the unit embeddings of the 9 clips, and of the 3
+    windows: as in av-benchmark, this is Sec. 2.1's "average cosine similarity".
     """
 
     sample_rate_hz = 16000
@@ -99,18 +96,13 @@ class ImageBindScorer(Scorer):
         path = weight_file(weights, self.files[0])
         with upstream("ImageBind"), without_init("imagebind"):
             from imagebind.models import imagebind_model
-        net = imagebind_model.imagebind_huge(
-            pretrained=False
-        )  # 4.8 GB: the file is mapped, never copied
-        net = load_weights(net, files.load_pt(path, mmap=True), path, "cpu", assign=True)
-        for parts in (
-            net.modality_preprocessors,
-            net.modality_trunks,
-            net.modality_heads,
-            net.modality_postprocessors,
-        ):
+        # 4.8 GB, mapped and never copied; 2 GB of it, of text and other senses, are left out.
+        net = imagebind_model.imagebind_huge(pretrained=False)
+        net = frozen(net, files.load_pt(path, mmap=True), path, "cpu", assign=True)
+        for name in ("preprocessors", "trunks", "heads", "postprocessors"):
+            parts = getattr(net, f"modality_{name}")
             for modality in set(parts) - {"vision", "audio"}:
-                del parts[modality]  # 0.5 of 1.2e9 parameters
+                del parts[modality]
         self.device = device
         self.net = net.to(device)
         resize = v2.Resize(224, interpolation=InterpolationMode.BICUBIC)
@@ -145,8 +137,9 @@ class ImageBindScorer(Scorer):
     @staticmethod
     def spectrograms(windows):
         """(B, 3, 32000) -> (B, 3, 1, 128, 204): Kaldi's log mel filter bank, padded with 0, then
-        normalised. In one call, windows end to end: each has 198 whole frames, the next one begins
-        where the 201st would."""
+        normalised."""
+        # In one call, windows end to end: a frame of 400 samples begins every 160, so that 200
+        # begin in a window. The last two reach into the next window, and are not used.
         line = (windows - windows.mean(dim=-1, keepdim=True)).reshape(1, -1)
         fbank = torchaudio.compliance.kaldi.fbank(
             line, sample_frequency=16000, num_mel_bins=128, frame_length=25, frame_shift=10,
@@ -161,17 +154,16 @@ class ImageBindScorer(Scorer):
 
     def score(self, waves, clips, videos):
         windows = judged(waves, 16000).unfold(-1, 32000, 48000)  # (B, 3, 32000)
-        audio = in_batches(self.embed_audio, windows, self.device)
+        audio = in_batches(self.embed_audio, self.device, windows)
         return {"ib": F.cosine_similarity(videos["embedding"], audio, dim=-1)}
 
 
 class ClapScorer(Scorer):
     """score_2, `clap`: cosine of LAION-CLAP's caption and audio embeddings, in [-1, 1]; nan without
-    a caption.
+    a caption. Paper: CLAP [10], which is Microsoft's; av-benchmark reports both.
 
     laion_clap's own network, built and loaded by our lines: its package downloads three tokenizers
-    when imported and RoBERTa's weights, which its checkpoint replaces, when built; its load_ckpt
-    unpickles.
+    when imported and RoBERTa's weights when built; its load_ckpt unpickles.
     """
 
     sample_rate_hz = 48000
@@ -199,6 +191,7 @@ class ClapScorer(Scorer):
         self.tokenizer = RobertaTokenizer(str(vocab), str(merges))
         with without_init("laion_clap"):
             from laion_clap.clap_module import factory, model
+        # Its constructor would download 500 MB of weights that its checkpoint replaces.
         empty = RobertaModel(RobertaConfig(**self.roberta))
         model.RobertaModel = types.SimpleNamespace(from_pretrained=lambda name: empty)
         try:
@@ -207,16 +200,12 @@ class ClapScorer(Scorer):
             )
         finally:
             model.RobertaModel = RobertaModel
-        content = files.load_pt(path, ignore=files.NUMPY)  # learning rates
-        state = {}
-        if isinstance(content, dict):
-            for key, value in content.get("state_dict", content).items():
-                state[key.removeprefix("module.")] = value
-        state.pop(
-            "text_branch.embeddings.position_ids", None
-        )  # a constant that newer transformers do not store
+        content = files.load_pt(path, {"state_dict": dict}, ignore=files.NUMPY)
+        state = {key.removeprefix("module."): x for key, x in content["state_dict"].items()}
+        # A constant that newer transformers do not store.
+        state.pop("text_branch.embeddings.position_ids", None)
         self.device = device
-        self.net = load_weights(net, state, path, device)
+        self.net = frozen(net, state, path, device)
 
     @functools.lru_cache(maxsize=512)  # noqa: B019, a clip's audios follow each other
     def embed_caption(self, caption):
@@ -235,15 +224,16 @@ class ClapScorer(Scorer):
         if captioned:
             waves = judged(waves[captioned], 48000, centred=True)
             waves = media.fit_length(waves, 480000)  # 10 s, as laion_clap pads
-            audio = in_batches(self.embed_audio, waves, self.device)
+            audio = in_batches(self.embed_audio, self.device, waves)
             captions = torch.stack([self.embed_caption(clips[i].caption) for i in captioned])
             score[captioned] = F.cosine_similarity(captions, audio, dim=-1)
         return {"clap": score}
 
 
 class SynchformerScorer(Scorer):
-    """score_3, `desync_s`: |audio-video offset| in seconds that Synchformer predicts, mean of the first and the last
-    4.8 s, in [0, 2], lower is better. An offset is the most probable of 21 classes, -2 to 2 s in steps of 0.2 s."""
+    """score_3, `desync_s`: |audio-video offset| in seconds that Synchformer predicts, in [0, 2],
+    lower is better; the mean of the first and the last 4.8 s. An offset is the most probable of 21
+    classes, -2 to 2 s in steps of 0.2 s."""
 
     sample_rate_hz = 16000
     files = ("synchformer_state_dict.pth",)
@@ -255,28 +245,24 @@ class SynchformerScorer(Scorer):
         with upstream("av-benchmark"):
             from av_bench.synchformer.synchformer import Synchformer, make_class_grid
         self.device = device
-        self.net = load_weights(Synchformer(), files.load_pt(path), path, device)
+        self.net = frozen(Synchformer(), files.load_pt(path), path, device)
         self.offset_s = make_class_grid(-2, 2, 21)
         mel = torchaudio.transforms.MelSpectrogram(
             16000, n_fft=1024, win_length=400, hop_length=160, n_mels=128
         )
         self.mel = mel.to(device)
-        self.frames = (
-            25,
-            v2.Compose([v2.Resize(224, InterpolationMode.BICUBIC), v2.CenterCrop(224)]),
-        )
-        float32 = v2.ToDtype(torch.float32, scale=True)
-        centre = v2.Normalize([0.5] * 3, [0.5] * 3, inplace=True)
-        self.values = v2.Compose([float32, centre])
+        resize = v2.Resize(224, InterpolationMode.BICUBIC)
+        self.frames = (25, v2.Compose([resize, v2.CenterCrop(224)]))
+        # On the device: uint8 is a quarter of the bytes.
+        scale = v2.ToDtype(torch.float32, scale=True)
+        self.to_float = v2.Compose([scale, v2.Normalize([0.5] * 3, [0.5] * 3, inplace=True)])
 
     def embed_video(self, frames):
         """frames: (200, 3, 224, 224); 24 segments of 16 frames (0.64 s), every 8 frames."""
-        frames = self.values(frames.to(self.device))
+        frames = self.to_float(frames.to(self.device))
         segments = torch.stack([frames[i : i + 16] for i in range(0, 185, 8)])[:, None]
-        embeddings = in_batches(
-            self.net.extract_vfeats, segments, self.device, size=8
-        )  # (24, 1, 8, 768)
-        return {"segments": embeddings[:, 0]}
+        embeddings = in_batches(self.net.extract_vfeats, self.device, segments, size=8)
+        return {"segments": embeddings[:, 0]}  # (24, 8, 768)
 
     def embed_audio(self, segments):
         """(B, 24, 10240) -> (B, 24, 6, 768)."""
@@ -285,18 +271,14 @@ class SynchformerScorer(Scorer):
         mels = (mels + 4.2677393) / (2 * 4.5689974)
         return self.net.extract_afeats(mels[:, :, None])  # (B, 24, 1, 128, 66)
 
-    def compare(self, both):
-        """(B, 14, 8 + 6, 768), of video and of audio -> (B, 21) logits of the offset."""
-        return self.net.compare_v_a(both[:, :, :8], both[:, :, 8:])
-
     def score(self, waves, clips, videos):
+        video = videos["segments"]  # (B, 24, 8, 768)
         segments = judged(waves, 16000).unfold(-1, 10240, 5120)  # (B, 24, 10240)
-        audio = in_batches(self.embed_audio, segments, self.device)
-        video = videos["segments"]
+        audio = in_batches(self.embed_audio, self.device, segments)
         offsets = []
         for part in (slice(0, 14), slice(-14, None)):  # the network compares exactly 14 segments
-            both = torch.cat([video[:, part], audio[:, part]], dim=2)
-            logits = in_batches(self.compare, both, self.device)
+            compare = self.net.compare_v_a
+            logits = in_batches(compare, self.device, video[:, part], audio[:, part])  # (B, 21)
             offsets.append(self.offset_s[logits.argmax(dim=-1)].abs())
         unseen = video.flatten(1).isnan().any(dim=1)  # argmax would name an offset all the same
         desync_s = torch.stack(offsets).mean(dim=0)
@@ -305,7 +287,8 @@ class SynchformerScorer(Scorer):
 
 class PannsScorer(Scorer):
     """The tagger of score_4, PANNs' Cnn14 at 32 kHz: `logits` (B, 527) over AudioSet's classes,
-    before the sigmoid."""
+    before the sigmoid. Paper silent: which of PANNs' taggers. This is panns-inference's default;
+    stage 07's IS and KL are av-benchmark's, by another, at 16 kHz."""
 
     sample_rate_hz = 32000
     files = ("Cnn14_mAP=0.431.pth",)
@@ -315,18 +298,17 @@ class PannsScorer(Scorer):
         path = weight_file(weights, self.files[0])
         with without_init("panns_inference"):
             from panns_inference.models import Cnn14
-        content = files.load_pt(path, ignore=files.NUMPY)  # the state of its sampler
-        state = content.get("model") if isinstance(content, dict) else None
+        state = files.load_pt(path, {"model": dict}, ignore=files.NUMPY)["model"]
         net = Cnn14(sample_rate=self.sample_rate_hz, mel_bins=64, classes_num=527, **self.stft)
         self.device = device
-        self.net = load_weights(net, state, path, device)
+        self.net = frozen(net, state, path, device)
 
     def tag(self, waves):
         return self.net.fc_audioset(self.net(waves)["embedding"])
 
     def score(self, waves, clips, videos):
         waves = judged(waves, self.sample_rate_hz, centred=True)
-        return {"logits": in_batches(self.tag, waves, self.device)}
+        return {"logits": in_batches(self.tag, self.device, waves)}
 
 
 class Panns16kScorer(PannsScorer):
@@ -351,36 +333,29 @@ class PasstScorer(Scorer):
 
         with self.quiet():
             net = get_model(arch="passt_s_swa_p16_128_ap476", pretrained=False)
-            self.mel = (
-                AugmentMelSTFT(freqm=48, timem=192, fmin_aug_range=10, fmax_aug_range=2000)
-                .to(device)
-                .eval()
-            )
+            mel = AugmentMelSTFT(freqm=48, timem=192, fmin_aug_range=10, fmax_aug_range=2000)
+        self.mel = mel.to(device).eval()
         self.device = device
-        self.net = load_weights(net, files.load_pt(path), path, device)
+        self.net = frozen(net, files.load_pt(path), path, device)
 
     @staticmethod
     @contextlib.contextmanager
     def quiet():
         """hear21passt prints its shapes, and warns about 998 frames of its 1000."""
-        with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
+        silent = contextlib.redirect_stdout(io.StringIO())
+        with silent, warnings.catch_warnings(action="ignore"):
             yield
 
-    def both(self, waves):
-        """(B, 320000) -> (B, 527 + 768), logits and embedding."""
+    def tag(self, waves):
+        """(B, 320000) -> (B, 527 + 768), logits, then embedding."""
         mels = self.mel(waves)
         return torch.cat(self.net(mels[:, None]), dim=1)
 
     def score(self, waves, clips, videos):
         waves = media.fit_length(judged(waves, 32000, centred=True), 320000)
         with self.quiet():
-            both = in_batches(self.both, waves, self.device)
-        return {"logits": both[:, :527], "embedding": both[:, 527:]}
+            found = in_batches(self.tag, self.device, waves)
+        return {"logits": found[:, :527], "embedding": found[:, 527:]}
 
 
 class PesqScorer(Scorer):
@@ -396,15 +371,7 @@ class PesqScorer(Scorer):
 
     @functools.lru_cache(maxsize=64)  # noqa: B019, a clip's audios follow each other
     def sound_of(self, path):
-        try:
-            return media.read_audio(path, 16000, JUDGED_S, pad=False)
-        except NoAudio:  # a silent film
-            return None
-        except NoFile:
-            files.gone(path)
-        except SkipClip as reason:
-            tqdm.write(f"{path}: {reason}; PESQ cannot use it", file=sys.stderr)
-            return None
+        return media.clip_sound(path, 16000, JUDGED_S, pad=False)
 
     def score(self, waves, clips, videos):
         references = [self.reference(clip) for clip in clips]
@@ -419,15 +386,8 @@ class AudioboxScorer(Scorer):
     sample_rate_hz = 16000
     files = ("audiobox_aesthetics.pt",)
     axes = ("PQ", "PC", "CE", "CU")
-    shape = (
-        "proj_num_layer",
-        "proj_ln",
-        "proj_act_fn",
-        "proj_dropout",
-        "nth_layer",
-        "use_weighted_layer_sum",
-    )
-    shape += ("precision", "normalize_embed", "output_dim")
+    shape = ["proj_num_layer", "proj_ln", "proj_act_fn", "proj_dropout", "nth_layer"]
+    shape += ["use_weighted_layer_sum", "precision", "normalize_embed", "output_dim"]
 
     def __init__(self, weights, device):
         path = weight_file(weights, self.files[0])
@@ -444,19 +404,19 @@ class AudioboxScorer(Scorer):
         except (KeyError, TypeError, ValueError) as error:
             stop(f"{path}: not audiobox-aesthetics' checkpoint ({error!r:.80}); download it again")
         self.device = device
-        self.net = load_weights(net, state, path, device)
+        self.net = frozen(net, state, path, device)
 
-    def standardised(self, both):
-        """(B, 2, 1, 160000), waves and their mask -> (B, 4), the axes as the network was trained on
+    def standardised(self, waves, mask):
+        """(B, 1, 160000), 1 where a wave is -> (B, 4), the axes as the network was trained on
         them."""
-        found = self.net({"wav": both[:, 0], "mask": both[:, 1] > 0})
+        found = self.net({"wav": waves, "mask": mask > 0})
         return torch.stack([found[axis].float() for axis in self.axes], dim=1)
 
     def score(self, waves, clips, videos):
         waves = judged(waves, 16000)[:, None]
-        mask = torch.ones_like(waves)
-        both = torch.stack([media.fit_length(waves, 160000), media.fit_length(mask, 160000)], dim=1)
-        scores = in_batches(self.standardised, both, self.device) * self.std + self.mean
+        mask = media.fit_length(torch.ones_like(waves), 160000)
+        waves = media.fit_length(waves, 160000)
+        scores = in_batches(self.standardised, self.device, waves, mask) * self.std + self.mean
         return {axis.lower(): scores[:, i] for i, axis in enumerate(self.axes)}
 
 

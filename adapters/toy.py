@@ -7,22 +7,17 @@ caption, the velocity network, and scorers.
 
 import functools
 import math
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
-from tqdm import tqdm
 
 from common import (
     SILENT_PEAK,
     FlowModel,
-    NoAudio,
-    NoFile,
     Scorer,
-    SkipClip,
     files,
     media,
     stop,
@@ -638,14 +633,8 @@ class ToyScorer(Scorer):
 
     @functools.lru_cache(maxsize=64)  # noqa: B019, a clip's audios follow each other
     def reference_of(self, path):
-        try:
-            wave = media.read_audio(path, RATE_HZ, CLIP_S)
-        except NoAudio:  # a silent film
-            return None
-        except NoFile:
-            files.gone(path)
-        except SkipClip as reason:
-            tqdm.write(f"{path}: {reason}; PESQ cannot use it", file=sys.stderr)
+        wave = media.clip_sound(path, RATE_HZ, CLIP_S)
+        if wave is None:
             return None
         latents = self.codec.encode(log_mel(wave[None]))
         sound = self.codec.decode(latents)[0]

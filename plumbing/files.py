@@ -29,17 +29,15 @@ class Stop(Exception):
 
 
 class SkipClip(Exception):
-    """A video or audio that cannot be used; the text is the reason that stage 01 counts and
-    lists."""
+    """A video or audio that cannot be used. Stage 01 counts and lists the text, its reason."""
 
 
 class NoFile(SkipClip):
-    """A file that is not there: stage 01 skips it, for later stages it is gone."""
+    """A file that is not there: stage 01 skips it, later stages stop (`gone`)."""
 
 
 class NoAudio(SkipClip):
-    """A silent film, which has no audio stream; any other SkipClip of `read_audio` is sound that
-    cannot be read."""
+    """A film without an audio stream. Any other SkipClip is of sound that cannot be read."""
 
 
 def stop(message):
@@ -47,8 +45,8 @@ def stop(message):
 
 
 def gone(path):
-    """For a NoFile after stage 01: no reason to go on without the file, which would outlast its
-    absence."""
+    """A file that stage 01 found is there no longer. That is no reason to skip the clip: it
+    would be stored, and still stand when the file is back."""
     stop(f"{path}: gone, though stage 01 found it; put it back and run the same command again")
 
 
@@ -57,30 +55,22 @@ def gone(path):
 # --------------------------------------------------------------------------------------------------
 
 
+TEXT = r"[^\0\ud800-\udfff]*"  # no NUL, no half of a surrogate pair
+NAME = r"(?!\.)[^\0\ud800-\udfff/\\\n\r]{1,200}"  # a name that a file can have
 LONGEST_NAME = 200  # bytes
 
 
 def is_text(x):
-    """No NUL, and no half of a surrogate pair."""
-    return (
-        isinstance(x, str)
-        and "\0" not in x
-        and (x.isascii() or x == x.encode(errors="ignore").decode())
-    )
+    return isinstance(x, str) and re.fullmatch(TEXT, x) is not None
 
 
 def is_name(x):
-    """A name that a file can have."""
-    return (
-        is_text(x)
-        and x[:1] not in ("", ".")
-        and not set("/\\\n\r") & set(x)
-        and len(x.encode()) <= LONGEST_NAME
-    )
+    """A name that a file can have, also with some more bytes (`<clip>_<k>.wav`)."""
+    return is_text(x) and re.fullmatch(NAME, x) is not None and len(x.encode()) <= LONGEST_NAME
 
 
 def is_path(x):
-    """A path is bytes of the file system: those that are no UTF-8 Python carries as lone
+    """A path that a file can have: bytes. Python carries those that are no UTF-8 as lone
     surrogates."""
     try:
         path = os.fsencode(x)
@@ -91,8 +81,7 @@ def is_path(x):
 
 
 class Ignored:
-    """What a third-party file holds beside its tensors and nobody needs (numpy scalars, callbacks):
-    never built."""
+    """Stands in for what a third-party file holds beside its tensors, which is never built."""
 
     def __init__(self, *_):
         pass
@@ -102,15 +91,11 @@ class Ignored:
 
 
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # as torch words it, in a RuntimeError
-NUMPY = [
-    "numpy.dtype",
-    "numpy.ndarray",
-]  # learning rates, samplers; by the names of numpy 1 and of numpy 2
-NUMPY += [
-    f"numpy.{core}.multiarray.{name}"
-    for core in ("core", "_core")
-    for name in ("scalar", "_reconstruct")
-]
+# Types of numbers that PANNs', CLAP's and Frieren's training left in their checkpoints and nobody
+# needs, by their names in numpy 1 and in numpy 2.
+NUMPY = ["numpy.dtype", "numpy.ndarray"]
+for core in ("core", "_core"):
+    NUMPY += [f"numpy.{core}.multiarray.scalar", f"numpy.{core}.multiarray._reconstruct"]
 
 
 @contextmanager
@@ -134,9 +119,9 @@ def of_system(error):
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error)
 
 
-def memory_or_content():
-    """After a MemoryError: raises one where memory is short. Else a damaged file has asked for far
-    more than there is."""
+def raise_if_memory_is_short():
+    """Raises a MemoryError if 256 MB cannot be had. If they can, a MemoryError that a reader has
+    met is its file's fault: damaged, it asks for far more than there is."""
     bytearray(2**28)
 
 
@@ -151,22 +136,19 @@ def load_pt(path, fields=None, mmap=False, ignore=()):
         with reading(path), torch.serialization.safe_globals([(Ignored, name) for name in ignore]):
             value = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a truncated or foreign file
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if of_system(error):
             raise
-        # What torch cannot map it says in a text alone: "unable to mmap ...: Cannot allocate memory
-        # (12)".
-        told = re.search(r": ([^:]+) \((\d+)\)$", reason)
-        if told and told[1] == os.strerror(int(told[2])):
-            raise OSError(int(told[2]), told[1], str(path)) from None
-        refused = re.findall(
-            r"GLOBAL (\S+)", str(error)
-        )  # a pickle may run code: only plain types are let in
-        reason = f"it holds {refused[0]}" if refused else reason[:160]
-        stop(
-            f"{path}: cannot be read as a .pt file of plain tensors ({reason}); make it anew or "
-            "copy it again"
-        )
+        reason = " ".join(str(error).split()) or type(error).__name__
+        # A file that it cannot open or map torch reports in words, the system's with their number:
+        # "unable to mmap 9 bytes from file <a.pt>: Cannot allocate memory (12)".
+        number = re.search(r"\((\d+)\)$", reason)
+        if number and os.strerror(int(number[1])) in reason:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        refused = re.search(r"GLOBAL (\S+)", reason)  # a type that is no plain one: it may run code
+        if refused:
+            reason = f"it holds {refused[1]}"
+        advice = "make it anew or copy it again"
+        stop(f"{path}: cannot be read as a .pt file of plain tensors ({reason:.160}); {advice}")
     for name, kind in (fields or {}).items():
         if not isinstance(value, dict) or name not in value:
             stop(f"{path}: field '{name}' is missing; make it anew or copy it again")
@@ -175,19 +157,12 @@ def load_pt(path, fields=None, mmap=False, ignore=()):
     return value
 
 
-def load_weights(module, state, path, otherwise, finite=True):
-    """Fills a module strictly; `<path>: <otherwise>` where the state is another's, or not finite if
-    it must be."""
+def load_weights(module, state, path, otherwise, finite=True, assign=False):
+    """Fills a module strictly; stops with `<path>: <otherwise>` where the state is another's, or
+    not finite if it must be. assign: the state's own tensors become the module's, uncopied."""
     try:
-        module.load_state_dict(state)
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ):  # as torch words it, for users
+        module.load_state_dict(state, assign=assign)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         stop(f"{path}: {otherwise}")
     if finite and not all(value.isfinite().all() for value in module.state_dict().values()):
         stop(f"{path}: holds numbers that are not finite, so it {otherwise}")
@@ -195,18 +170,14 @@ def load_weights(module, state, path, otherwise, finite=True):
 
 @contextmanager
 def writing(path):
-    """Around what writes `path`: a full disk or a missing right ends in one line."""
+    """Around what writes `path`, and nothing else: a full disk or a missing right, for which torch
+    and libsndfile have a RuntimeError, ends in one line."""
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch and libsndfile have no type of their own for a full disk
-        reason = getattr(error, "strerror", None) or next(
-            iter(str(error).splitlines()), type(error).__name__
-        )
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         stop(
-            f"{path}: cannot be written ({reason[:120]}); make room or give the right, then run "
+            f"{path}: cannot be written ({reason:.120}); make room or give the right, then run "
             "the command again"
         )
 
@@ -218,14 +189,6 @@ def sync(path):
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def sync_folder(path):
-    """Waits until a folder's list of names is on the disk, where that can be asked for: SMB, shared
-    folders of virtual machines and Windows' drives under WSL refuse it, and the files in such a
-    folder are whole all the same."""
-    with suppress(OSError):
-        sync(path)
 
 
 @contextmanager
@@ -240,7 +203,10 @@ def replacing(path):
             yield temporary
             sync(temporary)
             os.replace(temporary, path)
-            sync_folder(path.parent)
+            # SMB, shared folders of virtual machines and Windows' drives under WSL cannot be asked
+            # to keep a folder's list of names; the files in it are whole all the same.
+            with suppress(OSError):
+                sync(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -248,9 +214,8 @@ def replacing(path):
 
 def save_pt(path, value):
     with replacing(path) as temporary, open(temporary, "wb") as stream:
-        torch.save(
-            value, stream
-        )  # to a path it would write the temporary name, and equal content would differ
+        # Given a path, torch would write its temporary name, and equal content would differ.
+        torch.save(value, stream)
 
 
 def write_text(path, text):
@@ -269,25 +234,21 @@ def read_text(path, hint=""):
         content = stream.read()
     if content[:2] == b"PK":
         stop(f"{path}: is a workbook (.xlsx) or another zip file; export it as .csv, UTF-8")
+    if b"\0" in content:
+        line = content[: content.index(b"\0")].count(b"\n") + 1
+        stop(f"{path}, line {line}: is UTF-16, or holds NUL characters; save it as UTF-8")
     try:
-        return content.replace(b"\0", b"\xff").decode(
-            "utf-8-sig"
-        )  # without a mark, UTF-16 shows by its NULs
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        utf_16 = b"\0" in content or content[:2] in (b"\xff\xfe", b"\xfe\xff")
-        kind = "UTF-16, or holds NUL characters" if utf_16 else "not UTF-8"
         line = content[: error.start].count(b"\n") + 1
-        stop(f"{path}, line {line}: is {kind}; save it as UTF-8")
-
-
-class Twice(Exception):
-    """A name that occurs twice in a JSON object: the second would silently win."""
+        stop(f"{path}, line {line}: is not UTF-8; save it as UTF-8")
 
 
 def unique(pairs):
+    """The fields of a JSON object. Of two with one name, the second would silently win."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise Twice
+        raise ValueError("a field occurs twice")
     return found
 
 
@@ -298,23 +259,19 @@ def parse_json(text, where, hint=""):
     """One JSON value."""
     try:
         return JSON.decode(text)
-    except Twice:
-        stop(f"{where}: a field occurs twice{hint}")
     except (ValueError, RecursionError) as error:
         stop(f"{where}: not valid JSON ({error}){hint}")
 
 
 def lines_of(path, hint=""):
     """The lines of a text file."""
-    lines = (
-        read_text(path, hint).rstrip("\r\n").split("\n")
-    )  # splitlines would cut at U+2028 in a caption
+    # splitlines would also cut at a U+2028 within a caption.
+    lines = read_text(path, hint).rstrip("\r\n").split("\n")
     return [] if lines == [""] else lines
 
 
 def read_jsonl(path, hint=""):
-    """[(line number, dict), ...]: what people or other programs wrote, before it is given a
-    type."""
+    """[(line number, dict), ...]: lines of people or other programs, not yet typed."""
     found = []
     for number, line in enumerate(lines_of(path, hint), 1):
         where = f"{path}, line {number}"
@@ -326,61 +283,51 @@ def read_jsonl(path, hint=""):
 
 
 def read_csv(path, columns, delimiter=",", header=True):
-    """[(line number, row), ...] of a table that has these columns by its first line, or, without
-    such a line, just these. Strict: a stray quote is named, not allowed to swallow lines. Values
-    are stripped."""
-    rows, before = [], 0
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    """[(line number, {column: text}), ...] of a table with these columns and perhaps others, which
+    its first line names, or, without such a line, of just these. Texts are stripped, blank lines
+    skipped. Strict: a stray quote is named, not allowed to swallow lines."""
+    stream = io.StringIO(read_text(path), newline="")
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    table = []
+    line = 1  # where the next row begins
     try:
-        for row in reader:
-            if reader.line_num > before + 1 and any("\n" in value for value in row[:-1]):
-                stop(
-                    f"{path}, line {before + 1}: a quote opens here and does not close on this line"
-                )
-            before = reader.line_num
-            if any(value.strip() for value in row):
-                rows.append((before, [value.strip() for value in row]))
+        for cells in reader:
+            if any("\n" in cell for cell in cells[:-1]):  # in the last column, a comment may go on
+                stop(f"{path}, line {line}: a quote opens here and does not close on this line")
+            if any(cell.strip() for cell in cells):
+                table.append((line, [cell.strip() for cell in cells]))
+            line = reader.line_num + 1
     except csv.Error as error:
-        stop(
-            f"{path}, line {before + 1}: {error}; look for a stray quote there, or save the table "
-            "anew"
-        )
+        advice = "look for a stray quote there, or save the table anew"
+        stop(f"{path}, line {line}: {error}; {advice}")
+    names = list(columns)
+    if header:
+        line, names = table.pop(0) if table else (1, [""])
+        for name in [*columns, *filter(None, names)]:
+            if names.count(name) != 1:
+                what = "is missing" if name not in names else "occurs twice"
+                stop(f"{path}, line {line}: column '{name}' {what}{advice_on(names, delimiter)}")
+    for line, cells in table:
+        if len(cells) != len(names):
+            what = f"{len(cells)} fields, expected {len(names)} ({', '.join(columns)})"
+            stop(f"{path}, line {line}: {what}; a stray quote?{advice_on(cells, delimiter)}")
+    return [(line, dict(zip(names, cells))) for line, cells in table]
 
-    def wrong(line, row, what):
-        other = (
-            [mark for mark in ";\t|," if mark != delimiter and mark in row[0]]
-            if len(row) == 1
-            else ()
-        )
-        mended = (
-            f"its columns are separated by {other[0]!r}, save it with {delimiter!r}"
-            if other
-            else "mend that line"
-        )
-        stop(f"{path}, line {line}: {what}; {mended}")
 
-    names = (rows or [(1, [""])])[0][1] if header else columns
-    for name in columns:
-        if name not in names:
-            wrong(1, names, f"column '{name}' is missing")
-    for name in filter(None, names):
-        if names.count(name) > 1:
-            wrong(1, names, f"column '{name}' occurs twice")
-    for line, row in rows:
-        if len(row) != len(names):
-            wrong(
-                line,
-                row,
-                f"{len(row)} fields, expected {len(names)} ({', '.join(columns)}); a stray quote?",
-            )
-    return [(line, dict(zip(names, row))) for line, row in rows[int(header) :]]
+def advice_on(cells, delimiter):
+    """What to do with a line that does not have the columns that it should."""
+    for mark in ";\t|,":
+        if len(cells) == 1 and mark in cells[0]:
+            return f"; its columns are separated by {mark!r}, save it with {delimiter!r}"
+    return "; mend that line"
 
 
 def inside(root, name, where):
     """root / name, refused when it leaves root (.., absolute paths, links that point outside)."""
     if not is_path(name):
         stop(f"{where}: {name!r:.60} is not a path that a file can have")
-    root = os.path.realpath(root)  # of texts: a run asks this of every clip
+    # os.path is several times faster than pathlib, and a run asks this of every clip.
+    root = os.path.realpath(root)
     path = os.path.realpath(os.path.join(root, name))
     if os.path.commonpath([root, path]) != root:
         stop(f"{where}: '{name}' points outside {root}; use a path below it")
@@ -388,8 +335,8 @@ def inside(root, name, where):
 
 
 def below(root, path):
-    """A path as the files of a run name it: relative to the run folder, absolute where it lies
-    elsewhere."""
+    """A path as the files of a run name it: relative to the run folder if it lies in there, else
+    absolute."""
     path = Path(path).resolve()
     root = Path(root).resolve()
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
@@ -401,8 +348,8 @@ def digest_of(*parts):
 
 
 def digest(path):
-    """SHA-256 of a file, or of a folder's .jsonl files in order of their names; the first 16 hex
-    digits."""
+    """SHA-256 of a file, the first 16 hex digits; of a folder, that of its .jsonl files in order of
+    their names: stage 01's, whose lines hold the digests of the sounds, as do the .pt beside."""
     path = Path(path)
     total = hashlib.sha256()
     if not path.exists():

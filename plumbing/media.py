@@ -1,8 +1,8 @@
 """Video and audio through PyAV: one reader for every model, scorer and page."""
 
-import errno
+import functools
 import math
-import re
+import sys
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -14,72 +14,36 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from av.stream import Disposition
+from tqdm import tqdm
 
+from plumbing import files
 from plumbing.ahead import in_processes
-from plumbing.files import NoAudio, NoFile, SkipClip, digest, memory_or_content, reading, replacing
+from plumbing.files import NoAudio, NoFile, SkipClip
 
-FINEST_FPS = 25  # the finest consumer's grid, Synchformer's: on it a video is too short for all of them, or for none
-
-
-class Source:
-    """A file as FFmpeg reads it. FFmpeg would report an error of the disk as damaged content, or
-    take it for the file's end: the error is kept here, and FFmpeg is told that the file ends."""
-
-    def __init__(self, path, file):
-        self.name, self.file, self.error = str(path), file, None
-
-    def __str__(self):
-        return self.name
-
-    def read(self, size):
-        try:
-            return self.file.read(size)
-        except OSError as error:
-            self.error = self.error or error
-            return b""
-
-    def seek(self, offset, whence=0):
-        try:
-            return self.file.seek(offset, whence)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # which is before the start of an empty file
-                self.error = self.error or error
-            return -1
-
-    def tell(self):
-        return self.file.tell()
-
-
-# FFmpeg says these of damaged content too; as it reads through `Source`, of nothing else.
-SAID_OF_CONTENT = (errno.EIO, errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ERANGE, errno.EDOM)
+# The finest grid of any consumer, Synchformer's. By it alone a video is long enough or too short,
+# so that this is said to all or to none.
+FINEST_FPS = 25
 
 
 @contextmanager
 def open_media(path):
     """A video or audio file through PyAV; a title in another encoding than UTF-8 is no reason to
-    refuse it. Raises FFmpegError for what is wrong with the content, a plain OSError for what is
-    wrong with the system."""
-    with reading(path), open(path, "rb") as file:
-        source = Source(path, file)
+    refuse it. FFmpeg reads through an open file of Python's, so that an error of the disk is raised
+    as it is, and an FFmpegError is about the content."""
+    with files.reading(path), open(path, "rb") as file:
         try:
-            with av.open(source, metadata_errors="ignore") as container:
+            with av.open(file, metadata_errors="ignore") as container:
                 yield container
         except av.error.MemoryError:
-            memory_or_content()
+            files.raise_if_memory_is_short()
             raise
-        except av.error.FFmpegError as error:
-            if error.errno in errno.errorcode and error.errno not in SAID_OF_CONTENT:
-                raise OSError(error.errno, error.strerror) from None
-            raise
-        finally:
-            if source.error:
-                raise source.error
+        except av.error.BlockingIOError as error:  # the system gives it no further thread
+            raise OSError(error.errno, error.strerror) from None
 
 
 @contextmanager
 def skipping(kind, path):
-    """What is wrong with a file's content becomes the reason to skip it, and so does its
-    absence."""
+    """What is wrong with a file's content, or its absence, becomes the reason to skip it."""
     try:
         yield
     except FileNotFoundError:
@@ -88,31 +52,74 @@ def skipping(kind, path):
         raise NoFile("no such file") from None
     except av.error.FFmpegError as error:
         raise SkipClip(f"unreadable {kind} ({error.strerror or type(error).__name__})") from None
+    except OSError as error:
+        if files.of_system(error):
+            raise
+        raise SkipClip(f"unreadable {kind} ({error.strerror})") from None
     except IndexError:  # PyAV's, where a packet is of none of the streams
         raise SkipClip(f"unreadable {kind} (a stream that its header does not name)") from None
 
 
 def film(container):
     """The first video stream that is no cover picture, ready to decode."""
-    stream = next(
-        (s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None
-    )
-    if stream is None or stream.codec_context is None:
-        raise SkipClip(
-            "no video stream" if stream is None else "unreadable video (no decoder for it)"
-        )
-    large = stream.width * stream.height > 2**16  # a thread holds several frames, 12 MB each at 4K
-    stream.thread_type, stream.codec_context.thread_count = "AUTO", 2 if large else 1
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            break
+    else:
+        raise SkipClip("no video stream")
+    if stream.codec_context is None:
+        raise SkipClip("unreadable video (no decoder for it)")
+    stream.thread_type = "AUTO"
+    # A thread holds several frames, 12 MB each at 4K; with a small picture it gains nothing.
+    stream.codec_context.thread_count = 2 if stream.width * stream.height > 2**16 else 1
     return stream
 
 
+# --------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------
+
+
 def slot(time_s, fps):
-    """ffmpeg's fps filter: the nearest multiple of 1 / fps, halves away from zero. time_s:
-    Fraction. In whole numbers, ten times faster than with fractions: a clip asks hundreds of
-    times."""
-    (high, low), (rate, per) = time_s.as_integer_ratio(), fps.as_integer_ratio()
-    nearest = (2 * abs(high) * rate + low * per) // (2 * low * per)
-    return nearest if high >= 0 else -nearest
+    """The nearest multiple of 1 / fps to a time (a Fraction), halves away from zero."""
+    nearest = math.floor(abs(time_s) * Fraction(fps) + Fraction(1, 2))
+    return nearest if time_s >= 0 else -nearest
+
+
+def time_of(frame):
+    if frame.pts is None:
+        raise SkipClip("frames without time stamps")
+    return frame.pts * frame.time_base
+
+
+class Grid:
+    """The pictures of one consumer, every 1 / fps s from the first frame on. The rule is that of
+    ffmpeg's fps filter: picture i is the last frame whose slot is at most i, counted from the first
+    frame's slot."""
+
+    def __init__(self, fps, transform, start_s, duration_s):
+        self.fps = fps
+        self.transform = transform
+        self.first = slot(start_s, fps)
+        self.count = round(duration_s * fps)
+        self.done = 0
+        self.pictures = None  # (count, ...), of which so many are done
+
+    def ends_by(self, time_s):
+        return slot(time_s, self.fps) - self.first >= self.count
+
+    def hold(self, frame, picture_of, until_s=None):
+        """Fills the slots before that of until_s, or all that are left, with this frame. What no
+        slot shows is not converted."""
+        end = self.count
+        if until_s is not None:
+            end = min(end, slot(until_s, self.fps) - self.first)
+        if self.done < end:
+            picture = self.transform(picture_of(frame))
+            if self.pictures is None:
+                self.pictures = picture.new_empty(self.count, *picture.shape)
+            self.pictures[self.done : end] = picture
+            self.done = end
 
 
 def read_frames(path, wanted, duration_s):
@@ -120,68 +127,52 @@ def read_frames(path, wanted, duration_s):
     transform: (3, H, W) uint8 -> tensor. Returns a list of (duration_s * fps, ...) tensors. Raises
     SkipClip.
 
-    The rule is the fps filter's, as in torio, with which MMAudio's data sets and av-benchmark read:
-    picture i is the last frame whose slot is at most i, counted from the first frame's; the last
-    frame is held for its own duration; a display matrix turns nothing. A changed size is scaled to
-    the first. What no slot shows is not converted, and no frame is kept: a transform that shrinks
-    bounds the memory."""
-    grids = [*(fps for fps, _ in wanted), FINEST_FPS]
-    counts = [round(duration_s * fps) for fps in grids]
-    out, done, last, reformat = (
-        [None] * len(wanted),
-        [0] * len(wanted),
-        None,
-        av.video.reformatter.VideoReformatter(),
-    )
-
-    def slots(time_s):
-        return [slot(time_s, fps) - start for fps, start in zip(grids, starts)]
-
-    def show_last(until):
-        picture = None
-        for k, (_, transform) in enumerate(wanted):
-            end = min(until[k], counts[k])
-            if done[k] < end:
-                if picture is None:
-                    shown = reformat.reformat(
-                        last, *size, "rgb24", threads=1
-                    )  # the others have work of their own
-                    picture = torch.from_numpy(shown.to_ndarray()).permute(2, 0, 1)
-                shown = transform(picture)
-                out[k] = shown.new_empty(counts[k], *shown.shape) if out[k] is None else out[k]
-                out[k][done[k] : end], done[k] = shown, end
-
+    Pictures are those of torio, with which MMAudio's data sets and av-benchmark read (`Grid`); the
+    last frame is held for its own duration; a display matrix turns nothing; a changed size is
+    scaled to the first. No frame is kept: a transform that shrinks bounds the memory."""
+    reformatter = av.video.reformatter.VideoReformatter()
     with skipping("video", path), open_media(path) as container:
         stream = film(container)
-        for frame in container.decode(stream):
-            if frame.pts is None:
-                raise SkipClip("frames without time stamps")
-            time_s = frame.pts * frame.time_base
-            if last is None:
-                start_s, starts, size = (
-                    time_s,
-                    [slot(time_s, fps) for fps in grids],
-                    (frame.width, frame.height),
-                )
-            elif (
-                time_s < last.pts * last.time_base
-            ):  # B-frames in AVI: ffmpeg itself shows them late or drops them
-                raise SkipClip("time stamps out of order")
-            show_last(until := slots(time_s))
-            last = frame
-            if until[-1] >= counts[-1] and done == counts[:-1]:
-                return out
+        frames = container.decode(stream)
+        last = next(frames, None)
         if last is None:
             raise SkipClip("no frames")
-        end_s = time_s + (
-            last.duration * last.time_base or 1 / (stream.average_rate or Fraction(25))
-        )
-        if slots(end_s)[-1] < counts[-1]:
-            raise SkipClip(
-                f"too short: {float(end_s - start_s):.2f} s of video, {duration_s:.2f} s needed"
-            )
-        show_last(counts)
-    return out
+        start_s = time_of(last)
+        size = (last.width, last.height)
+        grids = [Grid(fps, transform, start_s, duration_s) for fps, transform in wanted]
+        finest = Grid(FINEST_FPS, None, start_s, duration_s)
+
+        @functools.lru_cache(maxsize=1)
+        def picture_of(frame):
+            # One thread: the others have work of their own.
+            picture = reformatter.reformat(frame, *size, "rgb24", threads=1)
+            return torch.from_numpy(picture.to_ndarray()).permute(2, 0, 1)
+
+        for frame in frames:
+            time_s = time_of(frame)
+            if time_s < time_of(
+                last
+            ):  # B-frames in AVI: ffmpeg itself shows them late or drops them
+                raise SkipClip("time stamps out of order")
+            for grid in grids:
+                grid.hold(last, picture_of, time_s)
+            last = frame
+            if all(grid.ends_by(time_s) for grid in (finest, *grids)):
+                break
+        else:
+            last_s = last.duration * last.time_base or 1 / (stream.average_rate or Fraction(25))
+            end_s = time_of(last) + last_s
+            if not finest.ends_by(end_s):
+                found = f"{float(end_s - start_s):.2f} s of video"
+                raise SkipClip(f"too short: {found}, {duration_s:.2f} s needed")
+            for grid in grids:
+                grid.hold(last, picture_of)
+    return [grid.pictures for grid in grids]
+
+
+# --------------------------------------------------------------------------------------------------
+# Sound
+# --------------------------------------------------------------------------------------------------
 
 
 def read_audio(path, sample_rate_hz, duration_s=None, pad=True):
@@ -197,26 +188,25 @@ def read_audio(path, sample_rate_hz, duration_s=None, pad=True):
 def decode_audio(path, duration_s=None):
     """(S,) float32 mono and its rate; of a longer file duration_s, and 0.1 s more for the filter of
     `resample`."""
-    need_s, wave = math.inf if duration_s is None else duration_s + 0.1, None
+    need_s = math.inf if duration_s is None else duration_s + 0.1
     with skipping("audio", path):
-        with reading(path), open(path, "rb") as file:
-            is_wav = re.match(rb"RIFF....WAVE", file.read(12), re.DOTALL)
-        if is_wav:  # ten times faster than through ffmpeg, which is left what soundfile does not know or cannot read
-            with (
-                suppress(soundfile.SoundFileError),
-                reading(path),
-                soundfile.SoundFile(path) as file,
-            ):
-                samples = -1 if duration_s is None else math.ceil(need_s * file.samplerate)
-                wave, rate = (
-                    file.read(samples, "float32", always_2d=True).mean(axis=1),
-                    file.samplerate,
-                )
-        if wave is None:
-            wave, rate = decode_stream(path, need_s)
+        wave, rate = decode_wav(path, need_s) or decode_stream(path, need_s)
     if not len(wave):
         raise SkipClip("empty audio stream")
     return torch.from_numpy(wave), rate
+
+
+def decode_wav(path, need_s):
+    """A wav as `decode_stream` gives it, ten times faster; None of what is none, or is one that
+    soundfile does not know or cannot read, which FFmpeg may."""
+    with files.reading(path), open(path, "rb") as file:
+        if file.read(4) != b"RIFF":
+            return None
+    with files.reading(path), suppress(soundfile.SoundFileError), soundfile.SoundFile(path) as file:
+        samples = -1 if need_s == math.inf else math.ceil(need_s * file.samplerate)
+        wave = file.read(samples, "float32", always_2d=True).mean(axis=1)
+        return wave, file.samplerate
+    return None
 
 
 def decode_stream(path, need_s):
@@ -229,34 +219,31 @@ def decode_stream(path, need_s):
         codec = stream.codec_context
         if codec is None:
             raise SkipClip("unreadable audio (no decoder for it)")
-        layout, rate = codec.layout, codec.sample_rate
-        if (
-            "(" in layout.name
-        ):  # PyAV 18 would free a custom order of channels twice; the mean needs no order
+        layout = codec.layout
+        rate = codec.sample_rate
+        # PyAV 18 would free a custom order of channels twice; the mean needs no order.
+        if "(" in layout.name:
             codec.layout = f"{layout.nb_channels} channels"
-        first_s = first_picture_s(path) if container.streams.video else None
-        pieces, total, kind = [np.zeros(0, np.float32)], None, None
+        picture_s = first_picture_s(path) if container.streams.video else None
+        late = 0  # samples from the first picture to the first sound, negative if that is earlier
+        pieces = [np.zeros(0, np.float32)]
+        total = 0
+        kind = None
         for frame in container.decode(stream):
-            if (
-                total is None
-            ):  # samples since the first picture: silence where it is above 0, to be cut where below
-                total = 0 if None in (first_s, frame.time) else round((frame.time - first_s) * rate)
-                pieces.append(np.zeros(int(max(0, min(total, need_s * rate))), np.float32))
-            known, kind = kind, (frame.format.name, frame.layout.name, frame.sample_rate)
-            if (
-                kind != known
-            ):  # also in mid-stream. Packed, as PyAV miscounts the planes of 8 channels and more
-                form = (
-                    "flt" if frame.layout.nb_channels > 1 else "fltp"
-                )  # of one channel the same, and often given
-                packed = av.AudioResampler(format=form, layout=frame.layout, rate=rate)
-            for part in packed.resample(frame):
+            if kind is None and picture_s is not None and frame.time is not None:
+                late = round((frame.time - picture_s) * rate)
+                pieces.append(np.zeros(int(min(max(0, late), need_s * rate)), np.float32))
+            if kind != (frame.format.name, frame.layout.name, frame.sample_rate):
+                # Also in mid-stream. Packed: PyAV miscounts the planes of 8 channels and more.
+                kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+                packer = av.AudioResampler(format="flt", layout=frame.layout, rate=rate)
+            for part in packer.resample(frame):
                 piece = part.to_ndarray().reshape(-1, part.layout.nb_channels).mean(axis=1)
-                pieces.append(piece[max(0, -total) :])
+                pieces.append(piece)
                 total += len(piece)
-            if total >= need_s * rate:
+            if late + total >= need_s * rate:
                 break
-        return np.concatenate(pieces), rate
+        return np.concatenate(pieces)[max(0, -late) :], rate
 
 
 def first_picture_s(path):
@@ -267,28 +254,32 @@ def first_picture_s(path):
 
 
 def resample(wave, rate, new_rate):
-    """torchaudio's windowed sinc. Its table of filters grows with the product of both rates over
-    their common divisor (44,099 to 16,000 Hz: 2.8 GB, and four times that to make it); where it is
-    large, the same filter runs in scipy."""
+    """torchaudio's windowed sinc, (S,) -> (ceil(S * new_rate / rate),). Its table of filters grows
+    with the product of both rates over their common divisor (44,099 to 16,000 Hz: 2.8 GB, and four
+    times that to make it); where it is large, FFmpeg's resampler."""
     divisor = math.gcd(rate, new_rate)
-    old, new = rate // divisor, new_rate // divisor
-    if old * new < 2**20:
+    if rate * new_rate < 2**20 * divisor**2:
         return torchaudio.functional.resample(wave, rate, new_rate)
-    from scipy.signal import upfirdn
+    frame = av.AudioFrame.from_ndarray(wave.numpy()[None], format="fltp", layout="mono")
+    frame.sample_rate = rate
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=new_rate)
+    parts = [part.to_ndarray()[0] for part in resampler.resample(frame) + resampler.resample(None)]
+    samples = math.ceil(len(wave) * new_rate / rate)
+    return fit_length(torch.from_numpy(np.concatenate(parts)), samples)
 
-    cutoff = 0.99 * min(
-        old, new
-    )  # torchaudio's rolloff; six zero crossings on either side, under a squared cosine
-    reach = math.ceil(6 * new / cutoff)  # new samples
-    i = np.arange(-reach * old, reach * old + 1)  # time in units of 1 / (old * new)
-    phase = (
-        i * pow(old, -1, new) % new
-    )  # time is the sum of two fractions in float32, whose rounding is at -70 dB
-    t = np.float32((phase * old - i) // new / old) - np.float32(phase / new)
-    t *= np.float32(cutoff)
-    taps = np.where(np.abs(t) < 6, np.sinc(t) * np.cos(np.pi * t / 12) ** 2, 0) * (cutoff / old)
-    out = upfirdn(np.float32(taps), wave.numpy(), new, old)
-    return torch.from_numpy(out[reach : reach + math.ceil(len(wave) * new / old)])
+
+def clip_sound(path, sample_rate_hz, duration_s, pad=True):
+    """`read_audio` of a clip that stage 01 found, for PESQ to compare with; None where there is no
+    sound that can be read."""
+    try:
+        return read_audio(path, sample_rate_hz, duration_s, pad)
+    except NoAudio:  # a silent film
+        return None
+    except NoFile:
+        files.gone(path)
+    except SkipClip as reason:
+        tqdm.write(f"{path}: {reason}; PESQ cannot use it", file=sys.stderr)
+        return None
 
 
 def fit_length(wave, samples):
@@ -302,12 +293,14 @@ def write_audio(path, wave, sample_rate_hz):
     (share of samples at full scale)."""
     heard = torch.nan_to_num(wave.float(), nan=0.0, posinf=0.0, neginf=0.0).clamp(-1, 1)
     level = heard.abs()
-    with replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         soundfile.write(temporary, heard.numpy(), sample_rate_hz, subtype="PCM_16")
-    about = dict(
-        digest=digest(path), finite=bool(wave.isfinite().all()), peak=round(level.max().item(), 6)
-    )
-    return dict(about, clipped=round((level >= 0.999).float().mean().item(), 6))
+    return {
+        "digest": files.digest(path),
+        "finite": bool(wave.isfinite().all()),
+        "peak": round(level.max().item(), 6),
+        "clipped": round((level >= 0.999).float().mean().item(), 6),
+    }
 
 
 def wide_band_pesq(reference, wave):
@@ -320,13 +313,15 @@ def wide_band_pesq(reference, wave):
     reference, wave = reference[:samples], wave[:samples]
     if samples < 4000 or np.abs(reference).max() < 1e-4:
         return math.nan
+    # The package fails at silence in one way, at infinity as if the reference had no utterance, and
+    # rates what is almost silent.
     if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
         return 1.0
     try:
         return pesq(16000, reference, wave, "wb")
-    except NoUtterancesError:  # depends on the reference alone
+    except NoUtterancesError:
         return math.nan
-    except (PesqError, ValueError):  # ValueError: its result is nan, as for silence
+    except (PesqError, ValueError):
         return 1.0
 
 

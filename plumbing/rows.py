@@ -7,12 +7,10 @@ the field. A field with a default may be missing in a file, or null. Lines may h
 which nobody reads.
 """
 
-import functools
 import json
 import re
-import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
@@ -21,77 +19,40 @@ from plumbing import files
 from plumbing.files import stop
 
 # --------------------------------------------------------------------------------------------------
-# What a field may hold; the description is what a person reads where something else is found
+# What a field may hold
 # --------------------------------------------------------------------------------------------------
 
-Text = Annotated[str, Meta(description="text")]
-Name = Annotated[
-    str, Meta(description=f"a name that a file can have, of at most {files.LONGEST_NAME} bytes")
-]
-FilePath = Annotated[
-    str,
-    Meta(description="a path that a file can have: below 4000 bytes, none of its names above 255"),
-]
-Index = Annotated[int, Meta(ge=0, le=2**63 - 1, description="a whole number from 0")]
-Count = Annotated[int, Meta(ge=1, le=10**9, description="a whole number from 1 to 1e+09")]
-Number = Annotated[float, Meta(ge=-1e300, le=1e300, description="a finite number")]
-Share = Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")]
-Signed = Annotated[float, Meta(ge=-1, le=1, description="a number from -1 to 1")]
-Seconds = Annotated[float, Meta(ge=0, le=1e6, description="a number from 0 to 1e+06")]
-ClipSeconds = Annotated[float, Meta(ge=0.1, le=3600, description="a number from 0.1 to 3600")]
-Probabilities = Annotated[
-    tuple[Share, Share, Share],
-    Meta(description="three probabilities"),  # of Good, Medium, Bad
-]
+
+def text(meaning, pattern):
+    """The type of texts that match a pattern. Its meaning, a comment in the pattern, is what a
+    person reads of one that does not."""
+    return Annotated[str, Meta(pattern=rf"(?#{meaning})^(?:{pattern})\Z")]
+
+
+def one_of(*words):
+    return text(f"one of {', '.join(words)}", "|".join(words))
+
+
+Text = text("text", files.TEXT)
+Name = text("a name that a file can have, of at most 200 bytes", files.NAME)
+# Bytes that are no UTF-8 are lone surrogates; `files.inside` knows what else a path may not be.
+FilePath = text("a path", r"[^\0\ud800-\udc7f\udd00-\udfff]{1,3999}")
+Index = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=1, le=10**9)]
+Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Signed = Annotated[float, Meta(ge=-1, le=1)]
+Seconds = Annotated[float, Meta(ge=0, le=1e6)]
+ClipSeconds = Annotated[float, Meta(ge=0.1, le=3600)]
+Probabilities = tuple[Share, Share, Share]  # of Good, Medium, Bad
 
 SPLITS = ("train", "val", "test")
-Split = Literal["train", "val", "test"]
-Rating = Literal["Good", "Medium", "Bad"]
-Choice = Literal["a", "b", "tie"]
+Split = one_of(*SPLITS)
+Rating = one_of("Good", "Medium", "Bad")
 
 
 class Row(Struct):
     """A line of a .jsonl, or an object of a .json."""
-
-    def __post_init__(self):
-        for field, fits in checks_of(type(self)):
-            if not fits(getattr(self, field)):
-                raise ValueError(f"{field} does not fit")
-
-
-@functools.cache
-def checks_of(row_type):
-    """What msgspec cannot say of the fields: [(name, check), ...]."""
-    kinds = typing.get_type_hints(row_type, include_extras=True)
-    checks = {field: check_of(kind) for field, kind in kinds.items()}
-    return [(field, check) for field, check in checks.items() if check is not None]
-
-
-def check_of(kind):
-    """What msgspec cannot say of a value of this kind, also inside a list or a dict: a function,
-    value -> whether it fits. None where msgspec says all."""
-    for known, fits in ((Text, files.is_text), (Name, files.is_name), (FilePath, files.is_path)):
-        if kind == known:
-            return lambda value: not isinstance(value, str) or fits(value)
-    if kind == Probabilities:
-        return lambda value: abs(sum(value) - 1) < 1e-3
-    origin = typing.get_origin(kind)
-    checks = [check_of(part) for part in typing.get_args(kind)] if origin is not Annotated else []
-    if not any(checks):
-        return None
-    always = lambda value: True  # noqa: E731
-    checks = [check or always for check in checks]
-    if origin is dict:
-        return lambda value: all(
-            checks[0](name) and checks[1](held) for name, held in value.items()
-        )
-    if origin is list:
-        return lambda value: all(map(checks[0], value))
-    if origin is tuple:
-        return lambda value: all(check(item) for check, item in zip(checks, value))
-    return lambda value: all(
-        check(value) for check in checks
-    )  # of a union, whose other kinds are no text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,23 +72,20 @@ class Sampler(Row):
     guidance: Number  # gamma; 1 = no guidance
 
 
-class World(Row, kw_only=True, omit_defaults=True):
+class World(Defaults, kw_only=True, omit_defaults=True):
     """run.json as stage 00 leaves it. Stage 01 completes it to a `Run`."""
 
     model: Text  # as given to --model
-    checkpoint: FilePath  # for people: the velocity network's file, or `upstream` for the one under --weights
+    # For people: the velocity network's file, or `upstream` for the one under --weights.
+    checkpoint: FilePath
     checkpoint_digest: Text  # what counts
     video_root: FilePath  # absolute, or relative to the run folder
     clip_s: ClipSeconds  # seconds of video that one audio belongs to
-    defaults: dict[
-        str, dict[str, Number]
-    ] = {}  # {stage: {flag: this run's replacement for the paper's number}}
-    scorers: Literal["real", "toy"] = "real"  # the set of frozen scorers
+    scorers: one_of("real", "toy") = "real"  # the set of frozen scorers
     scorers_root: FilePath | None = None  # the folder of their files, if not --weights
     cavp_root: FilePath | None = None  # Frieren alone: the folder of its features
-    size: Text | None = (
-        None  # the toy world alone: its size, its seed, its raters' noise as a factor
-    )
+    # The toy world alone: its size, its seed, its raters' noise as a factor.
+    size: Text | None = None
     world_seed: Index | None = None
     rater_noise: Number | None = None
 
@@ -162,6 +120,10 @@ class ListedClip(Row, kw_only=True):
     caption: Text | None = None
     label: Text | None = None
     split: Split = "train"
+
+    def __post_init__(self):
+        if not files.is_name(self.id):  # longer in bytes than in characters
+            raise ValueError("field 'id': Expected a name of at most 200 bytes")
 
 
 class MissingClip(Row):
@@ -202,7 +164,8 @@ class Answer(Row, kw_only=True, omit_defaults=True):
     """What every answer of a person may hold."""
 
     rater: Text = ""
-    repeat: Literal[0, 1] = 0  # 1: the same was asked once more, to see how steady the rater is
+    # 1: the same was asked once more, to see how steady the rater is.
+    repeat: Annotated[int, Meta(ge=0, le=1)] = 0
     seconds: Seconds | None = None  # that the answer took
     comment: Text | None = None
 
@@ -227,12 +190,11 @@ class ChoiceAnswer(Answer, kw_only=True):
     clip: Name
     a: Index | Name
     b: Index | Name
-    choice: Choice
+    choice: one_of("a", "b", "tie")
 
 
-class Score(Row, kw_only=True):
-    """03_scores/00012.jsonl: the five scores of an audio (Sec. 2.1), null where one does not apply,
-    and p (Eq. 1)."""
+class FiveScores(Row, kw_only=True):
+    """An audio's five scores (Sec. 2.1), null where one does not apply."""
 
     clip: Name
     k: Index
@@ -241,20 +203,17 @@ class Score(Row, kw_only=True):
     desync_s: Number | None = None  # seconds
     is_nats: Number | None = None  # nats
     pesq: Number | None = None  # MOS-LQO, 1.0 to 4.64
+
+
+class Score(FiveScores, kw_only=True):
+    """03_scores/00012.jsonl: of every audio, with p (Eq. 1)."""
+
     p: Probabilities
 
 
-class RatedScore(Row, kw_only=True):
-    """02_scores.jsonl: the five scores of a rated audio, and the raters' majority, the worse of a
-    tie."""
+class RatedScore(FiveScores, kw_only=True):
+    """02_scores.jsonl: of a rated audio, with the raters' majority, the worse of a tie."""
 
-    clip: Name
-    k: Index
-    ib: Number | None = None
-    clap: Number | None = None
-    desync_s: Number | None = None
-    is_nats: Number | None = None
-    pesq: Number | None = None
     rating: Rating
 
 
@@ -273,6 +232,11 @@ class Pair(Row):
     p_winner: Probabilities
     p_loser: Probabilities
 
+    def __post_init__(self):
+        for field in ("p_winner", "p_loser"):
+            if abs(sum(getattr(self, field)) - 1) > 1e-3:
+                raise ValueError(f"field '{field}': Expected three numbers whose sum is 1")
+
 
 class SplitPair(Row):
     """04_stage1.jsonl, 04_stage2.jsonl."""
@@ -281,7 +245,7 @@ class SplitPair(Row):
     winner: Index
     loser: Index
     score_c: Signed  # Eq. 3; high = an easy pair
-    source: Literal["auto", "human"]
+    source: one_of("auto", "human")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -294,18 +258,28 @@ class Policy(Row):
 
     model: Text
     base_digest: Text  # of the checkpoint that was tuned
-    method: Literal["flow_dpo", "ddpo"]
+    method: one_of("flow_dpo", "ddpo")
     steps: Count
     commit: Text | None = None  # of this code; null outside of git
     computed_with: dict[str, Text | None] = {}  # the CPU, and the kernels that were asked for
 
 
-class FlowDpoStep(Row):
-    """05_flow_dpo/log.jsonl: an optimizer step; means over the global batch. docs/curves.md reads
-    them."""
+class Step(Row, kw_only=True):
+    """log.jsonl of a policy's folder: an optimizer step. docs/curves.md reads them."""
 
     step: Index
-    stage: Literal[1, 2]
+    grad_norm: Number  # before it is clipped at 1
+    lr: Number
+    seconds: Number
+    forwards: Index  # rows through policy and reference so far
+    forwards_grad: Index  # those with a backward pass
+    peak_gb: Number | None = None  # of the GPU, GiB
+
+
+class FlowDpoStep(Step, kw_only=True):
+    """05_flow_dpo/log.jsonl; means over the global batch."""
+
+    stage: Annotated[int, Meta(ge=1, le=2)]
     loss: Number  # Eq. 5, log 2 at step 0
     accuracy: Share  # of the pairs whose winner the implicit reward prefers; 1/2 for a tie
     gap_w: Number  # the winner's error minus the reference's
@@ -317,18 +291,11 @@ class FlowDpoStep(Row):
     weight_wrong: Share  # that of pairs with a logit below 0, 0 for others
     gap_w_t: list[Number | None]  # by quarter of t; null where a quarter has no pair
     gap_l_t: list[Number | None]
-    grad_norm: Number  # before it is clipped at 1
-    lr: Number
-    seconds: Number
-    forwards: Index  # rows through policy and reference so far
-    forwards_grad: Index  # those with a backward pass
-    peak_gb: Number | None = None  # of the GPU, GiB
 
 
-class DdpoStep(Row):
-    """06_ddpo/log.jsonl: an optimizer step."""
+class DdpoStep(Step, kw_only=True):
+    """06_ddpo/log.jsonl."""
 
-    step: Index
     round: Index
     reward: Number  # mean P(Good) of the round's audios
     reward_std: Number  # within a prompt, mean over prompts
@@ -336,12 +303,6 @@ class DdpoStep(Row):
     ratio: Number  # mean over the audios
     clipped: Share
     approx_kl: Number
-    grad_norm: Number
-    lr: Number
-    seconds: Number
-    forwards: Index
-    forwards_grad: Index
-    peak_gb: Number | None = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,7 +315,7 @@ class Result(Row, kw_only=True):
 
     system: Name
     metric: Text
-    better: Literal["higher", "lower"]
+    better: one_of("higher", "lower")
     value: Number | None = None
     low: Number | None = None
     high: Number | None = None
@@ -362,7 +323,7 @@ class Result(Row, kw_only=True):
     diff: Number | None = None  # value minus the value of base (or of --against), null for itself
     diff_low: Number | None = None
     diff_high: Number | None = None
-    verdict: Literal["better", "worse"] | None = None  # null where the interval of diff holds 0
+    verdict: one_of("better", "worse") | None = None  # null where the interval of diff holds 0
 
 
 class System(Row, kw_only=True):
@@ -377,7 +338,7 @@ class ShownMetric(Row):
     """How a metric of 07_systems.json is shown."""
 
     column: Text
-    better: Literal["higher", "lower"] = "higher"
+    better: one_of("higher", "lower") = "higher"
     decimals: Index = 3
     times: Count = 1  # shown times this
 
@@ -467,96 +428,39 @@ def read_json(path, row_type, hint=""):
     return typed(files.parse_json(files.read_text(path, hint), path, hint), row_type, path, hint)
 
 
-def typed(value, row_type, where, hint="", from_text=False):
+def typed(value, row_type, where, hint=""):
     """value, as read from JSON, as a row; one line says where it does not fit. A field that is null
-    is absent. from_text: numbers may be texts, as in a csv, where an empty cell is absent."""
+    is absent."""
     if isinstance(value, dict):
-        absent = ("", None) if from_text else (None,)
-        value = {name: held for name, held in value.items() if held not in absent}
+        value = {name: held for name, held in value.items() if held is not None}
     try:
-        return msgspec.convert(value, row_type, strict=not from_text)
+        return msgspec.convert(value, row_type)
+    except UnicodeEncodeError as error:  # half of a surrogate pair where a word is looked for
+        stop(f"{where}: {error.object[:60]!a} is not text{hint}")
     except msgspec.ValidationError as error:
-        stop(f"{where}{what_is_wrong(str(error), value, row_type)}{hint}")
-    except (
-        UnicodeEncodeError
-    ) as error:  # half of a surrogate pair, where msgspec looks for a word or a name
-        fields = [f", field '{name}'" for name, held in value.items() if held == error.object]
-        stop(f"{where}{''.join(fields[:1])}: {error.object!a:.60} is not text{hint}")
-
-
-def what_is_wrong(error, value, row_type):
-    """msgspec's words for a person: the field, what it holds and what it should."""
-    if not isinstance(value, dict):
-        return f": {value!r:.60} is not a set of fields"
-    place = re.search(r" - at .*`\$(.*)`$", error)
-    place = place[1] if place else ""
-    missing = re.match(r"Object missing required field `(.+?)`", error)
-    own = re.match(r"(\w+) does not fit", error)  # Row's
-    if own:
-        place += f".{own[1]}"
-    field, value, kind = follow(place, value, row_type)
-    if missing:
-        return f": field '{'.'.join(filter(None, (field, missing[1])))}' is missing"
-    return f", field '{field}': {value!r:.60} is not {words_of(kind)}"
-
-
-def follow(place, value, kind):
-    """The field at msgspec's place, `.sampler.steps`, with what it holds and its kind; not beyond
-    where msgspec names no name, `.files[...]`, or the kind has words of its own."""
-    field = ""
-    for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", place):
-        origin = typing.get_origin(kind)
-        if name and isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, Struct):
-            kind = {info.encode_name: info.type for info in msgspec.structs.fields(kind)}[name]
-            value = value.get(name)
-            field += f".{name}" if field else name
-        elif index.isdecimal() and origin in (list, tuple):
-            kind = typing.get_args(kind)[int(index) if origin is tuple else 0]
-            value = value[int(index)]
-            field += f"[{index}]"
-        else:
-            break
-    return field, value, kind
-
-
-def words_of(kind):
-    """What a value of this kind is, in a person's words."""
-    origin = typing.get_origin(kind)
-    parts = typing.get_args(kind)
-    if origin is Annotated:
-        return next(meta.description for meta in kind.__metadata__ if meta.description)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}"
-    if origin is list:
-        return f"a list, each of it {words_of(parts[0])}"
-    if origin is tuple:
-        return f"a list of {len(parts)}: {', '.join(map(words_of, parts))}"
-    if origin is dict:
-        return (
-            f"a set of fields, each named by {words_of(parts[0])} and holding {words_of(parts[1])}"
-        )
-    if parts:  # a union
-        return " or ".join(words_of(part) for part in parts if part is not type(None))
-    plain = {str: "text", bool: "true or false", typing.Any: "anything", type(None): "null"}
-    return plain.get(kind, "a set of fields")
+        # "Expected `int`, got `str` - at `$.sampler.steps`" and "Object missing required field `x`"
+        said = re.sub(r"`str` matching regex '\(\?#(.*?)\).*'", r"\1", str(error))
+        said = re.sub(r"(.*) - at .*`\$\.(.*)`", r"field '\2': \1", said)
+        said = re.sub(r"Object missing required field `(.*)`", r"field '\1' is missing", said)
+        stop(f"{where}, {said}{hint}")
 
 
 def as_dict(row):
     return msgspec.to_builtins(row)
 
 
-JSON = json.JSONEncoder(ensure_ascii=False)
+def write(path, lines):
+    """lines: rows of one of the types above, or dicts (of a log)."""
+    files.write_text(path, "".join(json_line(line) for line in lines))
 
 
-def write(path, rows):
-    """rows: of one of the types above, or dicts (the lines of a log)."""
-    lines = [JSON.encode(as_dict(row)) + "\n" for row in rows]
-    files.write_text(path, "".join(lines))
-
-
-def append(path, row):
+def append(path, line):
     with files.writing(path), open(path, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(as_dict(row)) + "\n")
+        stream.write(json_line(line))
+
+
+def json_line(line):
+    return json.dumps(as_dict(line), ensure_ascii=False) + "\n"
 
 
 def write_json(path, row):

@@ -61,12 +61,17 @@ class Ill:
         return len(content)
 
 
+def name_of(file):
+    """Of a path, or of an open file."""
+    return str(file.name if hasattr(file, "read") else file)
+
+
 def replace(patch, owner, name, path, instead):
-    """Calls `instead` in the place of owner.name where this path is opened."""
+    """Calls `instead` in the place of owner.name where this path is opened, or a file of it."""
     original = getattr(owner, name)
 
     def opened(file, *rest, **options):
-        call = instead if str(file) == str(path) else original
+        call = instead if name_of(file) == str(path) else original
         return call(file, *rest, **options)
 
     patch.setattr(owner, name, opened)
@@ -74,7 +79,7 @@ def replace(patch, owner, name, path, instead):
 
 def refusal(code, named=True):
     def refuse(file, *_, **__):
-        raise OSError(code, os.strerror(code), *([str(file)] if named else []))
+        raise OSError(code, os.strerror(code), *([name_of(file)] if named else []))
 
     return refuse
 
@@ -102,7 +107,7 @@ def not_opened_by_libsndfile(patch, path, code):
 
 
 def said_by_ffmpeg(patch, path, code):
-    replace(patch, av, "open", path, lambda file, **_: av.error.err_check(-code, str(file)))
+    replace(patch, av, "open", path, lambda file, **_: av.error.err_check(-code, file.name))
 
 
 # Readers
@@ -200,12 +205,30 @@ def test_what_ffmpeg_says_of_a_file_that_can_be_read_is_said_of_its_content(
         reader(folder / "a.mp4")
 
 
-@pytest.mark.parametrize("code", SYSTEM, ids=errno.errorcode.get)
-def test_what_ffmpeg_never_says_of_content_is_an_error_of_the_system(code, folder, monkeypatch):
-    said_by_ffmpeg(monkeypatch, folder / "a.mp4", code)
-    with pytest.raises(OSError, match=os.strerror(code)) as raised:
+def test_a_thread_that_ffmpeg_cannot_have_is_an_error_of_the_system(folder, monkeypatch):
+    said_by_ffmpeg(monkeypatch, folder / "a.mp4", errno.EAGAIN)
+    with pytest.raises(OSError, match=os.strerror(errno.EAGAIN)) as raised:
         frames(folder / "a.mp4")
     assert raised.value.filename == str(folder / "a.mp4")
+    assert not isinstance(raised.value, av.error.FFmpegError)
+
+
+@pytest.mark.parametrize(
+    "suffix, voice", [("mp4", "aac"), ("mkv", "aac"), ("ts", "aac"), ("avi", "libmp3lame")]
+)
+def test_a_disk_that_fails_anywhere_in_a_file_is_told_from_the_files_end(suffix, voice, tmp_path):
+    """FFmpeg takes some errors of reading for the end of the file, or for damaged content."""
+    path = make_video(tmp_path / f"a.{suffix}", voice=voice, options={"bf": "0"})
+    whole = [frames(path)[0], sound(path)]
+    for share in np.arange(0, 1, 0.04):
+        for reader, expected in zip((lambda path: frames(path)[0], sound), whole):
+            with pytest.MonkeyPatch.context() as patch:
+                not_read(patch, path, errno.EIO, share)
+                try:
+                    assert torch.equal(reader(path), expected)  # what it needs lies before
+                except OSError as error:
+                    assert error.errno == errno.EIO and error.filename == str(path)
+                    assert not isinstance(error, av.error.FFmpegError)
 
 
 def test_a_matroska_file_that_was_cut_is_skipped_though_ffmpeg_says_input_output_error(tmp_path):
