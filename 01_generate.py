@@ -198,8 +198,8 @@ def check_clips(clips, where):
     splits_of_video = defaultdict(set)
     for i, clip in enumerate(clips, 1):
         if clip.id in split_of:
-            splits = {clip.split, split_of[clip.id]}
-            twice = "twice" if len(splits) == 1 else f"in both {' and '.join(sorted(splits))}"
+            before = split_of[clip.id]
+            twice = "twice" if before == clip.split else f"in both {before} and {clip.split}"
             stop(f"{where}, clip {i}, field 'id': {clip.id} occurs {twice}; keep one")
         split_of[clip.id] = clip.split
         splits_of_video[common.video_of(clip.id)].add(clip.split)
