@@ -374,12 +374,15 @@ def list_clips(run, anew, args):
         rows.write(run / "01_missing.jsonl", missing)
         rows.write(file, clips)
         return
-    before = {clip.id for clip in rows.read(file, rows.Clip)}
-    now = {clip.id for clip in clips}
+    before = {clip.id: clip for clip in rows.read(file, rows.Clip)}
+    now = {clip.id: clip for clip in clips}
     if before != now:
+        both = before.keys() & now.keys()
+        changed = sum(before[name] != now[name] for name in both)
         print(
-            f"{file} stays as it is: {len(now - before)} videos appeared since, "
-            f"{len(before - now)} vanished"
+            f"{file} stays as it is: {len(now.keys() - both)} videos appeared since, "
+            f"{len(before.keys() - both)} vanished, {changed} have another caption, label or "
+            "split; for these use another --run-dir"
         )
 
 

@@ -322,7 +322,7 @@ def blocks_of(run, prefix, audios_of, rated):
 def read_said(rated, blocks, scorers):
     """What the five scorers said of the rated audios, in their order, as `fit` wants it. rated:
     (clip, k) of each."""
-    said = scorers.five(scoring.read_scores(blocks, scorers, scorers.of_audioscore))
+    said = scorers.for_audioscore(scoring.read_scores(blocks, scorers, scorers.of_audioscore))
     scored = [(audio.clip.id, audio.k) for block in blocks for audio in block.audios]
     row_of = {audio: row for row, audio in enumerate(scored)}
     return select(said, [row_of[audio] for audio in rated])

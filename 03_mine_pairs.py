@@ -64,7 +64,7 @@ def apply_audioscore(blocks, scorers, audioscore):
     03_scores/00012.jsonl of each block."""
     p_of = defaultdict(dict)
     for block in blocks:
-        said = scorers.five(scoring.read_scores([block], scorers, scorers.of_audioscore))
+        said = scorers.for_audioscore(scoring.read_scores([block], scorers, scorers.of_audioscore))
         scores = audioscore.five_scores(said)
         lines = []
         for audio, five, p in zip(block.audios, scores, audioscore(scores).tolist()):
@@ -81,7 +81,7 @@ def apply_audioscore(blocks, scorers, audioscore):
 
 
 def may_win(audio):
-    """Silent and clipped audio may lose, but not win. audio: rows.Sample."""
+    """Paper silent: silent and clipped audio may lose, but not win. audio: rows.Sample."""
     return audio.finite and audio.peak >= common.SILENT_PEAK and audio.clipped < CLIPPED_SHARE
 
 
@@ -248,11 +248,11 @@ def print_mined(run, samples, pairs, dropped):
     if negative:
         print(
             f"warning: {negative} of {len(pairs)} pairs have a negative score_c: AudioScore likes "
-            "their winner less than their loser; give --min-score-c 0"
+            "their winner less than their loser; --min-score-c 0, the default, drops them"
         )
     print(
-        f"  --min-score-c {values.quantile(0.08):.3f} would drop 8 % of these, the paper's share "
-        "(50K to about 46K)"
+        f"  --min-score-c {values.quantile(0.08):.3f} would drop 8 % of these, as the paper "
+        "drops 8 % of its clips (50K to about 46K)"
     )
 
 

@@ -198,7 +198,7 @@ class Reward:
             resampled = media.fit_length(resampled, round(model.clip_s * rate_hz))
             videos = self.videos(name, clips) if "video" in scorer.reads else None
             said[name] = scoring.score_waves(scorer, resampled, clips, videos)
-        p = self.audioscore(self.audioscore.five_scores(self.set.five(said)))
+        p = self.audioscore(self.audioscore.five_scores(self.set.for_audioscore(said)))
         return p[:, 0] * finite
 
 

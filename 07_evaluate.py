@@ -704,7 +704,7 @@ def metrics_said(by_scorer, measures, scorers, audioscore):
     for metric, (_, scorer, tensor) in measures.items():
         said[metric] = by_scorer[scorer][tensor]
     if audioscore is not None:
-        five = audioscore.five_scores(scorers.five(by_scorer))
+        five = audioscore.five_scores(scorers.for_audioscore(by_scorer))
         said["p_good"] = audioscore(five)[:, 0]
     return said
 

@@ -461,7 +461,7 @@ class ScorerSet:
         wanted = [*self.audioscore.values(), *(measure[1:] for measure in self.measures.values())]
         return {tensor for scorer, tensor in wanted if scorer == name}
 
-    def five(self, said):
+    def for_audioscore(self, said):
         """AudioScore's part of what scorers said: {scorer: {tensor: values}} -> {ib, clap,
         desync_s, logits, pesq: values}."""
         return {name: said[scorer][tensor] for name, (scorer, tensor) in self.audioscore.items()}

@@ -261,7 +261,7 @@ class OneScorer:
     """Of which five tensors AudioScore's scores are made."""
 
     @staticmethod
-    def five(said):
+    def for_audioscore(said):
         return said["toy"]
 
 

@@ -254,7 +254,9 @@ def test_p_good_in_the_results_is_the_mean_of_audioscore_on_that_systems_audio(f
         waves = scoring.read_waves(audios, scorer.sample_rate_hz, 2.0)
         scores[name] = judged(scorer, waves, clips, 2.0)
     audioscore = AudioScore.load(finished / "02_audioscore.pt")
-    expected = audioscore(audioscore.five_scores(scorers.five(scores)))[:, 0].mean().item()
+    expected = (
+        audioscore(audioscore.five_scores(scorers.for_audioscore(scores)))[:, 0].mean().item()
+    )
     row = results(finished)["flow_dpo", "p_good"]
     assert close(row["value"], expected, PROBABILITIES) and row["n"] == len(clips)
 
@@ -850,6 +852,18 @@ def test_a_rerun_keeps_its_list_when_videos_appear_or_vanish(
     vanished = "" if of_folder else ", 1 vanished"
     assert f"1 videos appeared since{vanished}" in capsys.readouterr().out
     assert files_of(run, "01", "cl") == before
+
+
+def test_a_rerun_says_that_captions_labels_and_splits_stay_what_they_were(tmp_path, listed, capsys):
+    call("01", tmp_path / "run", *listed)
+    before = files_of(tmp_path / "run", "01", "cl")
+    first, second, *others = read(tmp_path / "list.jsonl")
+    changed = [first | {"caption": "a dog"}, second | {"split": "val"}, *others]
+    write(tmp_path / "list.jsonl", changed)
+    capsys.readouterr()
+    call("01", tmp_path / "run", *listed)
+    assert "2 have another caption, label or split" in capsys.readouterr().out
+    assert files_of(tmp_path / "run", "01", "cl") == before
 
 
 def test_the_toy_model_on_other_clips_goes_on_with_its_own_settings(tmp_path, youtube, finished):
