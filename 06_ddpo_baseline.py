@@ -202,14 +202,14 @@ class Reward:
         return p[:, 0] * finite
 
 
-def group_advantages(rewards, groups):
+def group_advantages(rewards, group_size):
     """How much better an audio is than the others of its prompt, in standard deviations of their
     rewards.
 
-    rewards: (R * B,) float64, B = groups; row r * B + b is prompt b's. Returns advantages (R * B,),
-    (r - mean) / std, 0 where std is below MIN_SPREAD; and std (B,).
+    rewards: (R * B,) float64, R = group_size; row r * B + b is prompt b's. Returns advantages
+    (R * B,), (r - mean) / std, 0 where std is below MIN_SPREAD; and std (B,).
     """
-    rewards = rewards.view(-1, groups)
+    rewards = rewards.view(group_size, -1)
     std, mean = torch.std_mean(rewards, dim=0)
     advantages = torch.where(std < MIN_SPREAD, 0.0, (rewards - mean) / std)
     return advantages.flatten(), std
@@ -239,7 +239,8 @@ class Batch:
 
 
 def draw_times(seeds, args):
-    """Which noisy step each update trains, per trajectory: (updates, B), without repetition."""
+    """The noisy step that each update trains, of every trajectory, without repetition: (updates,
+    R * B), indices of the grid."""
     drawn = []
     for seed in seeds:
         drawn.append(random.Random(seed).sample(range(args.sampling_steps - 1), args.updates))
@@ -272,7 +273,7 @@ def collect(model, reward, shards, clips, round_, guidance, args):
     sums = {}
     for batch, future in zip(batches, futures):
         rewards = future.result()  # on the CPU
-        advantages, std = group_advantages(rewards, len(rewards) // args.group_size)
+        advantages, std = group_advantages(rewards, args.group_size)
         batch.advantages = advantages.float().to(model.device)
         measured = {"reward": rewards, "reward_std": std, "no_spread": std < MIN_SPREAD}
         add_sums(sums, measured)

@@ -373,14 +373,14 @@ def print_table(results, systems, metrics, against="base"):
         )
 
 
-def print_hacked(results, systems, measures, judges):
-    """A line for each system that gains on AudioScore and loses by a judge: a scorer of --judge, or
-    the toy world's. measures: {metric: (how, scorer, tensor)}; judges: scorers."""
+def print_hacked(results, systems, measures, of_audioscore):
+    """A line for each system that gains on AudioScore and loses by another scorer, or by the toy
+    world's judge. measures: {metric: (how, scorer, tensor)}; of_audioscore: its scorers."""
     for system in systems:
         verdicts = {row.metric: row.verdict for row in results if row.system == system}
         lost = []
         for metric, said in verdicts.items():
-            is_trained_on = metric in measures and measures[metric][1] not in judges
+            is_trained_on = metric in measures and measures[metric][1] in of_audioscore
             if said == "worse" and not is_trained_on and metric != "win_rate":
                 lost.append(metric)
         if verdicts.get("p_good") == "better" and lost:
@@ -756,6 +756,7 @@ def main(args):
             f"{run}/clips.jsonl has no clip of the split {args.split}; give some that split in "
             "stage 01's --clips"
         )
+    missing = rows.read_if_there(run / "01_missing.jsonl", rows.MissingClip)
     scorers = common.scorers_of(run, args.weights)
     measures, scorer_names = measures_asked(scorers, args.judge)
     systems = choose_systems(run, run_json, args)
@@ -828,7 +829,6 @@ def main(args):
         rows.write_json(run / f"07_systems{suffix}.json", systems_json)
 
     # -- report
-    missing = rows.read_if_there(run / "01_missing.jsonl", rows.MissingClip)
     gone = sum(clip.split == args.split for clip in missing)
     if gone:
         print(
@@ -837,7 +837,7 @@ def main(args):
         )
     print(f"{args.split} split, guidance {args.guidance:g}")
     print_table(results, names, systems_json.metrics, args.against)
-    print_hacked(results, names, measures, scorers.judges)
+    print_hacked(results, names, measures, scorers.of_audioscore)
     chosen = [s.name for s in policies if s.folder is not None and s.name not in POLICIES]
     if chosen and args.split == "test":
         print(

@@ -411,7 +411,7 @@ def test_log_prob_is_the_gaussians_averaged_over_the_latent():
 
 def test_advantages_are_per_prompt():
     rewards = torch.tensor([0.0, 10.0, 1.0, 12.0, 2.0, 14.0])  # rows r * 2 + b
-    advantages, std = stage("06").group_advantages(rewards, 2)
+    advantages, std = stage("06").group_advantages(rewards, 3)
     assert std.tolist() == pytest.approx([1.0, 2.0])
     assert advantages.tolist() == pytest.approx([-1, -1, 0, 0, 1, 1], abs=1e-3)
     assert stage("06").group_advantages(torch.full((4,), 0.3), 2)[0].tolist() == [0, 0, 0, 0]
@@ -428,7 +428,7 @@ def test_a_prompt_without_spread_has_no_advantage_and_its_neighbour_keeps_its_ow
 ):
     assert stage("06").MIN_SPREAD == 1e-4
     both = torch.tensor([rewards, (0.2, 0.4, 0.6)], dtype=torch.float64).T.flatten()  # std 0.2
-    advantages, std = stage("06").group_advantages(both, 2)
+    advantages, std = stage("06").group_advantages(both, 3)
     assert advantages[0::2].tolist() == pytest.approx(expected, abs=1e-6)
     assert advantages[1::2].tolist() == pytest.approx((-1, 0, 1))
     assert std[1].item() == pytest.approx(0.2)
