@@ -285,12 +285,12 @@ def find_attacks(energy):
 
     total = energy.sum(1)
     level = np.log10(energy + 1e-4 * total.max())
-    rise = np.maximum(level[3:] - level[:-3], 0).sum(1)
+    rise = np.maximum(level[3:] - level[:-3], 0).sum(1)  # from each window to the third after it
     peaks, _ = find_peaks(rise, height=max(2.0, rise.max() / 4), distance=20)
     attacks = []
     for peak in peaks:
         if total[peak : peak + 8].max() > total.max() / 100:
-            attacks.append(peak + 2)
+            attacks.append(peak + 2)  # a window within the rise
     return np.array(attacks, dtype=int)
 
 
@@ -315,7 +315,8 @@ def attack_shape(energy, attacks):
 def late_db(energy, attacks):
     """Energy later than 272 ms after an attack over what came before, in dB, less the floor.
 
-    Mean of the attacks that no other follows within 416 ms; -50 where nothing is left.
+    Mean of the attacks that no other follows within 416 ms; -50 where nothing is left. The mirror
+    of the oracle's `tail_energy`, in windows of 8 ms.
     """
     total = energy.sum(1)
     floor = np.convolve(total, np.full(16, 1 / 16), "valid").min()
