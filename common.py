@@ -52,6 +52,7 @@ from plumbing import (
     record,
     rows,
     scoring,
+    speed,
     training,
 )
 from plumbing.files import NoAudio, NoFile, SkipClip, Stop, stop
@@ -65,6 +66,7 @@ __all__ = [
     "people",
     "ranks",
     "record",
+    "speed",
 ]  # for stages and adapters
 
 digits.same_on_every_cpu()  # before torch computes anything

@@ -1,6 +1,7 @@
 """Frieren (Wang et al., NeurIPS 2024, https://arxiv.org/abs/2406.00320) as a FlowModel
 (docs/frieren.md)."""
 
+import contextlib
 import functools
 import io
 import re
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from common import FlowModel, SkipClip, files, scoring, stop, upstream, weight_file
+from common import FlowModel, SkipClip, files, scoring, speed, stop, upstream, weight_file
 
 
 @functools.cache
@@ -257,6 +258,9 @@ class Frieren(FlowModel):
         sizes = types.SimpleNamespace(**yaml.safe_load(shape.read_text()))
         vocoder = upstream_classes().vocoder(sizes)
         fill(vocoder, files.load_pt(file).get("generator", {}), file, "")
+        with contextlib.redirect_stdout(None):  # it says that it does
+            vocoder.remove_weight_norm()
+        speed.slice_activations(vocoder)
         return [part.to(device).float().eval().requires_grad_(False) for part in (vae, vocoder)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from common import FlowModel, files, media, stop, upstream, weight_file
+from common import FlowModel, files, media, speed, stop, upstream, weight_file
 
 VARIANTS = (
     "small_16k",
@@ -182,7 +182,9 @@ class MMAudio(FlowModel):
             weight_file(self.weights, name) for name in self.files(self.variant)[2:]
         ]
         parts = dict(tod_vae_ckpt=vae, bigvgan_vocoder_ckpt=vocoder, need_vae_encoder=False)
-        return self.features_utils(enable_conditions=False, **parts)
+        codec = self.features_utils(enable_conditions=False, **parts)
+        speed.slice_activations(codec.tod.vocoder)
+        return codec
 
     def features_utils(self, **parts):
         """Upstream's FeaturesUtils with these parts; it looks for its 44.1 kHz vocoder below the
