@@ -59,13 +59,14 @@ class MMAudio(FlowModel):
         super().__init__()
         names = self.files(variant)
         with upstream("MMAudio"):
-            from mmaudio.model import networks
+            from mmaudio.model import low_level, networks
         self.variant = variant
         self.weights = Path(weights).absolute()
         self.mode = variant.split("_")[1]
         self.sample_rate_hz = {"16k": 16000, "44k": 44100}[self.mode]
         self.checkpoint = Path(checkpoint or weight_file(self.weights, names[0]))
         self.net = networks.get_my_mmaudio(variant)
+        speed.keep_channels_last(self.net, low_level.ChannelLastConv1d)
         self.conditions_class = networks.PreprocessedConditions
         self.latent_shape = (self.net.latent_seq_len, self.net.latent_dim)
         # Null conditions; upstream itself freezes the third, empty_string_feat.
@@ -98,7 +99,8 @@ class MMAudio(FlowModel):
         return [*self.net.joint_blocks, *self.net.fused_blocks]
 
     def policy_state(self):
-        return {key: value.detach().cpu() for key, value in self.net.state_dict().items()}
+        state = self.net.state_dict()
+        return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
     def load_policy(self, path):
         """A bare state dict, upstream's file or ours."""

@@ -34,7 +34,7 @@ def sliced_activation(act, up, down, x):
     """
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     padded = F.pad(precise, (3, 3), mode="replicate")
-    # Sample 2 j of the doubled signal sees x[j - 3 .. j + 2], sample 2 j + 1 sees x[j - 2 .. j + 3].
+    # Sample 2 j of the doubled signal sees x[j - 3 ... j + 2], sample 2 j + 1 x[j - 2 ... j + 3].
     even = act(polyphase(padded[..., :-1], up[1::2], (5, 4, 3, 2, 1, 0)))
     odd = act(polyphase(padded[..., 1:], up[0::2], (5, 4, 3, 2, 1, 0)))
     # Sample j of the result sees the doubled signal's 2 j - 5 ... 2 j + 6.
@@ -56,3 +56,43 @@ def slice_activations(vocoder):
         up = (RATIO * up).tolist()
         module.forward = functools.partial(sliced_activation, module.act, up, down.tolist())
     return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Convolutions
+# --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def channels_last_class(upstreams):
+    """Upstream's class of a Conv1d over (B, T, C), computed without turning anything around: a
+    two-dimensional convolution of height 1, whose layout of channels last is (B, T, C) itself. One
+    of three dimensions cuDNN would turn to channels first and back."""
+
+    class ChannelsLast(upstreams):
+        def forward(self, x):
+            """(B, T, C) -> (B, T', C')."""
+            x = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, T), channels last in memory
+            y = F.conv2d(
+                x,
+                self.weight.unsqueeze(2),
+                self.bias,
+                (1, *self.stride),
+                (0, *self.padding),
+                (1, *self.dilation),
+                self.groups,
+            )
+            return y.squeeze(2).transpose(1, 2)
+
+    ChannelsLast.__name__ = upstreams.__name__
+    return ChannelsLast
+
+
+def keep_channels_last(network, upstreams):
+    """Makes every convolution of upstream's class one of `channels_last_class`. Weights keep shape,
+    names and values; in memory their channels are last too, as are then gradients and moments."""
+    for module in network.modules():
+        if type(module) is upstreams:
+            module.__class__ = channels_last_class(upstreams)
+            weight = module.weight.data
+            module.weight.data = weight.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,17 +1,18 @@
-"""What makes the real backbones faster leaves what they compute: upstream's own classes, with random
-weights, beside ours."""
+"""What makes the real backbones faster leaves what they compute: beside upstream's own classes, with
+random weights."""
 
 from collections import Counter
 
 import pytest
 import torch
 from omegaconf import OmegaConf
-from test_backbones import frieren, mmaudio  # noqa: F401, fixtures
+from test_backbones import frieren, mmaudio, noise  # noqa: F401, fixtures
 from torch.utils._python_dispatch import TorchDispatchMode
 from upstream_files import BIGVGAN_16K, BIGVGAN_44K, mmaudio_modules
 
-from common import load_model, speed
+from common import files, load_model, speed, training
 
+# ruff: noqa: F811, the fixtures
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("no_network")]
 
 
@@ -97,3 +98,83 @@ def test_a_vocoder_with_other_filters_is_refused():
     vocoder.activation_post.upsample.filter = torch.ones(1, 1, 16)
     with pytest.raises(ValueError, match="12 taps"):
         speed.slice_activations(vocoder)
+
+
+# Convolutions
+# --------------------------------------------------------------------------------------------------
+
+
+def twins(mmaudio):
+    """Our network, and upstream's own of the same weights."""
+    return load_model("mmaudio:small_16k", weights=mmaudio.weights), mmaudio.load(
+        mmaudio.weights / mmaudio.file
+    )
+
+
+def convolutions(network):
+    return [module for module in network.modules() if isinstance(module, torch.nn.Conv1d)]
+
+
+def errors(net, side, features):
+    """A loss of both guidance branches, so that every weight has a part in it."""
+    a_t, t = noise(2, *side.shape), torch.tensor([0.2, 0.8])
+    return net.predict_flow(a_t, t, side.conditions(net, features)).square().mean()
+
+
+def test_convolutions_that_keep_channels_last_have_upstreams_values_and_gradients(mmaudio):
+    model, theirs = twins(mmaudio)
+    features = mmaudio.features(2)
+    losses = [errors(net, mmaudio, features) for net in (model.net, theirs)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for loss in losses:
+        loss.backward()
+    wanted = dict(theirs.named_parameters())
+    for name, p in model.net.named_parameters():
+        if p.grad is not None:
+            difference = (p.grad - wanted[name].grad).norm()
+            assert difference <= 1e-5 * wanted[name].grad.norm() + 1e-9, name
+    assert len(convolutions(model.net)) == len(convolutions(theirs)) > 10
+    for conv in convolutions(model.net):
+        assert type(conv).__name__ == "ChannelLastConv1d"
+
+
+def test_channels_stay_last_in_weights_gradients_moments_copies_and_a_resumed_training(
+    mmaudio,
+    tmp_path,
+):
+    model, _ = twins(mmaudio)
+    features = mmaudio.features(1)
+    optimizer = torch.optim.AdamW(model.trainable_parameters())
+
+    def step():
+        optimizer.zero_grad()
+        errors(model.net, mmaudio, features).backward()
+        optimizer.step()
+
+    step()
+    (tmp_path / "log.jsonl").touch()
+    training.save_checkpoint(tmp_path, 1, model, optimizer, "made from")
+    step()
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model, _ = twins(mmaudio)
+    optimizer = torch.optim.AdamW(model.trainable_parameters())
+    training.load_checkpoint(tmp_path / "checkpoint.pt", model, optimizer, 2, "made from")
+    step()
+    assert all(torch.equal(p, after[name]) for name, p in model.named_parameters())
+    rounded = training.frozen_copy(model, bf16=True)
+    for conv, copied in zip(convolutions(model.net), convolutions(rounded.net), strict=True):
+        state = optimizer.state[conv.weight]
+        kept = [conv.weight, conv.weight.grad, state["exp_avg"], state["exp_avg_sq"], copied.weight]
+        assert all(x.transpose(1, 2).is_contiguous() for x in kept)
+        assert copied.weight.dtype == torch.bfloat16
+
+
+def test_a_policy_file_is_what_upstreams_own_network_would_save(mmaudio, tmp_path):
+    model, theirs = twins(mmaudio)
+    files.save_pt(tmp_path / "ours.pt", model.policy_state())
+    files.save_pt(tmp_path / "theirs.pt", theirs.state_dict())
+    read = [torch.load(tmp_path / f"{whose}.pt", weights_only=True) for whose in ("ours", "theirs")]
+    assert list(read[0]) == list(read[1])
+    for name, value in read[0].items():
+        assert torch.equal(value, read[1][name]) and value.stride() == read[1][name].stride(), name
+    theirs.load_weights(read[0])
