@@ -36,7 +36,19 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import SkipClip, ahead, files, media, number, ranks, record, rows, stop, training
+from common import (
+    SkipClip,
+    ahead,
+    files,
+    media,
+    number,
+    ranks,
+    record,
+    rows,
+    speed,
+    stop,
+    training,
+)
 
 SHARD_CLIPS = 32
 VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv", ".MKV", ".webm", ".WEBM", ".mov", ".MOV", ".avi", ".AVI")
@@ -80,14 +92,12 @@ def parse_args(argv=None):
         "--sampling-steps", type=number(int, 1), default=25, help="Euler steps; upstream's"
     )
     engineering.add_argument(
-        "--compile", action="store_true", help="torch.compile the network that samples"
-    )
-    engineering.add_argument(
         "--batch-clips", type=number(int, 1), default=4, help="clips sampled together"
     )
     engineering.add_argument(
         "--seed", type=number(int, 0), default=0, help="of the clips' draw and all noise"
     )
+    common.compile_flag(parser)
     common.workers_flag(parser)
     return common.parse(parser, argv, "01")
 
@@ -556,7 +566,7 @@ def main(args):
     checkpoint = args.checkpoint or (run / world.checkpoint if own_clips else None)
     model = common.load_model(args.model, checkpoint, here.device, args.weights)
     if args.compile:
-        model.compile_sampling()
+        speed.compile_models(model)
 
     with record.stage(run, "01", advice=ADVICE) as stage:
         # -- clips

@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import number, ranks, record, rows, stop, training
+from common import number, ranks, record, rows, speed, stop, training
 
 T_BINS = 4  # the log shows error gaps by quarter of t
 SATURATED = 5.0  # a logit: beyond it a pair's gradient is below 1 % of its largest
@@ -103,7 +103,10 @@ def parse_args(argv=None):
     engineering.add_argument(
         "--seed", type=number(int, 0), default=0, help="of batches, times and noise"
     )
-    return common.parse(parser, argv, "05")
+    common.compile_flag(parser)
+    args = common.parse(parser, argv, "05")
+    args.compile = args.compile and not args.lora  # without adapters, the graph is another one
+    return args
 
 
 def lr_at(step, args):
@@ -211,8 +214,10 @@ def train_step(policy, reference, shards, pairs, t, eps, world, args, device):
         last = start + args.micro_batch >= len(pairs)
         policy.require_backward_grad_sync = last  # DDP: one all-reduce per step
         with training.autocast(device, args.precision):
-            with torch.no_grad():
-                ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps_micro, t_micro)
+            # Compiled, the reference needs gradients, or it would not go through the policy's graph.
+            with torch.set_grad_enabled(args.compile):
+                ref_errors = pair_errors(reference, features, a_0, eps_micro, t_micro)
+            ref_err_w, ref_err_l = (error.detach() for error in ref_errors)
             err_w, err_l = pair_errors(policy, features, a_0, eps_micro, t_micro)
         loss, logits = common.flow_dpo_loss(
             err_w, err_l, ref_err_w, ref_err_l, args.beta, args.printed_brackets
@@ -390,9 +395,14 @@ def main(args):
             reference = lora.reference
         else:
             lora = None
-            reference = training.frozen_copy(model, bf16 and args.reference_precision != "fp32")
+            reference = training.frozen_copy(
+                model, bf16 and args.reference_precision != "fp32", args.compile
+            )
+        networks = [model] if args.lora else [model, reference]
+        if args.compile:
+            speed.compile_models(*networks)
         if args.gradient_checkpointing:
-            training.checkpoint_blocks(model)
+            training.checkpoint_blocks(*networks)
         optimizer = torch.optim.AdamW(
             model.trainable_parameters(),
             lr=args.lr,
@@ -433,7 +443,7 @@ def main(args):
                 wrong = (
                     f"step 0: the loss is {means['loss']:.4f}, not log 2, so the reference differs"
                 )
-                stop(f"{wrong}; use --reference-precision fp32 or --precision fp32")
+                stop(f"{wrong}; use --no-compile, --reference-precision fp32 or --precision fp32")
             lr = lr_at(step, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr

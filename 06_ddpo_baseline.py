@@ -34,7 +34,7 @@ import torchaudio
 from tqdm import tqdm
 
 import common
-from common import AudioScore, media, number, ranks, record, rows, scoring, stop, training
+from common import AudioScore, media, number, ranks, record, rows, scoring, speed, stop, training
 
 # Of P(Good): audios of a prompt whose rewards have a smaller standard deviation are equally good.
 # Rounding alone makes a network's scores differ by a factor of 1 +- 2e-6 between batches and
@@ -95,8 +95,10 @@ def parse_args(argv=None):
         "--save-every", type=number(int, 1), default=20, help="rounds between checkpoints"
     )
     engineering.add_argument("--seed", type=number(int, 0), default=0, help="of prompts and noise")
+    common.compile_flag(parser)
     common.workers_flag(parser)
     args = common.parse(parser, argv, "06")
+    args.compile = args.compile and not args.lora  # as in stage 05
     if not 1 <= args.updates <= args.sampling_steps - 1:
         stop(
             f"--updates {args.updates}: from 1 to {args.sampling_steps - 1}, the stochastic steps "
@@ -152,14 +154,14 @@ def rollout(model, features, seeds, guidance, args, device):
     deterministic and has no log-probability.
     """
     times = grid(model, args.sampling_steps)
-    with training.autocast(device, args.precision):
-        conditions = model.project(
-            features
-        )  # as in training: under bf16 the ratio would not start at 1 otherwise
+    # As in training: under bf16, or through another compiled graph than one that needs gradients,
+    # the ratio would not start at 1.
+    with training.autocast(device, args.precision), torch.set_grad_enabled(args.compile):
+        conditions = model.project(features)
 
     def velocity(a_t, t):
-        with training.autocast(device, args.precision):
-            return model.velocity(a_t, t, conditions, guidance).float()
+        with training.autocast(device, args.precision), torch.set_grad_enabled(args.compile):
+            return model.velocity(a_t, t, conditions, guidance).float().detach()
 
     generators = [torch.Generator().manual_seed(common.seed_of(seed, "sde", 0)) for seed in seeds]
     a_t = common.initial_noise(model, seeds)
@@ -437,6 +439,8 @@ def main(args):
             if args.lora
             else None
         )
+        if args.compile:
+            speed.compile_models(model)
         if args.gradient_checkpointing:
             training.checkpoint_blocks(model)
         optimizer = torch.optim.AdamW(
@@ -513,7 +517,7 @@ def main(args):
                 rows.append(folder / "log.jsonl", logged)
                 if step == done and logged.clipped:  # the network is still the one that sampled
                     clipped = f"rounding alone clips {logged.clipped:.0%} of the ratios"
-                    tqdm.write(f"warning: {clipped}; give --precision fp32")
+                    tqdm.write(f"warning: {clipped}; give --no-compile or --precision fp32")
                 bar.set_postfix(
                     reward=f"{logged.reward:.3f}", clipped=f"{logged.clipped:.2f}", refresh=False
                 )

@@ -31,7 +31,7 @@ import torch
 from scipy import stats
 
 import common
-from common import AudioScore, files, media, number, ranks, record, rows, scoring, stop
+from common import AudioScore, files, media, number, ranks, record, rows, scoring, speed, stop
 
 DEFAULT_SYSTEMS = {"ground_truth": None, "base": None, "flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")
@@ -71,11 +71,9 @@ def parse_args(argv=None):
     )
     engineering = parser.engineering
     engineering.add_argument(
-        "--compile", action="store_true", help="torch.compile the network that samples"
-    )
-    engineering.add_argument(
         "--batch-clips", type=number(int, 1), default=16, help="clips sampled together"
     )
+    common.compile_flag(parser)
     common.workers_flag(parser)
     return common.parse(parser, argv, "07")
 
@@ -728,7 +726,7 @@ def make_audio(run, run_json, systems, clips, scorers, names, here, args):
     in one decode."""
     model = common.load_base_model(run, here.device, args.weights)
     if args.compile:
-        model.compile_sampling()
+        speed.compile_models(model)
     blocks = clip_blocks(run, "base", clips, {}, args.split)
     seers = names if model.reads_video else ()
     scoring.embed_videos(

@@ -278,6 +278,7 @@ class FlowModel(nn.Module):
     sample_rate_hz: int
     clip_s: float  # seconds of video that one audio belongs to, and of audio that is judged
     checkpoint: Path  # the file that the velocity network came from
+    compiled = False  # whether encoders and codec, when they are loaded, are compiled too
     reads_video = False  # whether `read` decodes the clip's video, and what `others` want of it
 
     # What an adapter fills in
@@ -327,7 +328,7 @@ class FlowModel(nn.Module):
         return t
 
     def blocks(self):
-        """The blocks that gradient checkpointing recomputes."""
+        """The blocks that are compiled, and that gradient checkpointing recomputes."""
         return []
 
     def load_policy(self, path):
@@ -370,12 +371,6 @@ class FlowModel(nn.Module):
 
     def trainable_parameters(self):
         return [p for p in self.parameters() if p.requires_grad]
-
-    def compile_sampling(self):
-        """Makes `sample` faster after a first, slow call. Training stays eager: in bf16 a compiled
-        policy rounds otherwise than its reference, which Eq. 5's beta would magnify."""
-        self.project = torch.compile(self.project)
-        self.predict = torch.compile(self.predict)
 
 
 def tile(conditions, repeats):
@@ -810,6 +805,16 @@ def workers_flag(parser):
     )
     described += f"{cores.MOST_WORKERS}; 0: none besides this one"
     parser.engineering.add_argument("--workers", type=number(int, 0), default=share, help=described)
+
+
+def compile_flag(parser):
+    described = "compile what is slow, after a first, slow step; by default where there is CUDA and a C compiler"
+    parser.engineering.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=speed.can_compile(),
+        help=described,
+    )
 
 
 def number(kind, least, most=None):

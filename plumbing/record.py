@@ -111,6 +111,8 @@ def compare(file, new, advice):
         before = old.settings.get(key)
         now = new.settings.get(key)
         if before != now:
+            if key == "compile":  # its default is the machine's
+                advice = f"give --{'compile' if before else 'no-compile'}, or {advice}"
             stop(f"{file}: made with {key}={before}, now {now}; {advice}")
     for name in sorted(old.inputs.keys() | new.inputs.keys()):
         if old.inputs.get(name) != new.inputs.get(name):

@@ -4,6 +4,10 @@ without convolutions, convolutions that keep channels last, blocks that are comp
 Nothing here is a network: upstream's own modules stay, with their parameters and their names."""
 
 import functools
+import importlib.util
+import os
+import shutil
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -96,3 +100,69 @@ def keep_channels_last(network, upstreams):
             module.__class__ = channels_last_class(upstreams)
             weight = module.weight.data
             module.weight.data = weight.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Compiling
+# --------------------------------------------------------------------------------------------------
+
+ONE_AT_A_TIME = threading.RLock()  # threads that encode, sample and decode would compile together
+MOST_GRAPHS = 64  # of one function: every shape and dtype has its own, and torch gives up after 8
+
+
+def can_compile():
+    """The default of --compile: whether there is a GPU, and what Triton needs."""
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    has_compiler = any(shutil.which(name) for name in compilers)
+    return torch.cuda.is_available() and has_compiler and bool(importlib.util.find_spec("triton"))
+
+
+class Compiled:
+    """A block's forward, compiled at its first call; or as it was, once that is given up."""
+
+    def __init__(self, forward):
+        self.eager = forward
+        self.forward = torch.compile(forward, fullgraph=True, dynamic=False)
+
+    def __call__(self, *inputs, **named):
+        with ONE_AT_A_TIME:
+            return self.forward(*inputs, **named)
+
+
+def compile_blocks(blocks, *callers):
+    """Compiles the forward of these modules. Blocks of one class share their graphs, so that this
+    takes as long as for one of them. Where one cannot be compiled, that is said in a line, and all
+    of them run as they were. callers: (owner, name) of the methods that call the blocks, each of
+    which then begins again.
+
+    A graph that needs gradients rounds otherwise than one that does not: what must be equal to the
+    bit runs in the same mode.
+    """
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    compiled = []
+    for block in blocks:
+        block.forward = Compiled(block.forward)
+        compiled.append(block.forward)
+    for owner, name in callers:
+        setattr(owner, name, functools.partial(call_or_give_up, getattr(owner, name), compiled))
+
+
+def call_or_give_up(function, compiled, *inputs, **named):
+    try:
+        return function(*inputs, **named)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:200]
+        print(f"not compiled, but slower, as with --no-compile: {type(error).__name__}: {reason}")
+        for block in compiled:
+            block.forward = block.eager
+        return function(*inputs, **named)
+
+
+def compile_models(*models):
+    """Compiles the blocks of models (common.FlowModel) of one class, and tells them to compile
+    their encoders and codec when they load them. Copies of a model are made before, since a copy's
+    compiled blocks would be the original's; checkpoint_blocks comes after."""
+    blocks = [block for model in models for block in model.blocks()]
+    compile_blocks(blocks, *((model, "predict") for model in models))
+    for model in models:
+        model.compiled = True

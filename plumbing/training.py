@@ -148,11 +148,14 @@ def autocast(device, precision="auto"):
     )
 
 
-def frozen_copy(model, bf16):
-    """u_ref: a frozen copy. bf16 halves its memory: of the weights of linear and convolution
-    layers, which autocast rounds at every use, only the rounded values are kept; norms and time
-    embeddings stay float32."""
-    copied = copy.deepcopy(model).eval().requires_grad_(False)
+def frozen_copy(model, bf16, to_compile=False):
+    """u_ref: a copy that no optimizer knows. bf16 halves its memory: of the weights of linear and
+    convolution layers, which autocast rounds at every use, only the rounded values are kept; norms
+    and time embeddings stay float32. It needs gradients where it is to be compiled into the
+    policy's graph (speed.compile_blocks), which nobody then asks for."""
+    copied = copy.deepcopy(model).eval()
+    if not to_compile:
+        copied.requires_grad_(False)
     if bf16:
         for module in copied.modules():
             if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
@@ -160,12 +163,13 @@ def frozen_copy(model, bf16):
     return copied
 
 
-def checkpoint_blocks(model):
+def checkpoint_blocks(*models):
     """Trades time for memory: every block's activations are recomputed in the backward pass."""
-    for block in model.blocks():
-        block.forward = functools.partial(
-            torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
-        )
+    for model in models:
+        for block in model.blocks():
+            block.forward = functools.partial(
+                torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
+            )
 
 
 def data_parallel(model, device):

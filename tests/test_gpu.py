@@ -33,7 +33,7 @@ def sampled(run, device, steps=8, compiled=False):
     """Latents of four clips by the toy model, on the CPU."""
     model, samples = common.load_base_model(run, device), common.read_samples(run)
     if compiled:
-        model.compile_sampling()
+        common.speed.compile_models(model)
     features = common.training.Shards(run, samples, model).features([*samples][:4])
     return common.sample(
         model, {k: v.to(device) for k, v in features.items()}, range(4), steps, 4.5

@@ -111,7 +111,7 @@ def test_a_reference_in_bf16_is_bit_equal_to_the_float32_one_under_autocast(fini
 def test_compiled_sampling_gives_the_same_latents_within_1e_4(finished, monkeypatch):
     plain, compiled = (common.load_base_model(finished) for _ in range(2))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    compiled.compile_sampling()
+    common.speed.compile_models(compiled)
     samples = common.read_samples(finished)
     features = training.Shards(finished, samples, plain).features([*samples][:2])
     ours, theirs = (
