@@ -241,7 +241,7 @@ class Frieren(FlowModel):
 
     @torch.no_grad()
     def decode(self, latents):
-        vae, vocoder = self.codec(self.device)
+        vae, vocoder = self.codec(self.device, self.compiled)
         waves = []
         for part in latents.to(self.device).float().split(8):
             mels = vae.decode(
@@ -251,7 +251,7 @@ class Frieren(FlowModel):
         return torch.cat(waves)
 
     @staticmethod
-    def load_codec(vae, weights, device):
+    def load_codec(vae, weights, device, compiled=False):
         import yaml
 
         shape, file = (weight_file(weights, name) for name in Frieren.files("")[1:])
@@ -260,7 +260,9 @@ class Frieren(FlowModel):
         fill(vocoder, files.load_pt(file).get("generator", {}), file, "")
         with contextlib.redirect_stdout(None):  # it says that it does
             vocoder.remove_weight_norm()
-        speed.slice_activations(vocoder)
+        activations = speed.slice_activations(vocoder)
+        if compiled:
+            speed.compile_blocks(activations, (vocoder, "forward"))
         return [part.to(device).float().eval().requires_grad_(False) for part in (vae, vocoder)]
 
 

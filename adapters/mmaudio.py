@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from common import FlowModel, files, media, speed, stop, upstream, weight_file
+from common import FlowModel, files, media, speed, stop, training, upstream, weight_file
 
 VARIANTS = (
     "small_16k",
@@ -134,19 +134,18 @@ class MMAudio(FlowModel):
         if clip.caption:
             text = self.text_features(clip.caption)
         encoders = self.encoders()
-        features = {
-            "clip": encoders.encode_video_with_clip(squashed[None])[0],
-            "sync": encoders.encode_video_with_sync(cropped[None], batch_size=8)[
-                0
-            ],  # 8 of 24 segments at a time
-            "text": text,
-        }
-        return {
-            key: value.float().cpu().clone() for key, value in features.items()
-        }  # a clone is no inference tensor
+        with training.autocast(self.device.type):  # as upstream's own evaluation runs it
+            pictures = encoders.encode_video_with_clip(squashed[None])[0]
+        # Not in bf16: DeSync judges by it too, and its offset is the largest of 21 numbers. 8 of 24
+        # segments at a time.
+        segments = encoders.encode_video_with_sync(cropped[None], batch_size=8)[0]
+        features = {"clip": pictures, "sync": segments, "text": text}
+        # A clone is no inference tensor.
+        return {key: value.float().cpu().clone() for key, value in features.items()}
 
     def encode_text(self, caption):
-        return self.encoders().encode_text([caption])[0].cpu()
+        with training.autocast(self.device.type):
+            return self.encoders().encode_text([caption])[0].cpu()
 
     @torch.no_grad()
     def decode(self, latents):
@@ -154,8 +153,10 @@ class MMAudio(FlowModel):
         waves = []
         for part in latents.split(8):
             copied = part.to(self.device, torch.float32, copy=True)
-            mels = codec.decode(self.net.unnormalize(copied))  # which works in place
-            waves.append(codec.vocode(mels).float().cpu().clone())
+            latent = self.net.unnormalize(copied)  # which works in place
+            with training.autocast(self.device.type):  # as upstream's own evaluation runs them
+                decoded = codec.vocode(codec.decode(latent))
+            waves.append(decoded.float().cpu().clone())
         samples = round(self.clip_s * self.sample_rate_hz)  # at 44.1 kHz there are 480 over 8 s
         return torch.cat(waves)[:, 0, :samples]
 
@@ -174,10 +175,14 @@ class MMAudio(FlowModel):
         constants.HF_HUB_OFFLINE = True  # the files are here: ask the hub for nothing
         utils.reset_sessions()
         try:
-            return self.features_utils(enable_conditions=True, synchformer_ckpt=synchformer)
+            encoders = self.features_utils(enable_conditions=True, synchformer_ckpt=synchformer)
         finally:
             constants.HF_HUB_OFFLINE = before
             utils.reset_sessions()
+        if self.compiled:
+            blocks = encoders.clip_model.visual.transformer.resblocks
+            speed.compile_blocks(blocks, (encoders, "encode_video_with_clip"))
+        return encoders
 
     def load_codec(self):
         vae, vocoder, *_ = [
@@ -185,7 +190,9 @@ class MMAudio(FlowModel):
         ]
         parts = dict(tod_vae_ckpt=vae, bigvgan_vocoder_ckpt=vocoder, need_vae_encoder=False)
         codec = self.features_utils(enable_conditions=False, **parts)
-        speed.slice_activations(codec.tod.vocoder)
+        activations = speed.slice_activations(codec.tod.vocoder)
+        if self.compiled:
+            speed.compile_blocks(activations, (codec, "vocode"))
         return codec
 
     def features_utils(self, **parts):

@@ -49,16 +49,28 @@ def sliced_activation(act, up, down, x):
     return halved.to(x.dtype)
 
 
+@functools.cache
+def sliced_class(upstreams):
+    """Upstream's class of an activation, computed by slices."""
+
+    class Sliced(upstreams):
+        def forward(self, x):
+            return sliced_activation(self.act, self.up_taps, self.down_taps, x)
+
+    return Sliced
+
+
 def slice_activations(vocoder):
-    """Lets every activation of a BigVGAN, version 1 or 2, work by slices. Returns them."""
+    """Makes every activation of a BigVGAN, version 1 or 2, one of `sliced_class`; returns them."""
     found = [module for module in vocoder.modules() if hasattr(module, "downsample")]
     for module in found:
         up = module.upsample.filter.flatten()
         down = module.downsample.lowpass.filter.flatten()
         if (module.up_ratio, module.down_ratio, len(up), len(down)) != (RATIO, RATIO, TAPS, TAPS):
             raise ValueError("a BigVGAN whose filters are not of 12 taps and ratio 2")
-        up = (RATIO * up).tolist()
-        module.forward = functools.partial(sliced_activation, module.act, up, down.tolist())
+        module.up_taps = (RATIO * up).tolist()
+        module.down_taps = down.tolist()
+        module.__class__ = sliced_class(type(module))
     return found
 
 
