@@ -411,7 +411,9 @@ def main(args):
 
         # -- scores
         blocks = rated_blocks(run, order, samples, clips, counted, root)
-        scoring.score(blocks, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
+        known = common.seen_by_model(run, samples, clips)
+        names = scorers.of_audioscore
+        scoring.score(blocks, scorers, names, run_json.clip_s, here, args.workers, known)
         if not here.first:
             return
         shares = shares_of(counted)

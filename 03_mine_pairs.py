@@ -331,7 +331,9 @@ def main(args):
 
         # -- scores, then pairs
         blocks = common.shard_blocks(run, samples, clips.values())
-        scoring.score(blocks, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
+        known = common.seen_by_model(run, samples, clips)
+        names = scorers.of_audioscore
+        scoring.score(blocks, scorers, names, run_json.clip_s, here, args.workers, known)
         if not here.first:
             return
         p_of = apply_audioscore(blocks, scorers, audioscore)

@@ -31,7 +31,7 @@ import torch
 from scipy import stats
 
 import common
-from common import AudioScore, files, media, number, ranks, record, rows, scoring, speed, stop
+from common import AudioScore, files, media, number, ranks, record, rows, scoring, stop, training
 
 DEFAULT_SYSTEMS = {"ground_truth": None, "base": None, "flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")
@@ -723,12 +723,11 @@ def measures_asked(scorers, judges):
 
 def make_audio(run, run_json, systems, clips, scorers, names, here, args):
     """The audio of every policy among the systems. The model's encoders and the scorers see a video
-    in one decode."""
+    in one decode. Returns a function of a clip: what the encoders saw as scorers would."""
     model = common.load_base_model(run, here.device, args.weights)
-    if args.compile:
-        speed.compile_models(model)
+    training.only_sample(model, args.compile)
     blocks = clip_blocks(run, "base", clips, {}, args.split)
-    seers = names if model.reads_video else ()
+    seers = [name for name in names if model.reads_video and name not in model.seen_as]
     scoring.embed_videos(
         here.share(blocks), scorers, seers, run_json.clip_s, here.device, args.workers, model
     )
@@ -744,6 +743,12 @@ def make_audio(run, run_json, systems, clips, scorers, names, here, args):
     for name, folder in systems.items():  # base comes before any policy replaces its weights
         if is_policy(name, folder):
             generate(run, run_json, name, folder, model, features, clips, here, args)
+
+    def known(clip):
+        found = features.get(clip.id)
+        return common.seen_as_scorers(model, found.__getitem__) if found else {}
+
+    return known
 
 
 def find_audio(run, run_json, systems, clips, here, args):
@@ -823,8 +828,9 @@ def main(args):
             return
 
         # -- audio
+        known = None
         if any(is_policy(name, folder) for name, folder in systems.items()):
-            make_audio(run, run_json, systems, clips, scorers, names, here, args)
+            known = make_audio(run, run_json, systems, clips, scorers, names, here, args)
         usable, silent = find_audio(run, run_json, systems, clips, here, args)
 
         # -- scores
@@ -833,7 +839,7 @@ def main(args):
             blocks = clip_blocks(run, name, clips, usable[name], args.split)
             blocks_of[name] = [block for block in blocks if block.audios]
         blocks = [block for name in systems for block in blocks_of[name]]
-        scoring.score(blocks, scorers, names, run_json.clip_s, here, args.workers)
+        scoring.score(blocks, scorers, names, run_json.clip_s, here, args.workers, known)
         if not here.first:
             return
 

@@ -34,6 +34,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -278,6 +279,9 @@ class FlowModel(nn.Module):
     sample_rate_hz: int
     clip_s: float  # seconds of video that one audio belongs to, and of audio that is judged
     checkpoint: Path  # the file that the velocity network came from
+    # What one of its encoders sees of a video exactly as a scorer does, which need not look again:
+    # {scorer: (feature, part of what the scorer sees, its shape)}.
+    seen_as: dict = {}
     compiled = False  # whether encoders and codec, when they are loaded, are compiled too
     reads_video = False  # whether `read` decodes the clip's video, and what `others` want of it
 
@@ -538,6 +542,33 @@ def scorers_of(run, weights):
     run_json = read_run(run)
     root = Path(run) / run_json.scorers_root if run_json.scorers_root else weights
     return ScorerSet(run, run_json.scorers, root)
+
+
+def seen_as_scorers(model, features):
+    """What a model's encoders have seen of a clip, as scorers would: {scorer: {part: tensor}}.
+    features(name): of the clip."""
+    return {
+        scorer: {part: features(name).view(shape)}
+        for scorer, (name, part, shape) in model.seen_as.items()
+    }
+
+
+def seen_by_model(run, samples, clips):
+    """A function of a clip for scoring.score: what stage 01's encoders have seen as scorers would.
+    clips: {clip id: of this run}."""
+    run_json = read_run(run)
+    adapter, _ = adapter_of(run_json.model)
+    if not adapter.seen_as:
+        return None
+    latent_shape = tuple(run_json.latent_shape)
+    shapes = SimpleNamespace(latent_shape=latent_shape, feature_shapes=adapter.feature_shapes)
+    shards = training.Shards(run, samples, shapes)
+
+    def known(clip):
+        own = clip.id in samples and clips[clip.id].path == clip.path  # not one from elsewhere
+        return seen_as_scorers(adapter, lambda name: shards.feature(clip.id, name)) if own else {}
+
+    return known
 
 
 def people_of(run):

@@ -40,6 +40,7 @@ class MMAudio(FlowModel):
 
     clip_s = 8.0
     feature_shapes = {"clip": (64, 1024), "sync": (192, 768), "text": (77, 1024)}
+    seen_as = {"synchformer": ("sync", "segments", (24, 8, 768))}
     reads_video = True
 
     @classmethod

@@ -120,9 +120,13 @@ def features_key(model, clips):
 # --------------------------------------------------------------------------------------------------
 
 
-def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
+def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None, known=None):
     """Writes what is missing of what is seen of these blocks' videos: by the scorers among `names`
-    that see, and, with a `model`, by its encoders. A video is decoded once, for all who lack it."""
+    that see, and, with a `model`, by its encoders. A video is decoded once, for all who lack it.
+
+    known(clip), if given: {scorer: {part: tensor}}, what the model's encoders have seen of the clip
+    already as a scorer would, {} of a clip that they have not seen.
+    """
     seers = [name for name in names if "video" in scorers.classes[name].reads]
     todo = []
     for block in blocks:
@@ -132,6 +136,8 @@ def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
         lacking = {
             name: key for name, key in keys.items() if not is_made(block.video_file(name), key)
         }
+        if lacking and known is not None:
+            take_known(block, lacking, known, scorers)
         if lacking:
             todo.append((block, lacking))
     asked = {name for _, lacking in todo for name in lacking}
@@ -177,6 +183,16 @@ def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
                 files.save_pt(block.video_file(name), {"key": key, **stack(seen[name], shapes)})
 
 
+def take_known(block, lacking, known, scorers):
+    """Writes, and takes from `lacking` ({scorer: key}), what is known of all clips of a block."""
+    found = [known(clip) for clip in block.clips]
+    for name in list(lacking):
+        if all(name in seen for seen in found):
+            key = lacking.pop(name)
+            tensors = stack([seen[name] for seen in found], scorers.classes[name].video_shapes)
+            files.save_pt(block.video_file(name), {"key": key, **tensors})
+
+
 def stack(seen, shapes):
     """A list of {part: tensor}, None for a video that cannot be used -> {part: (rows, ...)
     float32}, nan for None."""
@@ -207,15 +223,16 @@ def read_videos(block, key, seer, shapes):
 # --------------------------------------------------------------------------------------------------
 
 
-def score(blocks, scorers, names, clip_s, here, workers):
+def score(blocks, scorers, names, clip_s, here, workers, known=None):
     """Writes what these blocks lack of these scorers, divided over the ranks, one network in memory
-    at a time."""
+    at a time. known: of `embed_videos`."""
     for name in names:
         scorers.digest(name)  # a file that is missing is said before any network works
     of_videos = {
         block.videos / block.name: block for block in blocks
     }  # systems share what is seen of the test clips
-    embed_videos(here.share(list(of_videos.values())), scorers, names, clip_s, here.device, workers)
+    mine = here.share(list(of_videos.values()))
+    embed_videos(mine, scorers, names, clip_s, here.device, workers, known=known)
     ranks.barrier()
     for name in names:
         todo = []

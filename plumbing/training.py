@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.utils.checkpoint
 
-from plumbing import digits, files, ranks, record, rows
+from plumbing import digits, files, ranks, record, rows, speed
 from plumbing.files import ROOT, stop
 
 # --------------------------------------------------------------------------------------------------
@@ -79,6 +79,11 @@ class Shards:
             name: torch.stack(values).to(device, non_blocking=True)
             for name, values in found.items()
         }
+
+    def feature(self, clip, name):
+        """One of a clip's features, on the CPU."""
+        shard, row = self.place_of_clip[clip]
+        return self.checked(shard, name, row, clip)
 
     def checked(self, shard, name, row, clip):
         """A row of a shard's latents or of one of its features."""
@@ -157,10 +162,24 @@ def frozen_copy(model, bf16, to_compile=False):
     if not to_compile:
         copied.requires_grad_(False)
     if bf16:
-        for module in copied.modules():
-            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-                module.to(torch.bfloat16)
+        round_weights(copied)
     return copied
+
+
+def round_weights(model):
+    """Of linear and convolution layers keeps what autocast rounds their weights to at every use."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            module.to(torch.bfloat16)
+
+
+def only_sample(model, compiled):
+    """For a process that samples and does not train: faster, the same numbers but for rounding."""
+    if in_bf16(model.device.type, "auto"):
+        round_weights(model)
+        torch.backends.cudnn.benchmark = True  # its shapes recur for hours
+    if compiled:
+        speed.compile_models(model)
 
 
 def checkpoint_blocks(*models):
@@ -187,6 +206,14 @@ def sum_dict_over_ranks(sums):
     exchange."""
     stacked = torch.stack(list(sums.values()))
     return dict(zip(sums, ranks.sum_over_ranks(stacked).cpu()))
+
+
+def read_step(sums, grad_norm):
+    """What a step logs: its sums as above, and the norm of its gradient, a float. The one copy for
+    which the host waits in a step: until then it is ahead of the device."""
+    stacked = ranks.sum_over_ranks(torch.stack(list(sums.values())))
+    found = torch.cat([stacked.flatten(), grad_norm.to(stacked).view(1)]).cpu()
+    return dict(zip(sums, found[:-1].view(stacked.shape))), found[-1].item()
 
 
 def peak_gb(device):

@@ -121,6 +121,33 @@ def score(run, blocks, here=ranks.Ranks()):  # noqa: B008, a constant
     return scorers
 
 
+def test_what_a_model_has_seen_of_a_whole_block_is_taken_and_no_video_read(
+    run, blocks, monkeypatch
+):
+    score(run, blocks)
+    scorers = common.scorers_of(run, "weights")
+    seen = {}
+    for block in blocks:
+        key = scoring.video_key(scorers, "toy", block.clips)
+        seen |= scoring.read_videos(block, key, "toy", ToyScorer.video_shapes)
+    made = bytes_of(run)
+    for name in ("scores", "videos"):
+        shutil.rmtree(run / name)
+    decoded = []
+    read = media.read_frames
+    monkeypatch.setattr(
+        media, "read_frames", lambda path, *rest: decoded.append(path) or read(path, *rest)
+    )
+    unknown = blocks[1].clips[0]  # so the second block is seen by the scorer itself, whole
+
+    def known(clip):
+        return {} if clip is unknown else {"toy": seen[clip.id]}
+
+    scoring.score(blocks, scorers, ["toy"], 2.0, ranks.Ranks(), workers=0, known=known)
+    assert decoded == [clip.path for clip in blocks[1].clips]
+    assert bytes_of(run) == made
+
+
 def values(run, blocks):
     return scoring.read_scores(blocks, common.scorers_of(run, "weights"), ["toy"])["toy"]
 

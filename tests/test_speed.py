@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import a_clip
 from omegaconf import OmegaConf
-from test_backbones import frieren, mmaudio, noise  # noqa: F401, fixtures
+from test_backbones import beside, frieren, mmaudio, noise  # noqa: F401, fixtures
 from torch.utils._python_dispatch import TorchDispatchMode
-from upstream_files import BIGVGAN_16K, BIGVGAN_44K, mmaudio_modules
+from upstream_files import BIGVGAN_16K, BIGVGAN_44K, film, mmaudio_modules, write_synchformer
 
+import common
+from adapters.scorers import SCORERS
 from common import files, load_model, speed, training
 
 # ruff: noqa: F811, the fixtures
@@ -247,3 +249,24 @@ def test_encoders_and_codec_compile_by_block_and_give_the_same(
                 torch.testing.assert_close(value, pictures_and_text(compiled)[name])
     assert "not compiled" not in capsys.readouterr().out
     torch._dynamo.reset()
+
+
+# What DeSync sees
+# --------------------------------------------------------------------------------------------------
+
+
+def test_mmaudios_encoder_sees_of_a_video_what_synchformer_judges_by(
+    mmaudio, tmp_path, monkeypatch, in_bf16
+):
+    beside(mmaudio.weights, tmp_path, "synchformer_state_dict.pth")
+    write_synchformer(tmp_path, monkeypatch)
+    model = load_model("mmaudio:small_16k", weights=tmp_path)
+    scorer = SCORERS["synchformer"](tmp_path, "cpu")
+    clip = a_clip(film(tmp_path / "film.mp4", sound=None))
+    *own, frames = model.read(clip, [scorer.frames])
+    with torch.inference_mode():
+        seen = scorer.embed_video(frames)
+    for features in in_bf16(model.encode, clip, own):
+        known = common.seen_as_scorers(model, features.__getitem__)["synchformer"]
+        assert {part: value.shape for part, value in known.items()} == scorer.video_shapes
+        torch.testing.assert_close(known["segments"], seen["segments"], rtol=0, atol=1e-6)
