@@ -45,7 +45,6 @@ from common import (
     ranks,
     record,
     rows,
-    speed,
     stop,
     training,
 )
@@ -565,8 +564,7 @@ def main(args):
         common.print_missing(args.weights, common.files_of(args.model, args.checkpoint))
     checkpoint = args.checkpoint or (run / world.checkpoint if own_clips else None)
     model = common.load_model(args.model, checkpoint, here.device, args.weights)
-    if args.compile:
-        speed.compile_models(model)
+    training.only_sample(model, args.compile)
 
     with record.stage(run, "01", advice=ADVICE) as stage:
         # -- clips

@@ -434,9 +434,10 @@ def main(args):
             sums = train_step(
                 policy, reference, shards, batch[mine], t[mine], eps[mine], here.world, args, device
             )
-            means = means_of(training.sum_dict_over_ranks(sums))
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
-            if not (math.isfinite(means["loss"]) and grad_norm.isfinite()):
+            norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
+            sums, grad_norm = training.read_step(sums, norm)
+            means = means_of(sums)
+            if not (math.isfinite(means["loss"]) and math.isfinite(grad_norm)):
                 last_good = f"{folder}/checkpoint.pt holds the last good step"
                 stop(f"step {step}: the loss is not finite; {last_good}; lower --lr")
             if step == 0 and args.sft_weight == 0 and abs(means["loss"] - math.log(2)) > 1e-3:
@@ -454,7 +455,7 @@ def main(args):
                     step=step,
                     stage=stage_of_step + 1,
                     **means,
-                    grad_norm=grad_norm.item(),
+                    grad_norm=grad_norm,
                     lr=lr,
                     seconds=time.time() - began,
                     forwards=4 * args.global_batch * (step + 1),

@@ -483,12 +483,10 @@ def main(args):
                 rewards = over_all_ranks(rewards, device)
             optimizer.zero_grad(set_to_none=True)
             sums = train_step(policy, batches, update, times, guidance, here.world, args, device)
-            means = {
-                name: value.item() / audios
-                for name, value in training.sum_dict_over_ranks(sums).items()
-            }
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
-            if not (all(map(math.isfinite, means.values())) and grad_norm.isfinite()):
+            norm = torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
+            sums, grad_norm = training.read_step(sums, norm)
+            means = {name: value.item() / audios for name, value in sums.items()}
+            if not (all(map(math.isfinite, means.values())) and math.isfinite(grad_norm)):
                 last_good = f"{folder}/checkpoint.pt holds the last good round"
                 stop(f"step {step}: the ratio is not finite; {last_good}; lower --lr")
             lr = lr_at(step, args)
@@ -507,7 +505,7 @@ def main(args):
                     reward_std=rewards["reward_std"] / args.prompts,
                     no_spread=rewards["no_spread"] / args.prompts,
                     **means,
-                    grad_norm=grad_norm.item(),
+                    grad_norm=grad_norm,
                     lr=lr,
                     seconds=time.time() - began,
                     forwards=forwards * (step + 1 + (number_of_round + 1) * args.sampling_steps),
