@@ -134,6 +134,19 @@ def test_the_host_waits_for_no_micro_batch_and_no_step_of_a_rollout(
     assert not [place for place in waits[0] if " train_step " in place]
 
 
+@pytest.mark.parametrize(
+    "number, flags", [("05", ()), ("06", (*ONE_ROUND, "--updates", 4, "--sampling-steps", 5))]
+)
+def test_the_host_waits_once_in_a_step(number, flags, run, syncs):
+    waits = []
+    for steps in (2, 4):
+        syncs.clear()
+        call(number, run, "--out", f"{number}_{steps}", *flags, "--steps", steps)
+        waits.append(Counter(syncs))
+    more = waits[1] - waits[0]
+    assert sum(more.values()) == 2 and all(" read_step " in place for place in more)
+
+
 # A real GPU
 # --------------------------------------------------------------------------------------------------
 
