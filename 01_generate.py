@@ -91,7 +91,10 @@ def parse_args(argv=None):
         "--sampling-steps", type=number(int, 1), default=25, help="Euler steps; upstream's"
     )
     engineering.add_argument(
-        "--batch-clips", type=number(int, 1), default=4, help="clips sampled together"
+        "--batch-clips",
+        type=number(int, 0),
+        default=0,
+        help="clips sampled together; 0: 4, or 16 of the small Frieren",
     )
     engineering.add_argument(
         "--seed", type=number(int, 0), default=0, help="of the clips' draw and all noise"
@@ -476,8 +479,9 @@ def generate_shard(run, shard, model, clips, encoded, args):
     samples = []
     latents = []
     sampler = rows.Sampler(steps=args.sampling_steps, guidance=args.guidance)
+    batch_clips = args.batch_clips or model.batch_clips
     for own_samples, own_latents in common.sample_clips(
-        model, usable, features, seeds_of, write, sampler, args.batch_clips
+        model, usable, features, seeds_of, write, sampler, batch_clips
     ):
         samples += own_samples
         latents.append(own_latents)

@@ -283,6 +283,7 @@ class FlowModel(nn.Module):
     # {scorer: (feature, part of what the scorer sees, its shape)}.
     seen_as: dict = {}
     compiled = False  # whether encoders and codec, when they are loaded, are compiled too
+    batch_clips = 4  # that stage 01 samples together, if not told otherwise
     reads_video = False  # whether `read` decodes the clip's video, and what `others` want of it
 
     # What an adapter fills in
@@ -932,7 +933,7 @@ def less_memory(args):
     given = vars(args)
     can = []
     for name in ("micro_batch", "batch_clips"):
-        if given.get(name, 1) > 1:
+        if name in given and given[name] != 1:
             can.append(f"lower --{name.replace('_', '-')}")
     if given.get("gradient_checkpointing") is False:
         can.append("give --gradient-checkpointing")

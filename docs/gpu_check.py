@@ -158,7 +158,7 @@ class Bench:
         return tod
 
     def measure(self, what, call, tflop=None, more=lambda: "", repeats=3):
-        """A row: the first call, the median of the next ones, TFLOP/s, kernels and idle share, GiB."""
+        """A row: the median after a first call, TFLOP/s, kernels, idle share, GiB, the first."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         first = seconds_of(call)

@@ -1,5 +1,5 @@
-"""What makes the real backbones faster leaves what they compute: beside upstream's own classes, with
-random weights."""
+"""What makes the real backbones faster leaves what they compute: beside it upstream's own classes,
+with random weights."""
 
 import functools
 from collections import Counter
