@@ -68,9 +68,10 @@ def parse_args(argv=None):
     flag("--guidance", type=number(float, 0), default=4.5, help="scale gamma [Sec. 3.1]")
     flag("--sampling-steps", type=number(int, 1), default=25, help="Euler steps; upstream's")
     flag = parser.engineering.add_argument
-    flag("--compile", action="store_true", help="torch.compile the network that samples")
-    flag("--batch-clips", type=number(int, 1), default=4, help="clips sampled together")
+    described = "clips sampled together; 0: 4, or 16 of the small Frieren"
+    flag("--batch-clips", type=number(int, 0), default=0, help=described)
     flag("--seed", type=number(int, 0), default=0, help="of the clips' draw and all noise")
+    common.compile_flag(parser)
     common.workers_flag(parser)
     return common.parse(parser, argv, "01")
 
@@ -481,8 +482,9 @@ def generate_shard(run, shard, model, clips, encoded, args):
     samples = []
     latents = []
     sampler = rows.Sampler(steps=args.sampling_steps, guidance=args.guidance)
+    batch_clips = args.batch_clips or model.batch_clips
     for lines, of_clip in common.sample_clips(
-        model, usable, features, seeds_of, write, sampler, args.batch_clips
+        model, usable, features, seeds_of, write, sampler, batch_clips
     ):
         samples += lines
         latents.append(of_clip)
@@ -539,8 +541,7 @@ def main(args):
     if is_toy and checkpoint is None:
         checkpoint = run / world.checkpoint
     model = common.load_model(args.model, checkpoint, here.device, args.weights)
-    if args.compile:
-        model.compile_sampling()
+    training.only_sample(model, args.compile)
 
     # Nothing is claimed and sealed, as by other stages: shards are added, and vouch for themselves.
     with record.stage(run, "01", advice=ADVICE) as stage:

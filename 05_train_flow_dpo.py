@@ -83,6 +83,7 @@ def parse_args(argv=None):
     engineering.add_argument(
         "--seed", type=number(int, 0), default=0, help="of batches, times and noise"
     )
+    common.compile_flag(parser)
     return common.parse(parser, argv, "05")
 
 
@@ -313,6 +314,8 @@ def main(args):
             reference = training.lora_reference(model)
         else:
             reference = training.frozen_copy(model, bf16)  # the pre-trained model, in both stages
+        if args.compile:
+            training.compile_both(model, reference)
         if args.gradient_checkpointing:
             training.checkpoint_blocks(model)
         optimizer = training.adamw(model, args.lr)
@@ -330,11 +333,11 @@ def main(args):
             mine = here.share(batch), here.share(t), here.share(eps)
             optimizer.zero_grad(set_to_none=True)
             sums = train_step(policy, reference, shards, *mine, args)
-            means = means_of(training.sum_dict_over_ranks(sums, here.device))
-            grad_norm = training.clip_gradient(model, step, [means["loss"]], folder)
+            sums, grad_norm = training.clip_gradient(model, step, sums, folder)
+            means = means_of(sums)
             if step == 0 and args.sft_weight == 0 and abs(means["loss"] - math.log(2)) > 1e-3:
                 wrong = f"the loss is {means['loss']:.4f}, not log 2, so the reference differs"
-                stop(f"step 0: {wrong}; use --precision fp32")
+                stop(f"step 0: {wrong}; use --no-compile or --precision fp32")
             lr = training.lr_at(step, args)
             training.take_step(optimizer, lr)
 

@@ -33,7 +33,7 @@ import torchaudio
 from tqdm import tqdm
 
 import common
-from common import AudioScore, media, number, ranks, record, rows, scoring, stop, training
+from common import AudioScore, media, number, ranks, record, rows, scoring, speed, stop, training
 
 # Of P(Good): audios of a prompt whose rewards have a smaller standard deviation are equally good.
 # Rounding alone makes a network's scores differ by a factor of 1 +- 2e-6 between batches and
@@ -86,6 +86,7 @@ def parse_args(argv=None):
         "--save-every", type=number(int, 1), default=20, help="rounds between checkpoints"
     )
     engineering.add_argument("--seed", type=number(int, 0), default=0, help="of prompts and noise")
+    common.compile_flag(parser)
     common.workers_flag(parser)
     args = common.parse(parser, argv, "06")
     if args.updates >= args.sampling_steps:
@@ -141,16 +142,19 @@ def rollout(model, features, seeds, guidance, args):
     a_t = common.initial_noise(model, seeds)
     states = [a_t]
     log_probs = []
-    with training.autocast(model.device, args.precision):
+    # As in training: in another precision, or through a compiled graph without gradients, u would
+    # round otherwise, and the ratio would not start at 1.
+    with training.autocast(model.device, args.precision), torch.set_grad_enabled(model.compiled):
         conditions = model.project(features)
         for t, t_next in pairwise(times[:, None].repeat(1, len(seeds))):
-            u = model.velocity(a_t, t, conditions, guidance).float()
+            u = model.velocity(a_t, t, conditions, guidance).float().detach()
             mean, std = sde_step(a_t, u, t, t_next, args.eta)
             z = torch.stack([torch.randn(model.latent_shape, generator=own) for own in generators])
             a_t = mean + std * z.to(model.device, non_blocking=True)
             states.append(a_t)
             log_probs.append(log_prob(a_t, mean, std))
-        u = model.velocity(a_t, t_next, conditions, guidance).float()  # at the last grid time
+        # At the last grid time:
+        u = model.velocity(a_t, t_next, conditions, guidance).float().detach()
     return torch.stack(states), torch.stack(log_probs), a_t - times[-1] * u
 
 
@@ -383,6 +387,8 @@ def main(args):
         bf16 = training.in_bf16(here.device, args.precision)
         if args.lora:
             training.add_lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
+        if args.compile:
+            speed.compile_models(model)
         if args.gradient_checkpointing:
             training.checkpoint_blocks(model)
         optimizer = training.adamw(model, args.lr)
@@ -407,9 +413,8 @@ def main(args):
                 rewards = training.sum_dict_over_ranks(sums, here.device)
             optimizer.zero_grad(set_to_none=True)
             sums = train_step(policy, batches, update, times, guidance, args)
-            sums = training.sum_dict_over_ranks(sums, here.device)
+            sums, grad_norm = training.clip_gradient(model, step, sums, folder)
             means = {name: value.item() / audios for name, value in sums.items()}
-            grad_norm = training.clip_gradient(model, step, means.values(), folder)
             lr = training.lr_at(step, args)
             # Without any spread all gradients are 0, but AdamW's momentum and weight decay would
             # still move weights.
@@ -435,7 +440,7 @@ def main(args):
                 bar.set_postfix(reward=f"{logged.reward:.3f}", refresh=False)
                 if step == done and logged.clipped:  # the network is still the one that sampled
                     clipped = f"rounding alone clips {logged.clipped:.0%} of the ratios"
-                    tqdm.write(f"warning: {clipped}; give --precision fp32")
+                    tqdm.write(f"warning: {clipped}; give --no-compile or --precision fp32")
                 if (step + 1) % (args.save_every * args.updates) == 0 or step + 1 == args.steps:
                     training.save_checkpoint(folder, step + 1, model, optimizer, made_from)
 

@@ -36,7 +36,7 @@ import torch
 from scipy import stats
 
 import common
-from common import AudioScore, files, media, number, ranks, record, rows, scoring, stop
+from common import AudioScore, files, media, number, ranks, record, rows, scoring, stop, training
 
 ShownMetric = rows.ShownMetric
 
@@ -70,10 +70,9 @@ def parse_args(argv=None):
     described = "guidance scale gamma [Sec. 3.1]"
     parser.paper.add_argument("--guidance", type=number(float, 0), default=4.5, help=described)
     engineering = parser.engineering
-    described = "torch.compile the network that samples"
-    engineering.add_argument("--compile", action="store_true", help=described)
     described = "clips sampled together"
     engineering.add_argument("--batch-clips", type=number(int, 1), default=16, help=described)
+    common.compile_flag(parser)
     common.workers_flag(parser)
     return common.parse(parser, argv, "07")
 
@@ -774,8 +773,7 @@ def main(args):
         policies = [system for system in systems if system.kind == "policy"]
         if policies:
             model = common.load_base_model(run, here.device, args.weights)
-            if args.compile:
-                model.compile_sampling()
+            training.only_sample(model, args.compile)
             features = clip_features(run, run_json, model, scorers, scorer_names, clips, here, args)
             for system in policies:
                 sample_audio(run_json, system, model, features, clips, here, args)

@@ -51,6 +51,7 @@ from plumbing import (  # noqa: F401, some of these rooms are for stages and ada
     record,
     rows,
     scoring,
+    speed,
     training,
 )
 from plumbing.files import NoAudio, NoFile, SkipClip, Stop, stop  # noqa: F401
@@ -266,6 +267,12 @@ class FlowModel(nn.Module):
     clip_s: float  # seconds of video that one audio belongs to, and of audio that is judged
     checkpoint: Path  # the file that the velocity network came from
     reads_video = False  # whether `read` decodes the clip's video
+    # What its encoders see of a video exactly as a scorer does, who need not look again: {scorer:
+    # (feature, part of what the scorer sees, its shape)}.
+    seen_as: dict = {}
+    batch_clips = 4  # that stage 01 samples together, if not told otherwise
+    compiles = True  # whether compiling its blocks is worth the minutes
+    compiled = False  # whether they are, and its encoders and codec shall be when they are loaded
 
     # What an adapter fills in
     # -------------------------------------------------------------------------------
@@ -315,7 +322,7 @@ class FlowModel(nn.Module):
         return t
 
     def blocks(self):
-        """The blocks that gradient checkpointing recomputes."""
+        """The blocks that are compiled, and that gradient checkpointing recomputes."""
         return []
 
     def load_policy(self, path):
@@ -356,12 +363,6 @@ class FlowModel(nn.Module):
 
     def trainable_parameters(self):
         return [p for p in self.parameters() if p.requires_grad]
-
-    def compile_sampling(self):
-        """Makes `sample` faster after a first, slow call. Training stays eager: in bf16 a compiled
-        policy rounds otherwise than its reference, which Eq. 5's beta would magnify."""
-        self.project = torch.compile(self.project)
-        self.predict = torch.compile(self.predict)
 
 
 def tile(conditions, repeats):
@@ -801,6 +802,16 @@ def workers_flag(parser):
     )
 
 
+def compile_flag(parser):
+    parser.engineering.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=speed.can_compile(),
+        help="compile blocks, which takes minutes once; not with --lora, not the toy; by default "
+        "where there is CUDA and a C compiler",
+    )
+
+
 def number(kind, least, most=None):
     """A flag's type: an int or float from least to most, by default the largest that makes sense
     anywhere."""
@@ -845,6 +856,8 @@ def parse(parser, argv, stage):
             changed.append(f"{name} {paper[name]} -> {value}")
     if changed and int(os.environ.get("RANK", 0)) == 0:
         print(f"this run's defaults: {', '.join(changed)}")
+    if getattr(args, "lora", 0):
+        args.compile = False  # without LoRA, for the reference, the graph would be another one
     return args
 
 
@@ -880,7 +893,7 @@ def less_memory(args):
     given = vars(args)
     can = []
     for name in ("micro_batch", "batch_clips"):
-        if given.get(name, 1) > 1:
+        if name in given and given[name] != 1:
             can.append(f"lower --{name.replace('_', '-')}")
     if given.get("gradient_checkpointing") is False:
         can.append("give --gradient-checkpointing")

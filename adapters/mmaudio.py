@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-from common import FlowModel, files, media, stop, upstream, weight_file
+from common import FlowModel, files, media, speed, stop, training, upstream, weight_file
 
 # The paper's is large_44k.
 VARIANTS = ("small_16k", "small_44k", "medium_44k", "large_44k", "large_44k_v2")
@@ -27,6 +27,7 @@ class MMAudio(FlowModel):
 
     clip_s = 8.0
     feature_shapes = {"clip": (64, 1024), "sync": (192, 768), "text": (77, 1024)}
+    seen_as = {"synchformer": ("sync", "segments", (24, 8, 768))}
     reads_video = True
 
     @classmethod
@@ -43,13 +44,14 @@ class MMAudio(FlowModel):
         super().__init__()
         names = self.files(variant)
         with upstream("MMAudio"):
-            from mmaudio.model import networks
+            from mmaudio.model import low_level, networks
         self.variant = variant
         self.weights = Path(weights).absolute()
         self.mode = variant.split("_")[1]
         self.sample_rate_hz = {"16k": 16000, "44k": 44100}[self.mode]
         self.checkpoint = Path(checkpoint or weight_file(self.weights, names[0]))
         self.net = networks.get_my_mmaudio(variant)
+        speed.keep_channels_last(self.net, low_level.ChannelLastConv1d)
         self.conditions_class = networks.PreprocessedConditions
         self.latent_shape = (self.net.latent_seq_len, self.net.latent_dim)
         # Null conditions; upstream itself freezes the third, empty_string_feat.
@@ -81,7 +83,8 @@ class MMAudio(FlowModel):
         return [*self.net.joint_blocks, *self.net.fused_blocks]
 
     def policy_state(self):
-        return {key: value.detach().cpu() for key, value in self.net.state_dict().items()}
+        state = self.net.state_dict()
+        return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
     def load_policy(self, path):
         """A bare state dict, upstream's file or ours."""
@@ -113,19 +116,18 @@ class MMAudio(FlowModel):
         if clip.caption:
             text = self.text_features(clip.caption)
         encoders = self.encoders()
-        features = {
-            "clip": encoders.encode_video_with_clip(squashed[None])[0],
-            "sync": encoders.encode_video_with_sync(cropped[None], batch_size=8)[
-                0
-            ],  # 8 of 24 segments at a time
-            "text": text,
-        }
-        return {
-            key: value.float().cpu().clone() for key, value in features.items()
-        }  # a clone is no inference tensor
+        with training.autocast(self.device.type):  # as upstream's own evaluation runs it
+            pictures = encoders.encode_video_with_clip(squashed[None])[0]
+        # Not in bf16: DeSync judges by it too, and its offset is the largest of 21 numbers. 8 of 24
+        # segments at a time.
+        segments = encoders.encode_video_with_sync(cropped[None], batch_size=8)[0]
+        features = {"clip": pictures, "sync": segments, "text": text}
+        # A clone is no inference tensor.
+        return {key: value.float().cpu().clone() for key, value in features.items()}
 
     def encode_text(self, caption):
-        return self.encoders().encode_text([caption])[0].cpu()
+        with training.autocast(self.device.type):
+            return self.encoders().encode_text([caption])[0].cpu()
 
     @torch.no_grad()
     def decode(self, latents):
@@ -133,8 +135,10 @@ class MMAudio(FlowModel):
         waves = []
         for part in latents.split(8):
             copied = part.to(self.device, torch.float32, copy=True)
-            mels = codec.decode(self.net.unnormalize(copied))  # which works in place
-            waves.append(codec.vocode(mels).float().cpu().clone())
+            latent = self.net.unnormalize(copied)  # which works in place
+            with training.autocast(self.device.type):  # as upstream's own evaluation runs them
+                decoded = codec.vocode(codec.decode(latent))
+            waves.append(decoded.float().cpu().clone())
         samples = round(self.clip_s * self.sample_rate_hz)  # at 44.1 kHz there are 480 over 8 s
         return torch.cat(waves)[:, 0, :samples]
 
@@ -152,16 +156,24 @@ class MMAudio(FlowModel):
         constants.HF_HUB_OFFLINE = True  # the files are here: ask the hub for nothing
         utils.reset_sessions()
         try:
-            return self.features_utils(enable_conditions=True, synchformer_ckpt=synchformer)
+            encoders = self.features_utils(enable_conditions=True, synchformer_ckpt=synchformer)
         finally:
             constants.HF_HUB_OFFLINE = before
             utils.reset_sessions()
+        if self.compiled:
+            blocks = encoders.clip_model.visual.transformer.resblocks
+            speed.compile_blocks(blocks, (encoders, "encode_video_with_clip"))
+        return encoders
 
     def load_codec(self):
         _, _, *names = self.files(self.variant)
         vae, vocoder, *_ = [weight_file(self.weights, name) for name in names]
         parts = dict(tod_vae_ckpt=vae, bigvgan_vocoder_ckpt=vocoder, need_vae_encoder=False)
-        return self.features_utils(enable_conditions=False, **parts)
+        codec = self.features_utils(enable_conditions=False, **parts)
+        activations = speed.slice_activations(codec.tod.vocoder)
+        if self.compiled:
+            speed.compile_blocks(activations, (codec, "vocode"))
+        return codec
 
     def features_utils(self, **parts):
         """Upstream's FeaturesUtils with these parts. Of a 44.1 kHz vocoder it ignores the file that

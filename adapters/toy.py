@@ -396,6 +396,7 @@ class Toy(FlowModel):
         "text": (len(VOCABULARY),),
     }
     reads_video = True
+    compiles = False  # so small that it would take longer than it saves
 
     def __init__(self, variant, checkpoint, weights):
         super().__init__()

@@ -147,8 +147,8 @@ def bench_05(what, run, model, seconds, **more):
         t, eps = train.draw_t_and_noise(step, model, args)
         optimizer.zero_grad(set_to_none=True)
         sums = train.train_step(model, reference, shards, batch, t, eps, args)
-        means = train.means_of(training.sum_dict_over_ranks(sums, "cpu"))
-        training.clip_gradient(model, step, [means["loss"]], run)
+        sums, _ = training.clip_gradient(model, step, sums, run)
+        means = train.means_of(sums)
         training.take_step(optimizer, args.lr)
 
     ready = []

@@ -9,8 +9,8 @@ turn) of five audios, and a test clip for every eight. The last lines are two ta
     stages  seconds, loading and saving included; of those with an inner loop, of a turn of it in its stride, and in
             training its share of the GPU's peak arithmetic; peak GiB of tensors, GiB of the GPU in use at the end (what
             nvidia-smi shows: with the allocator's gaps and the context)
-    parts   median seconds: encoders (one clip), sampler (20 audios, also compiled), codec (8 audios); upstream's
-            generate() in bf16 as its demo runs it, its frames decoded beforehand; each scorer (20 audios)
+    parts   median seconds: reading a video; upstream's generate() in bf16 as its demo runs it, its frames decoded
+            beforehand; each scorer (20 audios). Encoders, sampler and codec: docs/gpu_check.py
 """
 
 import argparse
@@ -205,21 +205,6 @@ def run_model(args, name, weights):
     part("reading a video, CPU", lambda: model.read(clip))
     squashed, cropped = (frames.to(device).float()[None] / 255 for frames in model.read(clip))
     cropped, encoders = 2 * cropped - 1, model.encoders()
-    part("CLIP, 64 pictures", lambda: encoders.encode_video_with_clip(squashed), TFLOP["clip"])
-    part(
-        "Synchformer, video",
-        lambda: encoders.encode_video_with_sync(cropped, batch_size=8),
-        TFLOP["sync"],
-    )
-    features = model.encode(clip, model.read(clip))
-    batch = {
-        key: value[None].repeat(4, *[1] * value.dim()).to(device) for key, value in features.items()
-    }
-    sample = lambda: common.sample(model, batch, range(20), 25, 4.5)  # noqa: E731
-    latents = sample()
-    part("sampling 20 audios of 4 clips", sample, 20 * TFLOP["audio"])
-    part("codec, 8 audios", lambda: model.decode(latents[:8]), 8 * TFLOP["codec"])
-
     code, utils = (
         upstream_files.mmaudio_modules(),
         SimpleNamespace(device=device, dtype=torch.bfloat16),
@@ -252,9 +237,6 @@ def run_model(args, name, weights):
 
     part("generate(), one audio, bf16", lambda: upstream(1))
     part("generate(), five audios of a clip, bf16", lambda: upstream(5))
-    if not args.tiny:
-        model.compile_sampling()
-        part("sampling 20 audios of 4 clips, compiled", sample, 20 * TFLOP["audio"])
 
 
 def run_scorers(args, weights):

@@ -160,8 +160,9 @@ def load_pt(path, fields=None, mmap=False, ignore=()):
 def load_weights(module, state, path, otherwise, finite=True, assign=False):
     """Fills a module strictly; stops with `<path>: <otherwise>` where the state is another's, or
     not finite if it must be. assign: the state's own tensors become the module's, uncopied."""
+    options = {"assign": True} if assign else {}  # which DeSync's own method does not know
     try:
-        module.load_state_dict(state, assign=assign)
+        module.load_state_dict(state, **options)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         stop(f"{path}: {otherwise}")
     if finite and not all(value.isfinite().all() for value in module.state_dict().values()):

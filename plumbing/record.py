@@ -107,9 +107,11 @@ def compare(file, new, advice):
     """Stops at the first setting or input that differs from those of the record in `file`."""
     old = rows.read_json(file, rows.Record)
     for key in sorted(old.settings.keys() | new.settings.keys()):
-        before = old.settings.get(key)
+        before = old.settings.get(key, False if key == "compile" else None)  # a younger flag
         now = new.settings.get(key)
         if before != now:
+            if key == "compile":  # its default is the machine's
+                advice = f"give --{'compile' if before else 'no-compile'}, or {advice}"
             stop(f"{file}: made with {key}={before}, now {now}; {advice}")
     for name in sorted(old.inputs.keys() | new.inputs.keys()):
         if old.inputs.get(name) != new.inputs.get(name):

@@ -130,7 +130,8 @@ def peak_key(block, clip_s):
 
 def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
     """Writes what is missing of what is seen of these blocks' videos: by the scorers among `names`
-    that see, and, with a `model`, by its encoders. A video is decoded once for all of them."""
+    that see, and, with a `model`, by its encoders. A video is decoded once for all of them; what
+    the encoders see as a scorer does (`seen_as`) is not computed again."""
     names = [name for name in names if "video" in scorers.classes[name].reads]
     todo = []  # [(block, {who has not seen its videos: the key})]
     asked = set()
@@ -143,7 +144,8 @@ def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
                 del lacking[name]
         if lacking:
             todo.append((block, lacking))
-            asked.update(lacking)
+            known = model.seen_as if FEATURES in lacking else ()
+            asked.update(name for name in lacking if name not in known)
     loaded = {}
     wanted = []
     for name in names:
@@ -168,7 +170,8 @@ def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
                 seen.append(see(clip, next(videos), loaded, model, lacking))
                 bar.update()
             for name, key in lacking.items():
-                shapes = model.feature_shapes if name == FEATURES else loaded[name].video_shapes
+                is_model = name == FEATURES
+                shapes = model.feature_shapes if is_model else scorers.classes[name].video_shapes
                 tensors = stack(seen, name, shapes)
                 files.save_pt(block.video_file(name), {"key": key, **tensors})
 
@@ -185,12 +188,21 @@ def see(clip, video, loaded, model, names):
     of_model = len(video) - len(loaded)
     frames = dict(zip(loaded, video[of_model:]))
     seen = {}
+    if FEATURES in names:
+        seen = encode(clip, video[:of_model], model)
     for name in names:
-        if name == FEATURES:
-            seen[name] = model.encode(clip, video[:of_model])
-        else:
+        if name not in seen:
             with torch.inference_mode():
                 seen[name] = loaded[name].embed_video(frames[name])
+    return seen
+
+
+def encode(clip, tensors, model):
+    """{name: {part: tensor}}: a model's features of a clip, and what of them a scorer would see."""
+    features = model.encode(clip, tensors)
+    seen = {FEATURES: features}
+    for name, (feature, part, shape) in model.seen_as.items():
+        seen[name] = {part: features[feature].view(shape)}
     return seen
 
 

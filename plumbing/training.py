@@ -3,7 +3,6 @@ LoRA, the optimizer, and a policy's folder with its checkpoint."""
 
 import copy
 import functools
-import math
 import random
 import zlib
 from collections import Counter, defaultdict
@@ -15,7 +14,7 @@ import torch.nn as nn
 import torch.utils.checkpoint
 from tqdm import tqdm
 
-from plumbing import digits, files, ranks, record, rows
+from plumbing import digits, files, ranks, record, rows, speed
 from plumbing.files import stop
 
 # --------------------------------------------------------------------------------------------------
@@ -144,14 +143,45 @@ def autocast(device, precision="auto"):
 
 
 def frozen_copy(model, bf16):
-    """u_ref: a frozen copy. With bf16 it keeps the `ROUNDED` layers' weights rounded, as autocast
-    would round them: the same u, half the memory."""
+    """u_ref: a frozen copy, with bf16 of rounded weights: the same u, half the memory."""
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     if bf16:
-        for layer in copied.modules():
-            if isinstance(layer, ROUNDED):
-                layer.to(torch.bfloat16)
+        round_weights(copied)
     return copied
+
+
+def round_weights(model):
+    """Keeps the `ROUNDED` layers' weights as autocast would round them."""
+    for layer in model.modules():
+        if isinstance(layer, ROUNDED):
+            layer.to(torch.bfloat16)
+
+
+def only_sample(model, to_compile):
+    """For a process that samples and does not train: faster, the same numbers but for rounding."""
+    if in_bf16(model.device, "auto"):
+        round_weights(model)
+        torch.backends.cudnn.benchmark = True  # its shapes recur for hours
+    if to_compile:
+        speed.compile_models(model)
+
+
+def compile_both(model, reference):
+    """Compiles policy and reference into the same graphs, so that they are equal to the bit while
+    their weights are. A graph that needs gradients rounds otherwise than one that does not, so the
+    reference goes through the policy's, but keeps nothing for a backward pass."""
+    speed.compile_models(model, reference)
+    if model.compiled:
+        for copied, p in zip(reference.parameters(), model.parameters()):
+            copied.requires_grad_(p.requires_grad)
+        reference.forward = functools.partial(without_backward, reference.forward)
+
+
+def without_backward(forward, *inputs):
+    """forward(*inputs), computed as where gradients are wanted."""
+    with torch.enable_grad():
+        u = torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False)
+    return u.detach()
 
 
 def checkpoint_blocks(model):
@@ -273,14 +303,17 @@ def lr_at(step, args):
     return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
 
 
-def clip_gradient(model, step, losses, folder):
-    """Bounds the gradient's norm by 1, and returns what it was. Stops where it, or one of the
-    losses, is not finite, before that reaches the weights."""
-    norm = nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0).item()
-    if not all(map(math.isfinite, [norm, *losses])):
+def clip_gradient(model, step, sums, folder):
+    """Bounds the gradient's norm by 1. Returns `sum_dict_over_ranks` of this step's sums, and what
+    the norm was. Stops where one of these is not finite, before that reaches the weights. The host
+    waits for the device here, and nowhere else in a step."""
+    norm = nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
+    stacked = ranks.sum_over_ranks(torch.stack(list(sums.values())))
+    measured = torch.cat([stacked.flatten(), norm.to(stacked).view(1)]).cpu()
+    if not measured.isfinite().all():
         last_good = f"{folder}/checkpoint.pt holds the last good one"
         stop(f"step {step}: its loss or gradient is not finite; {last_good}; lower --lr")
-    return norm
+    return dict(zip(sums, measured[:-1].view(stacked.shape))), measured[-1].item()
 
 
 def take_step(optimizer, lr):

@@ -53,6 +53,7 @@ def pytest_addoption(parser):
         "multiply every score of a network by 1 ± 2e-6, by its batch (tests/noise/score_noise.py)"
     )
     parser.addoption("--score-noise", action="store_true", help=text)
+    parser.addoption("--slow", action="store_true", help="also the tests marked slow")
 
 
 def pytest_configure(config):
@@ -86,6 +87,8 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("takes minutes: give --slow")
     if item.get_closest_marker("upstream") and not os.environ.get("UPSTREAM_DIR"):
         pytest.skip("runs fetched code: UPSTREAM_DIR, the folder that holds its clones, is unset")
 

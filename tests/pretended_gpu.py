@@ -29,6 +29,8 @@ import torch.utils.checkpoint
 from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 
+from common import speed
+
 CUDA = torch.device("cuda", 0)
 UNSEEN = (str(Path(torch.__file__).parent), __file__)  # a sync is counted where these were called
 READS = {"item", "tolist", "nonzero", "argwhere", "equal", "allclose", "masked_select", "unique"}
@@ -183,6 +185,7 @@ def pretended_gpu():
         for name, value in said.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value: value)
         patch.setattr(torch.autocast, "__init__", on_cpu)
+        patch.setattr(speed, "can_compile", lambda: False)  # what only looks like a GPU's tensors
         patch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", labelled)
         # A block's inputs reach its recomputation without label, and would be called changed.
         checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns

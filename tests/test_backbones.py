@@ -9,6 +9,7 @@ step, but for one test with the real one.
 """
 
 import copy
+import functools
 import importlib
 import os
 import pickle
@@ -44,7 +45,7 @@ from upstream_files import (
 import common
 from adapters.frieren import Frieren, upstream_classes
 from adapters.mmaudio import CLIP, VOCODER
-from common import SkipClip, files, flow_error, interpolate, load_model, training
+from common import SkipClip, files, flow_error, interpolate, load_model, speed, training
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("no_network")]
 FULL_SIZE = dict(dit_config=Frieren.dit_config, vae_config=Frieren.vae_config)
@@ -60,6 +61,7 @@ class MMAudioSide:
     """Upstream's side of MMAudio, in the paper's time, sign and layout."""
 
     name, file, shape, blocks = "mmaudio:small_16k", "mmaudio_small_16k.pth", (250, 20), 3
+    kinds = 3  # of blocks: joint, joint and last, of the latents alone
     # The last joint block hands on its latents alone: the queries of its video and text tokens are
     # never read.
     unread = {f"net.joint_blocks.1.{part}_block.attn.q_norm.weight" for part in ("clip", "text")}
@@ -125,6 +127,7 @@ class FrierenSide:
     """Upstream's side of Frieren."""
 
     name, file, shape, blocks = "frieren", "v2a/noreflow/last.ckpt", (256, 20), 2
+    kinds = 2  # the first block's input lies otherwise in memory
     unread, frozen, parts = set(), set(), ("model.diffusion_model.", "cond_stage_model.")
 
     def __init__(self, weights, patch):
@@ -272,7 +275,7 @@ def test_velocity_is_minus_upstreams_and_its_error_is_upstreams_loss(side, model
     with torch.no_grad():
         u, theirs = model(a_t, t, features), side.velocity(side.net, a_t, t, features)
         loss = side.loss(a_0, eps, t, features)
-    torch.testing.assert_close(u, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(u, theirs, rtol=1e-5, atol=5e-5)  # by other convolutions
     assert flow_error(v, u).mean().item() == pytest.approx(loss, rel=1e-5)
     # the test can tell the sign
     assert flow_error(v, -u).mean().item() != pytest.approx(loss, rel=1e-3)
@@ -471,12 +474,15 @@ def test_reference_keeps_its_own_network_and_shares_the_frozen_parts(side, model
     assert not reference.trainable_parameters() and model.trainable_parameters()
 
 
-def test_projection_and_prediction_compile_into_one_graph_each(side, model):
+def test_blocks_compile_into_one_graph_each_class(side, model, monkeypatch, capsys):
     a_t, t, features = noise(2, *side.shape), torch.tensor([0.2, 0.7]), side.features(2)
     plain = model(a_t, t, features)
-    for name in ("project", "predict"):
-        setattr(model, name, torch.compile(getattr(model, name), backend="eager", fullgraph=True))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.utils.counters.clear()
+    speed.compile_models(model)
     torch.testing.assert_close(model(a_t, t, features), plain, rtol=1e-4, atol=1e-4)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == side.kinds and "not compiled" not in capsys.readouterr().out
     assert set(model.state_dict()) == side.names  # no compiler's prefix
     torch._dynamo.reset()
 
@@ -510,7 +516,7 @@ def test_upstream_strictly_loads_a_saved_policy_and_predicts_the_same(side, tmp_
     a_t, t, features = noise(1, *side.shape), torch.tensor([0.4]), side.features(1)
     with torch.no_grad():
         u, base = tuned(a_t, t, features), side.velocity(side.net, a_t, t, features)
-        torch.testing.assert_close(u, side.velocity(theirs, a_t, t, features), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(u, side.velocity(theirs, a_t, t, features), rtol=1e-5, atol=5e-5)
     assert not torch.allclose(u, base, atol=1e-3)
 
 

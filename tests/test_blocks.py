@@ -149,6 +149,38 @@ def test_a_block_that_is_made_again_has_the_same_bytes_whatever_lies_beside_it(r
     assert bytes_of(run) == before
 
 
+def test_what_a_models_encoders_see_as_a_scorer_does_is_not_computed_again(
+    run, blocks, monkeypatch, spied
+):
+    """Unless its file alone is missing; and it is seen anew with another video."""
+    model, scorers = common.load_base_model(run), common.scorers_of(run, "weights")
+    model.seen_as = {"toy": ("pooled", "segments", (2, 16))}
+    monkeypatch.setattr(ToyScorer, "video_shapes", {"segments": (2, 16)})
+    seen = lambda *_: {"segments": torch.full((2, 16), 7.0)}  # noqa: E731
+    monkeypatch.setattr(ToyScorer, "embed_video", seen)
+    loaded = spied(ToyScorer, "__init__")
+
+    def sevens():
+        """How many of the four clips the scorer has looked at itself, the others being equal."""
+        scoring.embed_videos(blocks, scorers, ["toy"], 2.0, "cpu", 0, model)
+        count = 0
+        for block in blocks:
+            key = scoring.features_key(model, block.clips)
+            features = scoring.read_videos(block, key, "features", model.feature_shapes)
+            key = scoring.video_key(scorers, "toy", block.clips)
+            for clip, own in scoring.read_videos(block, key, "toy", ToyScorer.video_shapes).items():
+                same = torch.equal(own["segments"].flatten(), features[clip]["pooled"])
+                assert same or (own["segments"] == 7).all()
+                count += not same
+        return count
+
+    assert sevens() == 0 and not loaded
+    blocks[0].video_file("toy").unlink()
+    assert sevens() == 2 and len(loaded) == 1
+    os.utime(blocks[0].clips[0].path)
+    assert sevens() == 0 and len(loaded) == 1
+
+
 def test_a_block_of_another_key_is_never_read(run, blocks):
     score(run, blocks)
     shutil.copy(run / "scores/b0.toy.pt", run / "scores/b1.toy.pt")

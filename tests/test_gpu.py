@@ -33,7 +33,8 @@ def sampled(run, device, steps=8, compiled=False):
     """Latents of four clips by the toy model, on the CPU."""
     model, samples = common.load_base_model(run, device), common.read_samples(run)
     if compiled:
-        model.compile_sampling()
+        model.compiles = True  # though it is small
+        common.speed.compile_models(model)
     features = common.training.Shards(run, samples, model).features([*samples][:4])
     features = {name: value.to(device) for name, value in features.items()}
     return common.sample(model, features, range(4), steps, 4.5).cpu()
@@ -122,6 +123,19 @@ def test_the_host_waits_for_no_micro_batch_and_no_step_of_a_rollout(
         waits.append(Counter(syncs))
     assert not waits[1] - waits[0]
     assert not [place for place in waits[0] if " train_step " in place]
+
+
+@pytest.mark.parametrize(
+    "number, flags", [("05", ()), ("06", (*ONE_ROUND, "--updates", 4, "--sampling-steps", 5))]
+)
+def test_the_host_waits_once_in_a_step(number, flags, run, syncs):
+    waits = []
+    for steps in (2, 4):
+        syncs.clear()
+        call(number, run, "--out", f"{number}_{steps}", *flags, "--steps", steps)
+        waits.append(Counter(syncs))
+    more = waits[1] - waits[0]
+    assert sum(more.values()) == 2 and all(" clip_gradient " in place for place in more)
 
 
 # A real GPU

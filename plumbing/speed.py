@@ -1,0 +1,183 @@
+"""What makes both real backbones faster on a GPU and leaves what they compute: BigVGAN's activation
+without convolutions, convolutions that keep channels last, blocks that are compiled.
+
+Nothing here is a network: upstream's own modules stay, with their parameters and their names."""
+
+import functools
+import importlib.util
+import os
+import shutil
+import threading
+
+import torch
+import torch.nn.functional as F
+
+# --------------------------------------------------------------------------------------------------
+# BigVGAN's activation
+# --------------------------------------------------------------------------------------------------
+
+RATIO, TAPS = 2, 12  # of upstream's resampling filters
+
+
+def polyphase(x, taps, starts):
+    """sum_i taps[i] * x[..., starts[i] : starts[i] + T]: a filter whose windows are slices of x."""
+    length = x.shape[-1] - max(starts)
+    total = taps[0] * x[..., starts[0] : starts[0] + length]
+    for tap, start in zip(taps[1:], starts[1:]):
+        total = total.add_(x[..., start : start + length], alpha=tap)
+    return total
+
+
+def sliced_activation(act, up, down, x):
+    """Activation1d of BigVGAN, x: (B, C, T) -> (B, C, T): twice the samples, `act` on each, half of
+    them again, both filters of 12 taps and padded with the outermost samples.
+
+    Even and odd samples of the doubled signal are kept apart. So each filter is two sums of six
+    slices, and no convolution by groups, whose transposed one is slow, moves the tensor. up, down:
+    the taps. In float32 at least, whatever x is.
+    """
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    padded = F.pad(precise, (3, 3), mode="replicate")
+    # Sample 2 j of the doubled signal sees x[j - 3 ... j + 2], sample 2 j + 1 x[j - 2 ... j + 3].
+    even = act(polyphase(padded[..., :-1], up[1::2], (5, 4, 3, 2, 1, 0)))
+    odd = act(polyphase(padded[..., 1:], up[0::2], (5, 4, 3, 2, 1, 0)))
+    # Sample j of the result sees the doubled signal's 2 j - 5 ... 2 j + 6.
+    first, last = even[..., :1], odd[..., -1:]
+    even = torch.cat([first, first, even, last, last, last], dim=-1)
+    odd = torch.cat([first, first, first, odd, last, last], dim=-1)
+    halved = polyphase(odd, down[0::2], range(6)) + polyphase(even, down[1::2], range(6))
+    return halved.to(x.dtype)
+
+
+@functools.cache
+def sliced_class(upstreams):
+    """Upstream's class of an activation, computed by slices."""
+
+    class Sliced(upstreams):
+        def forward(self, x):
+            return sliced_activation(self.act, self.up_taps, self.down_taps, x)
+
+    return Sliced
+
+
+def slice_activations(vocoder):
+    """Makes every activation of a BigVGAN, version 1 or 2, one of `sliced_class`; returns them."""
+    found = [module for module in vocoder.modules() if hasattr(module, "downsample")]
+    for module in found:
+        up = module.upsample.filter.flatten()
+        down = module.downsample.lowpass.filter.flatten()
+        if (module.up_ratio, module.down_ratio, len(up), len(down)) != (RATIO, RATIO, TAPS, TAPS):
+            raise ValueError("a BigVGAN whose filters are not of 12 taps and ratio 2")
+        module.up_taps = (RATIO * up).tolist()
+        module.down_taps = down.tolist()
+        module.__class__ = sliced_class(type(module))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Convolutions
+# --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def channels_last_class(upstreams):
+    """Upstream's class of a Conv1d over (B, T, C), computed without turning anything around: a
+    two-dimensional convolution of height 1, whose layout of channels last is (B, T, C) itself. One
+    of three dimensions cuDNN would turn to channels first and back."""
+
+    class ChannelsLast(upstreams):
+        def forward(self, x):
+            """(B, T, C) -> (B, T', C')."""
+            x = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, T), channels last in memory
+            y = F.conv2d(
+                x,
+                self.weight.unsqueeze(2),
+                self.bias,
+                (1, *self.stride),
+                (0, *self.padding),
+                (1, *self.dilation),
+                self.groups,
+            )
+            return y.squeeze(2).transpose(1, 2)
+
+    ChannelsLast.__name__ = upstreams.__name__
+    return ChannelsLast
+
+
+def keep_channels_last(network, upstreams):
+    """Makes every convolution of upstream's class one of `channels_last_class`. Weights keep shape,
+    names and values; in memory their channels are last too, as are then gradients and moments."""
+    for module in network.modules():
+        if type(module) is upstreams:
+            module.__class__ = channels_last_class(upstreams)
+            weight = module.weight.data
+            module.weight.data = weight.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Compiling
+# --------------------------------------------------------------------------------------------------
+
+ONE_AT_A_TIME = threading.RLock()  # threads that encode, sample and decode would compile together
+MOST_GRAPHS = 64  # of one function: every shape and dtype has its own, and torch gives up after 8
+
+
+def can_compile():
+    """The default of --compile: whether there is a GPU, and what Triton needs."""
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    has_compiler = any(shutil.which(name) for name in compilers)
+    return torch.cuda.is_available() and has_compiler and bool(importlib.util.find_spec("triton"))
+
+
+class Compiled:
+    """A block's forward, compiled at its first call; or as it was, once that is given up."""
+
+    def __init__(self, forward):
+        self.eager = forward
+        self.forward = torch.compile(forward, fullgraph=True, dynamic=False)
+
+    def __call__(self, *inputs, **named):
+        with ONE_AT_A_TIME:
+            return self.forward(*inputs, **named)
+
+
+def compile_blocks(blocks, *callers):
+    """Compiles the forward of these modules. Blocks of one class share their graphs, so that this
+    takes as long as for one of them. Where one cannot be compiled, that is said in a line, and all
+    of them run as they were. callers: (owner, name) of the methods that call the blocks, each of
+    which then begins again.
+
+    A graph that needs gradients rounds otherwise than one that does not: what must be equal to the
+    bit runs in the same mode.
+    """
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    compiled = []
+    for block in blocks:
+        block.forward = Compiled(block.forward)
+        compiled.append(block.forward)
+    for owner, name in callers:
+        setattr(owner, name, functools.partial(call_or_give_up, getattr(owner, name), compiled))
+
+
+def call_or_give_up(function, compiled, *inputs, **named):
+    try:
+        return function(*inputs, **named)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:200]
+        print(f"not compiled, but slower, as with --no-compile: {type(error).__name__}: {reason}")
+        for block in compiled:
+            block.forward = block.eager
+        return function(*inputs, **named)
+
+
+def compile_models(*models):
+    """Compiles the blocks of models (common.FlowModel) of one class, if that is worth it
+    (`compiles`), and tells them to compile their encoders and codec when they load them. Copies of
+    a model are made before, since a copy's compiled blocks would be the original's;
+    checkpoint_blocks comes after."""
+    if not models[0].compiles:
+        return
+    blocks = [block for model in models for block in model.blocks()]
+    compile_blocks(blocks, *((model, "predict") for model in models))
+    for model in models:
+        model.compiled = True
