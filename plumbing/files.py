@@ -157,11 +157,11 @@ def load_pt(path, fields=None, mmap=False, ignore=()):
     return value
 
 
-def load_weights(module, state, path, otherwise, finite=True, assign=False):
+def load_weights(module, state, path, otherwise, finite=True, **options):
     """Fills a module strictly; stops with `<path>: <otherwise>` where the state is another's, or
-    not finite if it must be. assign: the state's own tensors become the module's, uncopied."""
+    not finite if it must be. options: of the module's load_state_dict."""
     try:
-        module.load_state_dict(state, assign=assign)
+        module.load_state_dict(state, **options)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         stop(f"{path}: {otherwise}")
     if finite and not all(value.isfinite().all() for value in module.state_dict().values()):
