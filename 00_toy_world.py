@@ -7,7 +7,7 @@ adapters/toy.py, its people and judges in adapters/toy_people.py.
 
 Run:   python 00_toy_world.py
        python 00_toy_world.py --run-dir runs/small --size tiny       (seconds; for the tests)
-Takes: 77 s on 2 cores in two processes, no GPU. Tiny: about 20 s in one.
+Takes: 112 s on 2 cores in two processes, no GPU. Tiny: about 20 s in one.
 Writes, in --run-dir:
   run.json         model "toy", checkpoint, its digest, size, world_seed, rater_noise, scorers,
                    video_root, clip_s (seconds), and `defaults`: this world's replacements for the

@@ -36,7 +36,7 @@ Writes:
     02_audioscore.pt        audioscore: the state dict of common.AudioScore (MLP, standardiser,
                             marginal p(y)); heldout: p (n, 3) float32 and rating (n,) int64 of the
                             cross-validated report
-Takes: toy 11 s on 2 cores.
+Takes: toy 20 s on 2 cores.
 """
 
 import random

@@ -22,7 +22,7 @@ Writes:
                                 video, choice
     03_human_choices.jsonl, 03_human_pairs.jsonl   the answers, validated; the pairs they make, as
                                 03_pairs.jsonl
-Takes: toy 16 s on 2 cores.
+Takes: toy 43 s on 2 cores.
 """
 
 import random

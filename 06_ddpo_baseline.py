@@ -17,7 +17,7 @@ Writes, in <run>/<--out>:
     policy.pt, policy.json, checkpoint.pt, settings.json
                           as stage 05; a rerun resumes at the last whole round
     log.jsonl             a line per step: rows.DdpoStep
-Takes: toy 35 s on 2 cores.
+Takes: toy 45 s on 2 cores.
 """
 
 import math

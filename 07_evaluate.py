@@ -24,7 +24,7 @@ Writes:
                         file of CLAP; Table 1's rows
 With --split val the last two are 07_results_val.jsonl and 07_systems_val.json (no Table 1, which
 is of the test split), with --against NAME ..._NAME.
-Takes: toy 20 s on 2 cores.
+Takes: toy 36 s on 2 cores.
 """
 
 import re

@@ -32,7 +32,7 @@ Writes:
                           repeat (0, 1), seconds, comment, which 02, 03 and `blind` read
     08_blind.jsonl        a, b (systems), win_rate (of a; a tie is half a win), low, high (95 %), n
                           (answers), ties, clips, raters
-Takes: toy report 6 s, a pack 1 s on 2 shared cores.
+Takes: toy report 9 s, a pack 1 s on 2 cores.
 """
 
 import base64

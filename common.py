@@ -741,13 +741,18 @@ def known_k(line, samples, where, field):
 
 
 def to_simulate(run, file, asked, redo):
-    """Whether simulated people answer what is asked: nobody has, or, with --redo, only they have.
-    file: the answers."""
+    """Whether simulated people answer: in a toy run without answers, or, with --redo, where only
+    they have answered, and other questions. file: the answers; asked: [(clip, k), ...], or
+    [(clip, a, b), ...]."""
     if people_of(run) is None or not asked:
         return False
     if not file.exists():
         return True
-    return redo and all(line.get("rater") == "simulated" for _, line in files.read_jsonl(file))
+    answers = [line for _, line in files.read_jsonl(file)]
+    by_people = any(line.get("rater") != "simulated" for line in answers)
+    fields = ("clip", "k") if len(asked[0]) == 2 else ("clip", "a", "b")
+    answered = {tuple(line.get(field) for field in fields) for line in answers}
+    return redo and not by_people and answered != set(asked)
 
 
 def score_fields(scores):

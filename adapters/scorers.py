@@ -70,11 +70,11 @@ def without_init(package):
         del sys.modules[package]
 
 
-def frozen(net, state, path, device, assign=False):
+def frozen(net, state, path, device, **options):
     """The network with these weights, in eval mode, on the device; a file of another network ends
     in one line."""
     other = f"not the weights of {type(net).__name__}; download it again"
-    files.load_weights(net, state, path, other, finite=False, assign=assign)
+    files.load_weights(net, state, path, other, finite=False, **options)
     return net.to(device).eval().requires_grad_(False)
 
 

@@ -419,7 +419,9 @@ class Toy(FlowModel):
         # In a dict they are no submodules: training and saving do not touch them. A copy of the
         # model copies them too, which costs nothing at this size.
         self.frozen = {"encoder": VideoEncoder(), "codec": Codec()}
-        load_parts({"net": self.net, **self.frozen}, state, checkpoint)
+        load_parts(self.frozen, state, checkpoint)
+        # A net that a training has broken is no reason to stop: what it samples is counted as such.
+        files.load_weights(self.net, state.get("net"), checkpoint, OTHER_VERSION, finite=False)
         self.frozen["encoder"].requires_grad_(False)
         self.net.null_tokens.requires_grad_(False)
         self.net.null_vector.requires_grad_(False)
@@ -467,7 +469,6 @@ class Toy(FlowModel):
         """path: policy.pt, a bare state dict of ToyNet."""
         advice = "give the policy.pt of a run whose --model is toy"
         otherwise = f"is not a policy of the toy model; {advice}"
-        # What a training has broken is judged like any other policy.
         files.load_weights(self.net, files.load_pt(path), path, otherwise, finite=False)
 
 
@@ -592,7 +593,7 @@ class ToyScorer(Scorer):
 
     def __init__(self, weights, device):
         path = weight_file(weights, self.files[0])
-        state = files.load_pt(path, {"vocabulary": list})
+        state = files.load_pt(path, {"kind": str, "vocabulary": list})
         self.networks = scorer_networks()
         self.codec = Codec()
         load_parts(self.networks | {"codec": self.codec}, state, path)

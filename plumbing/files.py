@@ -157,10 +157,9 @@ def load_pt(path, fields=None, mmap=False, ignore=()):
     return value
 
 
-def load_weights(module, state, path, otherwise, finite=True, assign=False):
+def load_weights(module, state, path, otherwise, finite=True, **options):
     """Fills a module strictly; stops with `<path>: <otherwise>` where the state is another's, or
-    not finite if it must be. assign: the state's own tensors become the module's, uncopied."""
-    options = {"assign": True} if assign else {}  # which DeSync's own method does not know
+    not finite if it must be. options: of the module's load_state_dict."""
     try:
         module.load_state_dict(state, **options)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):

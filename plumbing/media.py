@@ -25,14 +25,34 @@ from plumbing.files import NoAudio, NoFile, SkipClip
 FINEST_FPS = 25
 
 
+class Source:
+    """An open file as FFmpeg reads it. After an error it would try again, and PyAV, which raises
+    the first error, would print the others: to FFmpeg the file ends there."""
+
+    def __init__(self, file):
+        self.file = file
+        self.name = file.name
+        self.seek = file.seek
+        self.tell = file.tell
+        self.failed = False
+
+    def read(self, size):
+        if self.failed:
+            return b""
+        self.failed = True
+        content = self.file.read(size)
+        self.failed = False
+        return content
+
+
 @contextmanager
 def open_media(path):
     """A video or audio file through PyAV; a title in another encoding than UTF-8 is no reason to
-    refuse it. FFmpeg reads through an open file of Python's, so that an error of the disk is raised
-    as it is, and an FFmpegError is about the content."""
+    refuse it. FFmpeg opens and reads nothing by itself: an error of the disk is raised as Python
+    words it, and an FFmpegError is about the content."""
     with files.reading(path), open(path, "rb") as file:
         try:
-            with av.open(file, metadata_errors="ignore") as container:
+            with av.open(Source(file), metadata_errors="ignore") as container:
                 yield container
         except av.error.MemoryError:
             files.raise_if_memory_is_short()

@@ -216,7 +216,9 @@ def test_a_thread_that_ffmpeg_cannot_have_is_an_error_of_the_system(folder, monk
 @pytest.mark.parametrize(
     "suffix, voice", [("mp4", "aac"), ("mkv", "aac"), ("ts", "aac"), ("avi", "libmp3lame")]
 )
-def test_a_disk_that_fails_anywhere_in_a_file_is_told_from_the_files_end(suffix, voice, tmp_path):
+def test_a_disk_that_fails_anywhere_in_a_file_is_told_from_the_files_end(
+    suffix, voice, tmp_path, capfd
+):
     """FFmpeg takes some errors of reading for the end of the file, or for damaged content."""
     path = make_video(tmp_path / f"a.{suffix}", voice=voice, options={"bf": "0"})
     whole = [frames(path)[0], sound(path)]
@@ -229,6 +231,7 @@ def test_a_disk_that_fails_anywhere_in_a_file_is_told_from_the_files_end(suffix,
                 except OSError as error:
                     assert error.errno == errno.EIO and error.filename == str(path)
                     assert not isinstance(error, av.error.FFmpegError)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_matroska_file_that_was_cut_is_skipped_though_ffmpeg_says_input_output_error(tmp_path):

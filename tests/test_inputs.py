@@ -584,7 +584,7 @@ def of_08():
     ):
         yield "08", what, removed(sheet), (f"{sheet}: no such file; run {script} --run-dir ",)
     for gone in ("07_audio/flow_dpo/test00000.wav", "00_videos/test00000.mp4"):
-        yield "08", (), removed(gone), (f"/{gone}: gone, ", "it for test00000", "07_evaluate.py")
+        yield "08", (), removed(gone), (f"/{gone}: gone, ", "found for test00000", "07_evaluate.py")
     three = lambda found: [row for row in found if row["system"] != "ddpo"]  # noqa: E731
     edit = lines("07_results.jsonl", "07_results.jsonl", three)
     yield "08", (), edit, ("07_systems.json: not of 07_results.jsonl; run 07_evaluate.py",)

@@ -97,7 +97,8 @@ def test_every_file_of_a_run_is_there_and_holds_every_field_of_its_type(finished
         assert read_typed(finished / name, kind), name
         fields = [x for x in kind.__struct_encode_fields__ if x != "peak_gb"]
         if not kind.__struct_config__.omit_defaults:
-            assert all([*line][: len(fields)] == fields for line in read_plain(finished / name))
+            for line in read_plain(finished / name):
+                assert [x for x in line if x != "peak_gb"][: len(fields)] == fields, name
     assert [name for name in UNTYPED.split() if not (finished / name).exists()] == []
     assert [path for path in finished.rglob("*") if ".tmp" in path.name] == []
 
