@@ -148,7 +148,7 @@ def bench_05(what, run, model, seconds, **more):
         optimizer.zero_grad(set_to_none=True)
         sums = train.train_step(model, reference, shards, batch, t, eps, args)
         sums, _ = training.clip_gradient(model, step, sums, run)
-        means = train.means_of(sums)
+        train.means_of(sums)
         training.take_step(optimizer, args.lr)
 
     ready = []
