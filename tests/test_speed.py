@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 import torch
 from conftest import a_clip
-from omegaconf import OmegaConf
 from test_backbones import beside, frieren, mmaudio, noise  # noqa: F401, fixtures
 from torch.utils._python_dispatch import TorchDispatchMode
 from upstream_files import BIGVGAN_16K, BIGVGAN_44K, film, mmaudio_modules, write_synchformer
@@ -84,6 +83,8 @@ def test_waves_of_fresh_weights_are_upstreams_within_1e_6_in_float32(version):
     code = mmaudio_modules()
     torch.manual_seed(0)
     if version == 1:
+        from omegaconf import OmegaConf  # which MMAudio needs, and nothing else
+
         vocoder = code.bigvgan.BigVGANVocoder(OmegaConf.create(BIGVGAN_16K))
     else:
         vocoder = code.bigvgan_v2.BigVGAN(code.bigvgan_v2.AttrDict(BIGVGAN_44K))
