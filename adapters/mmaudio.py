@@ -115,14 +115,12 @@ class MMAudio(FlowModel):
         encoders = self.encoders()
         features = {
             "clip": encoders.encode_video_with_clip(squashed[None])[0],
-            "sync": encoders.encode_video_with_sync(cropped[None], batch_size=8)[
-                0
-            ],  # 8 of 24 segments at a time
+            # 8 of 24 segments at a time:
+            "sync": encoders.encode_video_with_sync(cropped[None], batch_size=8)[0],
             "text": text,
         }
-        return {
-            key: value.float().cpu().clone() for key, value in features.items()
-        }  # a clone is no inference tensor
+        # A clone is no inference tensor.
+        return {key: value.float().cpu().clone() for key, value in features.items()}
 
     def encode_text(self, caption):
         return self.encoders().encode_text([caption])[0].cpu()
