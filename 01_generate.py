@@ -437,6 +437,7 @@ def generate(run, model, shards, todo, here, args):
         # A missing codec is said now, not after the first shard.
         model.decode(torch.zeros(1, *model.latent_shape))
     with closing(encode_all(model, clips, args.workers)) as encoder:
+        # The thread itself waits for the videos; zipped with the clips, this one would.
         encoded = ahead.in_threads(
             lambda _: next(encoder), clips, threads=1, in_advance=SHARD_CLIPS
         )

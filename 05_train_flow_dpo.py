@@ -69,14 +69,7 @@ def parse_args(argv=None):
     engineering.add_argument(
         "--micro-batch", type=number(int, 1), default=32, help="pairs per forward on one GPU"
     )
-    engineering.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
-    )
-    engineering.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory"
-    )
-    described = "rank of the matrices that are trained instead of the weights; 0: the weights"
-    engineering.add_argument("--lora", type=number(int, 0, 4096), default=0, help=described)
+    common.training_flags(parser)
     engineering.add_argument(
         "--save-every", type=number(int, 1), default=500, help="steps between checkpoints"
     )
@@ -234,10 +227,13 @@ def share_backwards(stages):
 
 
 def diagnosis(accuracy, saturated, rise, wrong, backwards):
-    """The case of docs/curves.md, whose table says why these limits, and what to do. accuracy,
-    saturated: as logged; rise: the winner's error gap as a share of the reference's error; wrong:
-    the share of the gradient's weight on wrongly ordered pairs; backwards: see
-    `share_backwards`."""
+    """The first case that fits, and what to do. The limits separate the six trainings of
+    docs/curves.md, where its table stands too.
+
+    accuracy, saturated: as logged; rise: the winner's error gap as a share of the reference's
+    error; wrong: the share of the gradient's weight on wrongly ordered pairs; backwards: see
+    `share_backwards`.
+    """
     negative = f"score_c is negative for {backwards:.0%} of the mined pairs"
     negative += ", whose winner is the worse audio"
     again = "mine them anew: 03 with --redo --min-score-c 0, then 04 --redo, then 05 --out NAME"

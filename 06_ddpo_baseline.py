@@ -74,14 +74,7 @@ def parse_args(argv=None):
     engineering.add_argument(
         "--micro-batch", type=number(int, 1), default=16, help="audios per backward pass, one GPU"
     )
-    engineering.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
-    )
-    engineering.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory"
-    )
-    described = "rank of the matrices that are trained instead of the weights; 0: the weights"
-    engineering.add_argument("--lora", type=number(int, 0, 4096), default=0, help=described)
+    common.training_flags(parser)
     engineering.add_argument(
         "--save-every", type=number(int, 1), default=20, help="rounds between checkpoints"
     )

@@ -207,7 +207,7 @@ def draw_interval(axis, y, row, times):
 
 
 def smooth(values, width):
-    """A centred mean over `width` values, over fewer at both ends."""
+    """A centred mean over `width` values, one more if that is even; over fewer at both ends."""
     half = width // 2
     means = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
     return np.array(means)

@@ -587,14 +587,18 @@ def weight_row(name):
 
 
 def print_missing(weights, names):
-    """The files among these that are not below --weights, with what docs/weights.md says of
-    them."""
+    """The files among these that are not below --weights, with what docs/weights.md says of them,
+    and how much there is to download."""
+    in_gb = {"kB": 1e-6, "KB": 1e-6, "MB": 1e-3, "GB": 1, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}
     missing = [name for name in dict.fromkeys(names) if not (Path(weights) / name).exists()]
+    gb = 0.0
     for name in missing:
         source, size, use = weight_row(name)
         print(f"  {name} ({size}), {use}: {source}")
+        for count, unit in re.findall(r"([\d.]+) ([kKMG]i?B)", size):
+            gb += float(count) * in_gb[unit]
     if missing:
-        print(f"missing below {weights}/: {len(missing)} files")
+        print(f"missing below {weights}/: {len(missing)} files, {gb:.1f} GB in all")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -815,6 +819,19 @@ def compile_flag(parser):
         help="compile blocks, which takes minutes once; not with --lora, not the toy; by default "
         "where there is CUDA and a C compiler",
     )
+
+
+def training_flags(parser):
+    """How a network is trained, whatever its loss: of stages 05 and 06."""
+    engineering = parser.engineering
+    engineering.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
+    )
+    engineering.add_argument(
+        "--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory"
+    )
+    described = "rank of the matrices that are trained instead of the weights; 0: the weights"
+    engineering.add_argument("--lora", type=number(int, 0, 4096), default=0, help=described)
 
 
 def number(kind, least, most=None):

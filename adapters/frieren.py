@@ -251,9 +251,8 @@ class Frieren(FlowModel):
         vae, vocoder = self.codec(self.device, self.compiled)
         waves = []
         for part in latents.to(self.device).float().split(8):
-            mels = vae.decode(
-                part.transpose(1, 2) / self.latent_scale
-            )  # (B, 80, 512), 256 samples each
+            # (B, 80, 512), 256 samples each
+            mels = vae.decode(part.transpose(1, 2) / self.latent_scale)
             waves.append(vocoder(mels)[:, 0].cpu())
         return torch.cat(waves)
 

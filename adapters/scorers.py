@@ -20,15 +20,7 @@ import torch.nn.functional as F
 import torchaudio
 from torchvision.transforms import InterpolationMode, v2
 
-from common import (
-    HUMAN_SPEECH_CLASSES,
-    Scorer,
-    files,
-    media,
-    stop,
-    upstream,
-    weight_file,
-)
+from common import HUMAN_SPEECH_CLASSES, Scorer, files, media, stop, upstream, weight_file
 
 # What upstream's networks are made for: Synchformer sees 24 segments in it, ImageBind 4 frames.
 JUDGED_S = 8.0
@@ -173,9 +165,9 @@ class ClapScorer(Scorer):
         "roberta-base/vocab.json",
         "roberta-base/merges.txt",
     )
-    roberta = dict(
+    roberta = dict(  # roberta-base
         vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
-    )  # -base
+    )
 
     def __init__(self, weights, device):
         from transformers import RobertaConfig, RobertaModel, RobertaTokenizer

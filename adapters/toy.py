@@ -14,15 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
 
-from common import (
-    SILENT_PEAK,
-    FlowModel,
-    Scorer,
-    files,
-    media,
-    stop,
-    weight_file,
-)
+from common import SILENT_PEAK, FlowModel, Scorer, files, media, stop, weight_file
 
 # Networks so small that a second thread pays in training alone (`Toy.velocity`), where no other
 # work waits for the cores. The number is the whole process's.

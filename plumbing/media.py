@@ -170,9 +170,8 @@ def read_frames(path, wanted, duration_s):
 
         for frame in frames:
             time_s = time_of(frame)
-            if time_s < time_of(
-                last
-            ):  # B-frames in AVI: ffmpeg itself shows them late or drops them
+            if time_s < time_of(last):
+                # B-frames in AVI: ffmpeg itself shows them late or drops them.
                 raise SkipClip("time stamps out of order")
             for grid in grids:
                 grid.hold(last, picture_of, time_s)

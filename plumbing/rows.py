@@ -280,7 +280,7 @@ class FlowDpoStep(Step, kw_only=True):
     """05_flow_dpo/log.jsonl; means over the global batch."""
 
     stage: Annotated[int, Meta(ge=1, le=2)]
-    loss: Number  # Eq. 5, log 2 at step 0
+    loss: Number  # Eq. 5, log 2 at step 0; with --sft-weight also that part
     accuracy: Share  # of the pairs whose winner the implicit reward prefers; 1/2 for a tie
     gap_w: Number  # the winner's error minus the reference's
     gap_l: Number  # the loser's

@@ -159,7 +159,7 @@ def round_weights(model):
 
 def only_sample(model, to_compile):
     """For a process that samples and does not train: faster, the same numbers but for rounding."""
-    if in_bf16(model.device, "auto"):
+    if in_bf16(model.device.type, "auto"):  # as `sample` computes
         round_weights(model)
         torch.backends.cudnn.benchmark = True  # its shapes recur for hours
     if to_compile:

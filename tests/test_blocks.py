@@ -9,17 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    a_clip,
-    call,
-    files_of,
-    make_video,
-    read,
-    remove,
-    results,
-    stopped,
-)
+from conftest import ROOT, a_clip, call, files_of, make_video, read, remove, results, stopped
 
 import common
 from adapters.toy import ToyScorer

@@ -328,7 +328,8 @@ def test_preparing_a_run_lists_the_missing_weights_of_all_stages_with_their_size
     out = capsys.readouterr().out
     said(out, "  mmaudio_large_44k.pth", "  v1-44.pth", "  imagebind_huge.pth")
     said(out, "  Cnn14_mAP=0.431.pth", "  passt-s-f128")
-    said(out, "13 files")
+    # 3.9, 1.2 GiB, 466 MiB; 0.95, 4.8, 2.4, 0.327, 0.324, 0.345, 0.4 GB
+    said(out, "13 files, 15.5 GB in all")
 
 
 def seal_anew(run, name):
