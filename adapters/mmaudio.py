@@ -51,7 +51,8 @@ class MMAudio(FlowModel):
         self.sample_rate_hz = {"16k": 16000, "44k": 44100}[self.mode]
         self.checkpoint = Path(checkpoint or weight_file(self.weights, names[0]))
         self.net = networks.get_my_mmaudio(variant)
-        speed.keep_channels_last(self.net, low_level.ChannelLastConv1d)
+        if torch.cuda.is_available():  # a CPU would take up to half as long again
+            speed.keep_channels_last(self.net, low_level.ChannelLastConv1d)
         self.conditions_class = networks.PreprocessedConditions
         self.latent_shape = (self.net.latent_seq_len, self.net.latent_dim)
         # Null conditions; upstream itself freezes the third, empty_string_feat.

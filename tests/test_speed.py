@@ -118,6 +118,7 @@ def test_a_step_of_flow_dpo_at_the_papers_size_has_less_than_6_000_operations(
     5,961 by those that keep channels last."""
     monkeypatch.setattr(mmaudio_adapter.MMAudio, "load_policy", lambda *_: None)
     monkeypatch.setattr(training, "autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     (tmp_path / "random.pth").write_bytes(b"random")
     with torch.device("meta"):
         model = mmaudio_adapter.MMAudio("large_44k", tmp_path / "random.pth", tmp_path)
@@ -138,10 +139,11 @@ def test_a_step_of_flow_dpo_at_the_papers_size_has_less_than_6_000_operations(
 
 
 def twins(mmaudio):
-    """Our network, and upstream's own of the same weights."""
-    return load_model("mmaudio:small_16k", weights=mmaudio.weights), mmaudio.load(
-        mmaudio.weights / mmaudio.file
-    )
+    """Our network as on a GPU, and upstream's own of the same weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        ours = load_model("mmaudio:small_16k", weights=mmaudio.weights)
+    return ours, mmaudio.load(mmaudio.weights / mmaudio.file)
 
 
 def convolutions(network):
@@ -167,8 +169,14 @@ def test_convolutions_that_keep_channels_last_have_upstreams_values_and_gradient
             difference = (p.grad - wanted[name].grad).norm()
             assert difference <= 1e-5 * wanted[name].grad.norm() + 1e-9, name
     assert len(convolutions(model.net)) == len(convolutions(theirs)) > 10
-    for conv in convolutions(model.net):
-        assert type(conv).__name__ == "ChannelLastConv1d"
+    for ours, upstreams in zip(convolutions(model.net), convolutions(theirs)):
+        assert type(ours).__base__ is type(upstreams)
+
+
+def test_convolutions_stay_upstreams_on_a_cpu(mmaudio):
+    model = load_model("mmaudio:small_16k", weights=mmaudio.weights)
+    theirs = mmaudio.load(mmaudio.weights / mmaudio.file)
+    assert [*map(type, convolutions(model.net))] == [*map(type, convolutions(theirs))]
 
 
 def test_channels_stay_last_in_weights_gradients_moments_copies_and_a_resumed_training(
