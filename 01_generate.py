@@ -35,6 +35,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -439,12 +440,24 @@ def encode_all(model, clips, workers):
             yield tensors if isinstance(tensors, SkipClip) else model.encode(clip, tensors)
 
 
+@dataclass
+class Shard:
+    """A shard that is being made."""
+
+    name: str
+    clips: list  # those that can be used
+    features: dict  # {clip id: their features}
+    skipped: list  # rows.SkippedClip
+    samples: list  # rows.Sample, of the audios that are there
+    latents: list  # (N, T, C), of each clip
+
+
 def generate(run, model, shards, todo, here, args):
-    """The audios of these shards, names of `shards`, {name: clips}. While one is sampled, a thread
-    encodes the next one."""
+    """The audios of these shards, names of `shards`, {name: clips}. While a batch of clips is
+    sampled, threads encode the next shard and decode the batch before."""
     clips = []
-    for shard in todo:
-        clips += shards[shard]
+    for name in todo:
+        clips += shards[name]
     if clips:
         # A missing codec is said now, not after the first shard.
         model.decode(torch.zeros(1, *model.latent_shape))
@@ -453,62 +466,86 @@ def generate(run, model, shards, todo, here, args):
         encoded = ahead.in_threads(
             lambda _: next(encoder), clips, threads=1, in_advance=SHARD_CLIPS
         )
-        with closing(encoded):
-            for shard in tqdm(todo, unit="shard", disable=not here.first):
-                generate_shard(run, shard, model, shards[shard], encoded, args)
+        bar = tqdm(total=len(todo), unit="shard", disable=not here.first)
+        with closing(encoded), bar:
+            sample_shards(run, model, shards, todo, encoded, bar, args)
 
 
-def generate_shard(run, shard, model, clips, encoded, args):
-    """Samples, decodes and writes one shard; its .jsonl comes last, so that a shard that has one is
-    whole. encoded: an iterator of what `encode_all` yields."""
-    folder = run / "01_samples"
-    usable = []
-    features = {}
-    skipped = []
-    for clip in clips:
-        found = next(encoded)
-        if isinstance(found, SkipClip):
-            skipped.append(rows.SkippedClip(clip=clip.id, reason=str(found)))
-        else:
-            usable.append(clip)
-            features[clip.id] = found
-    if skipped and args.strict:
-        first = ", ".join(f"{row.clip} ({row.reason})" for row in skipped[:10])
-        more = " ..." if len(skipped) > 10 else ""
-        stop(f"--strict: {len(skipped)} clips of shard {shard} cannot be used: {first}{more}")
+def sample_shards(run, model, shards, todo, encoded, bar, args):
+    """encoded: an iterator of what `encode_all` yields."""
+    shard_of = {}  # {clip id: of the clips at work}
+
+    def batches():
+        """Of clips of one shard, so that audios never depend on which shards were left to do."""
+        size = args.batch_clips or model.batch_clips
+        for name in todo:
+            shard = gather(name, shards[name], encoded, args)
+            for clip in shard.clips:
+                shard_of[clip.id] = shard
+            for start in range(0, len(shard.clips), size):
+                yield shard.clips[start : start + size]
+            if not shard.clips:
+                write_shard(run, shard)
+                bar.update()
+
+    def features_of(clip):
+        return shard_of[clip.id].features[clip.id]
 
     def seeds_of(clip):
         return [common.seed_of(args.seed, clip.id, k) for k in range(args.num_samples)]
 
-    def write(clip, latents, waves):
-        """Its wavs; returns their lines, too."""
+    def finish(clip, latents, waves):
+        """Its wavs, and their lines."""
         lines = []
-        first_row = usable.index(clip) * args.num_samples
+        first_row = shard_of[clip.id].clips.index(clip) * args.num_samples
         for k, seed in enumerate(seeds_of(clip)):
             wav = f"01_audio/{clip.id}_{k}.wav"
             written = media.write_audio(run / wav, waves[k], model.sample_rate_hz)
             written["finite"] = written["finite"] and bool(latents[k].isfinite().all())
             row = first_row + k
             lines.append(rows.Sample(clip=clip.id, k=k, seed=seed, wav=wav, row=row, **written))
-        return lines, latents
+        return clip, lines, latents
 
-    samples = []
-    latents = []
     sampler = rows.Sampler(steps=args.sampling_steps, guidance=args.guidance)
-    batch_clips = args.batch_clips or model.batch_clips
-    for lines, of_clip in common.sample_clips(
-        model, usable, features, seeds_of, write, sampler, batch_clips
-    ):
-        samples += lines
-        latents.append(of_clip)
-    if usable:
-        stacked = common.stack_features(list(features.values()), "cpu")
-        digests = [sample.digest for sample in samples]
-        training.save_shard(folder / f"{shard}.pt", torch.cat(latents), stacked, digests)
-    unused = folder / f"{shard}.skipped.jsonl"
-    if skipped or unused.exists():  # of an earlier, damaged shard
-        rows.write(unused, skipped)
-    rows.write(folder / f"{shard}.jsonl", samples)
+    finished = common.sample_clips(model, batches(), features_of, seeds_of, finish, sampler)
+    for clip, lines, latents in finished:
+        shard = shard_of.pop(clip.id)
+        shard.samples += lines
+        shard.latents.append(latents)
+        if clip is shard.clips[-1]:
+            write_shard(run, shard)
+            bar.update()
+
+
+def gather(name, clips, encoded, args):
+    """A shard of these clips, with the features of those that can be used."""
+    shard = Shard(name, clips=[], features={}, skipped=[], samples=[], latents=[])
+    for clip in clips:
+        found = next(encoded)
+        if isinstance(found, SkipClip):
+            shard.skipped.append(rows.SkippedClip(clip=clip.id, reason=str(found)))
+        else:
+            shard.clips.append(clip)
+            shard.features[clip.id] = found
+    if shard.skipped and args.strict:
+        first = ", ".join(f"{row.clip} ({row.reason})" for row in shard.skipped[:10])
+        more = " ..." if len(shard.skipped) > 10 else ""
+        stop(f"--strict: {len(shard.skipped)} clips of shard {name} cannot be used: {first}{more}")
+    return shard
+
+
+def write_shard(run, shard):
+    """Its .jsonl comes last, so that a shard that has one is whole."""
+    folder = run / "01_samples"
+    if shard.clips:
+        features = common.stack_features(list(shard.features.values()), "cpu")
+        digests = [sample.digest for sample in shard.samples]
+        latents = torch.cat(shard.latents)
+        training.save_shard(folder / f"{shard.name}.pt", latents, features, digests)
+    unused = folder / f"{shard.name}.skipped.jsonl"
+    if shard.skipped or unused.exists():  # of an earlier, damaged shard
+        rows.write(unused, shard.skipped)
+    rows.write(folder / f"{shard.name}.jsonl", shard.samples)
 
 
 def print_report(run, train):

@@ -24,6 +24,7 @@ Takes: toy 20 s on 2 cores.
 
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -135,8 +136,30 @@ def draw_t_and_noise(step, model, args):
 
 
 # --------------------------------------------------------------------------------------------------
-# One step (Eq. 5)
+# A batch of pairs
 # --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """This rank's share of a step's pairs, on the device."""
+
+    stage: int  # 0 or 1
+    a_0: torch.Tensor  # (2, B, T, C): latents of the winners, then of the losers
+    features: dict  # of their clips, B rows
+    t: torch.Tensor  # (B,)
+    eps: torch.Tensor  # (B, T, C)
+
+
+def read_batches(done, stages, stage_steps, shards, model, here, args):
+    """A generator of the steps' batches, from step `done` on."""
+    for step in range(done, args.steps):
+        stage, pairs = batch_at(step, stages, stage_steps, args)
+        a_0, features = load_pairs(here.share(pairs), shards)
+        t, eps = draw_t_and_noise(step, model, args)
+        t = training.send(here.share(t), here.device)
+        eps = training.send(here.share(eps), here.device)
+        yield Batch(stage, a_0, features, t, eps)
 
 
 def load_pairs(pairs, shards):
@@ -144,6 +167,11 @@ def load_pairs(pairs, shards):
     winners = shards.latents([(pair.clip, pair.winner) for pair in pairs])
     losers = shards.latents([(pair.clip, pair.loser) for pair in pairs])
     return torch.stack([winners, losers]), shards.features([pair.clip for pair in pairs])
+
+
+# --------------------------------------------------------------------------------------------------
+# One step (Eq. 5)
+# --------------------------------------------------------------------------------------------------
 
 
 def pair_errors(network, features, a_0, eps, t):
@@ -158,27 +186,27 @@ def pair_errors(network, features, a_0, eps, t):
     return err_w, err_l
 
 
-def train_step(policy, reference, shards, pairs, t, eps, args):
-    """Accumulates the gradient of this rank's share of the global batch. t: (B,), eps: (B, T, C).
-    Returns what is logged as sums over its pairs by quarter of t, {name: (T_BINS,) float64 on the
-    device}, for which nothing here waits."""
-    t = t.to(shards.device, non_blocking=True)
-    eps = eps.to(shards.device, non_blocking=True)
+def train_step(policy, reference, batch, args):
+    """Accumulates the gradient of this rank's share of the global batch. Returns what is logged as
+    sums over its pairs by quarter of t, {name: (T_BINS,) float64 on the device}, for which nothing
+    here waits."""
+    pairs = len(batch.t)
     totals = {}
-    for start in range(0, len(pairs), args.micro_batch):
+    for start in range(0, pairs, args.micro_batch):
         micro = slice(start, start + args.micro_batch)
-        a_0, features = load_pairs(pairs[micro], shards)
-        last = start + args.micro_batch >= len(pairs)
+        features = {name: value[micro] for name, value in batch.features.items()}
+        inputs = features, batch.a_0[:, micro], batch.eps[micro], batch.t[micro]
+        last = start + args.micro_batch >= pairs
         policy.require_backward_grad_sync = last  # DDP: one all-reduce per step
-        with training.autocast(shards.device, args.precision):
+        with training.autocast(batch.t.device, args.precision):
             with torch.no_grad():
-                ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps[micro], t[micro])
-            err_w, err_l = pair_errors(policy, features, a_0, eps[micro], t[micro])
+                ref_err_w, ref_err_l = pair_errors(reference, *inputs)
+            err_w, err_l = pair_errors(policy, *inputs)
         loss, logits = common.flow_dpo_loss(
             err_w, err_l, ref_err_w, ref_err_l, args.beta, args.printed_brackets
         )
         loss = loss + args.sft_weight * err_w
-        (loss.sum() / len(pairs)).backward()  # DDP averages over ranks, each with as many pairs
+        (loss.sum() / pairs).backward()  # DDP averages over ranks, each with as many pairs
 
         with torch.no_grad():
             weight = torch.sigmoid(-logits)  # of the pair's gradient
@@ -194,7 +222,7 @@ def train_step(policy, reference, shards, pairs, t, eps, args):
                 "weight": weight,
                 "weight_wrong": weight * (logits < 0),  # the implicit reward prefers the loser
             }
-            for name, value in sum_by_quarter(measured, t[micro]).items():
+            for name, value in sum_by_quarter(measured, batch.t[micro]).items():
                 totals[name] = totals.get(name, 0) + value
     return totals
 
@@ -324,14 +352,15 @@ def main(args):
         print_plan(model, stages, stage_steps, done, here, args)
 
         # -- loop
+        batches = read_batches(done, stages, stage_steps, shards, model, here, args)
+        upcoming = next(batches, None)
         bar = training.progress(done, args.steps, here)
         for step in bar:
             began = time.time()
-            stage, batch = batch_at(step, stages, stage_steps, args)
-            t, eps = draw_t_and_noise(step, model, args)
-            mine = here.share(batch), here.share(t), here.share(eps)
+            batch = upcoming
             optimizer.zero_grad(set_to_none=True)
-            sums = train_step(policy, reference, shards, *mine, args)
+            sums = train_step(policy, reference, batch, args)
+            upcoming = next(batches, None)  # read and sent while a GPU is still at work
             sums, grad_norm = training.clip_gradient(model, step, sums, folder)
             means = means_of(sums)
             if step == 0 and args.sft_weight == 0 and abs(means["loss"] - math.log(2)) > 1e-3:
@@ -343,7 +372,7 @@ def main(args):
             if here.first:
                 logged = rows.FlowDpoStep(
                     step=step,
-                    stage=stage + 1,
+                    stage=batch.stage + 1,
                     **means,
                     grad_norm=grad_norm,
                     lr=lr,

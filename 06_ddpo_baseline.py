@@ -134,7 +134,7 @@ def log_prob(a_next, mean, std):
 
 def grid(model, steps):
     """The times at which a trajectory asks the network, from 1 on: (S,), on the model's device."""
-    return model.snap_t(torch.linspace(1, 0, steps + 1)[:-1]).to(model.device, non_blocking=True)
+    return training.send(model.snap_t(torch.linspace(1, 0, steps + 1)[:-1]), model.device)
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def rollout(model, features, seeds, guidance, args):
             u = model.velocity(a_t, t, conditions, guidance).float().detach()
             mean, std = sde_step(a_t, u, t, t_next, args.eta)
             z = torch.stack([torch.randn(model.latent_shape, generator=own) for own in generators])
-            a_t = mean + std * z.to(model.device, non_blocking=True)
+            a_t = mean + std * training.send(z, model.device)
             states.append(a_t)
             log_probs.append(log_prob(a_t, mean, std))
         # At the last grid time:
@@ -276,7 +276,7 @@ def collect(model, reward, shards, clips, round_, guidance, args):
             for k in range(args.group_size):
                 seeds += [common.seed_of(args.seed, "ddpo", round_, clip.id, k) for clip in prompts]
             states, log_probs, a_0 = rollout(model, features, seeds, guidance, args)
-            chosen = draw_times(seeds, args).to(model.device, non_blocking=True)
+            chosen = training.send(draw_times(seeds, args), model.device)
             batches.append(Batch(features, states, log_probs, chosen))
             # While the next prompts are sampled:
             futures.append(scoring_thread.submit(reward, model, a_0, prompts * args.group_size))

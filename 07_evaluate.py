@@ -34,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import stats
+from tqdm import tqdm
 
 import common
 from common import (
@@ -609,7 +610,11 @@ def sample_audio(run_json, system, model, features, clips, here, args):
     ranks.barrier()
     # Ranks take whole batches: in one of another size an audio may round otherwise.
     batches = [todo[i : i + args.batch_clips] for i in range(0, len(todo), args.batch_clips)]
-    own = [clip for batch in here.share(batches) for clip in batch]
+    shown = here.first and todo
+    batches = tqdm(here.share(batches), system.name, unit="batch", disable=not shown)
+
+    def features_of(clip):
+        return features[clip.id]
 
     def seeds_of(clip):
         return [common.seed_of(run_json.seed, clip.id, 0)]
@@ -618,11 +623,7 @@ def sample_audio(run_json, system, model, features, clips, here, args):
         media.write_audio(system.audio / f"{clip.id}.wav", waves[0], model.sample_rate_hz)
 
     sampler = rows.Sampler(steps=run_json.sampler.steps, guidance=args.guidance)
-    title = system.name if here.first and todo else None
-    sampled = common.sample_clips(
-        model, own, features, seeds_of, write, sampler, args.batch_clips, title
-    )
-    for _ in sampled:
+    for _ in common.sample_clips(model, batches, features_of, seeds_of, write, sampler):
         pass
     ranks.barrier()
 

@@ -34,7 +34,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from plumbing import (  # noqa: F401, some of these rooms are for stages and adapters alone
     ahead,
@@ -214,32 +213,29 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
     return a_t
 
 
-def sample_clips(model, clips, features, seeds_of, finish, sampler, batch_clips, title=None):
-    """Samples and decodes audio of clips, some clips at a time; a batch is decoded while the next
-    one is sampled.
+def sample_clips(model, batches, features_of, seeds_of, finish, sampler):
+    """Samples and decodes audio of clips; a batch of them is decoded while the next one is sampled.
 
-    features: {clip id: dict of its features}; seeds_of(clip): its seeds, as many for every clip;
-    sampler: rows.Sampler; finish(clip, latents (N, T, C), waves (N, S)): what to do with a clip's
-    audios, on the CPU. Yields what it returns.
+    batches: lists of clips; features_of(clip): dict of its features; seeds_of(clip): its seeds, as
+    many for every clip; sampler: rows.Sampler; finish(clip, latents (N, T, C), waves (N, S)): what
+    to do with a clip's audios, on the CPU. Yields what it returns, in the order of the clips.
     """
 
-    def batches():
-        starts = range(0, len(clips), batch_clips)
-        for start in tqdm(starts, title, unit="batch", disable=title is None):
-            batch = clips[start : start + batch_clips]
-            stacked = stack_features([features[clip.id] for clip in batch], model.device)
+    def sampled():
+        for clips in batches:
+            features = stack_features([features_of(clip) for clip in clips], model.device)
             seeds = []
-            for kth in zip(*[seeds_of(clip) for clip in batch]):
+            for kth in zip(*[seeds_of(clip) for clip in clips]):
                 seeds += kth  # the first audio of every clip, then the second of every clip, ...
-            a_0 = sample(model, stacked, seeds, sampler.steps, sampler.guidance)
-            yield batch, a_0.unflatten(0, (-1, len(batch))).transpose(0, 1)  # (clips, N, T, C)
+            a_0 = sample(model, features, seeds, sampler.steps, sampler.guidance)
+            yield clips, a_0.unflatten(0, (-1, len(clips))).transpose(0, 1)  # (clips, N, T, C)
 
-    def decode(sampled):
-        batch, a_0 = sampled
+    def decode(batch):
+        clips, a_0 = batch
         waves = model.decode(a_0.flatten(0, 1)).unflatten(0, a_0.shape[:2])
-        return [finish(*audios) for audios in zip(batch, a_0.float().cpu(), waves)]
+        return [finish(*audios) for audios in zip(clips, a_0.float().cpu(), waves)]
 
-    for finished in ahead.in_threads(decode, batches(), threads=1):
+    for finished in ahead.in_threads(decode, sampled(), threads=1):
         yield from finished
 
 

@@ -163,6 +163,8 @@ class MMAudio(FlowModel):
         if self.compiled:
             blocks = encoders.clip_model.visual.transformer.resblocks
             speed.compile_blocks(blocks, (encoders, "encode_video_with_clip"))
+            blocks = encoders.synchformer.vfeat_extractor.blocks
+            speed.compile_blocks(blocks, (encoders, "encode_video_with_sync"))
         return encoders
 
     def load_codec(self):
@@ -173,6 +175,7 @@ class MMAudio(FlowModel):
         activations = speed.slice_activations(codec.tod.vocoder)
         if self.compiled:
             speed.compile_blocks(activations, (codec, "vocode"))
+            speed.compile_blocks([codec.tod.vae.decoder], (codec, "decode"))
         return codec
 
     def features_utils(self, **parts):

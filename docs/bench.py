@@ -12,7 +12,7 @@ the workers' and PESQ's rows are CPU seconds of one thread, which other work on 
     05        a step of stage 05 as its main makes it (batch, times and noise, features and latents from the shards,
               train_step, the log's row, clipping, AdamW) against a bare loop on tensors that lie ready: reference
               without gradient, policy, loss, backward, AdamW; the stage's own batch and micro-batch
-    01        five audios of a clip by generate_shard, against MMAudio's generate() called five times, and once for
+    01        five audios of a clip by sample_shards, against MMAudio's generate() called five times, and once for
               five; what the encoders give is given to both (generate() would see the video five times)
     scorers   five audios of a clip in one call, against a call for each
     pesq      that of 20 audios of 8 s in two processes, against this one, by the clock
@@ -26,7 +26,6 @@ Rows that need upstream's code are left out without UPSTREAM_DIR. The last lines
 import argparse
 import ctypes
 import importlib
-import itertools
 import os
 import sys
 import tempfile
@@ -45,10 +44,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import upstream_files  # noqa: E402
 from conftest import a_clip, make_video, shell, stage, videos_of  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import common  # noqa: E402
 from adapters import mmaudio, scorers, toy  # noqa: E402
-from common import inputs, rows, scoring, training  # noqa: E402
+from common import inputs, ranks, rows, scoring, training  # noqa: E402
 
 GPU_S = 1.65  # of one clip; an H100 takes 1.87 in stage 01 with large_44k, N = 5 (docs/cost.md)
 TABLE = []
@@ -135,19 +135,20 @@ def made_up_run(run, model, clips=40, n=2, defaults=None):
 def bench_05(what, run, model, seconds, **more):
     """A step of stage 05 against the bare loop, on one network and one optimizer."""
     shards, pairs = made_up_run(run, model, **more)
-    train, steps = stage("05"), itertools.count()
-    args = train.parse_args(["--run-dir", str(run)])
+    train, steps = stage("05"), 10**9
+    args = train.parse_args(["--run-dir", str(run), "--steps", str(steps)])
     size, micro = args.global_batch, min(args.micro_batch, args.global_batch)
     reference, weights = training.frozen_copy(model, bf16=False), model.trainable_parameters()
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=1e-6)
 
+    here = ranks.Ranks(0, 1, "cpu")
+    batches = train.read_batches(0, [pairs, []], [steps, 0], shards, model, here, args)
+
     def ours():
-        step = next(steps)
-        _, batch = train.batch_at(step, [pairs, []], [10**9, 0], args)
-        t, eps = train.draw_t_and_noise(step, model, args)
+        batch = next(batches)
         optimizer.zero_grad(set_to_none=True)
-        sums = train.train_step(model, reference, shards, batch, t, eps, args)
-        sums, _ = training.clip_gradient(model, step, sums, run)
+        sums = train.train_step(model, reference, batch, args)
+        sums, _ = training.clip_gradient(model, 0, sums, run)
         train.means_of(sums)
         training.take_step(optimizer, args.lr)
 
@@ -176,7 +177,7 @@ def bench_05(what, run, model, seconds, **more):
 
 
 def bench_01(what, run, model, seconds, five=5, **least):
-    """generate_shard's audios of one clip against generate()'s; the encoders give both the same
+    """sample_shards' audios of one clip against generate()'s; the encoders give both the same
     noise at once."""
     code, sampling = upstream_files.mmaudio_modules(), stage("01")
     args = sampling.parse_args(
@@ -197,7 +198,8 @@ def bench_01(what, run, model, seconds, five=5, **least):
         setattr(utils, f"encode_{name}", lambda x, key=key, **_: noise[key].expand(len(x), -1, -1))
 
     def ours():
-        sampling.generate_shard(run, "00000", model, [a_clip()], [noise], args)
+        clips = {"00000": [a_clip()]}
+        sampling.sample_shards(run, model, clips, clips, iter([noise]), tqdm(disable=True), args)
 
     @torch.inference_mode()
     def theirs(count):

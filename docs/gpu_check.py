@@ -226,7 +226,9 @@ def check_05(bench):
 
 def train(bench, pairs, way):
     dpo = stage("05")
-    args = dpo.parse_args(["--run-dir", str(bench.folder), "--global-batch", str(pairs)])
+    steps = 10**9
+    flags = ["--run-dir", str(bench.folder), "--global-batch", str(pairs), "--steps", str(steps)]
+    args = dpo.parse_args(flags)
     args.compile = way == WAYS[2]
     model = bench.model(way)
     reference = training.frozen_copy(model, training.in_bf16(bench.device, "auto"))
@@ -238,13 +240,14 @@ def train(bench, pairs, way):
         features=lambda clips: bench.features(model, len(clips)),
         latents=lambda audios: torch.randn(len(audios), *model.latent_shape, device=bench.device),
     )
-    batch = pairs * [rows.SplitPair("a", winner=0, loser=1, score_c=1.0, source="auto")]
+    pair = rows.SplitPair("a", winner=0, loser=1, score_c=1.0, source="auto")
+    here = ranks.Ranks(0, 1, bench.device)
+    batches = dpo.read_batches(0, [[pair], []], [steps, 0], shards, model, here, args)
     log = []
 
     def step():
-        t, eps = dpo.draw_t_and_noise(len(log), model, args)
         optimizer.zero_grad(set_to_none=True)
-        sums = dpo.train_step(model, reference, shards, batch, t, eps, args)
+        sums = dpo.train_step(model, reference, next(batches), args)
         sums, _ = training.clip_gradient(model, len(log), sums, bench.folder)
         optimizer.step()
         log.append(dpo.means_of(sums))

@@ -97,7 +97,7 @@ def generate(what, run, args, source, weights):
     """Stage 01; a shard's stride is the time from its predecessor's end to its own."""
     sampling, ends = stage("01"), []
 
-    def generate_shard(*given):
+    def write_shard(*given):
         plain(*given)
         ends.append(time.perf_counter())
 
@@ -106,8 +106,8 @@ def generate(what, run, args, source, weights):
         return f"{per_clip:.2f} s per clip, {5 / per_clip:.2f} audios/s"
 
     with pytest.MonkeyPatch.context() as patch:
-        plain = sampling.generate_shard
-        patch.setattr(sampling, "generate_shard", generate_shard)
+        plain = sampling.write_shard
+        patch.setattr(sampling, "write_shard", write_shard)
         patch.setattr(sampling, "SHARD_CLIPS", args.shard)
         spend(what, "01", run, "--num-samples", 5, *source, *weights, stride=stride)
 

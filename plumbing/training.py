@@ -83,7 +83,7 @@ class Shards:
                 wrong = "are not what stage 01 wrote (an older version, a bad disk or copy)"
                 self.refuse(shard, f"{name} of clip {clip} {wrong}")
             found.append(value)
-        return torch.stack(found).to(self.device, non_blocking=True)
+        return send(torch.stack(found), self.device)
 
     def open(self, shard):
         """A shard's tensors and the checksums of their rows, both by name."""
@@ -103,6 +103,13 @@ class Shards:
     def refuse(self, shard, wrong):
         again = f"remove both {shard}.pt and {shard}.jsonl, rerun 01_generate.py"
         stop(f"{self.folder / shard}.pt: {wrong}; {again}")
+
+
+def send(tensor, device):
+    """A CPU tensor on the device. The host need not wait for a copy from pinned memory."""
+    if torch.device(device).type != "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def drawn(items, start, count, seed):
@@ -209,7 +216,7 @@ def refuse_uneven(flag, count, world):
 
 def sum_dict_over_ranks(sums, device):
     """{name: tensor}, all of one shape -> their sums over the ranks, on the CPU."""
-    stacked = torch.stack(list(sums.values())).to(device, non_blocking=True)
+    stacked = send(torch.stack(list(sums.values())), device)
     return dict(zip(sums, ranks.sum_over_ranks(stacked).cpu()))
 
 

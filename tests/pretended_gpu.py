@@ -6,8 +6,9 @@ tensors as CUDA's would.
     assert not [place for place in syncs if place.startswith("05_train_flow_dpo.py train_step")]
 
 `syncs` counts by source line where the host would wait for the device: values read, copies to the
-CPU, and copies to the device that are not `non_blocking`. Seen is each call of a torch function,
-not what that function does within; kernels, speed, memory and rounding are the CPU's.
+CPU, and copies to the device that are not `non_blocking` or not from pinned memory. Seen is each
+call of a torch function, not what that function does within; kernels, speed, memory and rounding
+are the CPU's.
 
 A context manager, not a process of its own: devices are met in `__torch_function__`, above autograd
 and C++, to which these are ordinary CPU tensors. So no call reaches CUDA, beside a real GPU
@@ -106,7 +107,7 @@ def move(x, func, args, kwargs):
         return func(x, *args, **kwargs)
     if here == there and dtype in (None, x.dtype) and not kwargs.get("copy"):
         return x
-    if here != there and not (there and at_once):
+    if here != there and not (there and at_once and getattr(x, "pinned", False)):
         wait("to the device" if there else "to the CPU")
     moved = relabel(x, torch.Tensor).to(dtype or x.dtype, copy=True)
     return relabel(moved, Gpu if there else torch.Tensor)
@@ -117,6 +118,10 @@ def run(func, args, kwargs):
     name = getattr(func, "__name__", "")
     if name in ("to", "cpu", "cuda"):
         return move(args[0], func, args[1:], kwargs)
+    if name == "pin_memory":
+        pinned = args[0].clone()
+        pinned.pinned = True
+        return pinned
     # Module.to asks whether a parameter can stay the object it is
     if name == "_has_compatible_shallow_copy_type":
         return isinstance(args[0], Gpu) == isinstance(args[1], Gpu)

@@ -66,8 +66,11 @@ def test_the_pretended_gpu_refuses_and_counts_what_cuda_would_and_leaves_nothing
         result.sum().backward()
         others = (result, net.weight.grad, torch.zeros_like(result))
         assert {other.device for other in others} == {gpu.device}
-        cpu.to(gpu, non_blocking=True)
+        cpu.pin_memory().to(gpu, non_blocking=True)
         assert not syncs
+        cpu.to(gpu, non_blocking=True)
+        assert syncs.total() == 1
+        syncs.clear()
         with common.training.autocast(DEVICE), ThreadPoolExecutor(1) as pool:
             assert net(gpu).dtype == torch.bfloat16
             assert pool.submit(torch.ones, 3, device=DEVICE).result().device == gpu.device
@@ -200,7 +203,8 @@ def test_mmaudio_large_starts_at_log2_and_fits_40_gb_with_one_pair(
     torch.manual_seed(0)
     model = common.load_model("mmaudio:large_44k", tmp_path / "random.pth", DEVICE)
     dpo, shapes = stage("05"), model.feature_shapes.items()
-    args = dpo.parse_args(["--run-dir", str(tmp_path), "--global-batch", str(pairs)])
+    flags = ["--run-dir", str(tmp_path), "--global-batch", str(pairs), "--steps", "7"]
+    args = dpo.parse_args(flags)
     weights = model.trainable_parameters()
     for p in weights:  # zeros of a fresh network would hide every difference
         if not p.data.any():
@@ -214,15 +218,16 @@ def test_mmaudio_large_starts_at_log2_and_fits_40_gb_with_one_pair(
     )
     reference = common.training.frozen_copy(model, bf16=True)
     optimizer = torch.optim.AdamW(weights, lr=args.lr, fused=True)
+    pair = common.rows.SplitPair("a", winner=0, loser=1, score_c=1.0, source="auto")
+    here = common.ranks.Ranks(0, 1, DEVICE)
     losses, seconds = [], []
-    for step in range(7):
-        began, (t, eps) = time.perf_counter(), dpo.draw_t_and_noise(step, model, args)
-        batch = [common.rows.SplitPair("a", winner=0, loser=1, score_c=1.0, source="auto")] * pairs
+    for batch in dpo.read_batches(0, [[pair], []], [7, 0], shards, model, here, args):
+        began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        sums = dpo.train_step(model, reference, shards, batch, t, eps, args)
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        sums = dpo.train_step(model, reference, batch, args)
+        sums, _ = common.training.clip_gradient(model, 0, sums, tmp_path)
         optimizer.step()
-        losses.append(dpo.means_of(common.training.sum_dict_over_ranks(sums, DEVICE))["loss"])
+        losses.append(dpo.means_of(sums)["loss"])
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     second, peak = sorted(seconds[2:])[2], torch.cuda.max_memory_allocated() / 2**30
