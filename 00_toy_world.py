@@ -81,7 +81,7 @@ from adapters.toy import (
     words,
 )
 from adapters.toy_people import Truth, attack_shape, band_energy, find_attacks
-from common import ahead, files, media, record, rows, stop
+from common import ahead, command, files, media, record, rows, stop
 
 # Clips and optimizer steps of each size; processes besides the main one.
 SIZES = {
@@ -164,9 +164,9 @@ NETWORKS = ("00_base.pt", "00_scorers.pt", "00_oracle.pt", "00_judge.pt")
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+    parser = command.Parser(__doc__)
     add = parser.engineering.add_argument
-    add("--seed", type=common.number(int, 0), default=0, help="of every clip and network")
+    add("--seed", type=command.whole(0), default=0, help="of every clip and network")
     add("--size", choices=list(SIZES), default="default", help="tiny: seconds, for tests")
     return parser.parse_args(argv)
 
@@ -774,4 +774,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    command.launch(main, parse_args)

@@ -42,7 +42,19 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import SkipClip, ahead, files, media, number, ranks, record, rows, stop, training
+from common import (
+    SkipClip,
+    ahead,
+    command,
+    files,
+    inputs,
+    media,
+    ranks,
+    record,
+    rows,
+    stop,
+    training,
+)
 
 SHARD_CLIPS = 32
 VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv", ".MKV", ".webm", ".WEBM", ".mov", ".MOV", ".avi", ".AVI")
@@ -50,7 +62,7 @@ ADVICE = "use another --run-dir, or remove this one"
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+    parser = command.Parser(__doc__)
     flag = parser.io.add_argument
     flag(
         "--model", help="toy, mmaudio:small_16k ... mmaudio:large_44k, frieren; a toy run knows its"
@@ -64,17 +76,17 @@ def parse_args(argv=None):
     flag("--strict", action="store_true", help="stop at a video that cannot be used")
     flag = parser.paper.add_argument
     described = "train clips, a seeded random subset; 0 only prepares the run, for 07 [Sec. 2.2]"
-    flag("--max-clips", type=number(int, 0), default=50_000, help=described)
-    flag("--num-samples", type=number(int, 2), default=5, help="audios per clip [Sec. 3.1]")
-    flag("--guidance", type=number(float, 0), default=4.5, help="scale gamma [Sec. 3.1]")
-    flag("--sampling-steps", type=number(int, 1), default=25, help="Euler steps; upstream's")
+    flag("--max-clips", type=command.whole(0), default=50_000, help=described)
+    flag("--num-samples", type=command.whole(2), default=5, help="audios per clip [Sec. 3.1]")
+    flag("--guidance", type=command.number(0), default=4.5, help="scale gamma [Sec. 3.1]")
+    flag("--sampling-steps", type=command.whole(1), default=25, help="Euler steps; upstream's")
     flag = parser.engineering.add_argument
     described = "clips sampled together; 0: 4, or 16 of the small Frieren"
-    flag("--batch-clips", type=number(int, 0), default=0, help=described)
-    flag("--seed", type=number(int, 0), default=0, help="of the clips' draw and all noise")
-    common.compile_flag(parser)
-    common.workers_flag(parser)
-    return common.parse(parser, argv, "01")
+    flag("--batch-clips", type=command.whole(0), default=0, help=described)
+    flag("--seed", type=command.whole(0), default=0, help="of the clips' draw and all noise")
+    command.compile_flag(parser)
+    command.workers_flag(parser)
+    return command.parse(parser, argv, "01")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -204,7 +216,7 @@ def check_clips(clips, where):
             twice = "twice" if before == clip.split else f"in both {before} and {clip.split}"
             stop(f"{where}, clip {i}, field 'id': {clip.id} occurs {twice}; keep one")
         split_of[clip.id] = clip.split
-        splits_of_video[common.video_of(clip.id)].add(clip.split)
+        splits_of_video[inputs.video_of(clip.id)].add(clip.split)
     shared = sorted(video for video, splits in splits_of_video.items() if len(splits) > 1)
     if shared:
         more = " ..." if len(shared) > 10 else ""
@@ -551,7 +563,7 @@ def print_report(run, train):
             f"{run}/01_samples/*.skipped.jsonl"
         )
     samples = []
-    for audios in common.read_samples(run).values():
+    for audios in inputs.read_samples(run).values():
         samples += audios
     broken = sum(not sample.finite for sample in samples)
     silent = sum(sample.peak < common.SILENT_PEAK for sample in samples)
@@ -569,7 +581,7 @@ def main(args):
     here = ranks.setup()
     run = Path(args.run_dir)
     is_toy = (run / "00_settings.json").exists()
-    world = common.read_run(run, rows.World) if (run / "run.json").exists() else None
+    world = inputs.read_run(run, rows.World) if (run / "run.json").exists() else None
     if world is not None and args.model is None:
         args.model = world.model
     check_flags(run, world, is_toy, args)
@@ -587,7 +599,7 @@ def main(args):
         if here.first:
             prepare_run(run, stage, world, is_toy, model, args)
         ranks.barrier()
-        train = common.read_clips(run, "train")
+        train = inputs.read_clips(run, "train")
         if len(train) > args.max_clips:
             drawn = random.Random(args.seed).sample(range(len(train)), args.max_clips)
             train = [train[i] for i in sorted(drawn)]
@@ -611,4 +623,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    command.launch(main, parse_args)

@@ -51,8 +51,9 @@ from common import (
     RATINGS,
     SCORES,
     AudioScore,
+    command,
     files,
-    number,
+    inputs,
     people,
     ranks,
     record,
@@ -65,7 +66,7 @@ FOLDS = 5
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+    parser = command.Parser(__doc__)
     flag = parser.io.add_argument
     flag("--ratings", nargs="+", help="answers (.csv, .jsonl); else 02_ratings.jsonl")
     flag("--ratings-root", help="folder of what ratings from elsewhere name as audio and video")
@@ -73,11 +74,11 @@ def parse_args(argv=None):
     flag("--weights", default="weights", help="folder of downloaded files")
     flag("--redo", action="store_true", help="replace the outputs; what is scored stays")
     flag = parser.paper.add_argument
-    flag("--num-rated-clips", type=number(int, 2), default=2000, help="clips to rate [Sec. 2.1]")
+    flag("--num-rated-clips", type=command.whole(2), default=2000, help="clips to rate [Sec. 2.1]")
     flag = parser.engineering.add_argument
-    flag("--seed", type=number(int, 0), default=0, help="of the draw, the folds and the fit")
-    common.workers_flag(parser)
-    return common.parse(parser, argv, "02")
+    flag("--seed", type=command.whole(0), default=0, help="of the draw, the folds and the fit")
+    command.workers_flag(parser)
+    return command.parse(parser, argv, "02")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,14 +195,15 @@ def take_ratings(run, samples, clips, to_rate, root, args):
             for audio in samples[name]:
                 asked.append((name, audio.k))
                 audios.append((clips[name], audio.k, run / audio.wav))
-        if not args.ratings and common.to_simulate(run, file, asked, args.redo):
-            rows.write(file, common.people_of(run).simulated_ratings(run, audios, args.seed))
+        simulated = common.people_of(run)
+        if simulated and not args.ratings and people.to_simulate(file, asked, args.redo):
+            rows.write(file, simulated.simulated_ratings(run, audios, args.seed))
 
     def checked(line, where):
         if line.get("audio"):
             line = people.from_elsewhere(line, root, where)
         else:
-            line = dict(line, k=common.known_k(line, samples, where, "k"))
+            line = dict(line, k=people.known_k(line, samples, where, "k"))
         rating = people.meant(line["rating"], RATINGS, where, "rating")
         return people.typed_answer(dict(line, rating=rating), rows.RatingAnswer, where)
 
@@ -252,8 +254,8 @@ def rated_video(answer, root):
     """Which video a rated audio belongs to, whatever its caption: a YouTube id, the clip's id or,
     of an audio from elsewhere, a path without suffix."""
     if answer.audio is None:
-        return common.video_of(answer.clip)
-    return common.video_of(str((root / answer.video).with_suffix("")))
+        return inputs.video_of(answer.clip)
+    return inputs.video_of(str((root / answer.video).with_suffix("")))
 
 
 def without_own_videos(answers, clips, root):
@@ -261,7 +263,7 @@ def without_own_videos(answers, clips, root):
     counted."""
     of_run = set()
     for clip in clips.values():
-        of_run |= {common.video_of(clip.id), str(clip.path.with_suffix(""))}
+        of_run |= {inputs.video_of(clip.id), str(clip.path.with_suffix(""))}
     kept = []
     for answer in answers:
         if answer.audio is None or rated_video(answer, root) not in of_run:
@@ -294,7 +296,7 @@ def rated_blocks(run, order, samples, clips, answers, root):
     audios_of = defaultdict(list)
     for (name, k), answer in sorted(elsewhere.items()):
         about = {"caption": answer.caption, "label": answer.label, "path": root / answer.video}
-        clip = common.FoundClip(id=name, video=answer.video, split="train", **about)
+        clip = inputs.FoundClip(id=name, video=answer.video, split="train", **about)
         wav = root / answer.audio
         audios_of[name].append(scoring.Audio(clip, k, wav, files.digest(wav)))
     return blocks + blocks_of(run, "elsewhere_", audios_of, rated)
@@ -334,7 +336,7 @@ def write_scores(run, rated, scores, truth, samples):
     of_run = []
     from_elsewhere = []
     for (clip, k), five, rating in zip(rated, scores, truth.tolist()):
-        about = {"clip": clip, "k": k, "rating": RATINGS[rating], **common.score_fields(five)}
+        about = {"clip": clip, "k": k, "rating": RATINGS[rating], **rows.score_fields(SCORES, five)}
         if clip in samples:
             of_run.append(rows.RatedScore(**about))
         else:
@@ -349,11 +351,11 @@ def main(args):
     # -- setup
     here = ranks.setup()
     run = Path(args.run_dir)
-    run_json = common.read_run(run)
+    run_json = inputs.read_run(run)
     outputs = ["02_audioscore.pt", "02_scores.jsonl"]
     with record.stage(run, "02", ["01_samples"], outputs, args.redo) as stage:
-        samples = common.read_samples(run)
-        clips = {clip.id: clip for clip in common.read_clips(run)}
+        samples = inputs.read_samples(run)
+        clips = {clip.id: clip for clip in inputs.read_clips(run)}
         scorers = common.scorers_of(run, args.weights)
         root = Path(args.ratings_root).resolve() if args.ratings_root else None
 
@@ -410,4 +412,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    command.launch(main, parse_args)

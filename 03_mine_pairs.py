@@ -33,25 +33,25 @@ from pathlib import Path
 import torch
 
 import common
-from common import AudioScore, number, people, ranks, record, rows, scoring, stop
+from common import SCORES, AudioScore, command, inputs, people, ranks, record, rows, scoring, stop
 
 CLIPPED_SHARE = 0.01  # of samples at full scale: from here on an audio is clipped, and may not win
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+    parser = command.Parser(__doc__)
     flag = parser.io.add_argument
     flag("--choices", nargs="+", help="answers (.csv, .jsonl); else 03_human_choices.jsonl")
     flag("--exclude-rater", nargs="+", action="extend", default=[], help="who does not count")
     flag("--weights", default="weights", help="folder of downloaded files")
     flag("--redo", action="store_true", help="replace the outputs; what is scored stays")
     flag = parser.paper.add_argument
-    flag("--num-human-pairs", type=number(int, 0), default=2000, help="for people [Sec. 2.2]")
-    flag("--min-score-c", type=number(float, -1, 1), default=0.0, help="drop pairs below it")
+    flag("--num-human-pairs", type=command.whole(0), default=2000, help="for people [Sec. 2.2]")
+    flag("--min-score-c", type=command.number(-1, 1), default=0.0, help="drop pairs below it")
     flag = parser.engineering.add_argument
-    flag("--seed", type=number(int, 0), default=0, help="of the draw of comparisons")
-    common.workers_flag(parser)
-    return common.parse(parser, argv, "03")
+    flag("--seed", type=command.whole(0), default=0, help="of the draw of comparisons")
+    command.workers_flag(parser)
+    return command.parse(parser, argv, "03")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -69,7 +69,8 @@ def apply_audioscore(blocks, scorers, audioscore):
         lines = []
         for audio, five, p in zip(block.audios, scores, audioscore(scores).tolist()):
             clip = audio.clip.id
-            lines.append(rows.Score(clip=clip, k=audio.k, p=p, **common.score_fields(five)))
+            fields = rows.score_fields(SCORES, five)
+            lines.append(rows.Score(clip=clip, k=audio.k, p=p, **fields))
             p_of[clip][audio.k] = tuple(p)
         rows.write(block.scores / f"{block.name}.jsonl", lines)
     return p_of
@@ -189,17 +190,18 @@ def take_choices(run, samples, clips, ratings, args):
     if ranks.is_first():
         asked = comparisons(samples, ratings, args.num_human_pairs, args.seed)
         write_choice_sheet(run, asked, samples, clips)
-        if not args.choices and common.to_simulate(run, file, asked, args.redo):
+        simulated = common.people_of(run)
+        if simulated and not args.choices and people.to_simulate(file, asked, args.redo):
             audios = []
             for clip, a, b in asked:
                 wav_a = run / samples[clip][a].wav
                 wav_b = run / samples[clip][b].wav
                 audios.append((clips[clip], a, b, wav_a, wav_b))
-            rows.write(file, common.people_of(run).simulated_choices(run, audios, args.seed))
+            rows.write(file, simulated.simulated_choices(run, audios, args.seed))
 
     def checked(line, where):
-        a = common.known_k(line, samples, where, "a")
-        b = common.known_k(line, samples, where, "b")
+        a = people.known_k(line, samples, where, "a")
+        b = people.known_k(line, samples, where, "b")
         if a == b:
             stop(f"{where}: a and b are the same audio (k {a})")
         choice = people.meant(line["choice"], ("a", "b", "tie"), where, "choice")
@@ -278,12 +280,12 @@ def main(args):
     # -- setup
     here = ranks.setup()
     run = Path(args.run_dir)
-    run_json = common.read_run(run)
-    inputs = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"]
+    run_json = inputs.read_run(run)
+    sources = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"]
     outputs = ["03_pairs.jsonl", "03_human_pairs.jsonl"]
-    with record.stage(run, "03", inputs, outputs, args.redo) as stage:
-        samples = common.read_samples(run)
-        clips = {clip.id: clip for clip in common.read_clips(run, "train")}
+    with record.stage(run, "03", sources, outputs, args.redo) as stage:
+        samples = inputs.read_samples(run)
+        clips = {clip.id: clip for clip in inputs.read_clips(run, "train")}
         ratings = rows.read(
             run / "02_scores.jsonl", rows.RatedScore, "; rerun 02_fit_audioscore.py --redo"
         )
@@ -303,7 +305,7 @@ def main(args):
         stage.claim(settings, ["03_human_choices.jsonl"] if answers else [])
 
         # -- scores, then pairs
-        blocks = common.shard_blocks(run, samples, clips.values())
+        blocks = inputs.shard_blocks(run, samples, clips.values())
         scoring.score(blocks, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
         if not here.first:  # the others wait where the stage ends
             return
@@ -320,4 +322,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    command.launch(main, parse_args)

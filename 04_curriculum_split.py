@@ -19,18 +19,18 @@ from pathlib import Path
 import torch
 
 import common
-from common import number, record, rows
+from common import command, inputs, record, rows
 
 PAPER_SHARES = {0.9: 8, 0.8: 45, 0.7: 81, 0.6: 89}  # threshold: % of simple pairs [Tab. 2]
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+    parser = command.Parser(__doc__)
     parser.io.add_argument("--redo", action="store_true", help="replace this stage's outputs")
     parser.paper.add_argument(
-        "--threshold", type=number(float, 0, 1), default=0.7, help="score_delta [Sec. 3.1, Tab. 2]"
+        "--threshold", type=command.number(0, 1), default=0.7, help="score_delta [Sec. 3.1, Tab. 2]"
     )
-    return common.parse(parser, argv, "04")
+    return command.parse(parser, argv, "04")
 
 
 def with_score_c(pairs, source):
@@ -74,13 +74,13 @@ def print_shares(mined, num_human):
 
 def main(args):
     run = Path(args.run_dir)
-    common.read_run(run)
-    inputs = ["03_pairs.jsonl", "03_human_pairs.jsonl"]
+    inputs.read_run(run)
+    sources = ["03_pairs.jsonl", "03_human_pairs.jsonl"]
     outputs = ["04_stage1.jsonl", "04_stage2.jsonl"]
-    with record.stage(run, "04", inputs, outputs, args.redo) as output:
+    with record.stage(run, "04", sources, outputs, args.redo) as output:
         hint = "; rerun 03_mine_pairs.py --redo"
-        pairs = common.read_pairs(run / "03_pairs.jsonl", rows.Pair, hint)
-        chosen = common.read_pairs(run / "03_human_pairs.jsonl", rows.Pair, hint)
+        pairs = inputs.read_pairs(run / "03_pairs.jsonl", rows.Pair, hint)
+        chosen = inputs.read_pairs(run / "03_human_pairs.jsonl", rows.Pair, hint)
         mined = with_score_c(pairs, "auto")
         human = with_score_c(chosen, "human")
         output.claim({"threshold": args.threshold})
@@ -104,4 +104,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    command.launch(main, parse_args)

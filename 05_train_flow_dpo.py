@@ -30,55 +30,58 @@ from pathlib import Path
 import torch
 
 import common
-from common import number, ranks, record, rows, stop, training
+from common import command, inputs, ranks, record, rows, stop, training
 
 T_BINS = 4  # the log shows error gaps by quarter of t
 SATURATED = 5.0  # a logit: beyond it a pair's gradient is below 1 % of its largest
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+    parser = command.Parser(__doc__)
     io = parser.io
     io.add_argument("--out", default="05_flow_dpo", help="name of the output folder inside the run")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     paper = parser.paper
     paper.add_argument(
-        "--beta", type=number(float, 0), default=600.0, help="KL strength [Sec. 3.1, Tab. 2]"
+        "--beta", type=command.number(0), default=600.0, help="KL strength [Sec. 3.1, Tab. 2]"
     )
     paper.add_argument(
-        "--lr", type=number(float, 0), default=5e-6, help="after the warm-up [Sec. 3.1]"
+        "--lr", type=command.number(0), default=5e-6, help="after the warm-up [Sec. 3.1]"
     )
     paper.add_argument(
-        "--warmup", type=number(int, 0), default=1000, help="linear warm-up steps [Sec. 3.1]"
+        "--warmup", type=command.whole(0), default=1000, help="linear warm-up steps [Sec. 3.1]"
     )
     paper.add_argument(
-        "--steps", type=number(int, 1), default=12_000, help="of both stages [Sec. 3.1]"
+        "--steps", type=command.whole(1), default=12_000, help="of both stages [Sec. 3.1]"
     )
     paper.add_argument(
-        "--global-batch", type=number(int, 1), default=8, help="pairs per step, all GPUs [Sec. 3.1]"
+        "--global-batch",
+        type=command.whole(1),
+        default=8,
+        help="pairs per step, all GPUs [Sec. 3.1]",
     )
     paper.add_argument(
-        "--threshold", type=number(float, 0, 1), help="score_delta: split anew [Tab. 2]"
+        "--threshold", type=command.number(0, 1), help="score_delta: split anew [Tab. 2]"
     )
     paper.add_argument("--hard-first", action="store_true", help="ablation: stage 2 before stage 1")
     paper.add_argument("--no-human", action="store_true", help="ablation: without the human pairs")
     described = "ablation: Eq. 5's brackets as printed, -beta/2 W - L, instead of Eq. 4's"
     paper.add_argument("--printed-brackets", action="store_true", help=described)
     described = "weight of the winner's own error; paper: 0; with --beta 0: SFT on the winners"
-    paper.add_argument("--sft-weight", type=number(float, 0), default=0.0, help=described)
+    paper.add_argument("--sft-weight", type=command.number(0), default=0.0, help=described)
     engineering = parser.engineering
     engineering.add_argument(
-        "--micro-batch", type=number(int, 1), default=32, help="pairs per forward on one GPU"
+        "--micro-batch", type=command.whole(1), default=32, help="pairs per forward on one GPU"
     )
-    common.training_flags(parser)
+    command.training_flags(parser)
     engineering.add_argument(
-        "--save-every", type=number(int, 1), default=500, help="steps between checkpoints"
+        "--save-every", type=command.whole(1), default=500, help="steps between checkpoints"
     )
     engineering.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of batches, times and noise"
+        "--seed", type=command.whole(0), default=0, help="of batches, times and noise"
     )
-    common.compile_flag(parser)
-    return common.parse(parser, argv, "05")
+    command.compile_flag(parser)
+    return command.parse(parser, argv, "05")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,8 +92,8 @@ def parse_args(argv=None):
 def read_stages(run, shards, args):
     """The pairs of stage 1 and stage 2, in training order."""
     hint = "; rerun 04_curriculum_split.py --redo"
-    easy = common.read_pairs(run / "04_stage1.jsonl", rows.SplitPair, hint)
-    hard = common.read_pairs(run / "04_stage2.jsonl", rows.SplitPair, hint)
+    easy = inputs.read_pairs(run / "04_stage1.jsonl", rows.SplitPair, hint)
+    hard = inputs.read_pairs(run / "04_stage2.jsonl", rows.SplitPair, hint)
     if args.threshold is not None:
         pairs = easy + hard
         easy = [pair for pair in pairs if pair.score_c > args.threshold]
@@ -316,18 +319,18 @@ def main(args):
     # -- setup
     here = ranks.setup()
     run = Path(args.run_dir)
-    run_json = common.read_run(run)
+    run_json = inputs.read_run(run)
     folder = training.output_folder(run, args.out)
     training.refuse_uneven("--global-batch", args.global_batch, here.world)
 
-    inputs = ["01_samples", "04_stage1.jsonl", "04_stage2.jsonl"]
+    sources = ["01_samples", "04_stage1.jsonl", "04_stage2.jsonl"]
     outputs = [f"{args.out}/policy.pt"]
-    with record.stage(run, args.out, inputs, outputs, advice=training.ADVICE) as output:
+    with record.stage(run, args.out, sources, outputs, advice=training.ADVICE) as output:
         output.claim(training.settings_of(args))
 
         # -- data
         model = common.load_base_model(run, here.device, args.weights)
-        shards = training.Shards(run, common.read_samples(run), model)
+        shards = training.Shards(run, inputs.read_samples(run), model)
         stages = read_stages(run, shards, args)
         stage_steps = divide_steps(stages, args.steps)
 
@@ -393,4 +396,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    command.launch(main, parse_args)

@@ -33,7 +33,19 @@ import torchaudio
 from tqdm import tqdm
 
 import common
-from common import AudioScore, media, number, ranks, record, rows, scoring, speed, stop, training
+from common import (
+    AudioScore,
+    command,
+    inputs,
+    media,
+    ranks,
+    record,
+    rows,
+    scoring,
+    speed,
+    stop,
+    training,
+)
 
 # Of P(Good): audios of a prompt whose rewards have a smaller standard deviation are equally good.
 # Rounding alone makes a network's scores differ by a factor of 1 +- 2e-6 between batches and
@@ -43,45 +55,47 @@ MIN_SPREAD = 1e-4
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+    parser = command.Parser(__doc__)
     io = parser.io
     io.add_argument("--out", default="06_ddpo", help="name of the output folder inside the run")
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     paper = parser.paper
     paper.description = "Silent on DDPO's settings: as many steps and the same lr as stage 05."
-    paper.add_argument("--lr", type=number(float, 0), default=5e-6, help="after the warm-up")
-    paper.add_argument("--warmup", type=number(int, 0), default=0, help="linear warm-up steps")
-    paper.add_argument("--steps", type=number(int, 1), default=12_000, help="optimizer updates")
+    paper.add_argument("--lr", type=command.number(0), default=5e-6, help="after the warm-up")
+    paper.add_argument("--warmup", type=command.whole(0), default=0, help="linear warm-up steps")
+    paper.add_argument("--steps", type=command.whole(1), default=12_000, help="optimizer updates")
     paper.add_argument(
-        "--prompts", type=number(int, 1), default=8, help="clips per round over all GPUs"
+        "--prompts", type=command.whole(1), default=8, help="clips per round over all GPUs"
     )
     paper.add_argument(
-        "--group-size", type=number(int, 2), default=8, help="audios per clip and round"
+        "--group-size", type=command.whole(2), default=8, help="audios per clip and round"
     )
     paper.add_argument(
-        "--sampling-steps", type=number(int, 2), default=10, help="SDE steps of a trajectory"
+        "--sampling-steps", type=command.whole(2), default=10, help="SDE steps of a trajectory"
     )
     paper.add_argument(
-        "--updates", type=number(int, 1), default=8, help="optimizer updates per round"
+        "--updates", type=command.whole(1), default=8, help="optimizer updates per round"
     )
     paper.add_argument(
-        "--eta", type=number(float, 1e-3), default=0.7, help="SDE noise, s = eta sqrt(t / (1 - t))"
+        "--eta", type=command.number(1e-3), default=0.7, help="SDE noise, s = eta sqrt(t / (1 - t))"
     )
     paper.add_argument(
-        "--clip-range", type=number(float, 0), default=1e-3, help="bounds the ratio to 1 +- this"
+        "--clip-range", type=command.number(0), default=1e-3, help="bounds the ratio to 1 +- this"
     )
     engineering = parser.engineering
     engineering.add_argument(
-        "--micro-batch", type=number(int, 1), default=16, help="audios per backward pass, one GPU"
+        "--micro-batch", type=command.whole(1), default=16, help="audios per backward pass, one GPU"
     )
-    common.training_flags(parser)
+    command.training_flags(parser)
     engineering.add_argument(
-        "--save-every", type=number(int, 1), default=20, help="rounds between checkpoints"
+        "--save-every", type=command.whole(1), default=20, help="rounds between checkpoints"
     )
-    engineering.add_argument("--seed", type=number(int, 0), default=0, help="of prompts and noise")
-    common.compile_flag(parser)
-    common.workers_flag(parser)
-    args = common.parse(parser, argv, "06")
+    engineering.add_argument(
+        "--seed", type=command.whole(0), default=0, help="of prompts and noise"
+    )
+    command.compile_flag(parser)
+    command.workers_flag(parser)
+    args = command.parse(parser, argv, "06")
     if args.updates >= args.sampling_steps:
         most = f"at most {args.sampling_steps - 1}, the stochastic steps of a trajectory"
         stop(f"--updates {args.updates}: {most}")
@@ -357,22 +371,22 @@ def main(args):
     # -- setup
     here = ranks.setup()
     run = Path(args.run_dir)
-    run_json = common.read_run(run)
+    run_json = inputs.read_run(run)
     folder = training.output_folder(run, args.out)
     training.refuse_uneven("--prompts", args.prompts, here.world)
 
-    inputs = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"]
+    sources = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"]
     outputs = [f"{args.out}/policy.pt"]
-    with record.stage(run, args.out, inputs, outputs, advice=training.ADVICE) as output:
+    with record.stage(run, args.out, sources, outputs, advice=training.ADVICE) as output:
         output.claim(training.settings_of(args))
 
         # -- data
         model = common.load_base_model(run, here.device, args.weights)
-        samples = common.read_samples(run)
+        samples = inputs.read_samples(run)
         shards = training.Shards(run, samples, model)
-        clips = common.read_clips(run, "train")
+        clips = inputs.read_clips(run, "train")
         prompts = find_prompts(run, clips, samples)
-        blocks = common.shard_blocks(run, samples, clips)
+        blocks = inputs.shard_blocks(run, samples, clips)
         scorers = common.scorers_of(run, args.weights)
         reward = Reward(run, scorers, blocks, here.device, args.workers)
 
@@ -445,4 +459,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    command.launch(main, parse_args)

@@ -37,7 +37,19 @@ from scipy import stats
 from tqdm import tqdm
 
 import common
-from common import AudioScore, files, media, number, ranks, record, rows, scoring, stop, training
+from common import (
+    AudioScore,
+    command,
+    files,
+    inputs,
+    media,
+    ranks,
+    record,
+    rows,
+    scoring,
+    stop,
+    training,
+)
 
 ShownMetric = rows.ShownMetric
 
@@ -47,7 +59,7 @@ TIE = 1e-6  # P(Good) of one audio in two blocks may differ by rounding
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+    parser = command.Parser(__doc__)
     io = parser.io
     described = "val is for your own choices"
     io.add_argument("--split", choices=("val", "test"), default="test", help=described)
@@ -69,13 +81,13 @@ def parse_args(argv=None):
     io.add_argument("--dry-run", action="store_true", help=described)
     io.add_argument("--weights", default="weights", help="folder of downloaded files")
     described = "guidance scale gamma [Sec. 3.1]"
-    parser.paper.add_argument("--guidance", type=number(float, 0), default=4.5, help=described)
+    parser.paper.add_argument("--guidance", type=command.number(0), default=4.5, help=described)
     engineering = parser.engineering
     described = "clips sampled together"
-    engineering.add_argument("--batch-clips", type=number(int, 1), default=16, help=described)
-    common.compile_flag(parser)
-    common.workers_flag(parser)
-    return common.parse(parser, argv, "07")
+    engineering.add_argument("--batch-clips", type=command.whole(1), default=16, help=described)
+    command.compile_flag(parser)
+    command.workers_flag(parser)
+    return command.parse(parser, argv, "07")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -519,15 +531,15 @@ def system_of(run, run_json, item, guidance):
 
 def inputs_of(run, systems):
     """Outputs of earlier stages that are evaluated, whose records are followed."""
-    inputs = []
+    sources = []
     for system in systems:
         folder = system.folder
         is_own = folder is not None and folder.parent.resolve() == run.resolve()
         if is_own and system.kind == "policy":
-            inputs.append(f"{folder.name}/policy.pt")
+            sources.append(f"{folder.name}/policy.pt")
     if (run / "02_settings.json").exists():
-        inputs.append("02_audioscore.pt")
-    return inputs
+        sources.append("02_audioscore.pt")
+    return sources
 
 
 def clip_blocks(run, split, clips, name="base", audio_of=()):
@@ -749,8 +761,8 @@ def main(args):
     # -- setup
     here = ranks.setup()
     run = Path(args.run_dir)
-    run_json = common.read_run(run)
-    clips = common.read_clips(run, args.split)
+    run_json = inputs.read_run(run)
+    clips = inputs.read_clips(run, args.split)
     if not clips:
         stop(
             f"{run}/clips.jsonl has no clip of the split {args.split}; give some that split in "
@@ -854,4 +866,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    command.launch(main, parse_args)

@@ -61,10 +61,11 @@ from common import (
     RATINGS,
     SkipClip,
     ahead,
+    command,
     cores,
     files,
+    inputs,
     media,
-    number,
     people,
     record,
     rows,
@@ -140,7 +141,7 @@ MODES = {
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__)
+    parser = command.Parser(__doc__)
     io = parser.io
     what = ("report", *MODES)
     io.add_argument("what", nargs="?", choices=what, default="report", help="the pages to make")
@@ -151,12 +152,14 @@ def parse_args(argv=None):
     io.add_argument("--exclude-rater", nargs="+", action="extend", default=[], help=described)
     io.add_argument("--systems", nargs="+", help="of 07, to be compared by blind; else all")
     engineering = parser.engineering
-    engineering.add_argument("--pack", type=number(int, 1, 50), default=10, help="clips in a pack")
+    engineering.add_argument(
+        "--pack", type=command.whole(1, 50), default=10, help="clips in a pack"
+    )
     described = "test clips that blind draws"
-    engineering.add_argument("--num-clips", type=number(int, 1), default=100, help=described)
+    engineering.add_argument("--num-clips", type=command.whole(1), default=100, help=described)
     described = "of that draw, and of what is asked twice"
-    engineering.add_argument("--seed", type=number(int, 0), default=0, help=described)
-    return common.parse(parser, argv, "08")
+    engineering.add_argument("--seed", type=command.whole(0), default=0, help=described)
+    return command.parse(parser, argv, "08")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -467,10 +470,10 @@ def true_events(run, clip_s):
 def report(run):
     """08_report.html."""
     # -- numbers
-    run_json = common.read_run(run)
+    run_json = inputs.read_run(run)
     results, evaluated = read_results(run)
     systems = evaluated.systems
-    clips = common.read_clips(run, evaluated.split)
+    clips = inputs.read_clips(run, evaluated.split)
     made, logs = read_policies(run, systems)
     blind = read_blind(run, systems)
 
@@ -522,7 +525,7 @@ def sheet_questions(run, mode):
     """The questions of a sheet, in its order."""
     sheet = run / mode.sheet
     script = mode.then.split()[0]
-    samples = common.read_samples(run)
+    samples = inputs.read_samples(run)
     if not sheet.exists():
         stop(f"{sheet}: no such file; run {script} --run-dir {run} first")
     wav_of = {}
@@ -533,7 +536,7 @@ def sheet_questions(run, mode):
     for number_of, line in files.read_csv(sheet, ("clip", *mode.sounds, mode.answer)):
         audios = {}
         for column in mode.sounds:
-            k = common.known_k(line, samples, f"{sheet}, line {number_of}", column)
+            k = people.known_k(line, samples, f"{sheet}, line {number_of}", column)
             audios[column] = wav_of[line["clip"], k]
         questions.append(Question(line, audios))
     if not questions:
@@ -545,7 +548,7 @@ def blind_questions(run, args):
     """Questions about every pair of systems on drawn test clips, in rounds. Each round asks every
     clip once, and the pairs take turns, so that the first packs compare them all."""
     audio_of = systems_of(run)
-    clips = [clip.id for clip in common.read_clips(run, "test")]
+    clips = [clip.id for clip in inputs.read_clips(run, "test")]
     for name in args.systems or ():
         if name not in audio_of:
             stop(
@@ -735,8 +738,8 @@ def write_packs(run, args):
     # -- questions
     mode = MODES[args.what]
     folder = run / f"08_{args.what}"
-    clip_s = common.read_run(run).clip_s
-    clips = {clip.id: clip for clip in common.read_clips(run, mode.split)}
+    clip_s = inputs.read_run(run).clip_s
+    clips = {clip.id: clip for clip in inputs.read_clips(run, mode.split)}
     if args.guide:
         mode = guided(mode, args.guide)
     questions = sheet_questions(run, mode) if mode.sheet else blind_questions(run, args)
@@ -894,4 +897,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    common.launch(main, parse_args)
+    command.launch(main, parse_args)

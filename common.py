@@ -1,10 +1,10 @@
-"""What several stages of the V2A-DPO reproduction share.
+"""The paper in code: notation, Flow-DPO (Eq. 5, Eq. 3), AudioScore (Sec. 2.1), sampler, the
+interfaces of a backbone and of a scorer, their loaders.
 
-Read in this order: notation, Flow-DPO (Eq. 5, Eq. 3), AudioScore (Sec. 2.1), sampler, the
-interfaces of a backbone and of a scorer. A reader of the paper can stop there. Then their loaders,
-what stages read, flags, and a stage's entry. What a reader of the paper need not open is in the
-rooms of `plumbing/`, which stages take from here by name: typed rows of files, records of what was
-made from what, ranks, blocks of scores, training, media, people's answers.
+It is read from the first line to the last. What a reader of the paper need not open is in the rooms
+of `plumbing/`, which stages take from here by name: flags and a stage's entry, what stages read,
+typed rows of files, records of what was made from what, ranks, blocks of scores, training, media,
+people's answers.
 
 Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 
@@ -23,28 +23,25 @@ Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 | score_c        | score_c  | float     | [-1, 1], Eq. 3      |                    |              |
 """
 
-import argparse
 import hashlib
 import importlib
-import math
 import os
 import re
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from plumbing import (  # noqa: F401, some of these rooms are for stages and adapters alone
     ahead,
+    command,
     cores,
     digits,
     files,
+    inputs,
     media,
     people,
     ranks,
@@ -54,7 +51,7 @@ from plumbing import (  # noqa: F401, some of these rooms are for stages and ada
     speed,
     training,
 )
-from plumbing.files import NoAudio, NoFile, SkipClip, Stop, stop  # noqa: F401
+from plumbing.files import NoAudio, SkipClip, Stop, stop  # noqa: F401
 
 digits.same_on_every_cpu()  # before torch computes anything
 
@@ -284,8 +281,8 @@ class FlowModel(nn.Module):
         here, where no GPU is used, in a process of its own (ahead.read_ahead).
 
         others: what else is wanted of the same video, which is decoded once: a list of (frames per
-        second, transform) as `Scorer.frames`, whose tensors come last. clip: FoundClip. Raises
-        SkipClip(reason) for a video that cannot be used.
+        second, transform) as `Scorer.frames`, whose tensors come last. clip: inputs.FoundClip.
+        Raises SkipClip(reason) for a video that cannot be used.
         """
         return []
 
@@ -417,7 +414,7 @@ class Scorer:
     def score(self, waves, clips, videos):
         """A dict of (B, ...) tensors, nan where a score does not apply.
 
-        waves: (B, S) float32 at sample_rate_hz; clips: FoundClip of each; videos: what
+        waves: (B, S) float32 at sample_rate_hz; clips: inputs.FoundClip of each; videos: what
         `embed_video` returned, (B, ...) each, rows of nan where the video cannot be used.
         """
         raise NotImplementedError
@@ -509,10 +506,10 @@ def load_model(name, checkpoint=None, device="cpu", weights="weights"):
 
 def load_base_model(run, device="cpu", weights="weights"):
     """The model that stage 01 sampled from, its weights checked against run.json."""
-    run_json = read_run(run)
+    run_json = inputs.read_run(run)
     checkpoint = None
     if run_json.checkpoint != "upstream":
-        checkpoint = Path(run) / run_json.checkpoint
+        checkpoint = run / run_json.checkpoint
         if not checkpoint.exists():
             stop(
                 f"{checkpoint}: gone; put it back, or give 01_generate.py the --checkpoint that "
@@ -529,15 +526,15 @@ def load_base_model(run, device="cpu", weights="weights"):
 
 def scorers_of(run, weights):
     """The set of frozen scorers that judges this run."""
-    run_json = read_run(run)
-    root = Path(run) / run_json.scorers_root if run_json.scorers_root else weights
+    run_json = inputs.read_run(run)
+    root = run / run_json.scorers_root if run_json.scorers_root else weights
     return ScorerSet(run, run_json.scorers, root)
 
 
 def people_of(run):
     """The module whose simulated people answer, and whose oracle judges, in a run that holds its
     world's truth; None in others."""
-    if (Path(run) / "00_truth.jsonl").exists():
+    if (run / "00_truth.jsonl").exists():
         return importlib.import_module("adapters.toy_people")
     return None
 
@@ -596,390 +593,3 @@ def print_missing(weights, names):
             gb += float(count) * in_gb[unit]
     if missing:
         print(f"missing below {weights}/: {len(missing)} files, {gb:.1f} GB in all")
-
-
-# --------------------------------------------------------------------------------------------------
-# What stages read
-# --------------------------------------------------------------------------------------------------
-
-
-class FoundClip(rows.Clip):
-    """A line of clips.jsonl with its files."""
-
-    path: Path  # of the video, checked to lie below the video root
-    cavp: Path | None = None  # Frieren alone: its features, without suffix
-
-
-class FoundSample(rows.Sample):
-    """A line of stage 01 with its shard."""
-
-    shard: str = ""
-
-
-def video_of(name):
-    """The YouTube id of `<youtube id>_<start second, 6 digits>`, the name of a clip or, in any
-    folder, of its video; any other name or path stands for itself."""
-    youtube = re.fullmatch(r"(?:.*/)?([^/]{11})_\d{6}", name)
-    return youtube[1] if youtube else name
-
-
-def read_run(run, row_type=rows.Run):
-    """run.json of a run folder, completed by stage 01 unless row_type is rows.World."""
-    run = Path(run)
-    if not run.is_dir():
-        stop(f"--run-dir {run}: no such folder; stage 01 (or 00 for the toy world) creates it")
-    return rows.read_json(
-        run / "run.json", row_type, "; run 01_generate.py (or 00_toy_world.py) first"
-    )
-
-
-def read_clips(run, split=None):
-    """The lines of clips.jsonl, in order, with their files."""
-    run = Path(run)
-    run_json = read_run(run)
-    file = run / "clips.jsonl"
-    root = run / run_json.video_root
-    found = []
-    ids = set()
-    for line, clip in enumerate(rows.read(file, rows.Clip, "; rerun 01_generate.py"), 1):
-        where = f"{file}, line {line}"
-        if clip.id in ids:
-            stop(f"{where}, field 'id': {clip.id} occurs twice; rerun 01_generate.py")
-        ids.add(clip.id)
-        if split is None or clip.split == split:
-            path = files.inside(root, clip.video, f"{where}, field 'video'")
-            cavp = None
-            if run_json.cavp_root:
-                cavp = files.inside(run_json.cavp_root, clip.id, f"{where}, field 'id'")
-            found.append(FoundClip(**rows.as_dict(clip), path=path, cavp=cavp))
-    return found
-
-
-def read_samples(run):
-    """Every audio of stage 01: {clip: [FoundSample, ...]} in order of k.
-
-    Every train clip that stage 01 drew must be there, with all its audios, or be skipped.
-    """
-    run = Path(run)
-    run_json = read_run(run)
-    train = {clip.id for clip in rows.read(run / "clips.jsonl", rows.Clip) if clip.split == "train"}
-    hint = "; remove that shard and rerun 01_generate.py"
-    samples = {}
-    skipped = 0
-    for file in sorted((run / "01_samples").glob("[0-9]*.jsonl")):
-        if file.name.endswith(".skipped.jsonl"):
-            skipped += len(rows.read(file, rows.SkippedClip, hint))
-            continue
-        shard = file.stem
-        for i, sample in enumerate(rows.read(file, FoundSample, hint)):
-            audios = samples.setdefault(sample.clip, [])
-            wav = f"01_audio/{sample.clip}_{sample.k}.wav"
-            is_of_run = sample.clip in train and sample.wav == wav
-            is_next = sample.row == i and sample.k == len(audios)
-            in_one_shard = all(audio.shard == shard for audio in audios)
-            if not (is_of_run and is_next and in_one_shard):
-                stop(
-                    f"{file}, line {i + 1}: not the next audio of a train clip, with its row, k "
-                    f"and wav{hint}"
-                )
-            sample.shard = shard
-            audios.append(sample)
-    if not samples:
-        stop(f"{run / '01_samples'}: no generated audio; run 01_generate.py --run-dir {run} first")
-    whole = all(len(audios) == run_json.num_samples for audios in samples.values())
-    if not whole or len(samples) + skipped != min(len(train), run_json.max_clips):
-        stop(
-            f"{run / '01_samples'}: some of the {len(train)} train clips are not there; rerun "
-            "01_generate.py"
-        )
-    return samples
-
-
-def shard_blocks(run, samples, clips):
-    """Stage 03's blocks of audios, one for each shard of stage 01."""
-    run = Path(run)
-    clip_of = {clip.id: clip for clip in clips}
-    folder = run / "03_scores"
-    blocks = {}
-    for clip_id, audios in samples.items():
-        shard = audios[0].shard
-        if shard not in blocks:
-            blocks[shard] = scoring.Block(shard, scores=folder, videos=folder, clips=[], audios=[])
-        clip = clip_of[clip_id]
-        blocks[shard].clips.append(clip)
-        for audio in audios:
-            blocks[shard].audios.append(scoring.Audio(clip, audio.k, run / audio.wav, audio.digest))
-    return list(blocks.values())
-
-
-def read_pairs(path, row_type, hint):
-    """Pairs of different audios, each once."""
-    pairs = rows.read(path, row_type, hint)
-    known = set()
-    for line, pair in enumerate(pairs, 1):
-        key = (pair.clip, *sorted((pair.winner, pair.loser)))
-        if pair.winner == pair.loser or key in known:
-            stop(f"{path}, line {line}: {key} is no pair, or stands here twice{hint}")
-        known.add(key)
-    return pairs
-
-
-def known_k(line, samples, where, field):
-    """The k in this field of an answer as an integer, after checking that stage 01 made the k-th
-    audio of its clip."""
-    for needed in ("clip", field):
-        if line.get(needed) is None:
-            stop(f"{where}: field '{needed}' is missing")
-    clip = line["clip"]
-    k = line[field]
-    if not isinstance(clip, str) or clip not in samples:
-        stop(f"{where}, field 'clip': {repr(clip)[:80]} is no clip with generated audio")
-    for audio in samples[clip]:
-        if str(k).strip() == str(audio.k):
-            return audio.k
-    known = ", ".join(str(audio.k) for audio in samples[clip])
-    stop(f"{where}, field '{field}': {repr(k)[:80]} is no audio of {clip} (there are {known})")
-
-
-def to_simulate(run, file, asked, redo):
-    """Whether simulated people answer: in a toy run without answers, or, with --redo, where only
-    they have answered, and other questions. file: the answers; asked: [(clip, k), ...], or
-    [(clip, a, b), ...]."""
-    if people_of(run) is None or not asked:
-        return False
-    if not file.exists():
-        return True
-    answers = [line for _, line in files.read_jsonl(file)]
-    by_people = any(line.get("rater") != "simulated" for line in answers)
-    fields = ("clip", "k") if len(asked[0]) == 2 else ("clip", "a", "b")
-    answered = {tuple(line.get(field) for field in fields) for line in answers}
-    return redo and not by_people and answered != set(asked)
-
-
-def score_fields(scores):
-    """The five scores (5,) of an audio as fields of a row, None where one does not apply."""
-    return {
-        name: None if math.isnan(value) else round(value, 6)
-        for name, value in zip(SCORES, scores.tolist())
-    }
-
-
-# --------------------------------------------------------------------------------------------------
-# Flags
-# --------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """A stage's parser: its docstring's first line and defaults in --help, three groups of flags,
-    --run-dir, a bad flag as a user error."""
-
-    def __init__(self, doc):
-        super().__init__(
-            description=doc.split("\n")[0], formatter_class=HelpFormatter, allow_abbrev=False
-        )
-        self.io = self.add_argument_group("io")
-        self.paper = self.add_argument_group("paper")
-        self.engineering = self.add_argument_group("engineering")
-        self.io.add_argument("--run-dir", default="runs/toy", help="run folder")
-
-    def error(self, message):
-        stop(f"{message} (--help lists the flags)")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults in --help, where there are any."""
-
-    def _get_help_string(self, action):
-        none = action.default in (None, []) or action.default is False
-        return action.help if none else super()._get_help_string(action)
-
-
-def workers_flag(parser):
-    share = cores.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    share = min(cores.MOST_WORKERS, share)
-    if sys.platform != "linux":
-        share = 0  # a fork is not safe
-    parser.engineering.add_argument(
-        "--workers",
-        type=number(int, 0),
-        default=share,
-        help="processes that decode video or compute PESQ, by default the cores per rank, at most "
-        f"{cores.MOST_WORKERS}; 0: none besides this one",
-    )
-
-
-def compile_flag(parser):
-    parser.engineering.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=speed.can_compile(),
-        help="compile blocks, which takes minutes once; not with --lora, not the toy; by default "
-        "where there is CUDA and a C compiler",
-    )
-
-
-def training_flags(parser):
-    """How a network is trained, whatever its loss: of stages 05 and 06."""
-    engineering = parser.engineering
-    engineering.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
-    )
-    engineering.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory"
-    )
-    described = "rank of the matrices that are trained instead of the weights; 0: the weights"
-    engineering.add_argument("--lora", type=number(int, 0, 4096), default=0, help=described)
-
-
-def number(kind, least, most=None):
-    """A flag's type: an int or float from least to most, by default the largest that makes sense
-    anywhere."""
-    if most is None:
-        most = 2**31 - 1 if kind is int else 1e9
-
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most:  # nan is not
-            named = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(
-                f"{text[:40]!r} must be {named} from {least} to {most}"
-            )
-        return value
-
-    return convert
-
-
-def parse(parser, argv, stage):
-    """parser.parse_args. A run's `defaults` (of run.json, or of the one beside --checkpoint)
-    replace the paper's numbers, which is said; an explicit flag wins over both."""
-    args = parser.parse_args(argv)
-    if not files.is_text(args.run_dir):
-        stop(
-            f"--run-dir {args.run_dir}: its name is not UTF-8, so that not every library can open "
-            "it; use another"
-        )
-    file, own = own_defaults(args, stage)
-    paper = {name: parser.get_default(name) for name in own}
-    try:
-        parser.set_defaults(**own)
-        args = parser.parse_args(argv)
-    except Stop as reason:
-        stop(f"{file}, field 'defaults', stage {stage}: {reason}")
-    changed = []
-    for name in own:
-        value = getattr(args, name)
-        if value == float(own[name]) and value != paper[name]:
-            changed.append(f"{name} {paper[name]} -> {value}")
-    if changed and int(os.environ.get("RANK", 0)) == 0:
-        print(f"this run's defaults: {', '.join(changed)}")
-    if getattr(args, "lora", 0):
-        args.compile = False  # without LoRA, for the reference, the graph would be another one
-    return args
-
-
-def own_defaults(args, stage):
-    """The file that replaces the paper's numbers, and its numbers for this stage, {flag: text}, as
-    argparse takes them."""
-    folders = [Path(args.run_dir)]
-    if getattr(args, "checkpoint", None):
-        folders.append(Path(args.checkpoint).parent)
-    for folder in folders:
-        file = folder / "run.json"
-        if not file.is_file():
-            continue
-        defaults = rows.read_json(file, rows.Defaults).defaults.get(stage, {})
-        if not defaults:
-            continue
-        own = {}
-        for name, value in defaults.items():
-            if name not in args:
-                stop(f"{file}, field 'defaults': {name} is no flag of stage {stage}")
-            own[name] = str(int(value)) if value == int(value) else str(value)
-        return file, own
-    return None, {}
-
-
-# --------------------------------------------------------------------------------------------------
-# A stage's entry
-# --------------------------------------------------------------------------------------------------
-
-
-def less_memory(args):
-    """What the command can still change to need less of a GPU."""
-    given = vars(args)
-    can = []
-    for name in ("micro_batch", "batch_clips"):
-        if name in given and given[name] != 1:
-            can.append(f"lower --{name.replace('_', '-')}")
-    if given.get("gradient_checkpointing") is False:
-        can.append("give --gradient-checkpointing")
-    if given.get("lora") == 0:
-        can.append("give --lora 16")
-    return " or ".join(can) or "nothing to change here: it takes a larger one"
-
-
-def one_line(error, args):
-    """An error of the user's or of the system as a line for people; None for one of this code."""
-    said = " ".join(str(error).split())
-    if isinstance(error, Stop):
-        return str(error)
-    if isinstance(error, UnicodeEncodeError):
-        name = ascii(error.object[:200])
-        return f"{name}: a name that is not UTF-8, which some libraries cannot open; rename it"
-    if isinstance(error, OSError):
-        what = f"{error.filename or 'system'}: {error.strerror or error}"
-        return f"{what}; mend that, then run the command again"
-    if isinstance(error, MemoryError) or files.NO_MEMORY in said:
-        return (
-            "the machine's memory is full; lower --workers or make room, then run the command again"
-        )
-    if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in said:
-        return f"{said[:80]} ...: more than the GPU has; {less_memory(args)}"
-    if getattr(args, "lora", 0) and "does not require grad" in said:  # no weight has a part in it
-        return f"--lora: {training.nothing_is_trained()}"
-    if re.match(r"a worker process ended unexpectedly|A process in the process pool was", said):
-        advice = "lower --workers, then run the command again"
-        return f"{said[:80]} ...: perhaps the machine's memory is full; {advice}"
-    return None
-
-
-def start_in_utf8():
-    """Starts this program again, with names of files in UTF-8, as the run's own files have them.
-    Python reads them in the terminal's encoding where it is told to (latin-1, LC_ALL=C with
-    PYTHONUTF8=0), and cannot change that later."""
-    if os.environ.get("PYTHONUTF8") != "1":
-        environment = dict(os.environ, PYTHONUTF8="1")
-        environment["PYTHONIOENCODING"] = sys.stdout.encoding  # the terminal's stays
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-
-
-def launch(main, parse_args):
-    """A stage's entry. A user error, or one of the system, ends in one line and exit code 2, Ctrl-C
-    in a line; what is written is kept."""
-    if main.__module__ == "__main__" and sys.getfilesystemencoding() != "utf-8":
-        start_in_utf8()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no stage
-    if torch.get_num_threads() > cores.cores():
-        torch.set_num_threads(cores.cores())  # torch knows nothing of a container's share
-    args = None
-    try:
-        args = parse_args()
-        main(args)
-    except (Stop, OSError, MemoryError, RuntimeError, UnicodeEncodeError) as error:
-        line = one_line(error, args)
-        if line is None:
-            raise
-        if int(os.environ.get("RANK", 0)) > 0:
-            # What rank 0 has met too, it has said by then, and torchrun has ended this process.
-            time.sleep(5)
-        tqdm.write(f"error: {line}", file=sys.stderr)  # a line of its own, also beside a bar
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
-    if dist.is_initialized():
-        dist.destroy_process_group()

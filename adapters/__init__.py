@@ -1,2 +1,2 @@
-"""One file per upstream family, loaded late by `common.load_model` and `common.load_scorer`
+"""One file per upstream family, loaded late by `common.load_model` and `common.ScorerSet`
 (docs/adapters.md)."""

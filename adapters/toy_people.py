@@ -30,7 +30,7 @@ from adapters.toy import (
     AudioTower,
     log_mel,
 )
-from common import files, media, read_run, rows, seed_of, stop
+from common import files, inputs, media, rows, seed_of, stop
 
 
 class Truth(rows.Row, kw_only=True, rename={"kind": "class"}):
@@ -174,7 +174,7 @@ def ask_oracle(run, audios):
 
 def rater_noise(run):
     """How unsteady this world's people are, as a factor of what they usually are."""
-    return read_run(run, rows.World).rater_noise
+    return inputs.read_run(run, rows.World).rater_noise
 
 
 def severity(value, slight, grave):

@@ -48,7 +48,7 @@ from tqdm import tqdm  # noqa: E402
 
 import common  # noqa: E402
 from adapters import mmaudio, scorers, toy  # noqa: E402
-from common import ranks, rows, scoring, training  # noqa: E402
+from common import inputs, ranks, rows, scoring, training  # noqa: E402
 
 GPU_S = 1.65  # of one clip; an H100 takes 1.87 in stage 01 with large_44k, N = 5 (docs/cost.md)
 TABLE = []
@@ -118,7 +118,7 @@ def made_up_run(run, model, clips=40, n=2, defaults=None):
         for k in range(n):
             usable = {"finite": True, "peak": 1.0, "clipped": 0.0, "digest": f"{i}_{k}"}
             audios.append(
-                common.FoundSample(
+                inputs.FoundSample(
                     clip=f"c{i}", k=k, seed=0, wav="", row=n * i + k, shard="0", **usable
                 )
             )
@@ -159,10 +159,10 @@ def bench_05(what, run, model, seconds, **more):
 
     def bare():
         optimizer.zero_grad(set_to_none=True)
-        for *inputs, v in ready:
+        for *given, v in ready:
             with torch.no_grad():
-                ref_w, ref_l = (reference(*inputs) - v).square().mean(dim=(1, 2)).chunk(2)
-            err_w, err_l = (model(*inputs) - v).square().mean(dim=(1, 2)).chunk(2)
+                ref_w, ref_l = (reference(*given) - v).square().mean(dim=(1, 2)).chunk(2)
+            err_w, err_l = (model(*given) - v).square().mean(dim=(1, 2)).chunk(2)
             loss = -F.logsigmoid(-0.5 * args.beta * ((err_w - ref_w) - (err_l - ref_l)))
             (loss.sum() / size).backward()
         optimizer.step()

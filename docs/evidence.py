@@ -408,7 +408,7 @@ def norm_wrong(folder, out, count=128):
     settings = json.loads((folder / out / "settings.json").read_text())["settings"]
     model = common.load_base_model(folder)
     reference = common.training.frozen_copy(model, bf16=False)
-    shards = common.training.Shards(folder, common.read_samples(folder), model)
+    shards = common.training.Shards(folder, common.inputs.read_samples(folder), model)
     model.load_policy(folder / out / "policy.pt")
     pairs = common.rows.read(folder / "04_stage1.jsonl", common.rows.SplitPair)[:count]
     a_0, features = stage_05.load_pairs(pairs, shards)

@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from common import files, rows, scoring, training  # noqa: E402
+from common import files, inputs, rows, scoring, training  # noqa: E402
 
 N = 5  # audios of a clip
 SHARD_CLIPS = 32
@@ -52,11 +52,11 @@ def enlarge(run, weights, count):
     (run / "00_truth.jsonl").unlink()  # simulates no people
     write_clips(run, count)
     model = common.load_base_model(run)
-    train = common.read_clips(run, "train")
+    train = inputs.read_clips(run, "train")
     for start in range(0, count, SHARD_CLIPS):
         write_shard(run, f"{start // SHARD_CLIPS:05d}", model, train[start : start + SHARD_CLIPS])
 
-    samples = common.read_samples(run)
+    samples = inputs.read_samples(run)
     fitting = importlib.import_module("02_fit_audioscore")
     order = fitting.drawn_order(samples, seed=0)
     rated = []
@@ -72,7 +72,7 @@ def enlarge(run, weights, count):
             (weights / name).parent.mkdir(parents=True, exist_ok=True)
             (weights / name).touch()
     blocks = fitting.rated_blocks(run, order, samples, clips, rated, root=None)
-    for block in blocks + common.shard_blocks(run, samples, train):
+    for block in blocks + inputs.shard_blocks(run, samples, train):
         write_scores(block, scorers)
 
 

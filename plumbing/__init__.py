@@ -1,1 +1,1 @@
-"""Files and media: what a reader of the paper need not open. Stages use it through `common`."""
+"""What a reader of the paper need not open. Stages take its rooms by name from `common`."""

@@ -102,7 +102,7 @@ for core in ("core", "_core"):
 def reading(path):
     """Around what reads `path`: an error of the system names the file, as Python does only where
     it opens one. No reader takes such an error for what is wrong with the file's content: it ends
-    the stage (`common.launch`)."""
+    the stage (`command.launch`)."""
     try:
         yield
     except OSError as error:

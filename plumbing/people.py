@@ -53,6 +53,21 @@ def as_cell(text):
 # --------------------------------------------------------------------------------------------------
 
 
+def to_simulate(file, asked, redo):
+    """Whether simulated people, where a run has such, answer: where nobody has, or, with --redo,
+    where only they have answered, and other questions. file: the answers; asked: [(clip, k), ...],
+    or [(clip, a, b), ...]."""
+    if not asked:
+        return False
+    if not file.exists():
+        return True
+    answers = [line for _, line in files.read_jsonl(file)]
+    by_people = any(line.get("rater") != "simulated" for line in answers)
+    fields = ("clip", "k") if len(asked[0]) == 2 else ("clip", "a", "b")
+    answered = {tuple(line.get(field) for field in fields) for line in answers}
+    return redo and not by_people and answered != set(asked)
+
+
 def take_answers(file, paths, field, checked, redo):
     """The answers of the files that --ratings or --choices name, which become the run's own, in
     `file`; without such files those that the run has, [] where nobody has answered. field, checked:
@@ -141,6 +156,23 @@ def meant(value, words, where, field):
         if isinstance(value, str) and value.strip().lower() == word.lower():
             return word
     stop(f"{where}, field '{field}': {value!r:.60} is not one of {', '.join(words)}")
+
+
+def known_k(line, samples, where, field):
+    """The k in this field of an answer as an integer, after checking that stage 01 made the k-th
+    audio of its clip."""
+    for needed in ("clip", field):
+        if line.get(needed) is None:
+            stop(f"{where}: field '{needed}' is missing")
+    clip = line["clip"]
+    k = line[field]
+    if not isinstance(clip, str) or clip not in samples:
+        stop(f"{where}, field 'clip': {repr(clip)[:80]} is no clip with generated audio")
+    for audio in samples[clip]:
+        if str(k).strip() == str(audio.k):
+            return audio.k
+    known = ", ".join(str(audio.k) for audio in samples[clip])
+    stop(f"{where}, field '{field}': {repr(k)[:80]} is no audio of {clip} (there are {known})")
 
 
 def from_elsewhere(line, root, where):

@@ -8,6 +8,7 @@ which nobody reads.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -203,6 +204,14 @@ class FiveScores(Row, kw_only=True):
     desync_s: Number | None = None  # seconds
     is_nats: Number | None = None  # nats
     pesq: Number | None = None  # MOS-LQO, 1.0 to 4.64
+
+
+def score_fields(names, scores):
+    """The five scores (5,) of an audio as fields of a row, None where one does not apply."""
+    fields = {}
+    for name, value in zip(names, scores.tolist()):
+        fields[name] = None if math.isnan(value) else round(value, 6)
+    return fields
 
 
 class Score(FiveScores, kw_only=True):

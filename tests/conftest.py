@@ -27,7 +27,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
 import common
-from common import files, training
+from common import command, files, inputs, training
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the networks are small: more threads only wait for each other
@@ -201,7 +201,7 @@ def judged(scorer, waves, clips, clip_s=8.0):
 def a_clip(path="none.mp4", id="x", caption=None, label=None):
     """A clip of no run."""
     given = dict(id=id, video=str(path), caption=caption, label=label, split="train")
-    return common.FoundClip(**given, path=Path(path))
+    return inputs.FoundClip(**given, path=Path(path))
 
 
 def read(path):
@@ -279,7 +279,7 @@ def base_weights(run):
 
 
 def shards_of(run):
-    return training.Shards(run, common.read_samples(run), common.load_base_model(run))
+    return training.Shards(run, inputs.read_samples(run), common.load_base_model(run))
 
 
 def largest_difference(a, b):
@@ -395,7 +395,7 @@ def fresh(finished, tmp_path):
     """A copy in which only stage 00 has run."""
     of_stages = shutil.ignore_patterns("0[1-9]_*", "weights.json")
     fresh = shutil.copytree(finished, tmp_path / "fresh", ignore=of_stages)
-    world = common.read_run(fresh, common.rows.World)
+    world = inputs.read_run(fresh, common.rows.World)
     common.rows.write_json(fresh / "run.json", world)
     return fresh
 
@@ -499,7 +499,7 @@ def refused(capsys):
         capsys.readouterr()
         module = stage(number)
         with pytest.raises(SystemExit) as ended:
-            common.launch(module.main, lambda: module.parse_args(arguments(run, *flags)))
+            command.launch(module.main, lambda: module.parse_args(arguments(run, *flags)))
         error = capsys.readouterr().err
         lines = error.replace("\x1b[A", "").replace("\r", "\n").splitlines()
         lines = [line for line in lines if line.strip() and not is_progress(line)]

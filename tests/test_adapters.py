@@ -26,7 +26,7 @@ from conftest import (
 )
 
 import common
-from common import files, scoring
+from common import files, inputs, scoring
 
 PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
 BACKBONE, SCORER = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)  # run as they stand there
@@ -64,7 +64,7 @@ def test_stage_01_generates_with_a_backbone_of_ones_own(modules, tmp_path):
 def test_stage_07_shows_the_metric_of_a_scorer_of_ones_own(modules, run, capsys):
     call("07", run, "--systems", "base")
     row, folder = results(run)["base", "loudness"], run / "07_audio" / "base"
-    named = [clip.id for clip in common.read_clips(run, "test") if clip.caption]
+    named = [clip.id for clip in inputs.read_clips(run, "test") if clip.caption]
     peaks = [abs(soundfile.read(folder / f"{name}.wav")[0]).max() for name in named]
     assert close(row["value"], sum(peaks) / len(peaks), SCORES) and row["n"] == len(named)
     assert re.search(rf"\nloudness \^ +{row['value']:.3f}\n", capsys.readouterr().out)

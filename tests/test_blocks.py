@@ -13,7 +13,7 @@ from conftest import ROOT, a_clip, call, files_of, make_video, read, remove, res
 
 import common
 from adapters.toy import ToyScorer
-from common import files, media, ranks, scoring
+from common import files, inputs, media, ranks, scoring
 
 FIVE = {"imagebind", "clap", "synchformer", "panns", "pesq"}
 LOOK = {"imagebind", "synchformer", "pesq"}  # what looks at the video, or listens to its sound
@@ -33,7 +33,7 @@ def keys(tmp_path):
 
     def of(digest="0123", wav="a.wav", k=0, **changes):
         clip = dict(id="x", video="x.mp4", caption="a dog", label="dog barking", split="train")
-        clip = common.FoundClip(**(clip | changes), path=tmp_path / "x.mp4")
+        clip = inputs.FoundClip(**(clip | changes), path=tmp_path / "x.mp4")
         audio = scoring.Audio(clip, k, tmp_path / wav, digest)
         scorers = common.ScorerSet(tmp_path, "real", tmp_path / "weights")
         return {name: scoring.score_key(scorers, name, [audio]) for name in FIVE}
@@ -91,7 +91,7 @@ def digests(heard):
 @pytest.fixture
 def blocks(run):
     """Two blocks of two clips each, of five audios, without any file yet."""
-    samples, clips, found = common.read_samples(run), common.read_clips(run, "train"), []
+    samples, clips, found = inputs.read_samples(run), inputs.read_clips(run, "train"), []
     for number, part in enumerate((clips[:2], clips[2:4])):
         audios = []
         for clip in part:
@@ -209,8 +209,8 @@ def test_no_stage_scores_an_audio_or_decodes_a_video_twice_and_no_later_run_of_i
     """Of a test clip, the model and the towers see one decode."""
     decoded = spied(media, "read_frames")
     remove(run, "02_scores", "03_scores", "07_clips", "07_scores", "07_audio")
-    train = [clip.path for clip in common.read_clips(run, "train")]
-    test = [clip.path for clip in common.read_clips(run, "test")]
+    train = [clip.path for clip in inputs.read_clips(run, "train")]
+    test = [clip.path for clip in inputs.read_clips(run, "test")]
     for number, flags, audios, videos in (
         ("02", ("--redo",), 100, train),
         ("03", ("--redo",), 100, train),
@@ -301,7 +301,7 @@ def test_a_video_moved_away_for_a_moment_stops_the_stage_and_is_no_result(
     workers, run, finished, refused, monkeypatch
 ):
     shutil.rmtree(run / "03_scores")
-    moved = common.read_clips(run, "train")[1].path
+    moved = inputs.read_clips(run, "train")[1].path
     original = media.read_frames
 
     def read_frames(path, *rest):

@@ -10,7 +10,7 @@ from conftest import call, interrupted, read, stage, weights
 
 import common
 from adapters.toy import Toy
-from common import speed, training
+from common import inputs, speed, training
 
 LOG_2 = math.log(2)
 FIVE = ("--steps", 4, "--save-every", 2, "--compile")
@@ -30,7 +30,7 @@ def graphs(monkeypatch):
 
 
 def given(model, finished):
-    samples = common.read_samples(finished)
+    samples = inputs.read_samples(finished)
     features = training.Shards(finished, samples, model).features([*samples][:2])
     generator = torch.Generator().manual_seed(0)
     a_t = torch.randn(4, *model.latent_shape, generator=generator)
@@ -41,17 +41,17 @@ def test_policy_and_reference_share_their_graphs_in_gradient_mode_alone(finished
     model = common.load_base_model(finished)
     reference = training.frozen_copy(model, bf16=False)
     training.compile_both(model, reference)
-    inputs = given(model, finished)
+    batch = given(model, finished)
     with torch.no_grad():
-        u_ref = reference(*inputs)
+        u_ref = reference(*batch)
     counted = graphs["unique_graphs"]
-    u_theta = model(*inputs)
+    u_theta = model(*batch)
     assert counted == graphs["unique_graphs"] == 1  # of three blocks of one class
     assert torch.equal(u_ref, u_theta)
     u_theta.square().mean().backward()
     assert not any(p.grad is not None for p in reference.parameters())
     with torch.no_grad():
-        model(*inputs)
+        model(*batch)
     assert graphs["unique_graphs"] == 2  # without gradients it is another graph
 
 

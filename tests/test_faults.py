@@ -26,7 +26,7 @@ from conftest import (
 
 import common
 from adapters.frieren import Frieren
-from common import ahead, files, media, scoring
+from common import ahead, command, files, inputs, media, scoring
 from plumbing.files import NO_MEMORY, NoFile
 
 CODES = [errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOMEM, errno.EMFILE]
@@ -159,7 +159,7 @@ def test_no_reader_takes_an_error_of_the_system_for_the_files_content(
     with pytest.raises(OSError) as raised:
         reader(folder / name)
     assert not isinstance(raised.value, av.error.FFmpegError)
-    line = common.one_line(raised.value, None)
+    line = command.one_line(raised.value, None)
     assert line == f"{folder / name}: {os.strerror(code)}; mend that, then run the command again"
 
 
@@ -268,7 +268,7 @@ def test_torch_out_of_memory_or_files_asks_for_no_other_copy_of_the_file(
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises((OSError, MemoryError, RuntimeError)) as raised:
         files.load_pt(folder / "a.pt")
-    found = common.one_line(raised.value, None)
+    found = command.one_line(raised.value, None)
     said(found, line, "run the command again")
     assert "copy it" not in found
 
@@ -302,7 +302,7 @@ def test_an_error_of_the_system_comes_back_from_a_worker_with_its_file_and_reaso
 ):
     with pytest.raises(type(error)) as raised:
         next(ahead.read_ahead(fail, [error], workers))
-    assert line in common.one_line(raised.value, None)
+    assert line in command.one_line(raised.value, None)
 
 
 # Stages
@@ -370,7 +370,7 @@ def test_a_folder_of_videos_that_cannot_be_read_is_not_left_out(
 
 
 def test_a_single_bit_is_noticed_when_its_row_is_read_and_only_then(run):
-    first, _, third, *_ = common.read_samples(run)
+    first, _, third, *_ = inputs.read_samples(run)
     whole, row = shards_of(run).latents([(first, 0)]), shards_of(run).latents([(third, 1)])
     file = run / "01_samples/00000.pt"
     content = bytearray(file.read_bytes())
@@ -386,7 +386,7 @@ def test_a_shard_of_an_older_version_is_said_to_be_one(run):
     file = files.load_pt(run / "01_samples/00000.pt")
     del file["crc32"]
     files.save_pt(run / "01_samples/00000.pt", file)
-    line = stopped(shards_of(run).latents, [(next(iter(common.read_samples(run))), 0)])
+    line = stopped(shards_of(run).latents, [(next(iter(inputs.read_samples(run))), 0)])
     assert "an older version" in line
 
 

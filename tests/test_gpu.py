@@ -15,6 +15,7 @@ from pretended_gpu import pretended_gpu
 
 import common
 from adapters import mmaudio
+from common import inputs
 
 LOG2 = pytest.approx(math.log(2), abs=1e-3)
 DEVICE = "cuda:0"
@@ -31,7 +32,7 @@ def syncs():
 
 def sampled(run, device, steps=8, compiled=False):
     """Latents of four clips by the toy model, on the CPU."""
-    model, samples = common.load_base_model(run, device), common.read_samples(run)
+    model, samples = common.load_base_model(run, device), inputs.read_samples(run)
     if compiled:
         model.compiles = True  # though it is small
         common.speed.compile_models(model)

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 
 import common
 from adapters.toy_people import Truth
-from common import files, rows
+from common import command, files, rows
 
 MISSING, NAN, LONG, NUL, SURROGATE = object(), math.nan, "x" * 300, "a\0b", "\ud800"
 DERANDOMIZED = dict(derandomize=True, database=None, deadline=None)
@@ -624,7 +624,7 @@ def flags_of(number):
         raise LookupError([action.option_strings[0] for action in parser._actions if action.type])
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(LookupError) as found:
-        patch.setattr(common.Parser, "parse_args", caught)
+        patch.setattr(command.Parser, "parse_args", caught)
         stage(number).parse_args([])
     return found.value.args[0]
 

@@ -28,7 +28,7 @@ from conftest import (
 )
 
 import common
-from common import files, record
+from common import command, files, inputs, record
 from plumbing import cores
 
 # Disks
@@ -156,9 +156,9 @@ def test_the_same_checkpoint_and_videos_elsewhere_go_on_and_the_run_may_be_renam
     call("01", run, *replaced(flags, "--checkpoint", moved))
     assert {path: path.stat().st_mtime_ns for path in (run / "01_samples").iterdir()} == before
     run = run.rename(tmp_path / "renamed")
-    known = common.read_run(run)
+    known = inputs.read_run(run)
     assert (known.checkpoint, known.video_root) == (str(moved), str(tmp_path / "films"))
-    assert all(clip.path.is_file() for clip in common.read_clips(run))
+    assert all(clip.path.is_file() for clip in inputs.read_clips(run))
     common.load_base_model(run)
     os.remove(moved)
     line = stopped(common.load_base_model, run)
@@ -229,7 +229,7 @@ def test_torch_takes_no_more_threads_than_the_container_has_cores(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(cores, "cores", lambda: 2)
-    common.launch(lambda args: None, lambda: None)
+    command.launch(lambda args: None, lambda: None)
     assert threads == [2]
 
 
@@ -286,7 +286,7 @@ def test_a_video_whose_name_is_no_clips_is_left_out_and_said_and_refused_when_st
     call("01", tmp_path / "run", *flags)
     assert "2 videos have names" in capsys.readouterr().out
     assert [clip["id"] for clip in read(tmp_path / "run" / "clips.jsonl")] == ["good"]
-    assert common.read_run(tmp_path / "run").video_root == os.path.realpath(videos)
+    assert inputs.read_run(tmp_path / "run").video_root == os.path.realpath(videos)
     line = refused("01", os.fsdecode(b"caf\xe9"), *flags)
     assert "--run-dir" in line and "not UTF-8" in line
 

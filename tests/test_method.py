@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import common
 from adapters.toy import VOCABULARY
-from common import files, media, people, rows, training
+from common import files, inputs, media, people, rows, training
 
 LOG_2 = 0.6931471805599453
 
@@ -115,7 +115,7 @@ def test_compiled_sampling_gives_the_same_latents_within_1e_4(finished, monkeypa
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     compiled.compiles = True  # though it is small
     common.speed.compile_models(compiled)
-    features = shards_of(finished).features([*common.read_samples(finished)][:2])
+    features = shards_of(finished).features([*inputs.read_samples(finished)][:2])
     ours, theirs = (common.sample(x, features, [1, 2, 3, 4], 3, 1.5) for x in (compiled, plain))
     assert close(ours, theirs, LATENTS) and ours.std() > 0.1
     torch._dynamo.reset()
@@ -670,7 +670,7 @@ def test_a_fold_never_splits_a_clip_nor_a_youtube_video(monkeypatch):
         return fit(part, share, seed, steps=1)
 
     monkeypatch.setattr(stage("02"), "fit", spy)
-    stage("02").cross_validate(said, target, [*map(common.video_of, clips)], seed=0)
+    stage("02").cross_validate(said, target, [*map(inputs.video_of, clips)], seed=0)
     assert len(parts) == 5
     for fitted in parts:
         ib = said["ib"].tolist()

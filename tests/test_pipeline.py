@@ -57,7 +57,7 @@ from conftest import (
 import common
 from adapters.toy import Toy, ToyScorer
 from adapters.toy_people import Truth
-from common import AudioScore, files, media, ranks, record, rows, scoring, training
+from common import AudioScore, files, inputs, media, ranks, record, rows, scoring, training
 
 # What a finished run contains
 
@@ -115,21 +115,21 @@ def test_clips_have_real_videos_and_the_truth_is_apart(finished):
     assert {clip["split"] for clip in clips} == {"train", "val", "test"}
     assert [row["id"] for row in truth] == [clip["id"] for clip in clips]
     assert all(2 <= len(row["hits_s"]) <= 4 for row in truth)
-    with av.open(str(common.read_clips(finished)[0].path)) as container:
+    with av.open(str(inputs.read_clips(finished)[0].path)) as container:
         assert [stream.codec_context.name for stream in container.streams] == ["h264", "aac"]
 
 
 def test_run_json_records_model_sampler_and_seed(finished):
-    run = common.read_run(finished)
+    run = inputs.read_run(finished)
     assert (run.model, run.num_samples, run.seed, run.size) == ("toy", 5, 0, "tiny")
     assert run.checkpoint_digest == files.digest(finished / "00_base.pt")
     assert (run.sampler.steps, run.sampler.guidance) == (8, 1.5)
 
 
 def test_five_audible_audios_per_train_clip(finished):
-    train = [clip.id for clip in common.read_clips(finished, "train")]
+    train = [clip.id for clip in inputs.read_clips(finished, "train")]
     audios = rows.read(finished / "01_samples" / "00000.jsonl", rows.Sample)
-    rate = common.read_run(finished).sample_rate_hz
+    rate = inputs.read_run(finished).sample_rate_hz
     assert {(x.clip, x.k) for x in audios} == {(clip, k) for clip in train for k in range(5)}
     assert len({audio.seed for audio in audios}) == len(audios) == 5 * len(train)
     for audio in audios:
@@ -149,7 +149,7 @@ def test_ratings_are_of_all_three_kinds(finished):
 
 
 def test_scores_are_null_exactly_where_they_do_not_apply(finished):
-    clips = {clip.id: clip for clip in common.read_clips(finished)}
+    clips = {clip.id: clip for clip in inputs.read_clips(finished)}
     scores = rows.read(finished / "03_scores" / "00000.jsonl", rows.Score)
     assert len(scores) == len(read(finished / "01_samples" / "00000.jsonl"))
     for score in scores:
@@ -172,7 +172,7 @@ def test_a_pair_is_the_best_and_the_worst_of_its_clip_and_rated_clips_are_not_mi
     human = rows.read(finished / "03_human_pairs.jsonl", rows.Pair)
     assert mined and human and {pair.clip for pair in human} <= rated
     assert all(pair.winner != pair.loser for pair in mined + human)
-    samples = common.read_samples(finished)
+    samples = inputs.read_samples(finished)
     for pair in mined:
         ours = p[pair.clip]
         may_win = [audio.k for audio in samples[pair.clip] if stage("03").may_win(audio)]
@@ -245,7 +245,7 @@ def test_results_have_every_system_and_metric_with_differences_to_base(finished)
 
 
 def test_p_good_in_the_results_is_the_mean_of_audioscore_on_that_systems_audio(finished):
-    clips = common.read_clips(finished, "test")
+    clips = inputs.read_clips(finished, "test")
     folder = finished / "07_audio" / "flow_dpo"
     audios = [scoring.Audio(clip, 0, folder / f"{clip.id}.wav", "") for clip in clips]
     scorers = common.scorers_of(finished, "weights")
@@ -266,7 +266,7 @@ def test_p_good_in_the_results_is_the_mean_of_audioscore_on_that_systems_audio(f
 
 
 def test_a_rehearsal_of_07_says_what_audio_there_is_and_makes_nothing(run, tmp_path, capsys):
-    for name in (common.read_clips(run, "test")[0].id, "stranger"):
+    for name in (inputs.read_clips(run, "test")[0].id, "stranger"):
         media.write_audio(tmp_path / "own" / f"{name}.wav", torch.zeros(8), 16000)
     remove(run, "07_audio/ddpo")
     before = files_of(run, "0")
@@ -998,7 +998,7 @@ def test_that_nothing_will_be_left_to_mine_is_said_when_the_sheet_is_written(run
 def test_cells_are_no_formulas_and_ids_come_back_as_they_are(run):
     name = "-0jeONf82dE_000021"
     wav = f"01_audio/{name}_0.wav"
-    sample = common.FoundSample(name, 0, 1, wav, 0, "", True, 0.5, 0.0, "00000")
+    sample = inputs.FoundSample(name, 0, 1, wav, 0, "", True, 0.5, 0.0, "00000")
     texts = {"=1+1": "'=1+1", "+a": "'+a", "-a": "'-a", "@a": "'@a", "a\n=b": "a =b", None: ""}
     for caption, cell in texts.items():
         (run / "02_to_rate.csv").unlink()
@@ -1137,7 +1137,7 @@ def test_a_folder_of_audio_is_a_system_and_the_truth_itself_is_at_distance_0(
     run, tmp_path, refused
 ):
     """Neither needs the weights of a model."""
-    folder, clips = tmp_path / "published", common.read_clips(run, "val")
+    folder, clips = tmp_path / "published", inputs.read_clips(run, "val")
     folder.mkdir()
     remove(run, "00_base.pt")
     for clip in clips:  # a container with the same sound
@@ -1160,7 +1160,7 @@ def test_a_system_without_audio_for_a_whole_block_of_clips_is_judged_on_the_othe
     run, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(scoring, "BLOCK_CLIPS", 4)
-    clips = common.read_clips(run, "test")
+    clips = inputs.read_clips(run, "test")
     for clip in clips[:3]:
         shutil.copy(run / "07_audio/base" / f"{clip.id}.wav", tmp_path)
     call("07", run, "--systems", "base", f"few={tmp_path}", "--allow-missing")
@@ -1169,7 +1169,7 @@ def test_a_system_without_audio_for_a_whole_block_of_clips_is_judged_on_the_othe
 
 
 def test_a_test_clip_whose_video_or_sound_cannot_be_read_is_left_out_where_it_must(run, capfd):
-    first, second, *_ = common.read_clips(run, "test")
+    first, second, *_ = inputs.read_clips(run, "test")
     whole = first.path.read_bytes()
     make_video(first.path, seconds=0.8)  # too short to look at, but it sounds
     second.path.write_bytes(whole[:700])  # neither
@@ -1201,7 +1201,7 @@ def test_a_cached_audio_of_another_policy_is_never_taken_for_this_ones(run):
 
 
 def test_a_name_given_to_another_policy_voids_its_audio_of_both_splits(run):
-    of_base = {clip.id: run / f"07_audio/x/{clip.id}.wav" for clip in common.read_clips(run, "val")}
+    of_base = {clip.id: run / f"07_audio/x/{clip.id}.wav" for clip in inputs.read_clips(run, "val")}
     call("07", run, "--split", "val", "--systems", "x=05_flow_dpo")
     kept = {name: wav.read_bytes() for name, wav in of_base.items()}
     call("07", run, "--split", "test", "--systems", "x=06_ddpo")

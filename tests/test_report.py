@@ -24,6 +24,7 @@ from conftest import (
 from selenium.webdriver.common.by import By
 
 import common
+from common import inputs
 
 # The file
 
@@ -43,7 +44,7 @@ def test_the_report_is_one_file_with_audio_of_every_system(finished, report):
     assert not re.search(r"https?:|//[a-z0-9.-]+\.[a-z]+/|@import|<link", outside)
     assert set(re.findall(r'(?:src|href|data-audio)="([^"]{0,5})', report)) == {"data:"}
     cards = report.count('<section class="card">')
-    assert cards == min(6, len(common.read_clips(finished, "test")))
+    assert cards == min(6, len(inputs.read_clips(finished, "test")))
     for system in SYSTEMS:
         assert len(re.findall(rf"<button[^>]*>{system}</button>", report)) == cards
     assert report.count('data-audio="data:audio/flac') == 4 * cards
@@ -91,7 +92,7 @@ def test_markup_in_a_caption_or_a_name_is_text(run, without_pictures):
 
 def test_true_events_come_from_the_simulated_world_alone(run, report, without_pictures):
     truth = {row["id"]: row["hits_s"] for row in read(run / "00_truth.jsonl")}
-    shown = [clip.id for clip in common.read_clips(run, "test") if f"<h3>{clip.id}:" in report]
+    shown = [clip.id for clip in inputs.read_clips(run, "test") if f"<h3>{clip.id}:" in report]
     assert report.count("<i style=") == len(SYSTEMS) * sum(len(truth[clip]) for clip in shown) > 0
     (run / "00_truth.jsonl").unlink()
     assert "<i style=" not in page_of(run)
@@ -130,7 +131,7 @@ def test_a_copied_run_makes_its_page_from_its_own_files(report, run):
 
 
 def test_a_clip_without_picture_is_left_out_and_said(run, capsys):
-    clip = common.read_clips(run, "test")[0]
+    clip = inputs.read_clips(run, "test")[0]
     clip.path.write_bytes(clip.path.read_bytes()[:700])
     page = page_of(run)
     assert f"<h3>{clip.id}:" not in page and page.count('<section class="card">') == 5

@@ -496,8 +496,8 @@ def test_missing_tokenizer_file_is_one_line_in_seconds_when_the_hub_is_unreachab
     env = {x: y for x, y in os.environ.items() if not x.startswith(("HF_", "TRANSFORMERS_"))}
     env |= dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY"), "http://192.0.2.1:9")
     env["HF_HOME"] = str(tmp_path / "hf")
-    code = "import sys, common; from adapters.scorers import ClapScorer\n"
-    code += "common.launch(lambda folder: ClapScorer(folder, 'cpu'), lambda: sys.argv[1])"
+    code = "import sys; from common import command; from adapters.scorers import ClapScorer\n"
+    code += "command.launch(lambda folder: ClapScorer(folder, 'cpu'), lambda: sys.argv[1])"
     began = time.monotonic()
     command = [sys.executable, "-c", code, tmp_path]
     ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

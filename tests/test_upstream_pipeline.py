@@ -40,6 +40,7 @@ from upstream_files import (
 )
 
 import common
+from common import inputs
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("no_network")]
 SPEECH = "male speech, man speaking"
@@ -217,7 +218,7 @@ def test_mmaudio_strictly_loads_the_policies_and_generates_the_audio_of_stage_07
     for out in ("06_ddpo", "05_flow_dpo"):
         net.load_weights(torch.load(mmaudio.run / out / "policy.pt", weights_only=True))
     model = common.load_base_model(mmaudio.run, weights=weights)
-    (clip,) = (clip for clip in common.read_clips(mmaudio.run) if clip.id == name)
+    (clip,) = (clip for clip in inputs.read_clips(mmaudio.run) if clip.id == name)
     theirs = mmaudio_generate(net, model, clip, steps=2, seed=common.seed_of(0, name, 0)).numpy()
     audio = [mmaudio.run / f"07_audio/{system}/{name}.wav" for system in ("flow_dpo", "base")]
     ours, base = (soundfile.read(file)[0] for file in audio)

@@ -1,0 +1,236 @@
+"""A stage as a command: its flags, its entry, and how its errors end."""
+
+import argparse
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from plumbing import cores, files, rows, speed, training
+from plumbing.files import Stop, stop
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """A stage's parser: its docstring's first line and defaults in --help, three groups of flags,
+    --run-dir, a bad flag as a user error."""
+
+    def __init__(self, doc):
+        super().__init__(
+            description=doc.split("\n")[0], formatter_class=HelpFormatter, allow_abbrev=False
+        )
+        self.io = self.add_argument_group("io")
+        self.paper = self.add_argument_group("paper")
+        self.engineering = self.add_argument_group("engineering")
+        self.io.add_argument("--run-dir", default="runs/toy", help="run folder")
+
+    def error(self, message):
+        stop(f"{message} (--help lists the flags)")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in --help, where there are any."""
+
+    def _get_help_string(self, action):
+        none = action.default in (None, []) or action.default is False
+        return action.help if none else super()._get_help_string(action)
+
+
+def workers_flag(parser):
+    share = cores.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    share = min(cores.MOST_WORKERS, share)
+    if sys.platform != "linux":
+        share = 0  # a fork is not safe
+    parser.engineering.add_argument(
+        "--workers",
+        type=whole(0),
+        default=share,
+        help="processes that decode video or compute PESQ, by default the cores per rank, at most "
+        f"{cores.MOST_WORKERS}; 0: none besides this one",
+    )
+
+
+def compile_flag(parser):
+    parser.engineering.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=speed.can_compile(),
+        help="compile blocks, which takes minutes once; not with --lora, not the toy; by default "
+        "where there is CUDA and a C compiler",
+    )
+
+
+def training_flags(parser):
+    """How a network is trained, whatever its loss: of stages 05 and 06."""
+    engineering = parser.engineering
+    engineering.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
+    )
+    engineering.add_argument(
+        "--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory"
+    )
+    described = "rank of the matrices that are trained instead of the weights; 0: the weights"
+    engineering.add_argument("--lora", type=whole(0, 4096), default=0, help=described)
+
+
+def number(least, most=1e9, kind=float, named="a number"):
+    """A flag's type: a number from least to most."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:  # nan is not
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} must be {named} from {least} to {most}"
+            )
+        return value
+
+    return convert
+
+
+def whole(least, most=2**31 - 1):
+    return number(least, most, int, "a whole number")
+
+
+def parse(parser, argv, stage):
+    """parser.parse_args. A run's `defaults` (of run.json, or of the one beside --checkpoint)
+    replace the paper's numbers, which is said; an explicit flag wins over both."""
+    args = parser.parse_args(argv)
+    if not files.is_text(args.run_dir):
+        stop(
+            f"--run-dir {args.run_dir}: its name is not UTF-8, so that not every library can open "
+            "it; use another"
+        )
+    file, own = own_defaults(args, stage)
+    paper = {name: parser.get_default(name) for name in own}
+    try:
+        parser.set_defaults(**own)
+        args = parser.parse_args(argv)
+    except Stop as reason:
+        stop(f"{file}, field 'defaults', stage {stage}: {reason}")
+    changed = []
+    for name in own:
+        value = getattr(args, name)
+        if value == float(own[name]) and value != paper[name]:
+            changed.append(f"{name} {paper[name]} -> {value}")
+    if changed and int(os.environ.get("RANK", 0)) == 0:
+        print(f"this run's defaults: {', '.join(changed)}")
+    if getattr(args, "lora", 0):
+        args.compile = False  # without LoRA, for the reference, the graph would be another one
+    return args
+
+
+def own_defaults(args, stage):
+    """The file that replaces the paper's numbers, and its numbers for this stage, {flag: text}, as
+    argparse takes them."""
+    folders = [Path(args.run_dir)]
+    if getattr(args, "checkpoint", None):
+        folders.append(Path(args.checkpoint).parent)
+    for folder in folders:
+        file = folder / "run.json"
+        if not file.is_file():
+            continue
+        defaults = rows.read_json(file, rows.Defaults).defaults.get(stage, {})
+        if not defaults:
+            continue
+        own = {}
+        for name, value in defaults.items():
+            if name not in args:
+                stop(f"{file}, field 'defaults': {name} is no flag of stage {stage}")
+            own[name] = str(int(value)) if value == int(value) else str(value)
+        return file, own
+    return None, {}
+
+
+# --------------------------------------------------------------------------------------------------
+# A stage's entry
+# --------------------------------------------------------------------------------------------------
+
+
+def less_memory(args):
+    """What the command can still change to need less of a GPU."""
+    given = vars(args)
+    can = []
+    for name in ("micro_batch", "batch_clips"):
+        if name in given and given[name] != 1:
+            can.append(f"lower --{name.replace('_', '-')}")
+    if given.get("gradient_checkpointing") is False:
+        can.append("give --gradient-checkpointing")
+    if given.get("lora") == 0:
+        can.append("give --lora 16")
+    return " or ".join(can) or "nothing to change here: it takes a larger one"
+
+
+def one_line(error, args):
+    """An error of the user's or of the system as a line for people; None for one of this code."""
+    said = " ".join(str(error).split())
+    if isinstance(error, Stop):
+        return str(error)
+    if isinstance(error, UnicodeEncodeError):
+        name = ascii(error.object[:200])
+        return f"{name}: a name that is not UTF-8, which some libraries cannot open; rename it"
+    if isinstance(error, OSError):
+        what = f"{error.filename or 'system'}: {error.strerror or error}"
+        return f"{what}; mend that, then run the command again"
+    if isinstance(error, MemoryError) or files.NO_MEMORY in said:
+        return (
+            "the machine's memory is full; lower --workers or make room, then run the command again"
+        )
+    if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in said:
+        return f"{said[:80]} ...: more than the GPU has; {less_memory(args)}"
+    if getattr(args, "lora", 0) and "does not require grad" in said:  # no weight has a part in it
+        return f"--lora: {training.nothing_is_trained()}"
+    if re.match(r"a worker process ended unexpectedly|A process in the process pool was", said):
+        advice = "lower --workers, then run the command again"
+        return f"{said[:80]} ...: perhaps the machine's memory is full; {advice}"
+    return None
+
+
+def start_in_utf8():
+    """Starts this program again, with names of files in UTF-8, as the run's own files have them.
+    Python reads them in the terminal's encoding where it is told to (latin-1, LC_ALL=C with
+    PYTHONUTF8=0), and cannot change that later."""
+    if os.environ.get("PYTHONUTF8") != "1":
+        environment = dict(os.environ, PYTHONUTF8="1")
+        environment["PYTHONIOENCODING"] = sys.stdout.encoding  # the terminal's stays
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def launch(main, parse_args):
+    """A stage's entry. A user error, or one of the system, ends in one line and exit code 2, Ctrl-C
+    in a line; what is written is kept."""
+    if main.__module__ == "__main__" and sys.getfilesystemencoding() != "utf-8":
+        start_in_utf8()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no stage
+    if torch.get_num_threads() > cores.cores():
+        torch.set_num_threads(cores.cores())  # torch knows nothing of a container's share
+    args = None
+    try:
+        args = parse_args()
+        main(args)
+    except (Stop, OSError, MemoryError, RuntimeError, UnicodeEncodeError) as error:
+        line = one_line(error, args)
+        if line is None:
+            raise
+        if int(os.environ.get("RANK", 0)) > 0:
+            # What rank 0 has met too, it has said by then, and torchrun has ended this process.
+            time.sleep(5)
+        tqdm.write(f"error: {line}", file=sys.stderr)  # a line of its own, also beside a bar
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
