@@ -1,18 +1,16 @@
 """What makes the real backbones faster leaves what they compute: beside it upstream's own classes,
 with random weights."""
 
-import contextlib
 import functools
 from collections import Counter
 
 import pytest
 import torch
-from conftest import a_clip, stage
+from conftest import a_clip
 from test_backbones import beside, frieren, mmaudio, noise  # noqa: F401, fixtures
 from torch.utils._python_dispatch import TorchDispatchMode
 from upstream_files import BIGVGAN_16K, BIGVGAN_44K, film, mmaudio_modules, write_synchformer
 
-from adapters import mmaudio as mmaudio_adapter
 from adapters.scorers import SCORERS
 from common import files, load_model, scoring, speed, training
 
@@ -105,33 +103,6 @@ def test_a_vocoder_with_other_filters_is_refused():
     vocoder.activation_post.upsample.filter = torch.ones(1, 1, 16)
     with pytest.raises(ValueError, match="12 taps"):
         speed.slice_activations(vocoder)
-
-
-# A step of training
-# --------------------------------------------------------------------------------------------------
-
-
-def test_a_step_of_flow_dpo_at_the_papers_size_has_less_than_6_000_operations(
-    tmp_path, monkeypatch
-):
-    """Eager, of tensors without values; views are not counted. 5,946 by upstream's convolutions,
-    5,961 by those that keep channels last."""
-    monkeypatch.setattr(mmaudio_adapter.MMAudio, "load_policy", lambda *_: None)
-    monkeypatch.setattr(training, "autocast", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (tmp_path / "random.pth").write_bytes(b"random")
-    with torch.device("meta"):
-        model = mmaudio_adapter.MMAudio("large_44k", tmp_path / "random.pth", tmp_path)
-        features = {}
-        for name, shape in model.feature_shapes.items():
-            features[name] = torch.empty(8, *shape)
-        latents = torch.empty(3, 8, *model.latent_shape)
-        batch = stage("05").Batch(0, latents[:2], features, torch.empty(8), latents[2])
-    reference = training.frozen_copy(model, bf16=False)
-    args = stage("05").parse_args([])
-    with Operations() as step:
-        stage("05").train_step(model, reference, batch, args)
-    assert 5_000 < step.counts.total() < 6_000, step.counts.most_common(20)
 
 
 # Convolutions
