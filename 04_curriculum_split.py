@@ -45,13 +45,6 @@ def with_score_c(pairs, source):
     return scored
 
 
-def split(pairs, threshold):
-    """Stage 1: easy pairs, score_c above the threshold; stage 2: the rest."""
-    easy = [pair for pair in pairs if pair.score_c > threshold]
-    hard = [pair for pair in pairs if pair.score_c <= threshold]
-    return easy, hard
-
-
 def print_shares(mined, num_human):
     """Shares of easy pairs beside Table 2's, and a warning where winners are the worse audios.
     mined: rows.SplitPair, at least one."""
@@ -84,7 +77,7 @@ def main(args):
         mined = with_score_c(pairs, "auto")
         human = with_score_c(chosen, "human")
         output.claim({"threshold": args.threshold})
-        stage1, stage2 = split(mined + human, args.threshold)
+        stage1, stage2 = common.split(mined + human, args.threshold)
         rows.write(run / "04_stage1.jsonl", stage1)
         rows.write(run / "04_stage2.jsonl", stage2)
 

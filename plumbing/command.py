@@ -69,17 +69,25 @@ def compile_flag(parser):
     )
 
 
-def training_flags(parser):
-    """How a network is trained, whatever its loss: of stages 05 and 06."""
+def training_flags(parser, out):
+    """Of stages 05 and 06: where a policy is trained, and how, whatever its loss."""
+    parser.io.add_argument("--out", default=out, help="name of the output folder inside the run")
+    parser.io.add_argument("--weights", default="weights", help="folder of downloaded files")
     engineering = parser.engineering
+    engineering.add_argument("--seed", type=whole(0), default=0, help="of all that is drawn")
     engineering.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
     )
     engineering.add_argument(
         "--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory"
     )
-    described = "rank of the matrices that are trained instead of the weights; 0: the weights"
-    engineering.add_argument("--lora", type=whole(0, 4096), default=0, help=described)
+    engineering.add_argument(
+        "--lora",
+        type=whole(0, 4096),
+        default=0,
+        help="rank of the matrices that are trained instead of the weights; 0: the weights",
+    )
+    compile_flag(parser)
 
 
 def number(least, most=1e9, kind=float, named="a number"):
@@ -126,8 +134,6 @@ def parse(parser, argv, stage):
             changed.append(f"{name} {paper[name]} -> {value}")
     if changed and int(os.environ.get("RANK", 0)) == 0:
         print(f"this run's defaults: {', '.join(changed)}")
-    if getattr(args, "lora", 0):
-        args.compile = False  # without LoRA, for the reference, the graph would be another one
     return args
 
 

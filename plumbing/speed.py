@@ -171,12 +171,9 @@ def call_or_give_up(function, compiled, *inputs, **named):
 
 
 def compile_models(*models):
-    """Compiles the blocks of models (common.FlowModel) of one class, if that is worth it
-    (`compiles`), and tells them to compile their encoders and codec when they load them. Copies of
-    a model are made before, since a copy's compiled blocks would be the original's;
-    checkpoint_blocks comes after."""
-    if not models[0].compiles:
-        return
+    """Compiles the blocks of models (common.FlowModel) of one class, and tells them to compile
+    encoders and codec when they load them. A model is copied before, since a copy's compiled blocks
+    would be the original's; training.checkpoint_blocks comes after."""
     blocks = [block for model in models for block in model.blocks()]
     compile_blocks(blocks, *((model, "predict") for model in models))
     for model in models:

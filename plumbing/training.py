@@ -169,8 +169,14 @@ def only_sample(model, to_compile):
     if in_bf16(model.device.type, "auto"):  # as `sample` computes
         round_weights(model)
         torch.backends.cudnn.benchmark = True  # its shapes recur for hours
-    if to_compile:
+    if to_compile and model.compiles:
         speed.compile_models(model)
+
+
+def compiles(model, args):
+    """Whether --compile does anything to this model. With LoRA it does not: the reference, which is
+    without, would go through another graph."""
+    return args.compile and model.compiles and not args.lora
 
 
 def compile_both(model, reference):
@@ -178,10 +184,9 @@ def compile_both(model, reference):
     their weights are. A graph that needs gradients rounds otherwise than one that does not, so the
     reference goes through the policy's, but keeps nothing for a backward pass."""
     speed.compile_models(model, reference)
-    if model.compiled:
-        for copied, p in zip(reference.parameters(), model.parameters()):
-            copied.requires_grad_(p.requires_grad)
-        reference.forward = functools.partial(without_backward, reference.forward)
+    for copied, p in zip(reference.parameters(), model.parameters()):
+        copied.requires_grad_(p.requires_grad)
+    reference.forward = functools.partial(without_backward, reference.forward)
 
 
 def without_backward(forward, *inputs):
