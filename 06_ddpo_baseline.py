@@ -128,14 +128,9 @@ def log_prob(a_next, mean, std):
     return density.mean(dim=(1, 2))
 
 
-def grid(model, steps):
-    """The times at which a trajectory asks the network, from 1 on: (S,), on the model's device."""
-    return training.send(model.snap_t(torch.linspace(1, 0, steps + 1)[:-1]), model.device)
-
-
 def draw_steps(seeds, args):
     """The noisy step that each update trains, of every trajectory, without repetition: (updates,
-    R * B), indices of the grid."""
+    R * B)."""
     drawn = []
     for seed in seeds:
         drawn.append(random.Random(seed).sample(range(args.sampling_steps - 1), args.updates))
@@ -158,9 +153,10 @@ class Batch:
 
 @torch.no_grad()
 def rollout(model, features, seeds, guidance, args):
-    """Samples trajectories over the S grid times. features: B rows; seeds: R * B. Returns a Batch,
-    and a_0 (R * B, T, C), by a last step to t = 0 without noise."""
-    times = grid(model, args.sampling_steps)
+    """Samples trajectories: S - 1 noisy steps, then one to t = 0 without noise. features: B rows;
+    seeds: R * B. Returns a Batch, and a_0 (R * B, T, C)."""
+    times = model.snap_t(torch.linspace(1, 0, args.sampling_steps + 1)[:-1])  # (S,)
+    times = training.send(times, model.device)
     generators = [torch.Generator().manual_seed(common.seed_of(seed, "sde", 0)) for seed in seeds]
     a_t = common.initial_noise(model, seeds)
     states = [a_t]
@@ -176,7 +172,7 @@ def rollout(model, features, seeds, guidance, args):
             a_t = mean + std * training.send(z, model.device)
             states.append(a_t)
             log_probs.append(log_prob(a_t, mean, std))
-        # t_next is the last grid time now.
+        # t_next is the last time at which the network is asked.
         u = model.velocity(a_t, t_next, conditions, guidance).float().detach()
     a_0 = a_t - times[-1] * u
 

@@ -123,22 +123,24 @@ def split(pairs, threshold):
 # AudioScore (Sec. 2.1)
 # --------------------------------------------------------------------------------------------------
 
+HIDDEN = 32  # Paper silent: the width between AudioScore's two layers.
+
 
 class AudioScore(nn.Module):
     """S(.) of Eq. 1: five scores -> probabilities of (Good, Medium, Bad).
 
     z-score, Linear(5, 32), ReLU, Linear(32, 3), softmax. Its buffers hold the standardiser (mean,
     std: (5,)) and the tagger's marginal p(y) (p_y: (tags,)) over the fitting clips, so that score_4
-    means the same at every use. Paper silent: hidden width; 32 is ours.
+    means the same at every use.
     """
 
-    def __init__(self, tags, hidden=32):
+    def __init__(self, tags):
         super().__init__()
         self.register_buffer("mean", torch.zeros(len(SCORES)))
         self.register_buffer("std", torch.ones(len(SCORES)))
         self.register_buffer("p_y", torch.full((tags,), 1.0 / tags))
         self.mlp = nn.Sequential(
-            nn.Linear(len(SCORES), hidden), nn.ReLU(), nn.Linear(hidden, len(RATINGS))
+            nn.Linear(len(SCORES), HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, len(RATINGS))
         )
 
     def logits(self, scores):
@@ -177,7 +179,7 @@ class AudioScore(nn.Module):
         otherwise = "is not an AudioScore; rerun 02_fit_audioscore.py --redo"
         state = files.load_pt(path, {"audioscore": dict})["audioscore"]
         try:
-            self = cls(tags=len(state["p_y"]), hidden=len(state["mlp.0.bias"]))
+            self = cls(tags=len(state["p_y"]))
         except (KeyError, TypeError):
             stop(f"{path}: {otherwise}")
         files.load_weights(self, state, path, otherwise)

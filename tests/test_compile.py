@@ -26,6 +26,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield torch._dynamo.utils.counters["stats"]
+    torch.compiler.set_stance("default")
     torch._dynamo.reset()
 
 
