@@ -24,7 +24,6 @@ Takes: toy 20 s on 2 cores.
 """
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -356,23 +355,15 @@ def main(args):
             reference = training.frozen_copy(model, bf16)  # the pre-trained model, in both stages
         if args.compile:
             training.compile_both(model, reference)
-        if args.gradient_checkpointing:
-            training.checkpoint_blocks(model)
-        optimizer = training.adamw(model, args.lr)
-        made_from = output.digest()
-        done = training.resume(folder, model, optimizer, args.steps, made_from, rows.FlowDpoStep)
-        policy = training.data_parallel(model, here.device)
-        print_plan(model, stages, stage_steps, done, here, args)
+        trainer = training.Trainer(output, model, rows.FlowDpoStep, args.save_every, here, args)
+        print_plan(model, stages, stage_steps, trainer.done, here, args)
 
         # -- loop
-        batches = read_batches(done, stages, stage_steps, shards, model, here, args)
+        batches = read_batches(trainer.done, stages, stage_steps, shards, model, here, args)
         upcoming = next(batches, None)
-        bar = training.progress(done, args.steps, here)
-        for step in bar:
-            began = time.time()
+        for step in trainer.steps():
             batch = upcoming
-            optimizer.zero_grad(set_to_none=True)
-            sums = train_step(policy, reference, batch, args)
+            sums = train_step(trainer.policy, reference, batch, args)
             upcoming = next(batches, None)  # read and sent while a GPU is still at work
             sums, grad_norm = training.clip_gradient(model, step, sums, folder)
             means = means_of(sums)
@@ -381,32 +372,21 @@ def main(args):
                     f"step 0: the loss is {means['loss']:.4f}, not log 2, so the reference "
                     "differs; use --no-compile or --precision fp32"
                 )
-            lr = training.lr_at(step, args)
-            training.take_step(optimizer, lr)
-
-            if here.first:
-                logged = rows.FlowDpoStep(
-                    step=step,
-                    stage=batch.stage + 1,
-                    **means,
-                    grad_norm=grad_norm,
-                    lr=lr,
-                    seconds=time.time() - began,
-                    forwards=4 * args.global_batch * (step + 1),  # policy and reference, two each
-                    forwards_grad=2 * args.global_batch * (step + 1),  # the policy's
-                    peak_gb=training.peak_gb(here.device),
-                )
-                rows.append(folder / "log.jsonl", logged)
-                bar.set_postfix(loss=f"{logged.loss:.3f}", refresh=False)
-                if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                    training.save_checkpoint(folder, step + 1, model, optimizer, made_from)
+            trainer.bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+            trainer.finish_step(
+                step,
+                stage=batch.stage + 1,
+                **means,
+                grad_norm=grad_norm,
+                forwards=4 * args.global_batch * (step + 1),  # policy and reference, two each
+                forwards_grad=2 * args.global_batch * (step + 1),  # the policy's
+            )
 
         # -- save
         if here.first:
             log = rows.read(folder / "log.jsonl", rows.FlowDpoStep)
             print(reading(log, share_backwards(stages)))
-            if done < args.steps or not output.is_sealed():
-                training.save_policy(run, args.out, model, run_json, "flow_dpo", args.steps)
+            trainer.save_policy(run_json, "flow_dpo")
     print(f"next: python 06_ddpo_baseline.py --run-dir {run}")
     print(f"      python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
 

@@ -25,7 +25,6 @@ Takes: toy 45 s on 2 cores.
 
 import math
 import random
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -402,67 +401,50 @@ def main(args):
             training.add_lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
         if args.compile:
             speed.compile_models(model)
-        if args.gradient_checkpointing:
-            training.checkpoint_blocks(model)
-        optimizer = training.adamw(model, args.lr)
-        made_from = output.digest()
-        done = training.resume(folder, model, optimizer, args.steps, made_from, rows.DdpoStep)
-        policy = training.data_parallel(model, here.device)
+        save_every = args.save_every * args.updates  # steps: a round is resumed whole
+        trainer = training.Trainer(output, model, rows.DdpoStep, save_every, here, args)
         guidance = run_json.sampler.guidance  # the policy is the guided velocity
         audios = args.prompts * args.group_size
         rows_per_pass = audios if guidance == 1 else 2 * audios  # of the network
         print(f"{audios} audios and {args.updates} updates per round; guidance {guidance}")
-        print(f"step {done} of {args.steps}; {here.world} process(es) on {here.device}")
+        print(f"step {trainer.done} of {args.steps}; {here.world} process(es) on {here.device}")
 
         # -- loop
-        bar = training.progress(done, args.steps, here)
-        for step in bar:
-            began = time.time()
+        for step in trainer.steps():
             round_, update = divmod(step, args.updates)
             if update == 0:
                 mine = here.share(draw_prompts(prompts, round_, args))
                 batches, rewards = collect(model, reward, shards, mine, round_, guidance, args)
-            optimizer.zero_grad(set_to_none=True)
-            sums = train_step(policy, batches, update, guidance, args)
+            sums = train_step(trainer.policy, batches, update, guidance, args)
             sums, grad_norm = training.clip_gradient(model, step, sums, folder)
             means = {name: value.item() / audios for name, value in sums.items()}
-            lr = training.lr_at(step, args)
-            # Without any spread all gradients are 0, but AdamW's momentum and weight decay would
-            # still move weights.
-            if rewards["no_spread"] < args.prompts:
-                training.take_step(optimizer, lr)
-
-            if here.first:
-                logged = rows.DdpoStep(
-                    step=step,
-                    round=round_,
-                    reward=rewards["reward"].item() / audios,
-                    reward_std=rewards["reward_std"].item() / args.prompts,
-                    no_spread=rewards["no_spread"].item() / args.prompts,
-                    **means,
-                    grad_norm=grad_norm,
-                    lr=lr,
-                    seconds=time.time() - began,
-                    # A pass in each update, and --sampling-steps of them in each round.
-                    forwards=rows_per_pass * (step + 1 + (round_ + 1) * args.sampling_steps),
-                    forwards_grad=rows_per_pass * (step + 1),
-                    peak_gb=training.peak_gb(here.device),
+            if step == trainer.done and means["clipped"]:  # it is still the network that sampled
+                tqdm.write(
+                    f"warning: rounding alone clips {means['clipped']:.0%} of the ratios; give "
+                    "--no-compile or --precision fp32"
                 )
-                rows.append(folder / "log.jsonl", logged)
-                bar.set_postfix(reward=f"{logged.reward:.3f}", refresh=False)
-                if step == done and logged.clipped:  # the network is still the one that sampled
-                    tqdm.write(
-                        f"warning: rounding alone clips {logged.clipped:.0%} of the ratios; give "
-                        "--no-compile or --precision fp32"
-                    )
-                if (step + 1) % (args.save_every * args.updates) == 0 or step + 1 == args.steps:
-                    training.save_checkpoint(folder, step + 1, model, optimizer, made_from)
+            reward = rewards["reward"].item() / audios
+            trainer.bar.set_postfix(reward=f"{reward:.3f}", refresh=False)
+            trainer.finish_step(
+                step,
+                # Without any spread all gradients are 0, but AdamW's momentum and weight decay
+                # would still move weights.
+                moves=rewards["no_spread"].item() < args.prompts,
+                round=round_,
+                reward=reward,
+                reward_std=rewards["reward_std"].item() / args.prompts,
+                no_spread=rewards["no_spread"].item() / args.prompts,
+                **means,
+                grad_norm=grad_norm,
+                # A pass in each update, and --sampling-steps of them in each round.
+                forwards=rows_per_pass * (step + 1 + (round_ + 1) * args.sampling_steps),
+                forwards_grad=rows_per_pass * (step + 1),
+            )
 
         # -- save
         if here.first:
             print_rewards(rows.read(folder / "log.jsonl", rows.DdpoStep))
-            if done < args.steps or not output.is_sealed():
-                training.save_policy(run, args.out, model, run_json, "ddpo", args.steps)
+            trainer.save_policy(run_json, "ddpo")
     print(f"next: python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
 
 

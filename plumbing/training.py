@@ -4,6 +4,7 @@ LoRA, the optimizer, and a policy's folder with its checkpoint."""
 import copy
 import functools
 import random
+import time
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -334,9 +335,109 @@ def take_step(optimizer, lr):
     optimizer.step()
 
 
-def progress(done, steps, here):
-    """A bar over the steps that are left; here: ranks.Ranks."""
-    return tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=not here.first)
+# --------------------------------------------------------------------------------------------------
+# A training, step by step
+# --------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """What 05 and 06 do beside their losses: the training of a network in a policy's folder, from
+    the step on that its checkpoint holds.
+
+    policy: what is called to be trained, the network or its DistributedDataParallel; done: the
+    number of steps in the checkpoint.
+    """
+
+    def __init__(self, stage, model, row_type, save_every, here, args):
+        """stage: record.stage, claimed; row_type: of the lines of log.jsonl; save_every: steps
+        between checkpoints; here: ranks.Ranks."""
+        self.stage = stage
+        self.model = model
+        self.row_type = row_type
+        self.save_every = save_every
+        self.here = here
+        self.args = args
+        self.folder = stage.run / args.out
+        self.made_from = stage.digest()
+        if args.gradient_checkpointing:
+            checkpoint_blocks(model)
+        self.optimizer = adamw(model, args.lr)
+        self.done = self.resume()
+        self.policy = data_parallel(model, here.device)
+
+    def resume(self):
+        """Loads checkpoint.pt if there is one, and cuts log.jsonl back to it: a kill between two
+        checkpoints leaves more lines than steps. Returns the number of steps done."""
+        file = self.folder / "checkpoint.pt"
+        done = 0
+        if file.exists():
+            done = load_checkpoint(
+                file, self.model, self.optimizer, self.args.steps, self.made_from
+            )
+        if self.here.first:
+            log = self.folder / "log.jsonl"
+            logged = rows.read(log, self.row_type, cut=True) if log.exists() else []
+            kept = [row for row in logged if row.step < done]
+            if [row.step for row in kept] != list(range(done)):
+                stop(
+                    f"{log}: lacks some of the {done} steps of checkpoint.pt; put it back, or "
+                    "remove the folder"
+                )
+            rows.write(log, kept)
+        ranks.barrier()
+        return done
+
+    def steps(self):
+        """The steps that are left, under a bar; each begins without gradient."""
+        self.bar = tqdm(
+            range(self.done, self.args.steps),
+            initial=self.done,
+            total=self.args.steps,
+            unit="step",
+            disable=not self.here.first,
+        )
+        for step in self.bar:
+            self.began = time.time()
+            self.optimizer.zero_grad(set_to_none=True)
+            yield step
+
+    def finish_step(self, step, moves=True, **measured):
+        """Moves the weights, unless told not to. Writes the step's line, which `measured` begins,
+        and a checkpoint when it is time."""
+        lr = lr_at(step, self.args)
+        if moves:
+            take_step(self.optimizer, lr)
+        if not self.here.first:
+            return
+        row = self.row_type(
+            step=step,
+            **measured,
+            lr=lr,
+            seconds=time.time() - self.began,
+            peak_gb=peak_gb(self.here.device),
+        )
+        rows.append(self.folder / "log.jsonl", row)
+        if (step + 1) % self.save_every == 0 or step + 1 == self.args.steps:
+            save_checkpoint(self.folder, step + 1, self.model, self.optimizer, self.made_from)
+
+    def save_policy(self, run_json, method):
+        """policy.pt in the upstream's own format; policy.json, by which stage 07 knows whose it is.
+        Those of a training that had ended before are left."""
+        if self.done == self.args.steps and self.stage.is_sealed():
+            return
+        merge_lora(self.model)
+        file = self.folder / "policy.pt"
+        files.save_pt(file, self.model.policy_state())
+        policy = rows.Policy(
+            model=run_json.model,
+            base_digest=run_json.checkpoint_digest,
+            method=method,
+            steps=self.args.steps,
+            commit=record.commit(),
+            computed_with=digits.used(),
+        )
+        rows.write_json(file.with_suffix(".json"), policy)
+        print(f"wrote {file}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,25 +496,6 @@ def save_checkpoint(folder, step, model, optimizer, made_from):
     files.save_pt(folder / "checkpoint.pt", saved)
 
 
-def resume(folder, model, optimizer, steps, made_from, log_type):
-    """Loads checkpoint.pt if there is one, and cuts log.jsonl (of log_type) back to it: a kill
-    between two checkpoints leaves more lines than steps. Returns the number of steps done."""
-    file = folder / "checkpoint.pt"
-    done = 0
-    if file.exists():
-        done = load_checkpoint(file, model, optimizer, steps, made_from)
-    if ranks.is_first():
-        log = folder / "log.jsonl"
-        logged = rows.read(log, log_type, cut=True) if log.exists() else []
-        kept = [row for row in logged if row.step < done]
-        if [row.step for row in kept] != list(range(done)):
-            lacks = f"lacks some of the {done} steps of checkpoint.pt"
-            stop(f"{log}: {lacks}; put it back, or remove the folder")
-        rows.write(log, kept)
-    ranks.barrier()
-    return done
-
-
 def load_checkpoint(file, model, optimizer, steps, made_from):
     """Returns its step."""
     advice = "remove it, or use another --out"
@@ -443,20 +525,3 @@ def fits_moments(moments, model):
     except AttributeError:
         return False
     return found in ({}, wanted)
-
-
-def save_policy(run, out, model, run_json, method, steps):
-    """policy.pt in the upstream's own format; policy.json, by which stage 07 knows whose it is."""
-    merge_lora(model)
-    file = Path(run) / out / "policy.pt"
-    files.save_pt(file, model.policy_state())
-    policy = rows.Policy(
-        model=run_json.model,
-        base_digest=run_json.checkpoint_digest,
-        method=method,
-        steps=steps,
-        commit=record.commit(),
-        computed_with=digits.used(),
-    )
-    rows.write_json(file.with_suffix(".json"), policy)
-    print(f"wrote {file}")
