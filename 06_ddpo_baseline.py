@@ -114,8 +114,8 @@ def sde_step(a_t, u, t, t_next, eta):
     t = t[:, None, None]
     t_next = t_next[:, None, None]
     dt = t - t_next
-    t_of_s = torch.where(t == 1, t_next, t)  # s is infinite at t = 1: take that of the next time
-    s = eta * (t_of_s / (1 - t_of_s)).sqrt()
+    finite = torch.where(t == 1, t_next, t)  # at t = 1 s is infinite: take that of the next time
+    s = eta * (finite / (1 - finite)).sqrt()
     mean = a_t - (u + s**2 / (2 * t) * (a_t + (1 - t) * u)) * dt
     return mean, s * dt.sqrt()
 

@@ -81,8 +81,11 @@ class Shards:
             except (IndexError, KeyError, TypeError):
                 lost = True
             if lost:
-                wrong = "are not what stage 01 wrote (an older version, a bad disk or copy)"
-                self.refuse(shard, f"{name} of clip {clip} {wrong}")
+                self.refuse(
+                    shard,
+                    f"{name} of clip {clip} are not what stage 01 wrote (an older version, a bad "
+                    "disk or copy)",
+                )
             found.append(value)
         return send(torch.stack(found), self.device)
 
@@ -102,8 +105,10 @@ class Shards:
         return self.opened[shard]
 
     def refuse(self, shard, wrong):
-        again = f"remove both {shard}.pt and {shard}.jsonl, rerun 01_generate.py"
-        stop(f"{self.folder / shard}.pt: {wrong}; {again}")
+        stop(
+            f"{self.folder / shard}.pt: {wrong}; remove both {shard}.pt and {shard}.jsonl, rerun "
+            "01_generate.py"
+        )
 
 
 def send(tensor, device):
@@ -324,8 +329,10 @@ def clip_gradient(model, step, sums, folder):
     stacked = ranks.sum_over_ranks(torch.stack(list(sums.values())))
     measured = torch.cat([stacked.flatten(), norm.to(stacked).view(1)]).cpu()
     if not measured.isfinite().all():
-        last_good = f"{folder}/checkpoint.pt holds the last good one"
-        stop(f"step {step}: its loss or gradient is not finite; {last_good}; lower --lr")
+        stop(
+            f"step {step}: its loss or gradient is not finite; {folder}/checkpoint.pt holds the "
+            "last good one; lower --lr"
+        )
     return dict(zip(sums, measured[:-1].view(stacked.shape))), measured[-1].item()
 
 
@@ -402,8 +409,8 @@ class Trainer:
             yield step
 
     def finish_step(self, step, moves=True, **measured):
-        """Moves the weights, unless told not to. Writes the step's line, which `measured` begins,
-        and a checkpoint when it is time."""
+        """Moves the weights, unless told not to. Writes a checkpoint when it is time, and the line
+        of the step; measured: its fields that are not known here."""
         lr = lr_at(step, self.args)
         if moves:
             take_step(self.optimizer, lr)
@@ -491,8 +498,12 @@ def save_checkpoint(folder, step, model, optimizer, made_from):
     if lora and may_move and not any(value.any() for value in lora):
         stop(f"--lora: {nothing_is_trained()}")
     files.sync(folder / "log.jsonl")  # the log never lacks what the checkpoint has
-    saved = {"step": step, "settings": made_from, "model": state}
-    saved["optimizer"] = optimizer.state_dict()
+    saved = {
+        "step": step,
+        "settings": made_from,
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+    }
     files.save_pt(folder / "checkpoint.pt", saved)
 
 
