@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 import common
-from common import command, inputs, ranks, record, rows, stop, training
+from common import command, inputs, ranks, rows, stop, training
 
 T_BINS = 4  # the log shows error gaps by quarter of t
 SATURATED = 5.0  # a logit: beyond it a pair's gradient is below 1 % of its largest
@@ -331,17 +331,12 @@ def main(args):
     here = ranks.setup()
     run = Path(args.run_dir)
     run_json = inputs.read_run(run)
-    folder = training.output_folder(run, args.out)
     training.refuse_uneven("--global-batch", args.global_batch, here.world)
 
     sources = ["01_samples", "04_stage1.jsonl", "04_stage2.jsonl"]
-    outputs = [f"{args.out}/policy.pt", f"{args.out}/policy.json"]
-    with record.stage(run, args.out, sources, outputs, advice=training.ADVICE) as output:
-        model = common.load_base_model(run, here.device, args.weights)
-        args.compile = training.compiles(model, args)
-        output.claim(training.settings_of(args))
-
+    with training.output(run, args.out, sources) as output:
         # -- data
+        model = common.load_base_model(run, here.device, args.weights)
         shards = training.Shards(run, inputs.read_samples(run), model)
         stages = read_stages(run, shards, args)
         stage_steps = divide_steps(stages, args.steps)
@@ -353,6 +348,7 @@ def main(args):
             reference = training.lora_reference(model)
         else:
             reference = training.frozen_copy(model, bf16)  # the pre-trained model, in both stages
+        args.compile = training.compiles(model, args)  # what settings.json will say
         if args.compile:
             training.compile_both(model, reference)
         trainer = training.Trainer(output, model, rows.FlowDpoStep, args.save_every, here, args)
@@ -365,7 +361,7 @@ def main(args):
             batch = upcoming
             sums = train_step(trainer.policy, reference, batch, args)
             upcoming = next(batches, None)  # read and sent while a GPU is still at work
-            sums, grad_norm = training.clip_gradient(model, step, sums, folder)
+            sums, grad_norm = training.clip_gradient(model, step, sums, trainer.folder)
             means = means_of(sums)
             if step == 0 and args.sft_weight == 0 and abs(means["loss"] - math.log(2)) > 1e-3:
                 stop(
@@ -384,7 +380,7 @@ def main(args):
 
         # -- save
         if here.first:
-            log = rows.read(folder / "log.jsonl", rows.FlowDpoStep)
+            log = rows.read(trainer.folder / "log.jsonl", rows.FlowDpoStep)
             print(reading(log, share_backwards(stages)))
             trainer.save_policy(run_json, "flow_dpo")
     print(f"next: python 06_ddpo_baseline.py --run-dir {run}")

@@ -41,7 +41,6 @@ from common import (
     inputs,
     media,
     ranks,
-    record,
     rows,
     scoring,
     speed,
@@ -376,17 +375,12 @@ def main(args):
     here = ranks.setup()
     run = Path(args.run_dir)
     run_json = inputs.read_run(run)
-    folder = training.output_folder(run, args.out)
     training.refuse_uneven("--prompts", args.prompts, here.world)
 
     sources = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"]
-    outputs = [f"{args.out}/policy.pt", f"{args.out}/policy.json"]
-    with record.stage(run, args.out, sources, outputs, advice=training.ADVICE) as output:
-        model = common.load_base_model(run, here.device, args.weights)
-        args.compile = training.compiles(model, args)
-        output.claim(training.settings_of(args))
-
+    with training.output(run, args.out, sources) as output:
         # -- data
+        model = common.load_base_model(run, here.device, args.weights)
         samples = inputs.read_samples(run)
         shards = training.Shards(run, samples, model)
         clips = inputs.read_clips(run, "train")
@@ -399,6 +393,7 @@ def main(args):
         bf16 = training.in_bf16(here.device, args.precision)
         if args.lora:
             training.add_lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
+        args.compile = training.compiles(model, args)  # what settings.json will say
         if args.compile:
             speed.compile_models(model)
         save_every = args.save_every * args.updates  # steps: a round is resumed whole
@@ -416,7 +411,7 @@ def main(args):
                 mine = here.share(draw_prompts(prompts, round_, args))
                 batches, rewards = collect(model, reward, shards, mine, round_, guidance, args)
             sums = train_step(trainer.policy, batches, update, guidance, args)
-            sums, grad_norm = training.clip_gradient(model, step, sums, folder)
+            sums, grad_norm = training.clip_gradient(model, step, sums, trainer.folder)
             means = {name: value.item() / audios for name, value in sums.items()}
             if step == trainer.done and means["clipped"]:  # it is still the network that sampled
                 tqdm.write(
@@ -443,7 +438,7 @@ def main(args):
 
         # -- save
         if here.first:
-            print_rewards(rows.read(folder / "log.jsonl", rows.DdpoStep))
+            print_rewards(rows.read(trainer.folder / "log.jsonl", rows.DdpoStep))
             trainer.save_policy(run_json, "ddpo")
     print(f"next: python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
 

@@ -114,24 +114,22 @@ def whole(least, most=2**31 - 1):
 def parse(parser, argv, stage):
     """parser.parse_args. A run's `defaults` (of run.json, or of the one beside --checkpoint)
     replace the paper's numbers, which is said; an explicit flag wins over both."""
-    args = parser.parse_args(argv)
-    if not files.is_text(args.run_dir):
+    before = parser.parse_args(argv)
+    if not files.is_text(before.run_dir):
         stop(
-            f"--run-dir {args.run_dir}: its name is not UTF-8, so that not every library can open "
-            "it; use another"
+            f"--run-dir {before.run_dir}: its name is not UTF-8, so that not every library can "
+            "open it; use another"
         )
-    file, own = own_defaults(args, stage)
-    paper = {name: parser.get_default(name) for name in own}
+    file, own = own_defaults(before, stage)
     try:
         parser.set_defaults(**own)
         args = parser.parse_args(argv)
     except Stop as reason:
         stop(f"{file}, field 'defaults', stage {stage}: {reason}")
     changed = []
-    for name in own:
-        value = getattr(args, name)
-        if value == float(own[name]) and value != paper[name]:
-            changed.append(f"{name} {paper[name]} -> {value}")
+    for name, value in vars(args).items():
+        if value != getattr(before, name):
+            changed.append(f"{name} {getattr(before, name)} -> {value}")
     if changed and int(os.environ.get("RANK", 0)) == 0:
         print(f"this run's defaults: {', '.join(changed)}")
     return args

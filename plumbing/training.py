@@ -356,8 +356,10 @@ class Trainer:
     """
 
     def __init__(self, stage, model, row_type, save_every, here, args):
-        """stage: record.stage, claimed; row_type: of the lines of log.jsonl; save_every: steps
-        between checkpoints; here: ranks.Ranks."""
+        """stage: of `output`, which gets its settings here; row_type: of the lines of log.jsonl;
+        save_every: steps between checkpoints; here: ranks.Ranks."""
+        given = vars(args).items()
+        stage.claim({name: value for name, value in given if name not in MAY_CHANGE})
         self.stage = stage
         self.model = model
         self.row_type = row_type
@@ -451,8 +453,7 @@ class Trainer:
 # A policy's folder: settings, checkpoint, log, policy
 # --------------------------------------------------------------------------------------------------
 
-ADVICE = "use another --out, or remove this folder"
-MAY_CHANGE = (
+MAY_CHANGE = (  # when a training is resumed
     "run_dir",
     "out",
     "weights",
@@ -464,24 +465,20 @@ MAY_CHANGE = (
 OTHER_STAGES = ("00", "01", "02", "03", "04", "07", "08")
 
 
-def settings_of(args):
-    """The flags that a training is bound to: all but those that may change when it is resumed."""
-    return {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-
-
 def systems_flag(out):
     """What stage 07 has to be told of a policy in this folder."""
     return "" if out in ("05_flow_dpo", "06_ddpo") else f" --systems ground_truth base {out}"
 
 
-def output_folder(run, name):
-    """run / name for --out: a folder name inside the run, nothing else."""
-    folder = Path(run) / name
+def output(run, name, inputs):
+    """record.stage of a training into run / name, from --out: a folder inside the run."""
     if not files.is_name(name) or name.startswith(OTHER_STAGES):
         stop(f"--out {name}: give a plain folder name, not one of another stage")
-    if folder.exists() and not folder.is_dir():
+    if (run / name).is_file():
         stop(f"--out {name}: is a file of this run; give a plain folder name")
-    return folder
+    outputs = [f"{name}/policy.pt", f"{name}/policy.json"]
+    advice = "use another --out, or remove this folder"
+    return record.stage(run, name, inputs, outputs, advice=advice)
 
 
 def trained_state(model):
