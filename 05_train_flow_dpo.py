@@ -26,6 +26,7 @@ Takes: toy 20 s on 2 cores.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -302,21 +303,24 @@ def reading(log, backwards):
     last = max(stages, key=len)[-50:]
     mean = {}
     for name in ("loss", "accuracy", "saturated", "gap_w", "ref_w", "weight", "weight_wrong"):
-        mean[name] = sum(getattr(step, name) for step in last) / len(last)
+        mean[name] = fmean(getattr(step, name) for step in last)
     rise = mean["gap_w"] / max(mean["ref_w"], 1e-12)
     wrong = mean["weight_wrong"] / max(mean["weight"], 1e-12)
     case, advice = diagnosis(mean["accuracy"], mean["saturated"], rise, wrong, backwards)
-    says = "loss {loss:.2f}, accuracy {accuracy:.2f}, saturated {saturated:.2f}".format(**mean)
-    says += f", {wrong:.0%} of the gradient's weight on wrongly ordered pairs"
-    says += f", winner's error {rise:+.0%}"
-    return f"curves: {case}: {advice} ({says}; docs/curves.md)"
+    return (
+        f"curves: {case}: {advice} (loss {mean['loss']:.2f}, accuracy {mean['accuracy']:.2f}, "
+        f"saturated {mean['saturated']:.2f}, {wrong:.0%} of the gradient's weight on wrongly "
+        f"ordered pairs, winner's error {rise:+.0%}; docs/curves.md)"
+    )
 
 
 def print_plan(model, stages, stage_steps, done, here, args):
     names = ["hard + human", "easy"] if args.hard_first else ["easy", "hard + human"]
     for i, name in enumerate(names):
-        plan = f"{len(stages[i])} pairs, {stage_steps[i]} steps of {args.global_batch}"
-        print(f"stage {i + 1} ({name}): {plan}")
+        pairs = len(stages[i])
+        print(
+            f"stage {i + 1} ({name}): {pairs} pairs, {stage_steps[i]} steps of {args.global_batch}"
+        )
     size = model.latent_shape[0] * model.latent_shape[1]
     print(
         f"beta {args.beta:g} on errors averaged over {size} latent values (the same on their sums: "

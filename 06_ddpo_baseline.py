@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torchaudio
@@ -357,11 +358,12 @@ def draw_prompts(clips, round_, args):
 
 
 def print_rewards(log):
+    rewards = [step.reward for step in log]
     fifth = max(1, len(log) // 5)
-    first = sum(step.reward for step in log[:fifth]) / fifth
-    last = sum(step.reward for step in log[-fifth:]) / fifth
+    first = fmean(rewards[:fifth])
+    last = fmean(rewards[-fifth:])
     print(f"reward while training: first fifth {first:.3f}, last fifth {last:.3f}")
-    no_spread = sum(step.no_spread for step in log) / len(log)
+    no_spread = fmean(step.no_spread for step in log)
     if no_spread > 0.5:
         print(
             f"warning: {no_spread:.0%} of the prompts taught nothing, since all their audios had "
