@@ -420,15 +420,15 @@ def main(args):
                     f"warning: rounding alone clips {means['clipped']:.0%} of the ratios; give "
                     "--no-compile or --precision fp32"
                 )
-            reward = rewards["reward"].item() / audios
-            trainer.bar.set_postfix(reward=f"{reward:.3f}", refresh=False)
+            mean_reward = rewards["reward"].item() / audios
+            trainer.bar.set_postfix(reward=f"{mean_reward:.3f}", refresh=False)
             trainer.finish_step(
                 step,
                 # Without any spread all gradients are 0, but AdamW's momentum and weight decay
                 # would still move weights.
                 moves=rewards["no_spread"].item() < args.prompts,
                 round=round_,
-                reward=reward,
+                reward=mean_reward,
                 reward_std=rewards["reward_std"].item() / args.prompts,
                 no_spread=rewards["no_spread"].item() / args.prompts,
                 **means,
