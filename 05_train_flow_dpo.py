@@ -363,6 +363,7 @@ def main(args):
         upcoming = next(batches, None)
         for step in trainer.steps():
             batch = upcoming
+            trainer.optimizer.zero_grad(set_to_none=True)
             sums = train_step(trainer.policy, reference, batch, args)
             upcoming = next(batches, None)  # read and sent while a GPU is still at work
             sums, grad_norm = training.clip_gradient(model, step, sums, trainer.folder)
@@ -372,12 +373,15 @@ def main(args):
                     f"step 0: the loss is {means['loss']:.4f}, not log 2, so the reference "
                     "differs; use --no-compile or --precision fp32"
                 )
+            lr = training.lr_at(step, args)
+            training.take_step(trainer.optimizer, lr)
             trainer.bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
             trainer.finish_step(
                 step,
                 stage=batch.stage + 1,
                 **means,
                 grad_norm=grad_norm,
+                lr=lr,
                 forwards=4 * args.global_batch * (step + 1),  # policy and reference, two each
                 forwards_grad=2 * args.global_batch * (step + 1),  # the policy's
             )

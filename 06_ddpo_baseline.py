@@ -412,6 +412,7 @@ def main(args):
             if update == 0:
                 mine = here.share(draw_prompts(prompts, round_, args))
                 batches, rewards = collect(model, reward, shards, mine, round_, guidance, args)
+            trainer.optimizer.zero_grad(set_to_none=True)
             sums = train_step(trainer.policy, batches, update, guidance, args)
             sums, grad_norm = training.clip_gradient(model, step, sums, trainer.folder)
             means = {name: value.item() / audios for name, value in sums.items()}
@@ -420,19 +421,22 @@ def main(args):
                     f"warning: rounding alone clips {means['clipped']:.0%} of the ratios; give "
                     "--no-compile or --precision fp32"
                 )
+            lr = training.lr_at(step, args)
+            # Without any spread all gradients are 0, but AdamW's momentum and weight decay would
+            # still move weights.
+            if rewards["no_spread"] < args.prompts:
+                training.take_step(trainer.optimizer, lr)
             mean_reward = rewards["reward"].item() / audios
             trainer.bar.set_postfix(reward=f"{mean_reward:.3f}", refresh=False)
             trainer.finish_step(
                 step,
-                # Without any spread all gradients are 0, but AdamW's momentum and weight decay
-                # would still move weights.
-                moves=rewards["no_spread"].item() < args.prompts,
                 round=round_,
                 reward=mean_reward,
                 reward_std=rewards["reward_std"].item() / args.prompts,
                 no_spread=rewards["no_spread"].item() / args.prompts,
                 **means,
                 grad_norm=grad_norm,
+                lr=lr,
                 # A pass in each update, and --sampling-steps of them in each round.
                 forwards=rows_per_pass * (step + 1 + (round_ + 1) * args.sampling_steps),
                 forwards_grad=rows_per_pass * (step + 1),

@@ -397,7 +397,7 @@ class Trainer:
         return done
 
     def steps(self):
-        """The steps that are left, under a bar; each begins without gradient."""
+        """The steps that are left, under a bar."""
         self.bar = tqdm(
             range(self.done, self.args.steps),
             initial=self.done,
@@ -407,21 +407,16 @@ class Trainer:
         )
         for step in self.bar:
             self.began = time.time()
-            self.optimizer.zero_grad(set_to_none=True)
             yield step
 
-    def finish_step(self, step, moves=True, **measured):
-        """Moves the weights, unless told not to. Writes a checkpoint when it is time, and the line
-        of the step; measured: its fields that are not known here."""
-        lr = lr_at(step, self.args)
-        if moves:
-            take_step(self.optimizer, lr)
+    def finish_step(self, step, **measured):
+        """Writes the line of the step, and a checkpoint when it is time. measured: the line's
+        fields that are not known here."""
         if not self.here.first:
             return
         row = self.row_type(
             step=step,
             **measured,
-            lr=lr,
             seconds=time.time() - self.began,
             peak_gb=peak_gb(self.here.device),
         )
