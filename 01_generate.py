@@ -86,6 +86,7 @@ def parse_args(argv=None):
     flag("--seed", type=command.whole(0), default=0, help="of the clips' draw and all noise")
     command.compile_flag(parser)
     command.workers_flag(parser)
+    command.part_flag(parser)
     return command.parse(parser, argv, "01")
 
 
@@ -578,7 +579,7 @@ def print_report(run, train):
 
 def main(args):
     # -- setup
-    here = ranks.setup()
+    here = ranks.setup(args.part)
     run = Path(args.run_dir)
     is_toy = (run / "00_settings.json").exists()
     world = inputs.read_run(run, rows.World) if (run / "run.json").exists() else None
@@ -594,10 +595,11 @@ def main(args):
     training.only_sample(model, args.compile)
 
     # Nothing is claimed and sealed, as by other stages: shards are added, and vouch for themselves.
-    with record.stage(run, "01", advice=ADVICE) as stage:
+    with record.stage(run, "01", advice=ADVICE, part=here.part) as stage:
         # -- clips
-        if here.first:
-            prepare_run(run, stage, world, is_toy, model, args)
+        with stage.one_at_a_time():
+            if here.first:
+                prepare_run(run, stage, world, is_toy, model, args)
         ranks.barrier()
         train = inputs.read_clips(run, "train")
         if len(train) > args.max_clips:
@@ -609,11 +611,12 @@ def main(args):
 
         # -- audios
         wavs = {wav.name for wav in (run / "01_audio").glob("*.wav")}
-        todo = [shard for shard in shards if not is_whole(run, shard, shards[shard], wavs)]
+        part = here.part_of([*shards])
+        todo = [shard for shard in part if not is_whole(run, shard, shards[shard], wavs)]
         ranks.barrier()  # every rank has seen the same
         generate(run, model, shards, here.share(todo), here, args)
 
-    if not here.first:
+    if not here.first or here.ends_part():
         return
     if train:
         print_report(run, train)

@@ -78,6 +78,7 @@ def parse_args(argv=None):
     flag = parser.engineering.add_argument
     flag("--seed", type=command.whole(0), default=0, help="of the draw, the folds and the fit")
     command.workers_flag(parser)
+    command.part_flag(parser)
     return command.parse(parser, argv, "02")
 
 
@@ -349,11 +350,11 @@ def write_scores(run, rated, scores, truth, samples):
 
 def main(args):
     # -- setup
-    here = ranks.setup()
+    here = ranks.setup(args.part)
     run = Path(args.run_dir)
     run_json = inputs.read_run(run)
     outputs = ["02_audioscore.pt", "02_scores.jsonl"]
-    with record.stage(run, "02", ["01_samples"], outputs, args.redo) as stage:
+    with record.stage(run, "02", ["01_samples"], outputs, args.redo, part=here.part) as stage:
         samples = inputs.read_samples(run)
         clips = {clip.id: clip for clip in inputs.read_clips(run)}
         scorers = common.scorers_of(run, args.weights)
@@ -362,7 +363,8 @@ def main(args):
         # -- people rate
         order = drawn_order(samples, args.seed)
         to_rate = order[: args.num_rated_clips]
-        answers = take_ratings(run, samples, clips, to_rate, root, args)
+        with stage.one_at_a_time():
+            answers = take_ratings(run, samples, clips, to_rate, root, args)
         if not answers:
             print_how_to_rate(run, to_rate, samples)
             return
@@ -384,8 +386,9 @@ def main(args):
 
         # -- scores
         blocks = rated_blocks(run, order, samples, clips, counted, root)
-        scoring.score(blocks, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
-        if not here.first:  # the others wait where the stage ends
+        part = here.part_of(blocks)
+        scoring.score(part, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
+        if not here.first or here.ends_part():  # the others wait where the stage ends
             return
         shares = shares_of(counted)
         said = read_said(shares, blocks, scorers)

@@ -51,6 +51,7 @@ def parse_args(argv=None):
     flag = parser.engineering.add_argument
     flag("--seed", type=command.whole(0), default=0, help="of the draw of comparisons")
     command.workers_flag(parser)
+    command.part_flag(parser)
     return command.parse(parser, argv, "03")
 
 
@@ -278,12 +279,12 @@ def print_chosen(run, kept, counted, pairs, ratings):
 
 def main(args):
     # -- setup
-    here = ranks.setup()
+    here = ranks.setup(args.part)
     run = Path(args.run_dir)
     run_json = inputs.read_run(run)
     sources = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"]
     outputs = ["03_pairs.jsonl", "03_human_pairs.jsonl"]
-    with record.stage(run, "03", sources, outputs, args.redo) as stage:
+    with record.stage(run, "03", sources, outputs, args.redo, part=here.part) as stage:
         samples = inputs.read_samples(run)
         clips = {clip.id: clip for clip in inputs.read_clips(run, "train")}
         ratings = rows.read(
@@ -293,7 +294,8 @@ def main(args):
         scorers = common.scorers_of(run, args.weights)
 
         # -- people choose
-        answers = take_choices(run, samples, clips, ratings, args)
+        with stage.one_at_a_time():
+            answers = take_choices(run, samples, clips, ratings, args)
         kept = people.without_raters(answers, args.exclude_rater)
         counted = [answer for answer in kept if not answer.repeat]
         settings = {
@@ -306,8 +308,9 @@ def main(args):
 
         # -- scores, then pairs
         blocks = inputs.shard_blocks(run, samples, clips.values())
-        scoring.score(blocks, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
-        if not here.first:  # the others wait where the stage ends
+        part = here.part_of(blocks)
+        scoring.score(part, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
+        if not here.first or here.ends_part():  # the others wait where the stage ends
             return
         p_of = apply_audioscore(blocks, scorers, audioscore)
         rated = {row.clip for row in ratings}

@@ -87,6 +87,7 @@ def parse_args(argv=None):
     engineering.add_argument("--batch-clips", type=command.whole(1), default=16, help=described)
     command.compile_flag(parser)
     command.workers_flag(parser)
+    command.part_flag(parser)
     return command.parse(parser, argv, "07")
 
 
@@ -542,23 +543,19 @@ def inputs_of(run, systems):
     return sources
 
 
-def clip_blocks(run, split, clips, name="base", audio_of=()):
-    """The clips of the split in blocks of 32, with what a system has of their audio, {clip id:
-    scoring.Audio}; without `audio_of`, for what is seen of the videos."""
+def clip_blocks(run, split, clips):
+    """The clips of the split in blocks of 32, without audio."""
     blocks = []
     for start in range(0, len(clips), scoring.BLOCK_CLIPS):
+        name = f"{split}_{start // scoring.BLOCK_CLIPS:05d}"
         part = clips[start : start + scoring.BLOCK_CLIPS]
-        audios = [audio_of[clip.id] for clip in part if clip.id in audio_of]
-        block = f"{split}_{start // scoring.BLOCK_CLIPS:05d}"
-        folder = run / "07_scores" / name
-        blocks.append(scoring.Block(block, folder, run / "07_clips", part, audios))
+        blocks.append(scoring.Block(name, run / "07_scores", run / "07_clips", part, audios=[]))
     return blocks
 
 
-def clip_features(run, run_json, model, scorers, scorer_names, clips, here, args):
+def clip_features(run_json, model, blocks, scorers, scorer_names, here, args):
     """{clip id: the model's features} of the clips whose video can be used. If the model sees the
     videos, the scorers see them in the same decode."""
-    blocks = clip_blocks(run, args.split, clips)
     seers = scorer_names if model.reads_video else ()
     scoring.embed_videos(
         here.share(blocks), scorers, seers, run_json.clip_s, here.device, args.workers, model
@@ -574,7 +571,7 @@ def clip_features(run, run_json, model, scorers, scorer_names, clips, here, args
     return features
 
 
-def sample_audio(run_json, system, model, features, clips, here, args):
+def sample_audio(run_json, system, model, features, blocks, stage, here, args):
     """One audio per clip of a policy; what is there of the same policy is kept. Its one record
     speaks for the audio of both splits."""
     policy = run_json.checkpoint_digest
@@ -587,31 +584,18 @@ def sample_audio(run_json, system, model, features, clips, here, args):
         "seed": run_json.seed,
     }
     made = rows.Record(settings=settings, inputs={})
-    file = system.audio / "settings.json"
-    wav_of = {wav.stem: wav for wav in system.audio.glob("[!.]*.wav")}  # of both splits
-    if wav_of and not file.exists():
-        stop(
-            f"{system.audio}: holds audio that stage 07 did not make; move it away, or evaluate it "
-            "as --systems NAME=DIR"
-        )
-    is_same = file.exists() and rows.read_json(file, rows.Record) == made
-    todo = []
-    for clip in clips:
-        if clip.id in features and not (is_same and clip.id in wav_of):
-            todo.append(clip)
+    todo = batches_to_sample(system, made, features, blocks, args)
     if todo and system.folder is not None:
         # Before any audio goes: it may be another model's.
         model.load_policy(system.folder / "policy.pt")
     ranks.barrier()  # every rank has seen the same
-    if here.first and not is_same:
-        for wav in wav_of.values():  # of another policy, or sampled otherwise
-            wav.unlink()
-        rows.write_json(file, made)
+    with stage.one_at_a_time():
+        if here.first and not is_of(system, made):
+            for wav in system.audio.glob("[!.]*.wav"):  # of another policy, or sampled otherwise
+                wav.unlink()
+            rows.write_json(system.audio / "settings.json", made)
     ranks.barrier()
-    # Ranks take whole batches: in one of another size an audio may round otherwise.
-    batches = [todo[i : i + args.batch_clips] for i in range(0, len(todo), args.batch_clips)]
-    shown = here.first and todo
-    batches = tqdm(here.share(batches), system.name, unit="batch", disable=not shown)
+    batches = tqdm(here.share(todo), system.name, unit="batch", disable=not (here.first and todo))
 
     def features_of(clip):
         return features[clip.id]
@@ -626,6 +610,32 @@ def sample_audio(run_json, system, model, features, clips, here, args):
     for _ in common.sample_clips(model, batches, features_of, seeds_of, write, sampler):
         pass
     ranks.barrier()
+
+
+def is_of(system, made):
+    """Whether a policy's audio, what there is of it, was sampled from it with these settings."""
+    file = system.audio / "settings.json"
+    if not file.exists() and any(system.audio.glob("[!.]*.wav")):
+        stop(
+            f"{system.audio}: holds audio that stage 07 did not make; move it away, or evaluate it "
+            "as --systems NAME=DIR"
+        )
+    return file.exists() and rows.read_json(file, rows.Record) == made
+
+
+def batches_to_sample(system, made, features, blocks, args):
+    """Batches of a block's clips, of those of which any has no audio yet. Whole ones, always the
+    same: in one of another size an audio may round otherwise."""
+    is_same = is_of(system, made)
+    batches = []
+    for block in blocks:
+        usable = [clip for clip in block.clips if clip.id in features]
+        for start in range(0, len(usable), args.batch_clips):
+            batch = usable[start : start + args.batch_clips]
+            wavs = [system.audio / f"{clip.id}.wav" for clip in batch]
+            if not (is_same and all(wav.exists() for wav in wavs)):
+                batches.append(batch)
+    return batches
 
 
 def audio_file(system, clip):
@@ -656,29 +666,40 @@ def print_found(systems, clips, split):
         print(line)
 
 
-def find_audio(run, run_json, system, clips, here, args):
-    """{clip id: scoring.Audio} of the audios of a system that can be used."""
-    found = {}
-    for clip in clips:
-        file = audio_file(system, clip)
-        if file is not None:
-            found[clip.id] = scoring.Audio(clip, 0, file, files.digest(file))
-    blocks = clip_blocks(run, args.split, clips, system.name, found)
-    scoring.find_peaks(here.share(blocks), run_json.clip_s)
+def find_audio(run, run_json, system, clip_blocks, here, args):
+    """A system's audio that can be used, in the blocks of its clips; those without any are left
+    out."""
+    found = []
+    for block in clip_blocks:
+        audios = []
+        for clip in block.clips:
+            file = audio_file(system, clip)
+            if file is not None:
+                audios.append(scoring.Audio(clip, 0, file, files.digest(file)))
+        found.append(block._replace(scores=run / "07_scores" / system.name, audios=audios))
+    scoring.find_peaks(here.share(found), run_json.clip_s)
     ranks.barrier()
-    peaks = dict(zip(found, scoring.read_peaks(blocks, run_json.clip_s)))
-    usable = {name: audio for name, audio in found.items() if peaks[name].isfinite()}
-    missing = [clip.id for clip in clips if clip.id not in usable]
+    usable = []
+    missing = []
+    silent = 0
+    for block in found:
+        peaks = scoring.read_peaks([block], run_json.clip_s)
+        audios = [audio for audio, peak in zip(block.audios, peaks) if peak.isfinite()]
+        have = {audio.clip.id for audio in audios}
+        missing += [clip.id for clip in block.clips if clip.id not in have]
+        silent += int((peaks < common.SILENT_PEAK).sum())
+        if audios:
+            usable.append(block._replace(audios=audios))
+    count = sum(len(block.audios) for block in usable)
     if missing:
-        line = f"{system.name}: audio for {len(usable)} of {len(clips)} {args.split} clips"
+        line = f"{system.name}: audio for {count} of {count + len(missing)} {args.split} clips"
         line += f", first missing {missing[0]}"
-        if not usable or not args.allow_missing:
+        if not args.allow_missing or not (usable or here.part):
             stop(f"{line}; complete it, or evaluate what there is with --allow-missing")
         print(line)
-    silent = sum(peak < common.SILENT_PEAK for peak in peaks.values())
-    if system.kind != "truth" and silent > 0.01 * len(usable):
+    if system.kind != "truth" and silent > 0.01 * count:
         print(
-            f"warning: {silent} of {len(usable)} audios of {system.name} are silent or broken, and "
+            f"warning: {silent} of {count} audios of {system.name} are silent or broken, and "
             "scored as that"
         )
     return usable
@@ -759,7 +780,7 @@ def describe_run(run, run_json, scorers, systems, usable, results, metrics, args
 
 def main(args):
     # -- setup
-    here = ranks.setup()
+    here = ranks.setup(args.part)
     run = Path(args.run_dir)
     run_json = inputs.read_run(run)
     clips = inputs.read_clips(run, args.split)
@@ -775,7 +796,7 @@ def main(args):
     names = [system.name for system in systems]
 
     # It claims no record: what it makes has keys of its own, and the numbers are always made anew.
-    with record.stage(run, "07", inputs_of(run, systems)):
+    with record.stage(run, "07", inputs_of(run, systems), part=here.part) as stage:
         print_found(systems, clips, args.split)
         if args.dry_run:
             wanted = [file for name in scorer_names for file in scorers.classes[name].files]
@@ -783,25 +804,22 @@ def main(args):
             return
 
         # -- audio
+        blocks = here.part_of(clip_blocks(run, args.split, clips))
         policies = [system for system in systems if system.kind == "policy"]
         if policies:
             model = common.load_base_model(run, here.device, args.weights)
             training.only_sample(model, args.compile)
-            features = clip_features(run, run_json, model, scorers, scorer_names, clips, here, args)
+            features = clip_features(run_json, model, blocks, scorers, scorer_names, here, args)
             for system in policies:
-                sample_audio(run_json, system, model, features, clips, here, args)
-        usable = {}
+                sample_audio(run_json, system, model, features, blocks, stage, here, args)
+        blocks_of = {}
         for system in systems:
-            usable[system.name] = find_audio(run, run_json, system, clips, here, args)
+            blocks_of[system.name] = find_audio(run, run_json, system, blocks, here, args)
 
         # -- scores
-        blocks_of = {}
-        for name in names:
-            blocks = clip_blocks(run, args.split, clips, name, usable[name])
-            blocks_of[name] = [block for block in blocks if block.audios]
-        blocks = [block for own in blocks_of.values() for block in own]
-        scoring.score(blocks, scorers, scorer_names, run_json.clip_s, here, args.workers)
-        if not here.first:
+        all_blocks = [block for own in blocks_of.values() for block in own]
+        scoring.score(all_blocks, scorers, scorer_names, run_json.clip_s, here, args.workers)
+        if not here.first or here.ends_part():
             return
 
         # -- numbers
@@ -810,14 +828,17 @@ def main(args):
             audioscore = AudioScore.load(run / "02_audioscore.pt")
         simulated = common.people_of(run)  # the toy world's oracle and judge
         how_of = {metric: how for metric, (how, _, _) in measures.items()}
+        usable = {}  # {system: {clip id: its audio}}
         truth = {}
         values = {}
         for name in names:
+            audios = [audio for block in blocks_of[name] for audio in block.audios]
+            usable[name] = {audio.clip.id: audio for audio in audios}
             by_scorer = scoring.read_scores(blocks_of[name], scorers, scorer_names)
             said = metrics_said(by_scorer, measures, scorers, audioscore)
             if simulated is not None:
-                audios = [(audio.clip, audio.path) for audio in usable[name].values()]
-                said |= simulated.oracle_scores(run, audios)
+                waves = [(audio.clip, audio.path) for audio in audios]
+                said |= simulated.oracle_scores(run, waves)
             said = aligned(said, usable[name], clips)
             values[name] = clip_values(said, truth, how_of)
             if name == "ground_truth":

@@ -69,6 +69,24 @@ def compile_flag(parser):
     )
 
 
+def part_flag(parser):
+    parser.engineering.add_argument(
+        "--part",
+        type=part,
+        metavar="I/N",
+        help="make the I-th of N parts and wait for no other; when all are made, the same command "
+        "without it ends the stage (docs/cluster.md)",
+    )
+
+
+def part(text):
+    """I/N as (I, N)."""
+    numbers = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
+    if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2]):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} must be I/N, I from 1 to N, as in 1/4")
+    return int(numbers[1]), int(numbers[2])
+
+
 def training_flags(parser, out):
     """Of stages 05 and 06: where a policy is trained, and how, whatever its loss."""
     parser.io.add_argument("--out", default=out, help="name of the output folder inside the run")

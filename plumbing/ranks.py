@@ -17,6 +17,7 @@ class Ranks(NamedTuple):
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    part: tuple | None = None  # (I, N) of --part I/N
 
     @property
     def first(self):
@@ -26,8 +27,23 @@ class Ranks(NamedTuple):
         """The items that fall to this process."""
         return items[self.rank :: self.world]
 
+    def part_of(self, items):
+        """The items that this part makes, all of them without --part: its processes share them,
+        and wait for no process of another part."""
+        if self.part is None:
+            return items
+        i, n = self.part
+        return items[i - 1 :: n]
 
-def setup():
+    def ends_part(self):
+        """Whether the stage ends here, since the rest is of all parts together. Says so."""
+        if self.part is not None:
+            i, n = self.part
+            print(f"part {i} of {n} is done; when all are, the command without --part goes on")
+        return self.part is not None
+
+
+def setup(part=None):
     """Joins the other processes of torchrun, by nccl on CUDA, by gloo elsewhere. What others than
     the first print goes nowhere, but for errors. float32 products are TF32 on CUDA."""
     rank = int(os.environ.get("RANK", 0))
@@ -46,7 +62,7 @@ def setup():
         torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
         join(rank, world, device)
-    return Ranks(rank, world, device)
+    return Ranks(rank, world, device, part)
 
 
 def join(rank, world, device):

@@ -10,6 +10,9 @@
    record that is there says otherwise.
 3. Left without an error on any rank, it adds the digests of the outputs to the record.
 
+Of a stage that is made in parts (--part) each part does 1 and 2, but keeps out the whole stage and
+itself alone, and leaves 3 to the command that ends the stage.
+
 The first two digits of a file's name say which stage wrote it. That stage's record is
 NN_settings.json, or settings.json in a policy's folder.
 """
@@ -20,7 +23,7 @@ import re
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from plumbing import files, ranks, rows
@@ -40,12 +43,19 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
     """What this module's docstring says.
 
     name: the stage's two digits, or a policy's folder; inputs, outputs: names below the run folder;
-    advice: what to do where the record says otherwise. Only processes that see each other's POSIX
-    locks are kept apart.
+    advice: what to do where the record says otherwise; part: (I, N) of --part. Only processes that
+    see each other's POSIX locks are kept apart.
     """
 
     def __init__(
-        self, run, name, inputs=(), outputs=(), redo=False, advice="use --redo to replace it"
+        self,
+        run,
+        name,
+        inputs=(),
+        outputs=(),
+        redo=False,
+        advice="use --redo to replace it",
+        part=None,
     ):
         self.run = Path(run)
         self.name = name
@@ -53,24 +63,49 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
         self.outputs = list(outputs)
         self.redo = redo
         self.advice = advice
+        self.part = part
         self.file = settings_file(self.run, name)
-        self.lock = None
+        self.locks = []
         self.claimed = False
+        if part and redo:
+            stop("--redo: not with --part; give the command with --redo once, without --part")
 
     def __enter__(self):
         if ranks.is_first():
             self.run.mkdir(parents=True, exist_ok=True)
-            self.lock = take_lock(self.run, self.name)
-            remove_temporaries(self.run, self.name)
+            self.take_locks()
             follow(self.run, self.inputs)
         ranks.barrier()
         return self
+
+    def take_locks(self):
+        """The whole stage has its lock alone; parts have it together, and each one of its own."""
+        if self.part is None:
+            self.locks.append(take_lock(self.run, self.name))
+            remove_temporaries(self.run, self.name)
+        else:
+            i, n = self.part
+            self.locks.append(take_lock(self.run, f"{self.name}.part_{i}_of_{n}"))
+            self.locks.append(take_lock(self.run, self.name, together=True))
+
+    @contextmanager
+    def one_at_a_time(self):
+        """Parts that begin together come here one after the other: the first makes what all share,
+        and the others find it."""
+        if not ranks.is_first():
+            yield
+            return
+        with open(self.run / f".{self.name}.begin.lock", "a", encoding="utf-8") as stream:
+            with suppress(OSError):  # where locks do not work, all make the same
+                fcntl.lockf(stream, fcntl.LOCK_EX)
+            yield
 
     def claim(self, settings, more_inputs=()):
         """more_inputs: what was written since the stage was entered, people's answers."""
         self.inputs += more_inputs
         if ranks.is_first():
-            self.write(settings, self.redo)
+            with self.one_at_a_time():
+                self.write(settings, self.redo)
         self.claimed = True
         ranks.barrier()
 
@@ -99,14 +134,14 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
         return files.digest_of(made.settings, made.inputs)
 
     def __exit__(self, kind, error, trace):
-        if kind is None and self.claimed:
+        if kind is None and self.claimed and self.part is None:
             ranks.barrier()  # another rank may still fail
             if ranks.is_first():
                 made = rows.read_json(self.file, rows.Record)
                 made.outputs = {name: digest(self.run / name) for name in self.outputs}
                 rows.write_json(self.file, made)
-        if self.lock is not None:
-            self.lock.close()
+        for lock in self.locks:
+            lock.close()
 
 
 def compare(file, new, advice):
@@ -183,13 +218,13 @@ NO_LOCKS = (
 unlocked = set()  # run folders on whose disk locks do not work
 
 
-def take_lock(run, name):
+def take_lock(run, name, together=False):
     """Locks an output, in a file whose text says who has it (not inherited by child processes), and
-    returns it open. Where locks do not work (Lustre without flock, some NFS), that is said once for
-    a run, and the work goes on."""
+    returns it open. together: others who say so may have it too. Where locks do not work (Lustre
+    without flock, some NFS), that is said once for a run, and the work goes on."""
     stream = open(run / f".{name}.lock", "a+", encoding="utf-8")  # noqa: SIM115, until the end
     try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(stream, (fcntl.LOCK_SH if together else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         stream.seek(0)
         holder = stream.read() or "another process"

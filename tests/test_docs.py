@@ -74,7 +74,7 @@ def commands_in(text):
     """[[word, ...], ...]: the commands of a text's code that start with python or torchrun and name
     a script of ours, without what is said behind them: `# ...`, or in brackets after two spaces."""
     found = []
-    for line in code_lines(text):
+    for line in code_lines(text.replace("$SLURM_ARRAY_TASK_ID", "1")):
         for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*|\s{2,}\(.*", "", line)):
             if re.match(r"\s*(python|torchrun) .*\b(0\d_\w+|evidence)\.py\b", part):
                 found.append([word for word in shlex.split(part) if word != "..."])
@@ -132,7 +132,8 @@ CARD = "torchrun --nproc_per_node 8 05_train_flow_dpo.py"  # as the design card 
 
 def torchruns(text):
     """Every torchrun command line of a text: of a page, a docstring, or what a stage prints."""
-    return [line.strip() for line in re.findall(r"torchrun --.*", text)]
+    whole = re.sub(r"\\\\?\n\s*", "", text)
+    return [line.strip() for line in re.findall(r"torchrun --.*", whole)]
 
 
 def meets_at_the_common_port(line):

@@ -326,6 +326,8 @@ NO_SYSTEM = ("mine", "mine=nowhere", "../x=05_flow_dpo", LONG, "base=05_flow_dpo
 FLAGS = [  # stage, flags, what the line must name; of a whole run
     ("01", "--videos .", "--videos"), ("01", "--model sora", "sora"),
     ("01", "--model toy:large", "toy"), ("01", "--cavp .", "--cavp"),
+    ("01", "--part 5/4", "I/N"), ("02", "--part 0/4", "I/N"), ("07", "--part 1of4", "I/N"),
+    ("03", "--part 1/4 --redo", "--redo"), ("05", "--part 1/4", "--part"),
     ("05", "--bet 7", "--bet"), ("05", "--bta 7", "--bta"), ("05", "--global 4", "--global"),
     ("05", "--beta high", "--beta"), ("06", "--updates 9 --sampling-steps 4", "--updates"),
     ("06", "--eta 0", "--eta"),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -78,25 +79,49 @@ def test_only_a_lock_that_another_holds_means_another_process(tmp_path, monkeypa
 HOLDER = """
 import sys
 from common import record
-with record.stage(sys.argv[1], "05_flow_dpo"):
+part = (int(sys.argv[3]), 4) if sys.argv[3:] else None
+with record.stage(sys.argv[1], sys.argv[2], part=part):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
-def test_two_commands_on_one_output_are_refused_and_05_and_06_side_by_side_are_not(tmp_path):
+@contextmanager
+def holder(run, *what):
+    """Another process that makes a stage, or a part of it."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    command = [sys.executable, "-c", HOLDER, str(run), *what]
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes) as other:
         assert other.stdout.readline() == "held\n"
+        yield other
+        other.communicate("")
+
+
+def test_two_commands_on_one_output_are_refused_and_05_and_06_side_by_side_are_not(tmp_path):
+    with holder(tmp_path, "05_flow_dpo") as other:
         line = stopped(record.stage(tmp_path, "05_flow_dpo").__enter__)
         said(line, f"05_flow_dpo is being made by process {other.pid} on ")
         said(line, "wait for it, or stop it")
         with record.stage(tmp_path, "06_ddpo"), record.stage(tmp_path, "05_another"):
             pass
-        other.communicate("")
     with record.stage(tmp_path, "05_flow_dpo"):
         pass
+
+
+def test_parts_are_made_side_by_side_and_keep_out_themselves_and_the_whole_stage(tmp_path):
+    half_written = tmp_path / "03_scores" / ".00000.pesq.pt.71.tmp.pt"
+    half_written.parent.mkdir()
+    half_written.touch()
+    with holder(tmp_path, "03", "2") as other:
+        made_by = f"is being made by process {other.pid} on "
+        said(stopped(record.stage(tmp_path, "03", part=(2, 4)).__enter__), "part_2_of_4", made_by)
+        said(stopped(record.stage(tmp_path, "03").__enter__), made_by)
+        with record.stage(tmp_path, "03", part=(1, 4)):
+            assert half_written.exists()  # another part may be writing it
+    with holder(tmp_path, "03"):
+        said(stopped(record.stage(tmp_path, "03", part=(2, 4)).__enter__), "03 is being made by")
+    with record.stage(tmp_path, "03"):
+        assert not half_written.exists()
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP])

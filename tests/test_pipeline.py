@@ -600,6 +600,29 @@ def test_two_ranks_divide_01_02_03_and_07_and_give_the_bytes_of_one(fresh, small
     assert {x: ours[x].replace(bytes(two), bytes(fresh)) for x in ours} == theirs
 
 
+def test_parts_in_any_order_and_two_of_them_killed_end_with_the_bytes_of_one_command(
+    fresh, small_shards
+):
+    parts = shutil.copytree(fresh, fresh.with_name("parts"))
+    jobs = {"01": ("--sampling-steps", 2, "--max-clips", 12, "--num-samples", 2)}
+    jobs |= {"02": ("--num-rated-clips", 4), "03": ()}
+    jobs |= {"07": ("--systems", "ground_truth", "base", "--batch-clips", 6)}
+    for number, flags in jobs.items():
+        call(number, fresh, *flags)
+        for part in ("3/4", "1/4", "4/4", "2/4"):
+            if (number, part) in (("01", "3/4"), ("03", "1/4")):
+                with interrupted(files, "save_pt"):
+                    call(number, parts, *flags, "--part", part)
+            call(number, parts, *flags, "--part", part)
+        if number in ("02", "03"):
+            assert read_json(parts / f"{number}_settings.json")["outputs"] == {}
+        made = {file: file.stat().st_mtime_ns for file in parts.rglob("*.pt")}
+        call(number, parts, *flags)
+        assert all(file.stat().st_mtime_ns == time for file, time in made.items())
+    ours, theirs = (files_of(place, *STAGES) for place in (parts, fresh))
+    assert {x: ours[x].replace(bytes(parts), bytes(fresh)) for x in ours} == theirs
+
+
 def test_ddpo_on_equal_rewards_leaves_the_policy_as_it_was_and_says_so(run, capsys, monkeypatch):
     monkeypatch.setattr(stage("06").Reward, "__call__", spread_of_none)
     call("06", run, "--out", "none", "--steps", 4)
