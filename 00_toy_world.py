@@ -6,14 +6,14 @@ networks trained; the networks themselves, and what the other stages need of the
 adapters/toy.py, its people and judges in adapters/toy_people.py.
 
 Run:   python 00_toy_world.py
-       python 00_toy_world.py --run-dir runs/small --size tiny       (seconds; for the tests)
+       python 00_toy_world.py --run-dir runs/small --size tiny       (for the tests)
 Takes: 112 s on 2 cores in two processes, no GPU. Tiny: about 20 s in one.
 Writes, in --run-dir:
   run.json         model "toy", checkpoint, its digest, size, world_seed, rater_noise, scorers,
                    video_root, clip_s (seconds), and `defaults`: this world's replacements for the
                    paper's numbers, by stage
   clips.jsonl      id, video, caption (or null), label, split (train, val, test)
-  00_truth.jsonl   id, class, hits_s (seconds), wet (amplitude): read only by people and judges
+  00_truth.jsonl   id, class, hits_s (seconds): read only by people and judges
   00_base.pt       net (the velocity network), encoder, codec, vocabulary
   00_scorers.pt    imagebind, clap, synchformer, panns (state dicts), codec, vocabulary
   00_oracle.pt     the oracle's classifier; read only by people and oracle
@@ -52,8 +52,8 @@ from tqdm import tqdm
 
 import common
 from adapters.toy import (
+    CAPTIONS,
     CHANNELS,
-    CLASSES,
     CLIP_S,
     EMBED,
     FPS,
@@ -153,7 +153,7 @@ DEFAULTS = {
 DEFAULTS["large"] = DEFAULTS["default"] | {
     "02": dict(num_rated_clips=400),
     "03": dict(num_human_pairs=400),
-    "05": DEFAULTS["default"]["05"] | dict(steps=250),  # each pair below four times
+    "05": DEFAULTS["default"]["05"] | dict(steps=250),  # fewer than four passes
     "06": DEFAULTS["default"]["06"] | dict(steps=250),
 }
 
@@ -167,7 +167,7 @@ def parse_args(argv=None):
     parser = command.Parser(__doc__)
     add = parser.engineering.add_argument
     add("--seed", type=command.whole(0), default=0, help="of every clip and network")
-    add("--size", choices=list(SIZES), default="default", help="tiny: seconds, for tests")
+    add("--size", choices=list(SIZES), default="default", help="tiny: 20 s, for tests")
     return parser.parse_args(argv)
 
 
@@ -180,7 +180,7 @@ def parse_args(argv=None):
 class Script:
     """What happens in a clip. Amplitudes are shares of full scale."""
 
-    kind: int  # class of the object that is seen, its place in CLASSES
+    kind: int  # class of the object that is seen, its place in LABELS
     hits_s: np.ndarray  # when it touches the ground, seconds
     caption: str | None
     sound_kind: int  # class of what is heard
@@ -193,7 +193,7 @@ class Script:
 def draw_script(seed, corpus, index):
     """All of a clip but its samples and pixels."""
     rng = np.random.default_rng([seed, CORPORA.index(corpus), index])
-    kind = int(rng.integers(len(CLASSES)))
+    kind = int(rng.integers(len(LABELS)))
     count = int(rng.choice([2, 3, 4], p=[0.6, 0.3, 0.1]))
     first = 0.34  # seconds; a clip begins with silence
     last = 1.56
@@ -201,7 +201,7 @@ def draw_script(seed, corpus, index):
     spread = np.sort(rng.uniform(0, last - first - gap * (count - 1), count))
     hits_s = first + spread + gap * np.arange(count)
     opening = OPENINGS[rng.integers(len(OPENINGS))]
-    caption = opening + CLASSES[LABELS[kind]]
+    caption = opening + CAPTIONS[LABELS[kind]]
     if rng.random() < 0.1:
         caption = None
     script = Script(
@@ -218,7 +218,7 @@ def draw_script(seed, corpus, index):
     class_chance, time_chance, noise_chance, room_chance = rng.random(4)
     if corpus == "pretrain":  # the imperfect data
         if class_chance < 0.10:
-            script.sound_kind = int((kind + rng.integers(1, len(CLASSES))) % len(CLASSES))
+            script.sound_kind = int((kind + rng.integers(1, len(LABELS))) % len(LABELS))
         if time_chance < 0.35:
             shift = rng.uniform(0.1, 0.45) * rng.choice([-1, 1])
             if hits_s[-1] + shift > 1.7 or hits_s[0] + shift < 0.04:
@@ -252,7 +252,9 @@ def draw_syllable(phase):
     gains = 0
     for formant_hz, width_hz, gain in ((700, 130, 1), (1220, 150, 0.6), (2600, 200, 0.3)):
         gains = gains + gain * np.exp(-(((hz - formant_hz) / width_hz) ** 2))
-    y = (gains * np.sin(hz * phase + harmonic * harmonic)).sum(axis=0)
+    # Each harmonic begins at another phase, or their peaks would add up to a click.
+    start = harmonic * harmonic
+    y = (gains * np.sin(hz * phase + start)).sum(axis=0)
     edges = np.minimum(EVENT_S, 0.26 - EVENT_S) / 0.006
     return y * np.clip(edges, 0, 1)
 
@@ -281,8 +283,8 @@ def draw_event(kind, pitch, rng):
     elif label == "person speaking":
         y = draw_syllable(phase)
     elif label == "bass drum":
-        falling = 55 * t + 3.2 * (1 - decay(0.025))
-        y = np.sin(2 * np.pi * falling * pitch) * decay(0.05)
+        cycles = 55 * t + 3.2 * (1 - decay(0.025))  # so far: from 183 Hz down to 55 Hz
+        y = np.sin(2 * np.pi * cycles * pitch) * decay(0.05)
     else:  # hi-hat
         y = np.diff(rng.standard_normal(len(t) + 2), n=2) * decay(0.012)
     y = y * np.clip((0.35 - t) / 0.05, 0, 1)
@@ -305,9 +307,9 @@ def draw_sound(script):
     if script.wet:
         wave = wave + reverberation(wave, script.wet, rng)
     wave = wave + script.noise * rng.standard_normal(SAMPLES)
-    too_loud = max(1.0, np.abs(wave).max() / 0.95)
+    wave = wave / max(1.0, np.abs(wave).max() / 0.95)  # what is too loud is turned down
     # Of 16 bits: below them sin and exp differ between CPUs.
-    return np.round(wave / too_loud * 2**15).astype(np.float32) / 2**15
+    return np.round(wave * 2**15).astype(np.float32) / 2**15
 
 
 def reverberation(wave, wet, rng):
@@ -369,15 +371,10 @@ def write_mp4(path, picture, sound=None):
     with av.open(str(path), "w", format="mp4") as container:
         options = {"preset": "ultrafast", "crf": "23", "threads": "1"}
         video = container.add_stream("libx264", rate=FPS, options=options)
-        video.width = PIXELS
-        video.height = PIXELS
-        video.pix_fmt = "yuv420p"
         if sound is not None:
             options = {"b": "64000", "aac_coder": "fast"}
             audio = container.add_stream("aac", rate=RATE_HZ, layout="mono", options=options)
-        for image in picture:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(video.encode(None))
+        media.encode_picture(container, video, picture)
         if sound is None:
             return
         for start in range(0, SAMPLES, 1024):
@@ -413,7 +410,6 @@ def write_clip(job):
         id=name,
         kind=script.kind,
         hits_s=[round(float(hit), 4) for hit in script.hits_s],
-        wet=round(float(script.wet), 4),
     )
     return clip, truth
 
@@ -422,7 +418,7 @@ def corpus_clip(job):
     """Pool job: one clip that only trains networks. Returns a dict of arrays.
 
     Of the judge's corpus: kind, wave (32000,). Of the oracle's: kind, mel (100, 64). Of all others
-    also: noise (0 none, 1 the loudest), moments (50, 10), text (V,), strike (50,), 1 at a hit.
+    also: noisiness (0 to 1), moments (50, 10), text (V,), strike (50,), 1 at a hit.
     """
     seed, corpus, index = job
     script = draw_script(seed, corpus, index)
@@ -433,14 +429,14 @@ def corpus_clip(job):
     if corpus == "oracle":
         return clip
     # `draw_script` draws noise between amplitudes of 10^-3.2 and 10^-1.5.
-    loudness = np.clip((np.log10(script.noise) + 3.2) / 1.7, 0, 1)
-    with tempfile.TemporaryDirectory() as folder:
+    noisiness = np.clip((np.log10(script.noise) + 3.2) / 1.7, 0, 1)
+    with tempfile.TemporaryDirectory() as folder:  # through H.264, as the stages see theirs
         path = Path(folder) / "clip.mp4"
         write_mp4(path, draw_picture(script))
         (frames,) = media.read_frames(path, [(FPS, frame_transform)], CLIP_S)
     from_hits_s = np.arange(FRAMES)[:, None] / FPS - script.hits_s
     strike = np.exp(-0.5 * (from_hits_s / 0.03) ** 2).max(axis=1)
-    clip["noise"] = np.float32(loudness)
+    clip["noisiness"] = np.float32(noisiness)
     clip["moments"] = picture_moments(frames).numpy()
     clip["text"] = words(script.caption).numpy()
     clip["strike"] = strike.astype(np.float32)
@@ -453,19 +449,21 @@ def corpus_clip(job):
 # --------------------------------------------------------------------------------------------------
 
 
-def fit(title, net, loss, data, steps, batch, seed, bar_line=0, after=None):
-    """AdamW with a cosine schedule on random batches of the clips.
+def fit(title, net, loss, data, steps, batch, seed, bar_line=0):
+    """AdamW on random batches of the clips: 20 steps of warm-up, then a cosine to zero; gradients
+    are clipped at norm 1.
 
-    data: tensors with a row for each clip; loss(net, generator, *their rows) -> scalar;
-    after(step): what to do after each step; bar_line: where the progress bar stands, since two
-    processes train side by side.
+    data: tensors with a row for each clip; loss(net, generator, *their rows) -> scalar; bar_line:
+    where the progress bar stands, since two processes train side by side. Returns {name: weight},
+    means over the steps in which step k of n counts as (k / n)^9: about the last tenth of them.
     """
     lr = 2e-3
     count = len(data[0])
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
+    averages = {key: value.clone() for key, value in net.state_dict().items()}
     for step in tqdm(range(steps), title, position=bar_line, disable=None, mininterval=1):
-        if signal.SIGINT in signal.sigpending():  # in a process of the pool, see `start_pool`
+        if signal.SIGINT in signal.sigpending():  # waits in a process of `start_pool`
             stop(f"{title}: interrupted")
         warmup = min(1, (step + 1) / 20)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -476,16 +474,17 @@ def fit(title, net, loss, data, steps, batch, seed, bar_line=0, after=None):
         value.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        if after is not None:
-            after(step)
+        for key, value in net.state_dict().items():
+            averages[key].lerp_(value, 10 / (step + 11))
+    return averages
 
 
 def fit_codec(mel):
     """PCA of patches. mel: (N, 100, 64).
 
-    A component's variance becomes its deviation over the mean deviation, a compromise between
-    whitening (the network would spend itself on inaudible ones) and none; the latent's overall
-    variance is 1.
+    Half-whitened: a component is divided by the square root of its deviation, a compromise between
+    whitening (the network would spend itself on inaudible ones) and none; `deviation.mean()` makes
+    the latent's overall variance 1.
     """
     codec = Codec()
     patches = mel.reshape(-1, PATCH * MELS).double()
@@ -519,7 +518,8 @@ def encoder_loss(encoder, generator, moments, strike, kind):
 
 def flow_loss(net, generator, a_0, per_token, pooled, text):
     """Of the velocity network."""
-    t = torch.sigmoid(torch.randn(len(a_0), generator=generator))  # logit-normal
+    # Logit-normal, as MMAudio was pre-trained; Flow-DPO draws t uniformly.
+    t = torch.sigmoid(torch.randn(len(a_0), generator=generator))
     eps = torch.randn(a_0.shape, generator=generator)
     a_t, v = common.interpolate(a_0, eps, t)
     # A tenth go without conditions, so that there is something to guide away from, and a tenth
@@ -548,14 +548,7 @@ def train_base(run, clips, codec, size, seed):
         latents = codec.encode(clips["mel"])
         per_frame, pooled = encoder(moments)
     data = (latents, per_frame.reshape(-1, TOKENS, 2 * EMBED), pooled, clips["text"])
-    averages = {key: value.clone() for key, value in net.state_dict().items()}
-
-    def average(step):
-        share = 10 / (step + 11)  # a mean of about the last tenth of the steps
-        for key, value in net.state_dict().items():
-            averages[key].lerp_(value, share)
-
-    fit("base model", net, flow_loss, data, size["base_steps"], batch, seed, after=average)
+    averages = fit("base model", net, flow_loss, data, size["base_steps"], batch, seed)
     state = {
         "kind": "toy base",
         "vocabulary": VOCABULARY,
@@ -572,7 +565,7 @@ def match_loss(match, generator, mel, other, kind):
     sound = match.sound(mel)[:, None]
     cosine = F.cosine_similarity(sound, match.other(other)[None], dim=-1)
     same = (kind[:, None] == kind).float()
-    same = same / same.sum(1, keepdim=True)
+    same = same / same.sum(1, keepdim=True)  # of columns too, since it is symmetric
     both = (10 * cosine).log_softmax(0) + (10 * cosine).log_softmax(1)
     return -(same * both).sum(1).mean()
 
@@ -593,7 +586,7 @@ def lag_loss(synchformer, generator, mel, moments, quiet):
 def shifted(mel, lag, quiet):
     """Each row of mel (B, 100, 64) made late by lag (B,) video frames; what is uncovered is filled
     with quiet (B, 1, 64)."""
-    place = torch.arange(MEL_FRAMES) - 2 * lag[:, None]
+    place = torch.arange(MEL_FRAMES) - MEL_FRAMES // FRAMES * lag[:, None]
     index = place.clamp(0, MEL_FRAMES - 1)[..., None].expand_as(mel)
     inside = (place >= 0) & (place < MEL_FRAMES)
     return torch.where(inside[..., None], mel.gather(1, index), quiet)
@@ -603,7 +596,7 @@ def train_scorers(run, clips, oracle_clips, codec, size, seed):
     """The four learned scorers, then the oracle's classifier, on clips of its own."""
     torch.manual_seed(seed + 2)
     networks = scorer_networks()
-    oracle = AudioTower(len(CLASSES))
+    oracle = AudioTower(len(LABELS))
 
     mel = half_as_generated(clips["mel"], codec)
     moments = clips["moments"]
@@ -612,21 +605,23 @@ def train_scorers(run, clips, oracle_clips, codec, size, seed):
     quiet = mel.quantile(0.1, dim=1, keepdim=True)
     # The tagger is less sure of a noisy sound: hard labels would make it deaf to noise, and score_4
     # with it.
-    doubt = 0.9 * clips["noise"][:, None]
-    tags = F.one_hot(kind, len(CLASSES)) * (1 - doubt) + doubt / len(CLASSES)
+    doubt = 0.9 * clips["noisiness"][:, None]
+    tags = F.one_hot(kind, len(LABELS)) * (1 - doubt) + doubt / len(LABELS)
     captioned = text.any(1)
     oracle_mel = half_as_generated(oracle_clips["mel"], codec)
 
-    def train(name, network, loss, *data, steps="scorer_steps"):
-        fit(name, network, loss, data, size[steps], size["batch"], seed, bar_line=1)
-
-    train("imagebind", networks["imagebind"], match_loss, mel, moments, kind)
-    data = (mel[captioned], text[captioned], kind[captioned])
-    train("clap", networks["clap"], match_loss, *data)
-    data = (mel, moments, quiet)
-    train("synchformer", networks["synchformer"], lag_loss, *data, steps="sync_steps")
-    train("panns", networks["panns"], tag_loss, mel, tags)
-    train("oracle", oracle, tag_loss, oracle_mel, oracle_clips["kind"])
+    said = (mel[captioned], text[captioned], kind[captioned])
+    heard = (oracle_mel, oracle_clips["kind"])
+    few = size["scorer_steps"]
+    more = size["sync_steps"]
+    for name, network, loss, data, steps in (
+        ("imagebind", networks["imagebind"], match_loss, (mel, moments, kind), few),
+        ("clap", networks["clap"], match_loss, said, few),
+        ("synchformer", networks["synchformer"], lag_loss, (mel, moments, quiet), more),
+        ("panns", networks["panns"], tag_loss, (mel, tags), few),
+        ("oracle", oracle, tag_loss, heard, few),
+    ):
+        fit(name, network, loss, data, steps, size["batch"], seed, bar_line=1)
 
     state = {"kind": "toy scorers", "vocabulary": VOCABULARY, "codec": codec.state_dict()}
     for name, network in networks.items():
@@ -647,13 +642,13 @@ def train_judge(run, clips, codec):
         shapes.append(attack_shape(energy, find_attacks(energy)))
     shapes = np.stack(shapes)
     means = []
-    for k in range(len(CLASSES)):
+    for k in range(len(LABELS)):
         own = shapes[kind == k]
         means.append(own.mean(0) if len(own) else shapes.mean(0))
     mean = np.stack(means)
     covariance = np.cov((shapes - mean[kind]).T)
-    size = len(covariance)
-    shrunk = 0.9 * covariance + 0.1 * np.trace(covariance) / size * np.eye(size)
+    count = len(covariance)
+    shrunk = 0.9 * covariance + 0.1 * np.trace(covariance) / count * np.eye(count)
     precision = torch.linalg.inv(torch.from_numpy(shrunk))
     state = {"mean": torch.from_numpy(mean), "precision": precision}
     files.save_pt(run / "00_judge.pt", state)
@@ -668,8 +663,9 @@ def train_judge(run, clips, codec):
 def start_pool(processes):
     """So many processes for clips and trainings, or None: then this one does all.
 
-    They are deaf to Ctrl-C (`in_pool`). When this process is interrupted or fails, it sends each of
-    them one more: `fit` finds it pending and ends, so that nobody waits for a training.
+    Ctrl-C in a terminal reaches every process, of which this one alone is to answer: the others
+    let it wait (`in_pool`). When this process is interrupted or fails, it sends one to each, and a
+    training ends when `fit` finds it waiting.
     """
     if not processes:
         yield None
@@ -707,12 +703,9 @@ def draw_corpus(pool, corpus, size, seed):
 
 
 def start_trainings(pool, run, size, seed):
-    """Trains the networks that are not there yet, the longest training first. Returns the futures
-    of those that go on beside this process."""
+    """Trains all networks, the longest training first. Returns the futures of those that go on
+    beside this process."""
     trainings = []
-
-    def lacks(*names):
-        return not all((run / name).exists() for name in names)
 
     def start(training, *given):
         if pool is None:
@@ -720,17 +713,13 @@ def start_trainings(pool, run, size, seed):
         else:
             trainings.append(pool.submit(training, run, *given))
 
-    if lacks(*NETWORKS):
-        imperfect = draw_corpus(pool, "pretrain", size, seed)
-        codec = fit_codec(imperfect["mel"])
-        if lacks("00_base.pt"):
-            start(train_base, imperfect, codec, size, seed)
-        if lacks("00_scorers.pt", "00_oracle.pt"):
-            for_scorers = draw_corpus(pool, "scorer", size, seed)
-            for_oracle = draw_corpus(pool, "oracle", size, seed)
-            start(train_scorers, for_scorers, for_oracle, codec, size, seed)
-        if lacks("00_judge.pt"):
-            start(train_judge, draw_corpus(pool, "judge", size, seed), codec)
+    imperfect = draw_corpus(pool, "pretrain", size, seed)
+    codec = fit_codec(imperfect["mel"])
+    start(train_base, imperfect, codec, size, seed)
+    for_scorers = draw_corpus(pool, "scorer", size, seed)
+    for_oracle = draw_corpus(pool, "oracle", size, seed)
+    start(train_scorers, for_scorers, for_oracle, codec, size, seed)
+    start(train_judge, draw_corpus(pool, "judge", size, seed), codec)
     return trainings
 
 
@@ -741,7 +730,9 @@ def main(args):
     with record.stage(run, "00", advice="use another --run-dir") as stage:
         stage.claim({"seed": args.seed, "size": args.size, **size})
         with start_pool(size["processes"]) as pool:
-            trainings = start_trainings(pool, run, size, args.seed)
+            trainings = []
+            if not all((run / name).exists() for name in NETWORKS):
+                trainings = start_trainings(pool, run, size, args.seed)
             # Small jobs last, for whichever process has no training left.
             jobs = []
             for split in rows.SPLITS:
@@ -749,10 +740,8 @@ def main(args):
             built = in_pool(pool, write_clip, jobs, "videos")
             for training in trainings:
                 training.result()
-        if not (run / "00_truth.jsonl").exists():
-            rows.write(run / "00_truth.jsonl", [truth for _, truth in built])
-        if not (run / "clips.jsonl").exists():
-            rows.write(run / "clips.jsonl", [clip for clip, _ in built])
+        rows.write(run / "00_truth.jsonl", [truth for _, truth in built])
+        rows.write(run / "clips.jsonl", [clip for clip, _ in built])
         if not (run / "run.json").exists():  # stage 01 completes it later
             world = rows.World(
                 model="toy",

@@ -8,13 +8,15 @@ Run:
     torchrun --standalone --nproc_per_node 8 07_evaluate.py --run-dir runs/vgg
 
 Reads:
-    clips.jsonl, 01_missing.jsonl, 02_audioscore.pt
+    run.json, clips.jsonl, 01_missing.jsonl, 02_audioscore.pt, the clips' videos and own sound
     policy folders of the run, and folders of audio named by clip id (any common format)
+    00_truth.jsonl, 00_oracle.pt, 00_judge.pt    toy world: what audios are measured against
 Writes:
     07_clips/<split>_00003.*.pt    what encoders and scorers saw of the videos, once for all systems
     07_audio/<system>/<clip>.wav   one audio per clip, from the clip's own seed: systems share their
                                    noise; <system>@4.5 at another guidance than the run's
-    07_scores/<system>/<split>_00003.*.pt    what every scorer said, by block of 32 clips
+    07_audio/<system>/settings.json    what that audio was sampled from
+    07_scores/<system>/<split>_00003.*.pt    what every scorer said, by block of 32 clips, and peaks
     07_results.jsonl    system, metric, better (higher or lower), n (clips that count), value, low,
                         high (95 %), and the same of the difference to base (--against: another),
                         paired, its sign as it is: diff, diff_low, diff_high, null for itself;
@@ -22,8 +24,8 @@ Writes:
     07_systems.json     what was evaluated: split, guidance, steps; of each system its folder and
                         the audio of each clip; how metrics are shown, in the table's order; the
                         file of CLAP; Table 1's rows
-With --split val the last two are 07_results_val.jsonl and 07_systems_val.json (no Table 1, which
-is of the test split), with --against NAME ..._NAME.
+The last two are called 07_results[_val][_NAME].jsonl and 07_systems[_val][_NAME].json: _val with
+--split val (without Table 1, which is of the test split), _NAME with --against NAME.
 Takes: toy 36 s on 2 cores.
 """
 
@@ -60,31 +62,38 @@ TIE = 1e-6  # P(Good) of one audio in two blocks may differ by rounding
 
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
-    io = parser.io
-    described = "val is for your own choices"
-    io.add_argument("--split", choices=("val", "test"), default="test", help=described)
-    described = (
-        "exactly these: ground_truth, base, a policy folder, a folder of audio named by clip id"
+    io = parser.io.add_argument
+    io("--split", choices=("val", "test"), default="test", help="val is for your own choices")
+    io(
+        "--systems",
+        nargs="+",
+        default=[],
+        metavar="NAME[=DIR]",
+        help="exactly these: ground_truth, base, policy folders, folders of audio named by clip id",
     )
-    io.add_argument("--systems", nargs="+", default=[], metavar="NAME[=DIR]", help=described)
-    described = "the system that the others are compared with"
-    io.add_argument("--against", default="base", metavar="NAME", help=described)
-    described = "evaluate a system that lacks audio for some clips"
-    io.add_argument("--allow-missing", action="store_true", help=described)
-    described = (
-        "a scorer outside AudioScore, since a policy may gain on AudioScore's own alone: audiobox"
+    io("--against", default="base", metavar="NAME", help="the system that others are compared with")
+    io(
+        "--allow-missing",
+        action="store_true",
+        help="evaluate systems that lack some audio",
     )
-    io.add_argument("--judge", nargs="+", default=[], metavar="NAME", help=described)
-    described = (
-        "check systems and weights, print what audio there is, and end before any is made or scored"
+    io(
+        "--judge",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="a scorer outside AudioScore, by which no policy was trained: audiobox",
     )
-    io.add_argument("--dry-run", action="store_true", help=described)
-    io.add_argument("--weights", default="weights", help="folder of downloaded files")
-    described = "guidance scale gamma [Sec. 3.1]"
-    parser.paper.add_argument("--guidance", type=command.number(0), default=4.5, help=described)
-    engineering = parser.engineering
-    described = "clips sampled together"
-    engineering.add_argument("--batch-clips", type=command.whole(1), default=16, help=described)
+    io(
+        "--dry-run",
+        action="store_true",
+        help="check systems and the scorers' files, print what audio there is, and end",
+    )
+    io("--weights", default="weights", help="folder of downloaded files")
+    paper = parser.paper.add_argument
+    paper("--guidance", type=command.number(0), default=4.5, help="scale gamma [Sec. 3.1]")
+    engineering = parser.engineering.add_argument
+    engineering("--batch-clips", type=command.whole(1), default=16, help="clips sampled together")
     command.compile_flag(parser)
     command.workers_flag(parser)
     command.part_flag(parser)
@@ -163,19 +172,19 @@ def clip_values(said, truth, how_of):
 
     said, truth: what was said of the system's audios and of the clips' own sound, {metric:
     (clips, ...)}; truth is empty where there is none to compare with. how_of: {metric: mean, kl, fd
-    or is}, `mean` where it says nothing. Returns {metric: (clips,) of `mean` and `kl`; (clips,
-    classes) of `is`; (clips, 2, d) of `fd`, embeddings of the audio and of the clip's own sound}.
+    or is}. Returns {metric: array}, whose shape says what it is: (clips,) of a metric that is a
+    mean, KL too; (clips, classes) of IS; (clips, 2, d) of FD, embeddings of the audio and of the
+    clip's own sound.
     """
     values = {}
     for metric, ours in said.items():
-        how = how_of.get(metric, "mean")
-        if how in ("kl", "fd") and metric not in truth:
-            continue
-        if how == "kl":
-            ours = kl_divergence(truth[metric], ours)
-        elif how == "fd":
-            ours = np.stack([ours, truth[metric]], axis=1)
-        values[metric] = ours
+        how = how_of.get(metric)
+        if how not in ("kl", "fd"):
+            values[metric] = ours
+        elif metric in truth and how == "kl":
+            values[metric] = kl_divergence(truth[metric], ours)
+        elif metric in truth:
+            values[metric] = np.stack([ours, truth[metric]], axis=1)
     return values
 
 
@@ -184,13 +193,14 @@ def is_whole(values):
     return np.isfinite(values).reshape(len(values), -1).all(axis=1)
 
 
-def set_metric(how, values, chosen):
+def set_metric(values, chosen):
     """FD or IS over the chosen clips, a float, or None where they are too few. values: as
     `clip_values` returns them; chosen: (clips,) bool."""
-    if how == "fd":
+    if values.ndim == 3:
         return frechet_distance(values[chosen, 0], values[chosen, 1])
-    order = shuffled(len(values))  # of all clips: where some are left out, the others keep theirs
-    return inception_score(values[order[chosen[order]]])
+    # An order of all clips: where some are left out, the others keep theirs.
+    order = [clip for clip in shuffled(len(values)) if chosen[clip]]
+    return inception_score(values[order])
 
 
 def bootstrap(values, resamples=2000, seed=0):
@@ -200,7 +210,7 @@ def bootstrap(values, resamples=2000, seed=0):
     n = len(finite)
     if n == 0:
         return None, None, None
-    value = float(np.nanmean(values))
+    value = float(finite.mean())
     if n == 1:
         return value, None, None
     rng = np.random.default_rng(seed)
@@ -227,20 +237,24 @@ def jackknife(statistic, n, blocks=20, seed=0):
     return value, value - reach, value + reach
 
 
-def with_interval(how, values, against=None):
-    """Value, low and high of a metric, from its `clip_values`; with `against`, another system's, of
-    the difference to that, over the clips that both have."""
-    if how in ("mean", "kl"):
-        return bootstrap(values if against is None else values - against)
-    counts = is_whole(values)
-    if against is not None:
-        counts &= is_whole(against)
+def with_interval(values):
+    """Value, low and high of a metric, from its `clip_values`."""
+    if values.ndim == 1:
+        return bootstrap(values)
+    whole = is_whole(values)
+    return jackknife(lambda chosen: set_metric(values, chosen & whole), len(values))
+
+
+def difference(values, against):
+    """The same of the difference to another system, over the clips that both have."""
+    if values.ndim == 1:
+        return bootstrap(values - against)
+    both = is_whole(values) & is_whole(against)
 
     def statistic(chosen):
-        value = set_metric(how, values, chosen & counts)
-        if value is None or against is None:
-            return value
-        return value - set_metric(how, against, chosen & counts)
+        ours = set_metric(values, chosen & both)
+        theirs = set_metric(against, chosen & both)
+        return None if ours is None else ours - theirs
 
     return jackknife(statistic, len(values))
 
@@ -252,20 +266,19 @@ def verdict(better, diff, low, high):
     return "better" if (diff > 0) == (better == "higher") else "worse"
 
 
-def results_of(values, how_of, metrics, against="base"):
-    """The rows of 07_results.jsonl. values: {system: its `clip_values`}; how_of: {metric: mean, kl,
-    fd or is}; metrics: {metric: ShownMetric}, in the table's order."""
+def results_of(values, metrics, against="base"):
+    """The rows of 07_results.jsonl. values: {system: its `clip_values`}; metrics: {metric:
+    ShownMetric}, in the table's order."""
     results = []
     for system in values:
         for metric, shown in metrics.items():
             if metric not in values[system]:
                 continue
-            how = how_of.get(metric, "mean")
             ours = values[system][metric]
-            value, low, high = with_interval(how, ours)
+            value, low, high = with_interval(ours)
             diff = (None, None, None)
             if system != against and metric in values.get(against, {}):
-                diff = with_interval(how, ours, values[against][metric])
+                diff = difference(ours, values[against][metric])
             result = rows.Result(
                 system=system,
                 metric=metric,
@@ -387,15 +400,15 @@ def print_table(results, systems, metrics, against="base"):
 
 
 def print_hacked(results, systems, measures, of_audioscore):
-    """A line for each system that gains on AudioScore and loses by another scorer, or by the toy
-    world's judge. measures: {metric: (how, scorer, tensor)}; of_audioscore: its scorers."""
+    """A line for each system that gains on AudioScore and loses by a scorer outside of it, or by
+    the toy world's judge. measures: {metric: (how, scorer, tensor)}; of_audioscore: its scorers."""
+    independent = [metric for metric in METRICS if metric.startswith("judge_")]
+    for metric, (_, scorer, _) in measures.items():
+        if scorer not in of_audioscore:
+            independent.append(metric)
     for system in systems:
         verdicts = {row.metric: row.verdict for row in results if row.system == system}
-        lost = []
-        for metric, said in verdicts.items():
-            is_trained_on = metric in measures and measures[metric][1] in of_audioscore
-            if said == "worse" and not is_trained_on and metric != "win_rate":
-                lost.append(metric)
+        lost = [metric for metric in independent if verdicts.get(metric) == "worse"]
         if verdicts.get("p_good") == "better" and lost:
             print(
                 f"warning: {system} gains on AudioScore and loses on {', '.join(lost)}: is it "
@@ -406,8 +419,8 @@ def print_hacked(results, systems, measures, of_audioscore):
 def paper_twin(system, model):
     """The row of Table 1 that a system repeats: base, flow_dpo and ddpo of the two models that the
     paper tunes, and any system named like a row (mmaudio=DIR). None for others."""
-    family = {"mmaudio:large_44k": "mmaudio", "frieren": "frieren"}.get(model, "")
-    ours = {"base": family, "flow_dpo": f"{family}dpo", "ddpo": f"{family}ddpo"}
+    family = {"mmaudio:large_44k": "MMAudio", "frieren": "Frieren"}.get(model, "")
+    ours = {"base": family, "flow_dpo": f"{family}-DPO", "ddpo": f"{family}-DDPO"}
     for name in PAPER:
         if letters(name) == letters(ours.get(system, system)):
             return name
@@ -415,14 +428,15 @@ def paper_twin(system, model):
 
 
 def letters(name):
-    return "".join(filter(str.isalnum, name)).lower()
+    """A name however it is written: v2amapper of V2A-Mapper."""
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 def table_1(run_json, results, systems):
     """The paper's rows, then ours, each with its difference to the paper's own; in the toy world
     MMAudio's rows alone, of which only the signs of the differences compare."""
     shown = [METRICS[metric] for metric in PAPER_METRICS]
-    columns = [how.column for how in shown]
+    columns = [metric.column for metric in shown]
     is_real = run_json.scorers == "real"
     table = []
     for name, printed in PAPER.items():
@@ -439,9 +453,9 @@ def table_1(run_json, results, systems):
         twin = paper_twin(system, run_json.model)
         if twin is not None:
             texts = []
-            for how, value, printed in zip(shown, ours, PAPER[twin]):
-                drift = None if value is None else value - printed / how.times
-                texts.append(text_of(how, drift, "+"))
+            for metric, value, printed in zip(shown, ours, PAPER[twin]):
+                drift = None if value is None else value - printed / metric.times
+                texts.append(text_of(metric, drift, "+"))
             table.append((f"  minus the paper's {twin}", texts))
     return rows.PaperTable(columns, table, TOLERANCE)
 
@@ -458,6 +472,7 @@ class System(NamedTuple):
     kind: str  # truth: the clips' own sound; policy: sampled here, base too; files: audio files
     folder: Path | None  # of the policy or of the files; None for the truth and for base
     audio: Path | None  # where its audio lies; None for the truth
+    made_from: rows.Record | None = None  # of a policy: the settings.json beside its audio
 
 
 def choose_systems(run, run_json, args):
@@ -481,18 +496,20 @@ def choose_systems(run, run_json, args):
             f"--against {args.against}: is none of the systems ({', '.join(systems)}); name it "
             "under --systems too"
         )
-    return sorted(systems.values(), key=is_late)
-
-
-def is_late(system):
-    """A key of sorting: the truth comes first, with which others are compared, then base, before
-    any policy replaces its weights."""
-    return system.kind != "truth", system.folder is not None
+    # Base is sampled before a policy replaces its weights.
+    first = {"ground_truth": 0, "base": 1}
+    return sorted(systems.values(), key=lambda system: first.get(system.name, 2))
 
 
 def system_of(run, run_json, item, guidance):
-    """What NAME or NAME=DIR of --systems means. A policy must be finished, and tuned from this
-    run's model."""
+    """What an item of --systems means:
+
+    ground_truth, base       from the run itself
+    flow_dpo, ddpo           the run's 05_flow_dpo, 06_ddpo
+    NAME                     a policy folder of the run
+    NAME=DIR                 a policy folder or audio files; below the run folder, or anywhere
+
+    A policy must be finished, and tuned from this run's model."""
     name, _, folder = item.partition("=")
     if not re.fullmatch(r"[\w-]+", name) or not files.is_name(name):
         stop(
@@ -506,7 +523,8 @@ def system_of(run, run_json, item, guidance):
     at = "" if guidance == run_json.sampler.guidance else f"@{guidance:g}"
     made = run / "07_audio" / f"{name}{at}"
     if name == "base":
-        return System(name, "policy", None, made)
+        made_from = sampled_from(run_json, run_json.checkpoint_digest, guidance)
+        return System(name, "policy", None, made, made_from)
     if not folder and name not in POLICIES and not (run / name / "policy.json").exists():
         stop(f"--systems {item}: give NAME=DIR, or the name of a policy folder of {run}")
     path = run / (folder or POLICIES.get(name, name))
@@ -521,7 +539,8 @@ def system_of(run, run_json, item, guidance):
                 f"{path}: a policy of {policy.model} tuned from another base than this run's; "
                 "use its own run"
             )
-        return System(name, "policy", path, made)
+        made_from = sampled_from(run_json, files.digest(path / "policy.pt"), guidance)
+        return System(name, "policy", path, made, made_from)
     if (path / "log.jsonl").exists():
         stop(
             f"{path}: no policy.json, its training has not finished; run the same command of "
@@ -530,8 +549,20 @@ def system_of(run, run_json, item, guidance):
     return System(name, "files", path, path)
 
 
+def sampled_from(run_json, policy_digest, guidance):
+    """What a policy's audio is made from, the settings.json beside it."""
+    settings = {
+        "policy": policy_digest,
+        "guidance": guidance,
+        "steps": run_json.sampler.steps,
+        "seed": run_json.seed,
+    }
+    return rows.Record(settings=settings, inputs={})
+
+
 def inputs_of(run, systems):
-    """Outputs of earlier stages that are evaluated, whose records are followed."""
+    """Outputs of earlier stages that are evaluated, by which record.stage finds out whether all is
+    up to date."""
     sources = []
     for system in systems:
         folder = system.folder
@@ -544,7 +575,8 @@ def inputs_of(run, systems):
 
 
 def clip_blocks(run, split, clips):
-    """The clips of the split in blocks of 32, without audio."""
+    """The clips of the split in blocks of 32, without audio; 07_clips/ holds what is seen of
+    them."""
     blocks = []
     for start in range(0, len(clips), scoring.BLOCK_CLIPS):
         name = f"{split}_{start // scoring.BLOCK_CLIPS:05d}"
@@ -571,29 +603,60 @@ def clip_features(run_json, model, blocks, scorers, scorer_names, here, args):
     return features
 
 
+def audio_files(folder):
+    """{clip id: file} of a folder's audio, of both splits."""
+    found = {}
+    for file in sorted(folder.glob("[!.]*")):
+        if file.suffix.lower() in AUDIO_SUFFIXES:
+            found[file.stem] = file  # of several for one clip the last: .wav
+    return found
+
+
+def is_kept(system):
+    """Whether a policy's audio, what there is of it, was sampled as it would be now."""
+    file = system.audio / "settings.json"
+    if not file.exists() and audio_files(system.audio):
+        stop(
+            f"{system.audio}: holds audio that stage 07 did not make; move it away, or evaluate it "
+            "as --systems NAME=DIR"
+        )
+    return file.exists() and rows.read_json(file, rows.Record) == system.made_from
+
+
+def found_audio(system, clips):
+    """{clip id: file}: the audio of a system; of a policy what is kept."""
+    if system.kind == "truth":
+        return {clip.id: clip.path for clip in clips}
+    if system.kind == "policy" and not is_kept(system):
+        return {}
+    return audio_files(system.audio)
+
+
+def batches_to_sample(system, features, blocks, batch_clips):
+    """Batches of a block's clips of which any has no audio yet. Whole ones, always the same: in one
+    of another size an audio may round otherwise."""
+    kept = found_audio(system, [])
+    batches = []
+    for block in blocks:
+        usable = [clip for clip in block.clips if clip.id in features]
+        for start in range(0, len(usable), batch_clips):
+            batch = usable[start : start + batch_clips]
+            if not all(clip.id in kept for clip in batch):
+                batches.append(batch)
+    return batches
+
+
 def sample_audio(run_json, system, model, features, blocks, stage, here, args):
-    """One audio per clip of a policy; what is there of the same policy is kept. Its one record
-    speaks for the audio of both splits."""
-    policy = run_json.checkpoint_digest
-    if system.folder is not None:
-        policy = files.digest(system.folder / "policy.pt")
-    settings = {
-        "policy": policy,
-        "guidance": args.guidance,
-        "steps": run_json.sampler.steps,
-        "seed": run_json.seed,
-    }
-    made = rows.Record(settings=settings, inputs={})
-    todo = batches_to_sample(system, made, features, blocks, args)
+    """One audio per clip of a policy; what is there of the same policy is kept."""
+    todo = batches_to_sample(system, features, blocks, args.batch_clips)
     if todo and system.folder is not None:
-        # Before any audio goes: it may be another model's.
-        model.load_policy(system.folder / "policy.pt")
-    ranks.barrier()  # every rank has seen the same
+        model.load_policy(system.folder / "policy.pt")  # stops, if it does not fit, with all kept
+    ranks.barrier()  # every rank has seen what is kept
     with stage.one_at_a_time():
-        if here.first and not is_of(system, made):
-            for wav in system.audio.glob("[!.]*.wav"):  # of another policy, or sampled otherwise
-                wav.unlink()
-            rows.write_json(system.audio / "settings.json", made)
+        if here.first and not is_kept(system):
+            for file in audio_files(system.audio).values():  # of another policy, or settings
+                file.unlink()
+            rows.write_json(system.audio / "settings.json", system.made_from)
     ranks.barrier()
     batches = tqdm(here.share(todo), system.name, unit="batch", disable=not (here.first and todo))
 
@@ -612,69 +675,31 @@ def sample_audio(run_json, system, model, features, blocks, stage, here, args):
     ranks.barrier()
 
 
-def is_of(system, made):
-    """Whether a policy's audio, what there is of it, was sampled from it with these settings."""
-    file = system.audio / "settings.json"
-    if not file.exists() and any(system.audio.glob("[!.]*.wav")):
-        stop(
-            f"{system.audio}: holds audio that stage 07 did not make; move it away, or evaluate it "
-            "as --systems NAME=DIR"
-        )
-    return file.exists() and rows.read_json(file, rows.Record) == made
-
-
-def batches_to_sample(system, made, features, blocks, args):
-    """Batches of a block's clips, of those of which any has no audio yet. Whole ones, always the
-    same: in one of another size an audio may round otherwise."""
-    is_same = is_of(system, made)
-    batches = []
-    for block in blocks:
-        usable = [clip for clip in block.clips if clip.id in features]
-        for start in range(0, len(usable), args.batch_clips):
-            batch = usable[start : start + args.batch_clips]
-            wavs = [system.audio / f"{clip.id}.wav" for clip in batch]
-            if not (is_same and all(wav.exists() for wav in wavs)):
-                batches.append(batch)
-    return batches
-
-
-def audio_file(system, clip):
-    """The file of a clip's audio; None where there is none."""
-    if system.kind == "truth":
-        return clip.path
-    for suffix in AUDIO_SUFFIXES:
-        for name in (clip.id + suffix, clip.id + suffix.upper()):
-            file = system.audio / name
-            if file.exists():
-                return file
-    return None
-
-
 def print_found(systems, clips, split):
     """What audio each system has for the clips of the split, before any is made."""
     ids = {clip.id for clip in clips}
     for system in systems:
-        lacking = [clip.id for clip in clips if audio_file(system, clip) is None]
-        line = f"{system.name}: audio for {len(clips) - len(lacking)} of {len(clips)} {split} clips"
+        found = found_audio(system, clips)
+        lacking = len(ids - found.keys())
+        foreign = sorted(found.keys() - ids)
+        line = f"{system.name}: audio for {len(ids) - lacking} of {len(ids)} {split} clips"
         if system.kind == "policy" and lacking:
-            line += f", {len(lacking)} will be generated"
-        elif system.kind == "files":
-            named = {f.stem for f in system.audio.iterdir() if f.suffix.lower() in AUDIO_SUFFIXES}
-            foreign = sorted(named - ids)
-            if foreign:
-                line += f"; {len(foreign)} files name no clip of this split, first {foreign[0]}"
+            line += f", {lacking} will be generated"
+        elif system.kind == "files" and foreign:
+            line += f"; {len(foreign)} files name no clip of this split, first {foreign[0]}"
         print(line)
 
 
 def find_audio(run, run_json, system, clip_blocks, here, args):
     """A system's audio that can be used, in the blocks of its clips; those without any are left
     out."""
+    file_of = found_audio(system, [clip for block in clip_blocks for clip in block.clips])
     found = []
     for block in clip_blocks:
         audios = []
         for clip in block.clips:
-            file = audio_file(system, clip)
-            if file is not None:
+            if clip.id in file_of:
+                file = file_of[clip.id]
                 audios.append(scoring.Audio(clip, 0, file, files.digest(file)))
         found.append(block._replace(scores=run / "07_scores" / system.name, audios=audios))
     scoring.find_peaks(here.share(found), run_json.clip_s)
@@ -719,15 +744,15 @@ def measures_asked(scorers, judges):
                 f"--judge {name}: the scorers of this run know no such judge "
                 f"({', '.join(scorers.judges)})"
             )
+    unasked = set(scorers.judges) - set(judges)
     measures = {}
-    names = list(scorers.of_audioscore)
+    names = dict.fromkeys(scorers.of_audioscore)
     for metric, measure in scorers.measures.items():
-        scorer = measure[1]
-        if scorer not in scorers.judges or scorer in judges:
+        _, scorer, _ = measure
+        if scorer not in unasked:
             measures[metric] = measure
-            if scorer not in names:
-                names.append(scorer)
-    return measures, names
+            names[scorer] = None
+    return measures, list(names)
 
 
 def metrics_said(by_scorer, measures, scorers, audioscore):
@@ -795,7 +820,8 @@ def main(args):
     systems = choose_systems(run, run_json, args)
     names = [system.name for system in systems]
 
-    # It claims no record: what it makes has keys of its own, and the numbers are always made anew.
+    # No 07_settings.json: audio and scores are known by what they were made from, and the numbers
+    # are computed anew every time.
     with record.stage(run, "07", inputs_of(run, systems), part=here.part) as stage:
         print_found(systems, clips, args.split)
         if args.dry_run:
@@ -826,23 +852,24 @@ def main(args):
         audioscore = None
         if (run / "02_audioscore.pt").exists():
             audioscore = AudioScore.load(run / "02_audioscore.pt")
-        simulated = common.people_of(run)  # the toy world's oracle and judge
-        how_of = {metric: how for metric, (how, _, _) in measures.items()}
+        toy_people = common.people_of(run)
         usable = {}  # {system: {clip id: its audio}}
-        truth = {}
-        values = {}
+        said_of = {}
         for name in names:
             audios = [audio for block in blocks_of[name] for audio in block.audios]
             usable[name] = {audio.clip.id: audio for audio in audios}
             by_scorer = scoring.read_scores(blocks_of[name], scorers, scorer_names)
             said = metrics_said(by_scorer, measures, scorers, audioscore)
-            if simulated is not None:
+            if toy_people is not None:
                 waves = [(audio.clip, audio.path) for audio in audios]
-                said |= simulated.oracle_scores(run, waves)
-            said = aligned(said, usable[name], clips)
-            values[name] = clip_values(said, truth, how_of)
-            if name == "ground_truth":
-                truth = said
+                said |= toy_people.compared_with_truth(run, waves)
+            said_of[name] = aligned(said, usable[name], clips)
+        how_of = {metric: how for metric, (how, _, _) in measures.items()}
+        truth = said_of.get("ground_truth", {})
+        values = {}
+        for name, said in said_of.items():
+            compared = {} if name == "ground_truth" else truth
+            values[name] = clip_values(said, compared, how_of)
         if audioscore is not None and args.against in names:
             p_good = values[args.against]["p_good"]
             for name in names:
@@ -850,7 +877,7 @@ def main(args):
         metrics = dict(METRICS)
         for metric in measures:
             metrics.setdefault(metric, ShownMetric(metric))  # of a scorer of the user's
-        results = results_of(values, how_of, metrics, args.against)
+        results = results_of(values, metrics, args.against)
 
         # -- save
         suffix = "" if args.split == "test" else f"_{args.split}"
@@ -870,10 +897,10 @@ def main(args):
     print(f"{args.split} split, guidance {args.guidance:g}")
     print_table(results, names, systems_json.metrics, args.against)
     print_hacked(results, names, measures, scorers.of_audioscore)
-    chosen = [s.name for s in policies if s.folder is not None and s.name not in POLICIES]
-    if chosen and args.split == "test":
+    other = [system.name for system in policies if system.name not in ("base", *POLICIES)]
+    if other and args.split == "test":
         print(
-            f"warning: {', '.join(chosen)} on the test split; choose on --split val, test is for "
+            f"warning: {', '.join(other)} on the test split; choose on --split val, test is for "
             "what is frozen"
         )
     if systems_json.paper is not None:

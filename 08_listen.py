@@ -88,8 +88,9 @@ class Mode(NamedTuple):
     answer: str  # the column of the answer
     sounds: tuple  # the columns that say which audios a question is about
     split: str  # of its clips
-    then: str  # the command that takes what packs save
-    sheet: str = ""  # what is asked, if a stage has written that
+    stage: str  # that takes what packs save
+    flags: str  # by which it does
+    sheet: str = ""  # what is asked, if that stage has written it
 
 
 MODES = {
@@ -106,7 +107,8 @@ MODES = {
         answer="rating",
         sounds=("k",),
         split="train",
-        then="02_fit_audioscore.py --ratings",
+        stage="02_fit_audioscore.py",
+        flags="--ratings",
         sheet="02_to_rate.csv",
     ),
     "choose": Mode(
@@ -120,7 +122,8 @@ MODES = {
         answer="choice",
         sounds=("a", "b"),
         split="train",
-        then="03_mine_pairs.py --redo --choices",
+        stage="03_mine_pairs.py",
+        flags="--redo --choices",
         sheet="03_to_choose.csv",
     ),
     "blind": Mode(
@@ -135,30 +138,36 @@ MODES = {
         answer="choice",
         sounds=("a", "b"),
         split="test",
-        then="08_listen.py blind --answers",
+        stage="08_listen.py",
+        flags="blind --answers",
     ),
 }
 
 
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
-    io = parser.io
-    what = ("report", *MODES)
-    io.add_argument("what", nargs="?", choices=what, default="report", help="the pages to make")
-    described = "text file that replaces a pack's question and its sentence on each answer"
-    io.add_argument("--guide", help=described)
-    io.add_argument("--answers", nargs="+", help="saved packs of blind, to be counted")
-    described = "whose --answers do not count"
-    io.add_argument("--exclude-rater", nargs="+", action="extend", default=[], help=described)
-    io.add_argument("--systems", nargs="+", help="of 07, to be compared by blind; else all")
-    engineering = parser.engineering
-    engineering.add_argument(
-        "--pack", type=command.whole(1, 50), default=10, help="clips in a pack"
+    io = parser.io.add_argument
+    io(
+        "what",
+        nargs="?",
+        choices=("report", *MODES),
+        default="report",
+        help="the pages to make",
     )
-    described = "test clips that blind draws"
-    engineering.add_argument("--num-clips", type=command.whole(1), default=100, help=described)
-    described = "of that draw, and of what is asked twice"
-    engineering.add_argument("--seed", type=command.whole(0), default=0, help=described)
+    io("--guide", help="text file that replaces a pack's question and its sentence on each answer")
+    io("--answers", nargs="+", help="saved packs of blind, to be counted")
+    io(
+        "--exclude-rater",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="whose --answers do not count",
+    )
+    io("--systems", nargs="+", help="of 07, to be compared by blind; else all")
+    engineering = parser.engineering.add_argument
+    engineering("--pack", type=command.whole(1, 50), default=10, help="clips in a pack")
+    engineering("--num-clips", type=command.whole(1), default=100, help="test clips of blind")
+    engineering("--seed", type=command.whole(0), default=0, help="by which blind draws them")
     return command.parse(parser, argv, "08")
 
 
@@ -171,21 +180,19 @@ def data_uri(kind, content):
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def picture(draw, *about):
-    """What draw(figure, *about) draws."""
-    figure = Figure(layout="constrained")
-    draw(figure, *about)
+def picture(figure):
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return data_uri("image/png", stream.getvalue())
 
 
-def draw_differences(figure, rows_of, metrics, systems):
-    """One small plot per metric: difference to base with its 95 % interval, green better, red
-    worse, grey undecided. rows_of: {metric: {system: rows.Result}}; metrics: {metric:
+def draw_differences(rows_of, metrics, systems):
+    """A figure with a plot per metric: difference to base with its 95 % interval, green better,
+    red worse, grey undecided. rows_of: {metric: {system: rows.Result}}; metrics: {metric:
     ShownMetric}."""
     lines = math.ceil(len(rows_of) / 4)
-    figure.set_size_inches(11, lines * (0.95 + 0.25 * len(systems)))
+    height = lines * (0.95 + 0.25 * len(systems))
+    figure = Figure(figsize=(11, height), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)
     for i, (metric, row_of) in enumerate(rows_of.items()):
         shown = metrics[metric]
@@ -201,6 +208,7 @@ def draw_differences(figure, rows_of, metrics, systems):
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.tick_params(axis="x", labelsize=7)
         axis.set_title(f"{shown.column} ({shown.better} is better)", fontsize=8)
+    return figure
 
 
 def draw_interval(axis, y, row, times):
@@ -209,56 +217,56 @@ def draw_interval(axis, y, row, times):
     axis.plot(x, [y, y, y], "o-", markevery=[1], color=COLOURS[row.verdict], lw=2, ms=5)
 
 
-def smooth(values, width):
-    """A centred mean over `width` values, one more if that is even; over fewer at both ends."""
-    half = width // 2
+def smooth(values, half):
+    """A mean over each value and `half` to either side, as many as there are at both ends."""
     means = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
     return np.array(means)
 
 
-TRAINING_PLOTS = (  # title, {field of the log: its line}
-    ("loss", {"loss": "-"}),
-    ("implicit accuracy", {"accuracy": "-"}),
-    ("error gap (dashed: losers)", {"gap_w": "-", "gap_l": "--"}),
-    ("DDPO: reward P(Good)", {"reward": "-"}),
+TRAINING_PLOTS = (  # title, whose log, {field: its line}
+    ("loss", rows.FlowDpoStep, {"loss": "-"}),
+    ("implicit accuracy", rows.FlowDpoStep, {"accuracy": "-"}),
+    ("error gap (dashed: losers)", rows.FlowDpoStep, {"gap_w": "-", "gap_l": "--"}),
+    ("DDPO: reward P(Good)", rows.DdpoStep, {"reward": "-"}),
 )
 
 
-def draw_training(figure, logs):
-    """Loss, implicit accuracy and error gaps of Flow-DPO, reward of DDPO. logs: {system: lines of
-    its log}."""
-    figure.set_size_inches(11, 3)
+def draw_training(logs):
+    """A figure: loss, implicit accuracy and error gaps of Flow-DPO, reward of DDPO. logs: {system:
+    lines of its log}."""
+    figure = Figure(figsize=(11, 3), layout="constrained")
     axes = figure.subplots(1, len(TRAINING_PLOTS))
-    for axis, (title, lines) in zip(axes, TRAINING_PLOTS):
+    for axis, (title, step_type, lines) in zip(axes, TRAINING_PLOTS):
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.tick_params(labelsize=7)
         for i, log in enumerate(logs.values()):
-            for field, line in lines.items():
-                if hasattr(log[0], field):
+            if isinstance(log[0], step_type):
+                for field, line in lines.items():
                     draw_curve(axis, log, field, f"C{i}", line)
-        axis.set_visible(bool(axis.lines))
+        axis.set_visible(bool(axis.lines))  # not where no policy of that kind was trained
     legend = [Line2D([], [], color=f"C{i}", label=name) for i, name in enumerate(logs)]
     figure.legend(handles=legend, loc="outside lower center", ncols=6, fontsize=8)
+    return figure
 
 
 def draw_curve(axis, log, field, colour, line):
     """A field of one training's log. Every stage of the curriculum is smoothed by itself: a mean
-    across the switch, a dotted line, would show its jump before it."""
-    width = min(25, len(log) // 10)
+    across the switch, a dotted line, would show its jump before it. DDPO has no stages."""
+    half = min(12, len(log) // 20)
     for _, steps in groupby(log, key=lambda step: getattr(step, "stage", None)):
         part = list(steps)
-        values = smooth([getattr(step, field) for step in part], width)
+        values = smooth([getattr(step, field) for step in part], half)
         axis.plot([step.step for step in part], values, color=colour, lw=1.2, ls=line)
         if part[0] is not log[0]:
             axis.axvline(part[0].step, color="grey", lw=0.8, ls=":")
 
 
-def draw_audioscore(figure, heldout, score_cs, threshold):
-    """AudioScore on held-out clips, and score_c of the mined pairs. heldout: of 02_audioscore.pt, p
-    (n, 3) and rating (n,)."""
-    figure.set_size_inches(9, 3.2)
+def draw_audioscore(heldout, score_cs, threshold):
+    """A figure: AudioScore on held-out clips, and score_c of the mined pairs. heldout: of
+    02_audioscore.pt, p (n, 3) and rating (n,)."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     good = RATINGS.index("Good")
     draw_calibration(left, heldout["p"][:, good].numpy(), heldout["rating"].numpy() == good)
@@ -268,12 +276,13 @@ def draw_audioscore(figure, heldout, score_cs, threshold):
     right.set_title(
         f"Complexity of {len(score_cs)} mined pairs; red: score_delta {threshold:g}", fontsize=9
     )
+    return figure
 
 
 def draw_calibration(axis, p_good, is_good):
     """P(Good) in ten bins against the share that was rated Good; a larger dot is of more audios.
     p_good, is_good: (n,) arrays."""
-    bins = np.digitize(p_good, np.linspace(0, 1, 11)[1:-1])
+    bins = (10 * p_good).astype(int).clip(max=9)
     axis.plot([0, 1], [0, 1], color="grey", lw=0.8)
     predicted = []
     rated = []
@@ -310,12 +319,7 @@ def playable_video(path, seconds):
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
         video = container.add_stream("libx264", rate=fps, options=options)
-        video.height = frames.shape[1]
-        video.width = frames.shape[2]
-        video.pix_fmt = "yuv420p"
-        for frame in frames.numpy():
-            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(video.encode(None))
+        media.encode_picture(container, video, frames.numpy())
     return data_uri("video/mp4", stream.getvalue())
 
 
@@ -414,16 +418,16 @@ def figures_of(run, results, evaluated, logs):
             rows_of[row.metric][row.system] = row
     if rows_of:
         compared = [s.name for s in evaluated.systems if s.name not in ("base", "ground_truth")]
-        figures["differences"] = picture(draw_differences, rows_of, evaluated.metrics, compared)
+        figures["differences"] = picture(draw_differences(rows_of, evaluated.metrics, compared))
     if logs:
-        figures["training"] = picture(draw_training, logs)
+        figures["training"] = picture(draw_training(logs))
     if (run / "02_audioscore.pt").exists() and (run / "04_settings.json").exists():
         heldout = files.load_pt(run / "02_audioscore.pt", {"heldout": dict})["heldout"]
         pairs = rows.read(run / "04_stage1.jsonl", rows.SplitPair)
         pairs += rows.read(run / "04_stage2.jsonl", rows.SplitPair)
         mined = [pair.score_c for pair in pairs if pair.source == "auto"]
         threshold = rows.read_json(run / "04_settings.json", rows.Record).settings["threshold"]
-        figures["audioscore"] = picture(draw_audioscore, heldout, mined, threshold)
+        figures["audioscore"] = picture(draw_audioscore(heldout, mined, threshold))
     return figures
 
 
@@ -524,10 +528,9 @@ class Question(NamedTuple):
 def sheet_questions(run, mode):
     """The questions of a sheet, in its order."""
     sheet = run / mode.sheet
-    script = mode.then.split()[0]
     samples = inputs.read_samples(run)
     if not sheet.exists():
-        stop(f"{sheet}: no such file; run {script} --run-dir {run} first")
+        stop(f"{sheet}: no such file; run {mode.stage} --run-dir {run} first")
     wav_of = {}
     for audios in samples.values():
         for audio in audios:
@@ -540,7 +543,7 @@ def sheet_questions(run, mode):
             audios[column] = wav_of[line["clip"], k]
         questions.append(Question(line, audios))
     if not questions:
-        stop(f"{sheet}: asks nothing; run {script} --run-dir {run} again")
+        stop(f"{sheet}: asks nothing; run {mode.stage} --run-dir {run} again")
     return questions
 
 
@@ -563,7 +566,7 @@ def blind_questions(run, args):
     questions = []
     for turn in range(len(pairs)):
         for i, clip in enumerate(drawn):
-            a, b = pairs[(i + turn) % len(pairs)]
+            a, b = pairs[(i + turn) % len(pairs)]  # another one for each clip and turn
             if clip in audio_of[a] and clip in audio_of[b]:
                 audios = {"a": audio_of[a][clip], "b": audio_of[b][clip]}
                 line = {"clip": clip, "a": a, "b": b, "audios": digest_of_both(*audios.values())}
@@ -618,8 +621,8 @@ class Pack(NamedTuple):
 
 
 def level_checks(rate=16_000):
-    """{n: 4 s of noise at -23 dB of full scale, then n beeps at -50}: who can count them hears soft
-    faults too."""
+    """{n: a sound of 4 s: noise at -23 dB of full scale, then n beeps at -50}: who can count them
+    hears soft faults too."""
     t = torch.arange(rate // 5) / rate
     noise = torch.randn(rate, generator=torch.Generator().manual_seed(0)) * 10 ** (-23 / 20)
     beep = torch.hann_window(len(t)) * torch.sin(2000 * torch.pi * t) * 10 ** (-50 / 20)
@@ -637,23 +640,12 @@ def by_clip(questions):
     return [list(group) for _, group in groups]
 
 
-def asked_again(count, seed):
-    """Which of so many questions are asked twice: one of each REPEATED in a row. Those of a sheet
-    stay the same when it grows."""
-    again = set()
-    for start in range(0, count, REPEATED):
-        end = min(start + REPEATED, count)
-        again.add(random.Random(f"{seed} {start}").randrange(start, end))
-    return again
-
-
 def stamps_of(questions, clips):
     """Size and time of every file that a pack plays."""
     stamps = []
     for question in questions:
         clip = clips[question.line["clip"]]
         for path in (clip.path, *question.audios.values()):
-            check_there(path, clip.id)
             stamps.append(scoring.stamp(path))
     return stamps
 
@@ -661,7 +653,7 @@ def stamps_of(questions, clips):
 def packs_of(folder, mode, questions, clips, clip_s, args):
     """The questions as packs of --pack clips each."""
     columns = [*questions[0].line, mode.answer, "rater", "repeat", "seconds", "comment"]
-    again = asked_again(len(questions), args.seed)
+    columns = list(dict.fromkeys(columns))  # a sheet has some of them already
     groups = by_clip(questions)
     packs = []
     asked = 0
@@ -670,9 +662,9 @@ def packs_of(folder, mode, questions, clips, clip_s, args):
         part = [question for group in groups[start : start + args.pack] for question in group]
         data = {
             "name": f"{args.what}_{i:05}",
-            "columns": list(dict.fromkeys(columns)),
+            "columns": columns,
             "rows": [question.line for question in part],
-            "repeats": [row for row in range(len(part)) if asked + row in again],
+            "repeats": [row for row in range(len(part)) if (asked + row) % REPEATED == 0],
             "answer": mode.answer,
             "pairs": len(mode.sounds) > 1,
         }
@@ -719,8 +711,9 @@ def sound_of(column, path, clip_s):
 
 
 def write_pack(pack, mode, clips, clip_s, levels):
-    heard = (len(pack.questions) + len(pack.data["repeats"])) * len(mode.sounds)
-    seconds = heard * clip_s + 4 * heard / len(mode.sounds)  # 4 s to answer
+    asked = len(pack.questions) + len(pack.data["repeats"])
+    heard = asked * len(mode.sounds)
+    seconds = heard * clip_s + asked * 4  # 4 s to answer
     write_page(
         pack.file,
         title=pack.title,
@@ -771,7 +764,7 @@ def write_packs(run, args):
         f"next: open {folder / '00001.html'} in a browser, or send the packs to people; then, with "
         "what they save,"
     )
-    print(f"      python {mode.then} {args.what}_*.csv --run-dir {run}")
+    print(f"      python {mode.stage} {mode.flags} {args.what}_*.csv --run-dir {run}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -816,11 +809,6 @@ def wins(answer, name):
         return 0.5
     preferred = answer.a if answer.choice == "a" else answer.b
     return float(preferred == name)
-
-
-def wins_of_first(answer):
-    """The same of that system of the two whose name comes first, whichever way it was asked."""
-    return wins(answer, min(answer.a, answer.b))
 
 
 def win_rates(answers, systems, resamples=2000):
@@ -872,7 +860,8 @@ def count_answers(run, args):
     audio_of = systems_of(run)
     answers = read_blind_answers(audio_of, args.answers)
     kept = people.without_raters(answers, args.exclude_rater)
-    people.print_agreement(kept, wins_of_first, "nominal")
+    # Of the two systems that whose name comes first, whichever way it was asked.
+    people.print_agreement(kept, lambda answer: wins(answer, min(answer.a, answer.b)), "nominal")
     counted = [answer for answer in kept if not answer.repeat]
     lines = win_rates(counted, audio_of)
     rows.write(run / "08_blind.jsonl", lines)

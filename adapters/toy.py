@@ -40,9 +40,9 @@ CHANNELS = 40  # numbers of a token
 MOMENTS = 10  # numbers that describe a picture
 EMBED = 32  # width of all embeddings of picture and caption
 
-# Label and caption of each class of sound. A class is known by its place here: its `kind`, 0 to 7.
+# {label: caption} of each class of sound. A class is known by its place here: its `kind`, 0 to 7.
 # The object that makes it has outline kind // 2 and colour kind % 2 (00_toy_world.py draws it).
-CLASSES = {
+CAPTIONS = {
     "bell ringing": "a bell ringing",
     "wood block knocking": "knocking on a wood block",
     "snare drum": "a snare drum being hit",
@@ -52,10 +52,10 @@ CLASSES = {
     "bass drum": "the deep thump of a bass drum",
     "hi-hat": "a closed hi-hat ticking",
 }
-LABELS = list(CLASSES)
+LABELS = list(CAPTIONS)
 SPEECH = LABELS.index("person speaking")
 OPENINGS = ("", "the sound of ", "we hear ", "close-up: ")  # of captions
-VOCABULARY = sorted(set(" ".join([*CLASSES.values(), *OPENINGS]).split()))
+VOCABULARY = sorted(set(" ".join([*CAPTIONS.values(), *OPENINGS]).split()))
 
 OTHER_VERSION = "is of another version of 00_toy_world.py; make the run folder anew"
 
@@ -111,10 +111,9 @@ def magnitudes(mel):
 
 
 def overlap_add(frames):
-    """(B, F, 1024), one every 320 samples -> (B, (F + 3) * 320)."""
-    padded = F.pad(frames, (0, 4 * HOP - N_FFT))
-    quarters = padded.unflatten(2, (4, HOP))
-    return sum(F.pad(quarters[:, :, i], (0, 0, i, 3 - i)) for i in range(4)).flatten(1)
+    """(B, F, 1024), one every 320 samples -> (B, (F - 1) * 320 + 1024)."""
+    length = (frames.shape[1] - 1) * HOP + N_FFT
+    return F.fold(frames.mT, (1, length), (1, N_FFT), stride=(1, HOP)).flatten(1)
 
 
 def griffin_lim(magnitude, steps=4, momentum=0.5):
@@ -123,9 +122,9 @@ def griffin_lim(magnitude, steps=4, momentum=0.5):
     torchaudio's, in less than half of its time: without angles, frames side by side. After 4 steps
     the oracle hears what it hears after 8, within 2 ms and 0.1 dB.
     """
-    count = magnitude.shape[1]
     window = torch.hann_window(N_FFT)
-    envelope = overlap_add(window.square().expand(1, count, N_FFT)).clamp(min=1e-3)
+    windows = window.square().expand(1, magnitude.shape[1], N_FFT)
+    envelope = overlap_add(windows).clamp(min=1e-3)
 
     def synthesise(spectrum):
         frames = torch.fft.irfft(spectrum, N_FFT)
@@ -134,7 +133,7 @@ def griffin_lim(magnitude, steps=4, momentum=0.5):
     spectrum = magnitude + 0j
     previous = 0
     for _ in range(steps):
-        frames = synthesise(spectrum).unfold(1, N_FFT, HOP)[:, :count]
+        frames = synthesise(spectrum).unfold(1, N_FFT, HOP)
         analysed = torch.fft.rfft(frames * window)
         hurried = analysed - momentum * previous
         previous = analysed
@@ -194,11 +193,11 @@ def picture_moments(frames):
     """(50, 64, 64, 3) uint8 -> (50, 10) float32: where the object is, and what it looks like.
 
     The object is what differs from the ground, the median colour. Of it: mass, place (2), extent
-    (2), hollowness, whether it is there, colour (3), each scaled to about 1.
+    (2), solidity, whether it is there, colour (3), each scaled to about 1.
     """
     # Every second pixel and its diagonal neighbour, averaged: (50, 32, 32, 3) in [0, 1].
     frames = (frames[:, ::2, ::2].float() + frames[:, 1::2, 1::2]) / 510
-    ground = frames.reshape(-1, 3)[::7].median(dim=0).values  # of a seventh of the pixels: time
+    ground = frames.reshape(-1, 3)[::7].median(dim=0).values  # a seventh of the pixels is enough
     difference = frames - ground
     weight = (difference.abs().sum(-1) - 0.25).clamp(min=0)
     mass = weight.sum((1, 2))
@@ -268,7 +267,7 @@ class VideoEncoder(nn.Module):
         super().__init__()
         self.tower = VideoTower()
         self.strike = nn.Linear(EMBED, 1)
-        self.kind = nn.Linear(EMBED, len(CLASSES))
+        self.kind = nn.Linear(EMBED, len(LABELS))
 
     def forward(self, moments):
         return self.tower.both(moments)
@@ -414,7 +413,6 @@ class Toy(FlowModel):
         load_parts(self.frozen, state, checkpoint)
         # A net that a training has broken is no reason to stop: what it samples is counted as such.
         files.load_weights(self.net, state.get("net"), checkpoint, OTHER_VERSION, finite=False)
-        self.frozen["encoder"].requires_grad_(False)
         self.net.null_tokens.requires_grad_(False)
         self.net.null_vector.requires_grad_(False)
 
@@ -559,7 +557,7 @@ def scorer_networks():
             nn.Sequential(nn.Linear(len(VOCABULARY), EMBED), nn.ReLU(), nn.Linear(EMBED, EMBED))
         ),
         "synchformer": SyncNet(),
-        "panns": AudioTower(len(CLASSES)),
+        "panns": AudioTower(len(LABELS)),
     }
 
 
@@ -569,8 +567,8 @@ def scorer_networks():
 
 
 class ToyScorer(Scorer):
-    """All of AudioScore's five, and what stage 07 needs besides: networks so small that they hear
-    an audio together.
+    """One scorer that says all of AudioScore's five, and what stage 07 needs besides: its networks
+    are so small that they hear an audio together.
 
     ib: cosine of video and sound; clap: of caption and sound, nan without caption; desync_s:
     expected |offset| of sound against picture in seconds; logits (B, 8) and embedding (B, 64) of
@@ -598,21 +596,27 @@ class ToyScorer(Scorer):
         }
 
     def score(self, waves, clips, videos):
-        imagebind, clap, synchformer, panns = self.networks.values()
+        imagebind = self.networks["imagebind"]
+        clap = self.networks["clap"]
+        synchformer = self.networks["synchformer"]
+        panns = self.networks["panns"]
         mel = log_mel(waves)
         embedding = panns.embedding(mel)
         captions = torch.full((len(clips), EMBED), math.nan)
         for row, clip in enumerate(clips):
             if clip.caption is not None:
                 captions[row] = clap.other(words(clip.caption)[None])[0]
-        references = [self.reference(clip) for clip in clips]
+        references = {}
+        for clip in clips:
+            if clip.id not in references:  # several audios of a clip have one
+                references[clip.id] = self.reference(clip)
         return {
             "ib": F.cosine_similarity(imagebind.sound(mel), videos["ib"]),
             "clap": F.cosine_similarity(clap.sound(mel), captions),
             "desync_s": synchformer.desync_s(synchformer(mel, videos["sync"])),
             "logits": panns.classify(embedding),
             "embedding": embedding,
-            "pesq": media.pesq_scores(references, waves, self.workers),
+            "pesq": media.pesq_scores([references[clip.id] for clip in clips], waves, self.workers),
         }
 
     def reference(self, clip):
@@ -623,11 +627,7 @@ class ToyScorer(Scorer):
         """
         if clip.label != LABELS[SPEECH]:
             return None
-        return self.reference_of(clip.path)
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019, a clip's audios follow each other
-    def reference_of(self, path):
-        wave = media.clip_sound(path, RATE_HZ, CLIP_S)
+        wave = media.clip_sound(clip.path, RATE_HZ, CLIP_S)
         if wave is None:
             return None
         latents = self.codec.encode(log_mel(wave[None]))

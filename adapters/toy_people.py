@@ -1,17 +1,19 @@
 """The toy world's simulated people, its oracle and its judge (docs/toy.md).
 
-Raters answer in stage 02 and choosers in stage 03; in stage 07 oracle and judge say what is true,
-and 08 marks the true hits. Only this file reads 00_truth.jsonl, 00_oracle.pt and 00_judge.pt.
+Raters answer in stage 02 and choosers in stage 03; in stage 07 oracle and judge measure audios
+against the truth, and 08 marks the true hits. Only this file reads 00_truth.jsonl, 00_oracle.pt and
+00_judge.pt.
 
 The oracle's classifier is trained on clips that no scorer saw, but the people answer by its
 measures: what learns from them learns from it. The judge is for stage 07 alone: another kind of
 classifier, other measures, clips of its own.
 
-How reverberant an audio is, is measured as `wet_db`; an audio that counts as reverberant is what
-stage 07 calls `aesthetic`.
+Rooms: the oracle measures how reverberant an audio is as `wet_db`, the judge as `late_db`; what is
+above a limit counts as reverberant, which stage 07 calls `aesthetic`.
 """
 
 import functools
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +22,9 @@ import torch
 from msgspec import Meta
 
 from adapters.toy import (
-    CLASSES,
     CLIP_S,
     HOP,
+    LABELS,
     MEL_FRAMES,
     OTHER_VERSION,
     RATE_HZ,
@@ -37,13 +39,12 @@ class Truth(rows.Row, kw_only=True, rename={"kind": "class"}):
     """00_truth.jsonl: what happens in a clip."""
 
     id: rows.Name
-    # Its place in CLASSES.
-    kind: Annotated[int, Meta(ge=0, lt=len(CLASSES), description="a class of sound, 0 to 7")]
+    # Its place in LABELS.
+    kind: Annotated[int, Meta(ge=0, lt=len(LABELS), description="a class of sound, 0 to 7")]
     hits_s: Annotated[
         list[Annotated[float, Meta(ge=0, le=CLIP_S)]],
         Meta(min_length=1, description="seconds within the clip, at least once"),
     ]
-    wet: rows.Number = 0.0  # amplitude of the reverberation
 
 
 def truth_of(run, clips=()):
@@ -56,14 +57,13 @@ def truth_of(run, clips=()):
     return truth
 
 
-def judge_audios(run, audios, columns, judge):
-    """audios: list of (clip line, wav path); judge(wave, truth) -> one number for each of the
-    columns. Returns them as a dict of arrays (n,)."""
+def measure_audios(run, audios, measure_one):
+    """audios: list of (clip line, wav path) -> a list of what measure_one(wave, truth) returns."""
     truth = truth_of(run, [clip for clip, _ in audios])
-    said = np.zeros((len(audios), len(columns)))
-    for i, (clip, path) in enumerate(audios):
-        said[i] = judge(media.read_audio(path, RATE_HZ), truth[clip.id])
-    return dict(zip(columns, said.T))
+    measured = []
+    for clip, path in audios:
+        measured.append(measure_one(media.read_audio(path, RATE_HZ), truth[clip.id]))
+    return measured
 
 
 def judged_samples(wave):
@@ -80,7 +80,6 @@ FRAMES_PER_S = RATE_HZ / HOP
 FARTHEST_S = 0.4  # a hit that is not heard counts as that far away
 CLEAN_FLOOR_DB = -57.0  # of the world's own clean clips; below it nothing is gained
 WET_DB = -32.0  # the oracle's: reverberant above this
-TAIL = slice(14, 20)  # frames after an onset: 280 to 400 ms
 
 
 def frame_energy(wave):
@@ -95,11 +94,11 @@ def find_onsets(level_db):
 
     level_db: (100,), one number each 20 ms.
     """
-    before = np.stack([np.roll(level_db, k) for k in (1, 2, 3)]).mean(0)
-    before[:3] = level_db[:3].min()  # nothing comes before the first frames
-    after = np.stack([level_db, np.roll(level_db, -1)]).mean(0)
-    rise = after - before
-    rise[-1] = 0  # nothing comes after the last
+    before = (level_db[2:-2] + level_db[1:-3] + level_db[:-4]) / 3
+    after = (level_db[:-1] + level_db[1:]) / 2
+    rise = np.zeros(len(level_db))
+    rise[:3] = after[:3] - level_db[:3].min()  # nothing comes before the first frames
+    rise[3:-1] = after[3:] - before
     onsets = []
     for i in range(len(rise)):
         steepest = rise[max(0, i - 5) : i + 6].max()
@@ -118,63 +117,58 @@ def onsets_to_hits_s(onsets, hits):
 
 
 def tail_energy(energy, onsets, floor):
-    """Mean energy 280 to 400 ms after onsets that no other follows within 420 ms, less the floor.
-
-    Without such an onset the audio counts as dry: 0.
-    """
+    """Median energy 280 to 400 ms after an onset that no other follows within 420 ms, less the
+    floor; mean of these onsets, 0 without any: the audio counts as dry."""
     tails = []
     for onset, following in zip(onsets, np.append(onsets[1:], CLIP_S)):
         if following - onset < 0.42:
             continue
-        tail = np.median(energy[round(onset * FRAMES_PER_S) :][TAIL])
-        # Less is a noisy floor's own ripple, no room.
+        frame = round(onset * FRAMES_PER_S)
+        tail = np.median(energy[frame + 14 : frame + 20])
+        # What is no louder than three floors is a noisy floor's own ripple, no room.
         tails.append(tail - floor if tail > 3 * floor else 0.0)
     return np.mean(tails) if tails else 0.0
 
 
-def measure(wave, hits_s):
-    """The three measures of an audio (S,) that need no network.
-
-    sync_s: from onsets to hits and back, 0 to 0.4 s; floor_db: of noise, and wet_db: of the tail of
-    a room, both in dB of the loudest.
-    """
+def measure(wave):
+    """What is heard of an audio (S,) without a network: its onsets in seconds, (n,); its noise
+    floor and the tail of a room, both in dB of the loudest."""
     energy = frame_energy(wave)
     onsets = find_onsets(10 * np.log10(energy))
     ordered = np.sort(energy)
     peak = ordered[-4:].mean()
-    floor = ordered[2:8].mean()  # without the two quietest
+    floor = ordered[2:8].mean()  # a minimum that two odd frames cannot move
     tail = tail_energy(energy, onsets, floor)
-    return {
-        "sync_s": onsets_to_hits_s(onsets, np.asarray(hits_s)),
-        "floor_db": max(CLEAN_FLOOR_DB, 10 * np.log10(floor / peak)),
-        "wet_db": 10 * np.log10(max(tail / peak, 1e-6)),
-    }
+    floor_db = max(CLEAN_FLOOR_DB, 10 * np.log10(floor / peak))
+    wet_db = 10 * np.log10(max(tail / peak, 1e-6))
+    return onsets, floor_db, wet_db
 
 
 @torch.inference_mode()
 def ask_oracle(run, audios):
-    """audios: list of (clip line, wav path) -> dict of (n,) arrays: `semantic`, the probability of
-    the true class, and `measure`'s three."""
+    """audios: list of (clip line, wav path) -> list of dicts: semantic, the probability of the true
+    class; sync_s, from onsets to hits and back, 0 to 0.4 s; floor_db and wet_db of `measure`."""
     file = Path(run) / "00_oracle.pt"
     state = files.load_pt(file, {"classifier": dict})
-    classifier = AudioTower(len(CLASSES))
+    classifier = AudioTower(len(LABELS))
     files.load_weights(classifier, state["classifier"], file, OTHER_VERSION)
 
-    def judge(wave, truth):
+    def oracle(wave, truth):
         probabilities = classifier(log_mel(wave[None])).softmax(-1)[0]
-        return probabilities[truth.kind].item(), *measure(wave, truth.hits_s).values()
+        onsets, floor_db, wet_db = measure(wave)
+        return {
+            "semantic": probabilities[truth.kind].item(),
+            "sync_s": onsets_to_hits_s(onsets, np.array(truth.hits_s)),
+            "floor_db": floor_db,
+            "wet_db": wet_db,
+        }
 
-    return judge_audios(run, audios, ("semantic", "sync_s", "floor_db", "wet_db"), judge)
+    return measure_audios(run, audios, oracle)
 
 
 # --------------------------------------------------------------------------------------------------
 # Simulated people
 # --------------------------------------------------------------------------------------------------
-
-
-def rater_noise(run):
-    """How unsteady this world's people are, as a factor of what they usually are."""
-    return inputs.read_run(run, rows.World).rater_noise
 
 
 def severity(value, slight, grave):
@@ -186,25 +180,18 @@ def simulated_ratings(run, audios, seed):
     """What a listener says (Sec. 2.1): one with three faults to look for, unsteady thresholds, and
     a taste for rooms.
 
-    | faults                    | rating                                      |
-    |---------------------------|---------------------------------------------|
-    | none                      | Good; a third of the dry ones Medium        |
-    | slight ones               | Medium; one alone in a clearly wet audio is |
-    |                           | forgiven now and then: Good                 |
-    | any grave one             | Bad                                         |
-
     audios: list of (clip line, k, wav path). A rating depends on (seed, clip, k) and the audio, not
     on the order.
     """
-    noise = rater_noise(run)
+    noise = inputs.read_run(run, rows.World).rater_noise  # 1: usual, 0: steady people
     measured = ask_oracle(run, [(clip, path) for clip, _, path in audios])
     answers = []
-    for i, (clip, k, _) in enumerate(audios):
+    for (clip, k, _), said in zip(audios, measured):
         rng = np.random.default_rng(seed_of(seed, "rater", clip.id, k))
-        semantic = measured["semantic"][i] + 0.05 * noise * rng.standard_normal()
-        sync_s = measured["sync_s"][i] + 0.02 * noise * rng.standard_normal()
-        floor_db = measured["floor_db"][i] + 3 * noise * rng.standard_normal()
-        wet_db = measured["wet_db"][i]
+        semantic = said["semantic"] + 0.05 * noise * rng.standard_normal()
+        sync_s = said["sync_s"] + 0.02 * noise * rng.standard_normal()
+        floor_db = said["floor_db"] + 3 * noise * rng.standard_normal()
+        wet_db = said["wet_db"]
         chance = rng.random()
 
         faults = (
@@ -212,13 +199,14 @@ def simulated_ratings(run, audios, seed):
             severity(sync_s, 0.06, 0.15),
             severity(floor_db, -42, -30),
         )
-        forgiven = sum(faults) == 1 and wet_db > WET_DB + 4 and chance < 0.3
-        too_dry = wet_db < WET_DB and chance < 0.35
-        rating = "Medium"
         if max(faults) == 2:
             rating = "Bad"
-        elif forgiven or (sum(faults) == 0 and not too_dry):
-            rating = "Good"
+        elif sum(faults) == 0:  # about a third of the dry ones are not liked
+            rating = "Medium" if wet_db < WET_DB and chance < 0.35 else "Good"
+        elif sum(faults) == 1:  # forgiven now and then where the room is clearly heard
+            rating = "Good" if wet_db > WET_DB + 4 and chance < 0.3 else "Medium"
+        else:
+            rating = "Medium"
         answers.append(rows.RatingAnswer(clip=clip.id, k=k, rating=rating, rater="simulated"))
     return answers
 
@@ -229,17 +217,16 @@ def simulated_choices(run, comparisons, seed):
 
     comparisons: list of (clip line, a, b, wav a, wav b).
     """
-    noise = 2 * rater_noise(run)
-    truth = truth_of(run, [clip for clip, *_ in comparisons])
+    noise_db = 2 * inputs.read_run(run, rows.World).rater_noise
     answers = []
-    for clip, a, b, *wavs in comparisons:
-        hits_s = truth[clip.id].hits_s
-        wet_a, wet_b = [measure(media.read_audio(wav, RATE_HZ), hits_s)["wet_db"] for wav in wavs]
-        difference_db = wet_a - wet_b
+    for clip, a, b, wav_a, wav_b in comparisons:
+        _, _, wet_a_db = measure(media.read_audio(wav_a, RATE_HZ))
+        _, _, wet_b_db = measure(media.read_audio(wav_b, RATE_HZ))
+        difference_db = wet_a_db - wet_b_db
         rng = np.random.default_rng(seed_of(seed, "chooser", clip.id, a, b))
         if abs(difference_db) <= 6:
             choice = "tie"
-        elif difference_db + noise * rng.standard_normal() > 0:
+        elif difference_db + noise_db * rng.standard_normal() > 0:
             choice = "a"
         else:
             choice = "b"
@@ -252,6 +239,7 @@ def simulated_choices(run, comparisons, seed):
 # and oracle
 # --------------------------------------------------------------------------------------------------
 
+# Spectra of windows; all numbers of windows below count steps of 8 ms.
 SPAN = 512  # samples of a window, 32 ms
 STRIDE = 128  # samples from a window to the next, 8 ms
 BANDS = 20
@@ -289,8 +277,8 @@ def find_attacks(energy):
     peaks, _ = find_peaks(rise, height=max(2.0, rise.max() / 4), distance=20)
     attacks = []
     for peak in peaks:
-        if total[peak : peak + 8].max() > total.max() / 100:
-            attacks.append(peak + 2)  # a window within the rise
+        if total[peak : peak + 8].max() > total.max() / 100:  # within 64 ms
+            attacks.append(peak + 2)  # the rise is from `peak` to `peak + 3`
     return np.array(attacks, dtype=int)
 
 
@@ -303,7 +291,7 @@ def attack_shape(energy, attacks):
         attacks = [energy.sum(1).argmax()]
     floor = np.quantile(energy, 0.1, axis=0)
     stretches = []
-    for start, end in ((0, 6), (6, 14), (14, 28)):  # windows after the attack
+    for start, end in ((0, 6), (6, 14), (14, 28)):  # windows after the attack: to 48, 112, 224 ms
         within = [attack for attack in attacks if attack + start < len(energy)]
         spectra = [energy[attack + start : attack + end].mean(0) for attack in within]
         spectrum = np.mean(spectra, 0) if spectra else floor
@@ -319,14 +307,15 @@ def late_db(energy, attacks):
     of the oracle's `tail_energy`, in windows of 8 ms.
     """
     total = energy.sum(1)
-    floor = np.convolve(total, np.full(16, 1 / 16), "valid").min()
+    floor = np.convolve(total, np.full(16, 1 / 16), "valid").min()  # the quietest 128 ms
     shares = []
     for attack, following in zip(attacks, np.append(attacks[1:], len(total))):
-        if following - attack < 52:
+        if following - attack < 52:  # 416 ms
             continue
-        tail_starts = attack + 34
-        early = total[attack:tail_starts] - floor
-        late = total[tail_starts : min(following - 3, attack + 62)] - floor
+        tail_start = attack + 34  # 272 ms
+        tail_end = min(following - 3, attack + 62)  # 496 ms, or 24 ms before the next rises
+        early = total[attack:tail_start] - floor
+        late = total[tail_start:tail_end] - floor
         share = late.sum() / max(early.sum(), 1e-9)
         # Less is the floor's own ripple.
         shares.append(share if late.mean() > 0.3 * floor else 0.0)
@@ -338,18 +327,15 @@ def matched_sync_s(attacks_s, hits_s):
     from scipy.optimize import linear_sum_assignment
 
     distance = np.minimum(np.abs(attacks_s[:, None] - hits_s), FARTHEST_S)
-    matched = distance[linear_sum_assignment(distance)]
+    matched = distance[linear_sum_assignment(distance)]  # as many pairs as the fewer have
     count = max(distance.shape)
     alone = count - len(matched)
     return (matched.sum() + FARTHEST_S * alone) / count
 
 
 def ask_judge(run, audios):
-    """audios: list of (clip line, wav path) -> dict of (n,) arrays.
-
-    semantic: 1 where the class is recognised; sync_s: `matched_sync_s`; aesthetic: 1 where
-    reverberant.
-    """
+    """audios: list of (clip line, wav path) -> list of dicts: semantic, whether the class is
+    recognised; sync_s, `matched_sync_s` of attacks and hits; aesthetic, whether reverberant."""
     fields = {"mean": torch.Tensor, "precision": torch.Tensor}
     state = files.load_pt(Path(run) / "00_judge.pt", fields)
     mean = state["mean"].numpy()
@@ -362,17 +348,24 @@ def ask_judge(run, audios):
         squared_distance = ((difference @ precision) * difference).sum(1)  # Mahalanobis, (8,)
         named = squared_distance.argmin()
         sync_s = matched_sync_s(attacks * STRIDE / RATE_HZ, np.array(truth.hits_s))
-        return named == truth.kind, sync_s, late_db(energy, attacks) > LATE_DB
+        return {
+            "semantic": named == truth.kind,
+            "sync_s": sync_s,
+            "aesthetic": late_db(energy, attacks) > LATE_DB,
+        }
 
-    return judge_audios(run, audios, ("semantic", "sync_s", "aesthetic"), judge)
+    return measure_audios(run, audios, judge)
 
 
-def oracle_scores(run, audios):
-    """audios: list of (clip line, wav path) -> dict of (n,) arrays: stage 07's columns `oracle_...`
-    and `judge_...`."""
-    oracle = ask_oracle(run, audios)
-    oracle["aesthetic"] = (oracle["wet_db"] > WET_DB).astype(np.float64)
-    columns = {f"oracle_{name}": values for name, values in oracle.items()}
-    for name, values in ask_judge(run, audios).items():
-        columns[f"judge_{name}"] = values
-    return columns
+def compared_with_truth(run, audios):
+    """audios: list of (clip line, wav path) -> dict of (n,) float arrays: stage 07's columns
+    `oracle_...` and `judge_...`."""
+    columns = defaultdict(list)
+    for said in ask_oracle(run, audios):
+        said["aesthetic"] = said.pop("wet_db") > WET_DB
+        for name, value in said.items():
+            columns[f"oracle_{name}"].append(value)
+    for said in ask_judge(run, audios):
+        for name, value in said.items():
+            columns[f"judge_{name}"].append(value)
+    return {name: np.array(values, dtype=float) for name, values in columns.items()}

@@ -456,7 +456,8 @@ def shown(browser, page):
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Stage 08 draws and films nothing: time."""
-    for name in ("playable_video", "picture", "spectrogram"):
+    figures = ("draw_differences", "draw_training", "draw_audioscore")
+    for name in ("playable_video", "spectrogram", "picture", *figures):
         monkeypatch.setattr(stage("08"), name, lambda *_: "data:,")
 
 

@@ -133,17 +133,14 @@ def made_up(n, shift=0.0, seed=0):
     return rng.standard_normal((n, 3)) + shift
 
 
-HOW_OF = {"fd": "fd", "is": "is"}
-
-
 def of_fd(ours, truth):
     """What each clip contributes to FD."""
-    return metrics.clip_values({"fd": ours}, {"fd": truth}, HOW_OF)["fd"]
+    return metrics.clip_values({"fd": ours}, {"fd": truth}, {"fd": "fd"})["fd"]
 
 
 def rows_of(values, **against):
     """{(system, metric): its row}."""
-    found = metrics.results_of(values, HOW_OF, metrics.METRICS, **against)
+    found = metrics.results_of(values, metrics.METRICS, **against)
     return {(row.system, row.metric): row for row in found}
 
 

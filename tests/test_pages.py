@@ -94,11 +94,6 @@ def test_every_row_of_a_sheet_is_asked_once_and_one_in_twenty_twice(run, without
         assert pages[0].pack["columns"] == [*rows[0], "repeat", "seconds", "comment"]
 
 
-def test_what_is_asked_twice_stays_so_when_a_sheet_grows():
-    fewer, more = (stage("08").asked_again(count, 0) for count in (40, 45))
-    assert len(fewer) == 2 and len(more) == 3 and fewer == {i for i in more if i < 40}
-
-
 def test_a_pack_holds_the_samples_bit_by_bit_and_the_whole_silent_video_at_360_lines(packed):
     for what in ("rate", "choose"):
         for page in packs_of(packed, what):

@@ -278,6 +278,13 @@ def test_a_rehearsal_of_07_says_what_audio_there_is_and_makes_nothing(run, tmp_p
     )
     said(out, "ddpo: audio for 0 of 8 test clips, 8 will be generated\n")
     assert "missing" not in out and files_of(run, "0") == before
+    call("07", run, "--dry-run")
+    said(capsys.readouterr().out, "base: audio for 8 of 8 test clips\n")
+    made_from = read_json(run / "07_audio/base/settings.json")
+    made_from["settings"]["seed"] += 1
+    (run / "07_audio/base/settings.json").write_text(json.dumps(made_from))
+    call("07", run, "--dry-run")
+    said(capsys.readouterr().out, "base: audio for 0 of 8 test clips, 8 will be generated\n")
 
 
 def test_two_systems_are_compared_and_what_their_intervals_leave_out_is_said(run, capsys):
@@ -309,16 +316,21 @@ def test_a_policy_that_gains_on_audioscore_and_loses_by_another_judge_is_said(ca
     verdicts += [
         ("a", "audiobox_pq", "worse"),
         ("b", "fd", "worse"),
-        ("c", "oracle_semantic", "worse"),
+        ("c", "judge_semantic", "worse"),
+        ("d", "p_good", "better"),
+        ("d", "oracle_semantic", "worse"),  # whose measures the simulated people answer by
+        ("e", "p_good", "better"),
+        ("e", "judge_semantic", "worse"),
     ]
     found = [
         rows.Result(system=system, metric=metric, better="higher", n=8, verdict=verdict)
         for system, metric, verdict in verdicts
     ]
     measures = {"audiobox_pq": ("mean", "audiobox", "pq"), "fd": ("fd", "toy", "embedding")}
-    stage("07").print_hacked(found, ["a", "b", "c"], measures, ["toy"])
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "a gains on AudioScore and loses on audiobox_pq" in line
+    stage("07").print_hacked(found, list("abcde"), measures, ["toy"])
+    of_a, of_e = capsys.readouterr().out.splitlines()
+    assert "a gains on AudioScore and loses on audiobox_pq" in of_a
+    assert "e gains on AudioScore and loses on judge_semantic" in of_e
 
 
 def test_preparing_a_run_lists_the_missing_weights_of_all_stages_with_their_size(tmp_path, capsys):
