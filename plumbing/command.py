@@ -219,6 +219,13 @@ def one_line(error, args):
     return None
 
 
+def was_interrupted(error):
+    """Whether it is Ctrl-C, or what failed while that ended threads and workers."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
 def start_in_utf8():
     """Starts this program again, with names of files in UTF-8, as the run's own files have them.
     Python reads them in the terminal's encoding where it is told to (latin-1, LC_ALL=C with
@@ -242,7 +249,10 @@ def launch(main, parse_args):
     try:
         args = parse_args()
         main(args)
-    except (Stop, OSError, MemoryError, RuntimeError, UnicodeEncodeError) as error:
+    except BaseException as error:
+        if was_interrupted(error):
+            print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+            raise SystemExit(130) from None
         line = one_line(error, args)
         if line is None:
             raise
@@ -251,8 +261,5 @@ def launch(main, parse_args):
             time.sleep(5)
         tqdm.write(f"error: {line}", file=sys.stderr)  # a line of its own, also beside a bar
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -347,3 +347,16 @@ def test_ctrl_c_is_one_line_and_exit_code_130(number, flags, begun, tmp_path, to
     lines = [line for line in errors if line.strip() and "%|" not in line]
     assert lines == ["interrupted; run the same command again to go on"]
     assert started.returncode == 130
+
+
+def test_what_fails_while_ctrl_c_ends_threads_and_workers_is_no_error(capsys):
+    def main(args):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise ValueError("generator already executing")
+
+    with pytest.raises(SystemExit) as ended:
+        command.launch(main, lambda: None)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted; run the same command again to go on\n"
