@@ -5,6 +5,7 @@ Run:
     python 01_generate.py --run-dir runs/vgg --model mmaudio:large_44k --clips vggsound.csv \\
         --videos DIR --test-list MMAudio/sets/vgg-test.tsv  # the paper's
     torchrun --standalone --nproc_per_node 8 01_generate.py ...  # shards are divided over the GPUs
+    python 01_generate.py ... --given ground_truth rival=DIR  # more candidates, also later
 
 Reads:
     clips        the toy's clips.jsonl; or a .jsonl (id, and if known video, caption, label, split);
@@ -12,24 +13,29 @@ Reads:
                  (header id, label; its split is the last word of its name, as in vgg-test.tsv, else
                  train); or all videos of a folder, for training
     videos       below --videos, named by `video` or `<id>.mp4` (.mkv, .webm, .mov, .avi)
+    --given      folders of audio that the model did not make, `<id>.wav` (.flac, .mp3, .ogg, .m4a,
+                 .mp4, .opus); ground_truth: the clips' own sound (docs/candidates.md)
 Writes:
     run.json                    model, checkpoint and its digest, latent shape, sampler, N, seed,
-                                video root
+                                video root, given (their names)
     clips.jsonl                 id, video, caption or null, label or null, split
     01_missing.jsonl            clips whose video does not exist: id, split, reason
-    01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row (= k-th of clip
-                                row // N), digest of the wav, finite, peak (of full scale), clipped
-                                (share of samples at full scale)
+    01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row (of the latents), digest
+                                of the wav, finite, peak (of full scale), clipped (share of samples
+                                at full scale), source (model)
     01_samples/00012.pt         latents (rows, T, C) float32 normalised; features: dict of
-                                (rows // N, ...) float32; digests: those of the rows, which bind the
-                                two files; crc32: by name, of the bytes of each row of latents and
-                                of each feature, checked whenever a row is read
+                                (clips, ...) float32; clips: their ids; digests: those of the rows,
+                                which bind the two files; crc32: by name, of the bytes of each row
+                                of latents and of each feature, checked whenever a row is read
     01_samples/00012.skipped.jsonl   clips of the shard that could not be used: clip, reason
+    01_samples/00012.NAME.*     the same of the audios that were given as NAME, with their latents
+                                alone; k is N and the place of NAME in run.json
     01_audio/<clip>_<k>.wav     what a person listens to
 Takes: toy 48 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in
 all.
 """
 
+import functools
 import os
 import random
 import re
@@ -43,6 +49,7 @@ from tqdm import tqdm
 
 import common
 from common import (
+    NoFile,
     SkipClip,
     ahead,
     command,
@@ -74,10 +81,14 @@ def parse_args(argv=None):
     flag("--videos", help="folder of videos")
     flag("--cavp", help="Frieren only: folder of CAVP features, <id>.npz or <id>.npy")
     flag("--strict", action="store_true", help="stop at a video that cannot be used")
+    described = (
+        "candidates that the model did not make: ground_truth, the clips' own sound, or NAME=DIR"
+    )
+    flag("--given", nargs="+", action="extend", default=[], metavar="NAME", help=described)
     flag = parser.paper.add_argument
     described = "train clips, a seeded random subset; 0 only prepares the run, for 07 [Sec. 2.2]"
     flag("--max-clips", type=command.whole(0), default=50_000, help=described)
-    flag("--num-samples", type=command.whole(2), default=5, help="audios per clip [Sec. 3.1]")
+    flag("--num-samples", type=command.whole(0), default=5, help="audios per clip [Sec. 3.1]")
     flag("--guidance", type=command.number(0), default=4.5, help="scale gamma [Sec. 3.1]")
     flag("--sampling-steps", type=command.whole(1), default=25, help="Euler steps; upstream's")
     flag = parser.engineering.add_argument
@@ -288,9 +299,9 @@ def gather_clips(args):
 # --------------------------------------------------------------------------------------------------
 
 
-def check_flags(run, world, is_toy, args):
+def check_flags(run, world, is_toy, folders, args):
     """Flags that do not fit together or to this run. world: its run.json, if there is one; is_toy:
-    stage 00 made the run, with its clips.jsonl."""
+    stage 00 made the run, with its clips.jsonl; folders: those of --given."""
     if is_toy and world is None:
         stop(f"{run}: stage 00 has not finished; run it again with --run-dir {run}")
     if is_toy and not (run / "clips.jsonl").exists():
@@ -305,6 +316,14 @@ def check_flags(run, world, is_toy, args):
         stop(f"--videos {args.videos}: no such folder")
     if (args.cavp is None) == (args.model == "frieren"):
         stop("--cavp: give CAVP features to Frieren, and to no other")
+    if args.given and args.max_clips == 0:
+        stop("--given: with --max-clips 0 there are no candidates; give them when there are clips")
+    sources = folders.keys() | set(world.given if world else ())
+    if args.max_clips and args.num_samples + len(sources) < 2:
+        stop(
+            f"--num-samples {args.num_samples}: a clip needs two candidates; give --given NAME=DIR "
+            "or ground_truth, or more samples"
+        )
 
 
 def places(args):
@@ -405,31 +424,41 @@ def list_clips(run, anew, args):
 # --------------------------------------------------------------------------------------------------
 
 
-def is_whole(run, shard, clips, wavs):
-    """Whether each clip of a shard is used or skipped, its wavs and latents there. wavs: names of
-    the run's wavs."""
-    folder = run / "01_samples"
-    if not (folder / f"{shard}.jsonl").exists():
+def is_whole(run, name, clips, numbers, wavs):
+    """Whether each clip of a shard is skipped or has these numbers k, their wavs and latents there.
+    name: 00012, or 00012.NAME of what was given; wavs: names of the run's wavs."""
+    file = run / "01_samples" / f"{name}.jsonl"
+    if not file.exists():
         return False
-    samples = rows.read(folder / f"{shard}.jsonl", rows.Sample)
-    skipped = rows.read_if_there(folder / f"{shard}.skipped.jsonl", rows.SkippedClip)
-    done = {row.clip for row in samples + skipped}
+    samples = rows.read(file, rows.Sample)
+    skipped = {row.clip for row in read_skipped(run, name)}
+    used = [clip.id for clip in clips if clip.id not in skipped]
+    expected = [(clip, k) for clip in used for k in numbers]
     has_wavs = wavs.issuperset(Path(sample.wav).name for sample in samples)
     digests = [sample.digest for sample in samples]
-    has_latents = not samples or digests_in(folder / f"{shard}.pt") == digests
-    return done == {clip.id for clip in clips} and has_wavs and has_latents
+    of_features = [] if "." in name else used  # what was given has none
+    return (
+        [(sample.clip, sample.k) for sample in samples] == expected
+        and has_wavs
+        and (not used or rows_of(file.with_suffix(".pt")) == (of_features, digests))
+    )
 
 
-def digests_in(file):
-    """The digests of the wavs that a shard's .pt was written with; None of one that is not there
-    or, since its directory is at its end, that was cut. Its rows are checked when they are read
-    (training.Shards)."""
+def read_skipped(run, name):
+    return rows.read_if_there(run / "01_samples" / f"{name}.skipped.jsonl", rows.SkippedClip)
+
+
+def rows_of(file):
+    """What the rows of a shard's .pt belong to: the clips of its features, the digests of its
+    latents' wavs. None of a file that is not there or, since its directory is at its end, that was
+    cut. Its rows are checked when they are read (training.Shards)."""
     if not file.exists():
         return None
     try:
-        return files.load_pt(file, {"digests": list}, mmap=True)["digests"]  # 3 ms
+        saved = files.load_pt(file, {"clips": list, "digests": list}, mmap=True)  # 3 ms
     except common.Stop:
         return None
+    return saved["clips"], saved["digests"]
 
 
 def encode_all(model, clips, workers):
@@ -442,11 +471,11 @@ def encode_all(model, clips, workers):
 
 @dataclass
 class Shard:
-    """A shard that is being made."""
+    """A shard, or a source's part of one, that is being made."""
 
     name: str
     clips: list  # those that can be used
-    features: dict  # {clip id: their features}
+    features: dict  # {clip id: their features}; {} of what was given
     skipped: list  # rows.SkippedClip
     samples: list  # rows.Sample, of the audios that are there
     latents: list  # (N, T, C), of each clip
@@ -480,13 +509,15 @@ def sample_shards(run, model, shards, todo, encoded, bar, args):
         size = args.batch_clips or model.batch_clips
         for name in todo:
             shard = gather(name, shards[name], encoded, args)
+            if not shard.clips or args.num_samples == 0:
+                shard.latents.append(torch.empty(0, *model.latent_shape))
+                write_shard(run, shard)
+                bar.update()
+                continue
             for clip in shard.clips:
                 shard_of[clip.id] = shard
             for start in range(0, len(shard.clips), size):
                 yield shard.clips[start : start + size]
-            if not shard.clips:
-                write_shard(run, shard)
-                bar.update()
 
     def features_of(clip):
         return shard_of[clip.id].features[clip.id]
@@ -538,30 +569,170 @@ def write_shard(run, shard):
     """Its .jsonl comes last, so that a shard that has one is whole."""
     folder = run / "01_samples"
     if shard.clips:
-        features = common.stack_features(list(shard.features.values()), "cpu")
+        features = {}
+        if shard.features:
+            features = common.stack_features(list(shard.features.values()), "cpu")
         digests = [sample.digest for sample in shard.samples]
         latents = torch.cat(shard.latents)
-        training.save_shard(folder / f"{shard.name}.pt", latents, features, digests)
+        file = folder / f"{shard.name}.pt"
+        training.save_shard(file, latents, digests, features, clips=shard.features)
     unused = folder / f"{shard.name}.skipped.jsonl"
     if shard.skipped or unused.exists():  # of an earlier, damaged shard
         rows.write(unused, shard.skipped)
     rows.write(folder / f"{shard.name}.jsonl", shard.samples)
 
 
-def print_report(run, train):
-    """Counts of clips and audios."""
+# --------------------------------------------------------------------------------------------------
+# Audios in: candidates that the model did not make
+# --------------------------------------------------------------------------------------------------
+
+
+def folders_given(given):
+    """{source: its folder} of --given; None of the clips' own sound."""
+    folders = {}
+    reserved = (inputs.MODEL, inputs.GROUND_TRUTH, "skipped")  # the last is a suffix of files
+    for text in given:
+        name, _, folder = text.partition("=")
+        if name in folders:
+            stop(f"--given {text}: {name} is given twice; keep one")
+        if text == inputs.GROUND_TRUTH:
+            folders[name] = None
+            continue
+        if not re.fullmatch(r"[\w-]{1,100}", name) or name in reserved:
+            stop(
+                f"--given {text}: give ground_truth, or NAME=DIR; a name is of letters, digits, _ "
+                f"and -, and none of {', '.join(reserved)}"
+            )
+        if not folder or not Path(folder).is_dir():
+            stop(f"--given {text}: no such folder; give NAME=DIR, a folder of <clip id>.wav ...")
+        folders[name] = Path(folder)
+    return folders
+
+
+def name_sources(run, folders, train):
+    """Adds new sources to run.json, if their folders are of this run's clips. train: those that
+    audio was drawn for."""
+    ids = {clip.id for clip in train}
+    for source, folder in folders.items():
+        if folder is None:
+            continue
+        names = media.audio_names(folder)
+        if names.isdisjoint(ids):
+            stop(f"--given {source}={folder}: no file there names a train clip, as <clip id>.wav")
+        foreign = sorted(names - ids)
+        if foreign:
+            which = f"none of the {len(ids)} train clips, first {foreign[0]}"
+            print(f"{source}: {len(foreign)} files name {which}")
+    run_json = inputs.read_run(run)
+    run_json.given = list(dict.fromkeys([*run_json.given, *folders]))
+    rows.write_json(run / "run.json", run_json)
+
+
+def read_given(item, folders, model, samples):
+    """[(S,) float32] in [-1, 1]: a clip's audio, cut or padded to so many samples. item: (source,
+    clip). Raises SkipClip."""
+    source, clip = item
+    path = clip.path
+    if folders[source] is not None:
+        path = media.find_audio(folders[source], clip.id)
+        if path is None:
+            raise SkipClip("no such file")
+    rate = model.sample_rate_hz
+    try:
+        wave = media.read_audio(path, rate, samples / rate, pad=False)
+    except NoFile:
+        files.gone(path)
+    if not wave.isfinite().all():
+        raise SkipClip("not finite")
+    if len(wave) < model.clip_s / 2 * rate:
+        found = f"{len(wave) / rate:.2f} s of audio"
+        raise SkipClip(f"too short: {found}, at least {model.clip_s / 2:.2f} s needed")
+    return [media.fit_length(wave.clamp(-1, 1), samples)]
+
+
+def add_given(run, model, shards, folders, wavs, here, args):
+    """The audios of --given of the clips that can be used: written and encoded, a source's part of
+    a shard after the other, while files are read ahead."""
+    numbers = inputs.numbers_of(inputs.read_run(run))
+    todo = []
+    for source in folders:
+        for shard in inputs.shards_of(run):
+            skipped = {row.clip for row in read_skipped(run, shard)}
+            clips = [clip for clip in shards.get(shard, []) if clip.id not in skipped]
+            name = inputs.shard_file(shard, source)
+            if not is_whole(run, name, clips, numbers[source], wavs):
+                todo.append((source, name, clips))
+    ranks.barrier()  # every rank has seen the same
+    todo = here.share(todo)
+    if not todo:
+        return
+    samples = model.decode(torch.zeros(1, *model.latent_shape)).shape[1]
+    items = [(source, clip) for source, _, clips in todo for clip in clips]
+    read = functools.partial(read_given, folders=folders, model=model, samples=samples)
+    bar = tqdm(todo, "given", unit="shard", disable=not here.first)
+    with closing(ahead.read_ahead(read, items, args.workers)) as waves, bar:
+        for source, name, clips in bar:
+            (k,) = numbers[source]
+            write_shard(run, encode_given(run, model, source, name, k, clips, waves))
+
+
+def encode_given(run, model, source, name, k, clips, waves):
+    """The Shard of a source's audios of these clips. waves: an iterator of what `read_given`
+    returns, or of the SkipClip that it raises."""
+    shard = Shard(name, clips=[], features={}, skipped=[], samples=[], latents=[])
+    heard = []
+    for clip in clips:
+        found = next(waves)
+        if isinstance(found, SkipClip):
+            shard.skipped.append(rows.SkippedClip(clip=clip.id, reason=str(found)))
+        else:
+            shard.clips.append(clip)
+            heard += found
+    if heard:
+        shard.latents.append(model.encode_audio(torch.stack(heard)))
+    for row, clip in enumerate(shard.clips):
+        wav = f"01_audio/{clip.id}_{k}.wav"
+        written = media.write_audio(run / wav, heard[row], model.sample_rate_hz)
+        written["finite"] = bool(shard.latents[0][row].isfinite().all())
+        about = {"clip": clip.id, "k": k, "seed": 0, "wav": wav, "row": row, "source": source}
+        shard.samples.append(rows.Sample(**about, **written))
+    return shard
+
+
+# --------------------------------------------------------------------------------------------------
+# Report, main
+# --------------------------------------------------------------------------------------------------
+
+
+def skipped_by(run, source):
+    """rows.SkippedClip of a source, of all shards."""
     skipped = []
-    for file in sorted((run / "01_samples").glob("*.skipped.jsonl")):
-        skipped += rows.read(file, rows.SkippedClip)
-    print(f"train clips: {len(train)} in, {len(train) - len(skipped)} used, {len(skipped)} skipped")
+    for shard in inputs.shards_of(run):
+        skipped += read_skipped(run, inputs.shard_file(shard, source))
+    return skipped
+
+
+def print_reasons(skipped):
     example = {row.reason: row.clip for row in reversed(skipped)}
     for reason, count in Counter(row.reason for row in skipped).most_common(20):
         print(f"  {count} x {reason}, e.g. {example[reason]}")
+
+
+def print_report(run, train):
+    """Counts of clips and audios."""
+    skipped = skipped_by(run, inputs.MODEL)
+    used = len(train) - len(skipped)
+    print(f"train clips: {len(train)} in, {used} used, {len(skipped)} skipped")
+    print_reasons(skipped)
     if len(skipped) == len(train):
         stop(
             f"no train clip of {run} could be used; the reasons are above and in "
             f"{run}/01_samples/*.skipped.jsonl"
         )
+    for source in inputs.read_run(run).given:
+        lacking = skipped_by(run, source)
+        print(f"{source}: audio for {used - len(lacking)} of {used} clips")
+        print_reasons(lacking)
     samples = []
     for audios in inputs.read_samples(run).values():
         samples += audios
@@ -584,7 +755,8 @@ def main(args):
     world = inputs.read_run(run, rows.World) if (run / "run.json").exists() else None
     if world is not None and args.model is None:
         args.model = world.model
-    check_flags(run, world, is_toy, args)
+    folders = folders_given(args.given)
+    check_flags(run, world, is_toy, folders, args)
     if args.max_clips == 0:  # all that any stage will ask for, said at once
         common.print_missing(args.weights, common.files_of(args.model, args.checkpoint))
     checkpoint = args.checkpoint
@@ -609,9 +781,15 @@ def main(args):
 
         # -- audios
         wavs = {wav.name for wav in (run / "01_audio").glob("*.wav")}
-        todo = [shard for shard in shards if not is_whole(run, shard, shards[shard], wavs)]
+        numbers = range(args.num_samples)
+        todo = [name for name in shards if not is_whole(run, name, shards[name], numbers, wavs)]
         ranks.barrier()  # every rank has seen the same
         generate(run, model, shards, here.share(todo), here, args)
+        if folders:
+            if here.first:
+                name_sources(run, folders, train)
+            ranks.barrier()
+            add_given(run, model, shards, folders, wavs, here, args)
 
     if not here.first:
         return

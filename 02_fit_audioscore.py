@@ -287,9 +287,8 @@ def rated_blocks(run, order, samples, clips, answers, root):
     rated = {answer.clip for answer in answers}
     audios_of = defaultdict(list)
     for name in order:
-        for audio in samples[name]:
-            wav = run / audio.wav
-            audios_of[name].append(scoring.Audio(clips[name], audio.k, wav, audio.digest))
+        for sample in samples[name]:
+            audios_of[name].append(inputs.audio_of(run, clips[name], sample))
     blocks = blocks_of(run, "", audios_of, rated)
 
     elsewhere = {(answer.clip, answer.k): answer for answer in answers if answer.audio is not None}

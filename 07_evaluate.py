@@ -54,7 +54,6 @@ from common import (
 ShownMetric = rows.ShownMetric
 
 POLICIES = {"flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}  # evaluated where nobody asks for others
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")
 TIE = 1e-6  # P(Good) of one audio in two blocks may differ by rounding
 
 
@@ -632,12 +631,7 @@ def audio_file(system, clip):
     """The file of a clip's audio; None where there is none."""
     if system.kind == "truth":
         return clip.path
-    for suffix in AUDIO_SUFFIXES:
-        for name in (clip.id + suffix, clip.id + suffix.upper()):
-            file = system.audio / name
-            if file.exists():
-                return file
-    return None
+    return media.find_audio(system.audio, clip.id)
 
 
 def print_found(systems, clips, split):
@@ -649,8 +643,7 @@ def print_found(systems, clips, split):
         if system.kind == "policy" and lacking:
             line += f", {len(lacking)} will be generated"
         elif system.kind == "files":
-            named = {f.stem for f in system.audio.iterdir() if f.suffix.lower() in AUDIO_SUFFIXES}
-            foreign = sorted(named - ids)
+            foreign = sorted(media.audio_names(system.audio) - ids)
             if foreign:
                 line += f"; {len(foreign)} files name no clip of this split, first {foreign[0]}"
         print(line)

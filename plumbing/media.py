@@ -23,6 +23,7 @@ from plumbing.files import NoAudio, NoFile, SkipClip
 # The finest grid of any consumer, Synchformer's. By it alone a video is long enough or too short,
 # so that this is said to all or to none.
 FINEST_FPS = 25
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")  # of others' audios
 
 
 class Source:
@@ -192,6 +193,20 @@ def read_frames(path, wanted, duration_s):
 # --------------------------------------------------------------------------------------------------
 # Sound
 # --------------------------------------------------------------------------------------------------
+
+
+def find_audio(folder, name):
+    """The file of that name in a folder of audio; None where there is none."""
+    for suffix in AUDIO_SUFFIXES:
+        for file in (folder / (name + suffix), folder / (name + suffix.upper())):
+            if file.exists():
+                return file
+    return None
+
+
+def audio_names(folder):
+    """What the files in a folder of audio are called, without suffix."""
+    return {file.stem for file in folder.iterdir() if file.suffix.lower() in AUDIO_SUFFIXES}
 
 
 def read_audio(path, sample_rate_hz, duration_s=None, pad=True):

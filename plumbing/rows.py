@@ -85,6 +85,9 @@ class World(Defaults, kw_only=True, omit_defaults=True):
     scorers: one_of("real", "toy") = "real"  # the set of frozen scorers
     scorers_root: FilePath | None = None  # the folder of their files, if not --weights
     cavp_root: FilePath | None = None  # Frieren alone: the folder of its features
+    # Sources of candidates that the model did not make, in the order in which stage 01 was given
+    # them: the k of such an audio is num_samples and the place of its source.
+    given: list[Name] = []
     # The toy world alone: its size, its seed, its raters' noise as a factor.
     size: Text | None = None
     world_seed: Index | None = None
@@ -97,7 +100,7 @@ class Run(World, kw_only=True, omit_defaults=True):
     latent_shape: tuple[Count, Count]  # (T, C)
     sample_rate_hz: Count
     sampler: Sampler
-    num_samples: Count  # audios per clip that the model made
+    num_samples: Index  # audios per clip that the model made
     seed: Index
     max_clips: Index
     clips_digest: Text  # of clips.jsonl
@@ -136,24 +139,27 @@ class MissingClip(Row):
 
 
 class SkippedClip(Row):
-    """01_samples/00012.skipped.jsonl: a clip whose video cannot be used."""
+    """01_samples/00012.skipped.jsonl: a clip whose video cannot be used; 00012.NAME.skipped.jsonl:
+    one without an audio of that source."""
 
     clip: Name
     reason: Text
 
 
 class Sample(Row):
-    """01_samples/00012.jsonl: an audio."""
+    """01_samples/00012.jsonl: an audio that the model made; 00012.NAME.jsonl: one that was
+    given."""
 
     clip: Name
     k: Index  # the k-th of its clip
-    seed: Index  # of its initial noise
+    seed: Index  # of its initial noise; 0 of one that was given
     wav: Text  # 01_audio/<clip>_<k>.wav
-    row: Index  # of the latents in 00012.pt
+    row: Index  # of the latents in the .pt beside
     digest: Text  # of the wav
     finite: bool  # wave and latent; what is not is never in a pair
     peak: Share  # of full scale
     clipped: Share  # of the samples, at full scale
+    source: Name = "model"  # or the name that was given
 
 
 # --------------------------------------------------------------------------------------------------

@@ -998,7 +998,7 @@ def test_that_nothing_will_be_left_to_mine_is_said_when_the_sheet_is_written(run
 def test_cells_are_no_formulas_and_ids_come_back_as_they_are(run):
     name = "-0jeONf82dE_000021"
     wav = f"01_audio/{name}_0.wav"
-    sample = inputs.FoundSample(name, 0, 1, wav, 0, "", True, 0.5, 0.0, "00000")
+    sample = inputs.FoundSample(name, 0, 1, wav, 0, "", True, 0.5, 0.0)
     texts = {"=1+1": "'=1+1", "+a": "'+a", "-a": "'-a", "@a": "'@a", "a\n=b": "a =b", None: ""}
     for caption, cell in texts.items():
         (run / "02_to_rate.csv").unlink()
