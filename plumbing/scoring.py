@@ -282,7 +282,7 @@ def score_by(name, todo, scorers, clip_s, device, workers):
             scores = score_waves(scorer, waves, clips, videos)
             own = torch.tensor([audio.is_own for audio in block.audios])
             for tensor in scorer.compared:
-                scores[tensor][own] = math.nan
+                scores[tensor] = scores[tensor].masked_fill(own, math.nan)
             files.save_pt(block.score_file(name), {"key": key, **scores})
             bar.update(len(clips))
 
