@@ -13,7 +13,8 @@ The five scores of an audio (networks: adapters/scorers.py; the toy world's own:
     score_3  desync_s  Synchformer's |audio-video offset| in seconds
     score_4  is_nats   KL(p(y|a) || p(y)) in nats, y: PANNs' tags; the audio's part of the inception
                        score
-    score_5  pesq      PESQ against the clip's own sound, MOS-LQO; only of human speech
+    score_5  pesq      PESQ against the clip's own sound, MOS-LQO; only of human speech, and not of
+                       that sound itself
 
 AudioScore (common.py) standardises them, takes one that does not apply for the mean, and maps them
 by Linear(5, 32), ReLU, Linear(32, 3), softmax to p = (Good, Medium, Bad).

@@ -7,7 +7,7 @@ Run:
     torchrun --standalone --nproc_per_node 8 03_mine_pairs.py ...  # scoring, over the GPUs
 
 Reads:
-    01_samples/, 01_audio/      stage 01's audios
+    01_samples/, 01_audio/      stage 01's audios, the model's and those that were given
     02_audioscore.pt, 02_scores.jsonl    AudioScore; the rated clips, which are not mined, and their
                                 ratings
     --choices or 03_human_choices.jsonl   clip, a, b (two k of the clip), choice (a, b or tie),
@@ -45,11 +45,9 @@ def parse_args(argv=None):
     flag("--exclude-rater", nargs="+", action="extend", default=[], help="who does not count")
     flag("--weights", default="weights", help="folder of downloaded files")
     flag("--redo", action="store_true", help="replace the outputs; what is scored stays")
-    flag = parser.paper.add_argument
-    described = (
-        "whose audios make the mined pairs: the model's alone, or given ones (01 --given) too"
-    )
+    described = "whose audios make the mined pairs: the model's alone, or all, given ones too"
     flag("--mine", choices=("model", "all"), default="all", help=described)
+    flag = parser.paper.add_argument
     flag("--num-human-pairs", type=command.whole(0), default=2000, help="for people [Sec. 2.2]")
     flag("--min-score-c", type=command.number(-1, 1), default=0.0, help="drop pairs below it")
     flag = parser.engineering.add_argument
@@ -141,10 +139,10 @@ def mine(samples, p_of, rated, min_score_c):
 
 def of_model(samples):
     """The audios that the model made, of every clip."""
-    return {
-        clip: [audio for audio in audios if audio.source == inputs.MODEL]
-        for clip, audios in samples.items()
-    }
+    found = {}
+    for clip, audios in samples.items():
+        found[clip] = [audio for audio in audios if audio.source == inputs.MODEL]
+    return found
 
 
 def pair_of(clip, winner, loser, p_of):
