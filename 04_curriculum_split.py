@@ -33,23 +33,15 @@ def parse_args(argv=None):
     return command.parse(parser, argv, "04")
 
 
-def with_score_c(pairs, source):
-    """rows.Pair -> rows.SplitPair. A mined pair (source auto) has Eq. 3's score_c; a human pair has
-    0, so that it is in stage 2 at any threshold."""
-    scored = []
-    for pair in pairs:
-        score_c = 0.0
-        if source == "auto":
-            score_c = round(common.score_c(pair.p_winner, pair.p_loser), 6)
-        scored.append(rows.SplitPair(pair.clip, pair.winner, pair.loser, score_c, source))
-    return scored
+def with_score_c(pair):
+    """A mined pair with Eq. 3's score_c. rows.Pair -> rows.SplitPair."""
+    score_c = round(common.score_c(pair.p_winner, pair.p_loser), 6)
+    return rows.SplitPair(pair.clip, pair.winner, pair.loser, score_c, "auto")
 
 
-def split(pairs, threshold):
-    """Stage 1: easy pairs, score_c above the threshold; stage 2: the rest."""
-    easy = [pair for pair in pairs if pair.score_c > threshold]
-    hard = [pair for pair in pairs if pair.score_c <= threshold]
-    return easy, hard
+def of_people(pair):
+    """A human pair: its score_c is 0, so that it is in stage 2 at any threshold."""
+    return rows.SplitPair(pair.clip, pair.winner, pair.loser, 0.0, "human")
 
 
 def print_shares(mined, num_human):
@@ -57,10 +49,14 @@ def print_shares(mined, num_human):
     mined: rows.SplitPair, at least one."""
     score_c = torch.tensor([pair.score_c for pair in mined])
     for delta, paper in PAPER_SHARES.items():
-        easy = 100 * int((score_c > delta).sum())
-        share = f"{easy / len(mined):.1f} % ({easy / (len(mined) + num_human):.1f} %)"
-        print(f"score_c above {delta}: {share} of the mined (of all) pairs; Table 2: {paper} %")
-    print(f"  --threshold {score_c.quantile(0.19):.3f} would make 81 % easy, the paper's share")
+        percent = 100 * (score_c > delta).double().mean().item()
+        of_all = percent * len(mined) / (len(mined) + num_human)
+        print(
+            f"score_c above {delta}: {percent:.1f} % ({of_all:.1f} %) of the mined (of all) pairs; "
+            f"Table 2: {paper} %"
+        )
+    threshold = score_c.quantile(1 - PAPER_SHARES[0.7] / 100).clamp(min=0)
+    print(f"  --threshold {threshold:.3f} would make 81 % easy, the paper's share")
     # On pairs whose winner is the worse audio Flow-DPO learns what nobody wants, and its curves
     # look healthy.
     negative = int((score_c < 0).sum())
@@ -74,17 +70,17 @@ def print_shares(mined, num_human):
 
 def main(args):
     run = Path(args.run_dir)
-    inputs.read_run(run)
+    inputs.read_run(run)  # stops where there is none
     sources = ["03_pairs.jsonl", "03_human_pairs.jsonl"]
     outputs = ["04_stage1.jsonl", "04_stage2.jsonl"]
     with record.stage(run, "04", sources, outputs, args.redo) as output:
         hint = "; rerun 03_mine_pairs.py --redo"
         pairs = inputs.read_pairs(run / "03_pairs.jsonl", rows.Pair, hint)
         chosen = inputs.read_pairs(run / "03_human_pairs.jsonl", rows.Pair, hint)
-        mined = with_score_c(pairs, "auto")
-        human = with_score_c(chosen, "human")
+        mined = [with_score_c(pair) for pair in pairs]
+        human = [of_people(pair) for pair in chosen]
         output.claim({"threshold": args.threshold})
-        stage1, stage2 = split(mined + human, args.threshold)
+        stage1, stage2 = common.split(mined + human, args.threshold)
         rows.write(run / "04_stage1.jsonl", stage1)
         rows.write(run / "04_stage2.jsonl", stage2)
 

@@ -8,6 +8,7 @@ Run:
         05_train_flow_dpo.py --run-dir runs/vgg                # two nodes, a shared run folder
 Without --standalone torchrun waits at port 29500, which one job of a node can have. The global
 batch is the same on any number of GPUs that divides it, and so are the batches, times and noise.
+A finished training that is run again leaves its policy as it is.
 
 Reads:
     01_samples/                        latents and features, memory-mapped
@@ -23,14 +24,14 @@ Takes: toy 20 s on 2 cores.
 """
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 import common
-from common import command, inputs, ranks, record, rows, stop, training
+from common import command, inputs, ranks, rows, stop, training
 
 T_BINS = 4  # the log shows error gaps by quarter of t
 SATURATED = 5.0  # a logit: beyond it a pair's gradient is below 1 % of its largest
@@ -38,9 +39,7 @@ SATURATED = 5.0  # a logit: beyond it a pair's gradient is below 1 % of its larg
 
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
-    io = parser.io
-    io.add_argument("--out", default="05_flow_dpo", help="name of the output folder inside the run")
-    io.add_argument("--weights", default="weights", help="folder of downloaded files")
+    command.training_flags(parser, out="05_flow_dpo")
     paper = parser.paper
     paper.add_argument(
         "--beta", type=command.number(0), default=600.0, help="KL strength [Sec. 3.1, Tab. 2]"
@@ -65,22 +64,24 @@ def parse_args(argv=None):
     )
     paper.add_argument("--hard-first", action="store_true", help="ablation: stage 2 before stage 1")
     paper.add_argument("--no-human", action="store_true", help="ablation: without the human pairs")
-    described = "ablation: Eq. 5's brackets as printed, -beta/2 W - L, instead of Eq. 4's"
-    paper.add_argument("--printed-brackets", action="store_true", help=described)
-    described = "weight of the winner's own error; paper: 0; with --beta 0: SFT on the winners"
-    paper.add_argument("--sft-weight", type=command.number(0), default=0.0, help=described)
+    paper.add_argument(
+        "--printed-brackets",
+        action="store_true",
+        help="ablation: Eq. 5's brackets as printed, -beta/2 W - L, instead of Eq. 4's",
+    )
+    paper.add_argument(
+        "--sft-weight",
+        type=command.number(0),
+        default=0.0,
+        help="weight of the winner's own error; paper: 0; with --beta 0: SFT on the winners",
+    )
     engineering = parser.engineering
     engineering.add_argument(
         "--micro-batch", type=command.whole(1), default=32, help="pairs per forward on one GPU"
     )
-    command.training_flags(parser)
     engineering.add_argument(
         "--save-every", type=command.whole(1), default=500, help="steps between checkpoints"
     )
-    engineering.add_argument(
-        "--seed", type=command.whole(0), default=0, help="of batches, times and noise"
-    )
-    command.compile_flag(parser)
     return command.parse(parser, argv, "05")
 
 
@@ -95,9 +96,7 @@ def read_stages(run, shards, args):
     easy = inputs.read_pairs(run / "04_stage1.jsonl", rows.SplitPair, hint)
     hard = inputs.read_pairs(run / "04_stage2.jsonl", rows.SplitPair, hint)
     if args.threshold is not None:
-        pairs = easy + hard
-        easy = [pair for pair in pairs if pair.score_c > args.threshold]
-        hard = [pair for pair in pairs if pair.score_c <= args.threshold]
+        easy, hard = common.split(easy + hard, args.threshold)
     if args.no_human:
         hard = [pair for pair in hard if pair.source != "human"]
     for pair in easy + hard:
@@ -117,17 +116,19 @@ def divide_steps(stages, steps):
 
 def batch_at(step, stages, stage_steps, args):
     """The stage of a step, 0 or 1, and its pairs; a function of the seed and the step alone."""
-    stage = int(step >= stage_steps[0])
-    step_of_stage = step - stage * stage_steps[0]
-    start = step_of_stage * args.global_batch
+    stage = 0
+    if step >= stage_steps[0]:
+        stage = 1
+        step -= stage_steps[0]
+    start = step * args.global_batch
     return stage, training.drawn(stages[stage], start, args.global_batch, f"{args.seed}/{stage}")
 
 
 def draw_t_and_noise(step, model, args):
     """One t (B,) and one eps (B, T, C) per pair of the global batch, shared by winner and loser.
 
-    t ~ U(0, 1) as under Eq. 5, not the backbones' own training laws; snapped to what the network
-    knows.
+    t ~ U(0, 1) as under Eq. 5, not the backbones' own training laws; moved to a time that the
+    network knows (Frieren has 1000).
     """
     generator = torch.Generator().manual_seed(common.seed_of(args.seed, "step", step))
     t = model.snap_t(torch.rand(args.global_batch, generator=generator))
@@ -186,47 +187,56 @@ def pair_errors(network, features, a_0, eps, t):
     return err_w, err_l
 
 
+def pair_loss(policy, reference, features, a_0, eps, t, args):
+    """Eq. 5 of B pairs, as `pair_errors` takes them. Returns loss (B,), and what is logged of each
+    pair, {name: (B,)}."""
+    with training.autocast(t.device, args.precision):
+        with torch.no_grad():
+            ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps, t)
+        err_w, err_l = pair_errors(policy, features, a_0, eps, t)
+    loss, logits = common.flow_dpo_loss(
+        err_w, err_l, ref_err_w, ref_err_l, args.beta, args.printed_brackets
+    )
+    loss = loss + args.sft_weight * err_w
+
+    with torch.no_grad():
+        weight = torch.sigmoid(-logits)  # of the pair's gradient
+        logged = {
+            "pairs": torch.ones_like(loss),
+            "loss": loss,
+            "accuracy": (logits > 0).float() + 0.5 * (logits == 0).float(),
+            "gap_w": err_w - ref_err_w,
+            "gap_l": err_l - ref_err_l,
+            "ref_w": ref_err_w,
+            "saturated": logits > SATURATED,
+            "opposed": logits < -SATURATED,
+            "weight": weight,
+            "weight_wrong": weight * (logits < 0),  # the implicit reward prefers the loser
+        }
+    return loss, logged
+
+
 def train_step(policy, reference, batch, args):
-    """Accumulates the gradient of this rank's share of the global batch. Returns what is logged as
-    sums over its pairs by quarter of t, {name: (T_BINS,) float64 on the device}, for which nothing
-    here waits."""
+    """Accumulates the gradient of this rank's share of the global batch. Returns sums over its
+    pairs for the log, by quarter of t, {name: (T_BINS,) float64}, left on the device, so that the
+    host need not wait for it."""
     pairs = len(batch.t)
-    totals = {}
+    sums = {}
     for start in range(0, pairs, args.micro_batch):
         micro = slice(start, start + args.micro_batch)
         features = {name: value[micro] for name, value in batch.features.items()}
-        inputs = features, batch.a_0[:, micro], batch.eps[micro], batch.t[micro]
-        last = start + args.micro_batch >= pairs
-        policy.require_backward_grad_sync = last  # DDP: one all-reduce per step
-        with training.autocast(batch.t.device, args.precision):
-            with torch.no_grad():
-                ref_err_w, ref_err_l = pair_errors(reference, *inputs)
-            err_w, err_l = pair_errors(policy, *inputs)
-        loss, logits = common.flow_dpo_loss(
-            err_w, err_l, ref_err_w, ref_err_l, args.beta, args.printed_brackets
+        t = batch.t[micro]
+        policy.require_backward_grad_sync = micro.stop >= pairs  # DDP: one all-reduce per step
+        loss, logged = pair_loss(
+            policy, reference, features, batch.a_0[:, micro], batch.eps[micro], t, args
         )
-        loss = loss + args.sft_weight * err_w
         (loss.sum() / pairs).backward()  # DDP averages over ranks, each with as many pairs
-
-        with torch.no_grad():
-            weight = torch.sigmoid(-logits)  # of the pair's gradient
-            measured = {
-                "pairs": torch.ones_like(loss),
-                "loss": loss,
-                "accuracy": (logits > 0).float() + 0.5 * (logits == 0).float(),
-                "gap_w": err_w - ref_err_w,
-                "gap_l": err_l - ref_err_l,
-                "ref_w": ref_err_w,
-                "saturated": logits > SATURATED,
-                "opposed": logits < -SATURATED,
-                "weight": weight,
-                "weight_wrong": weight * (logits < 0),  # the implicit reward prefers the loser
-            }
-            for name, value in sum_by_quarter(measured, batch.t[micro]).items():
-                totals[name] = totals.get(name, 0) + value
-    return totals
+        for name, value in sum_by_quarter(logged, t).items():
+            sums[name] = sums.get(name, 0) + value
+    return sums
 
 
+@torch.no_grad()
 def sum_by_quarter(measured, t):
     """{name: (B,)} -> {name: (T_BINS,) float64}, sums over the pairs of each quarter of t."""
     quarter = (t * T_BINS).long().clamp(max=T_BINS - 1)
@@ -287,30 +297,35 @@ def diagnosis(accuracy, saturated, rise, wrong, backwards):
     return "healthy", "nothing to change"
 
 
-def reading(log, backwards=0.0):
+def reading(log, backwards):
     """What the last 50 steps of the longer stage show, in one line. log: of rows.FlowDpoStep."""
     stages = [[step for step in log if step.stage == stage] for stage in (1, 2)]
     last = max(stages, key=len)[-50:]
     mean = {}
     for name in ("loss", "accuracy", "saturated", "gap_w", "ref_w", "weight", "weight_wrong"):
-        mean[name] = sum(getattr(step, name) for step in last) / len(last)
+        mean[name] = fmean(getattr(step, name) for step in last)
     rise = mean["gap_w"] / max(mean["ref_w"], 1e-12)
     wrong = mean["weight_wrong"] / max(mean["weight"], 1e-12)
     case, advice = diagnosis(mean["accuracy"], mean["saturated"], rise, wrong, backwards)
-    says = "loss {loss:.2f}, accuracy {accuracy:.2f}, saturated {saturated:.2f}".format(**mean)
-    says += f", {wrong:.0%} of the gradient's weight on wrongly ordered pairs"
-    says += f", winner's error {rise:+.0%}"
-    return f"curves: {case}: {advice} ({says}; docs/curves.md)"
+    return (
+        f"curves: {case}: {advice} (loss {mean['loss']:.2f}, accuracy {mean['accuracy']:.2f}, "
+        f"saturated {mean['saturated']:.2f}, {wrong:.0%} of the gradient's weight on wrongly "
+        f"ordered pairs, winner's error {rise:+.0%}; docs/curves.md)"
+    )
 
 
 def print_plan(model, stages, stage_steps, done, here, args):
     names = ["hard + human", "easy"] if args.hard_first else ["easy", "hard + human"]
     for i, name in enumerate(names):
-        plan = f"{len(stages[i])} pairs, {stage_steps[i]} steps of {args.global_batch}"
-        print(f"stage {i + 1} ({name}): {plan}")
+        pairs = len(stages[i])
+        print(
+            f"stage {i + 1} ({name}): {pairs} pairs, {stage_steps[i]} steps of {args.global_batch}"
+        )
     size = model.latent_shape[0] * model.latent_shape[1]
-    mean = f"beta {args.beta:g} on errors averaged over {size} latent values"
-    print(f"{mean} (the same on their sums: beta {args.beta / size:g})")
+    print(
+        f"beta {args.beta:g} on errors averaged over {size} latent values (the same on their sums: "
+        f"beta {args.beta / size:g})"
+    )
     trained = sum(p.numel() for p in model.trainable_parameters())
     print(f"trained parameters: {trained:,}; step {done} of {args.steps}; {here.world} process(es)")
 
@@ -320,14 +335,10 @@ def main(args):
     here = ranks.setup()
     run = Path(args.run_dir)
     run_json = inputs.read_run(run)
-    folder = training.output_folder(run, args.out)
     training.refuse_uneven("--global-batch", args.global_batch, here.world)
 
     sources = ["01_samples", "04_stage1.jsonl", "04_stage2.jsonl"]
-    outputs = [f"{args.out}/policy.pt"]
-    with record.stage(run, args.out, sources, outputs, advice=training.ADVICE) as output:
-        output.claim(training.settings_of(args))
-
+    with training.output(run, args.out, sources) as output:
         # -- data
         model = common.load_base_model(run, here.device, args.weights)
         shards = training.Shards(run, inputs.read_samples(run), model)
@@ -341,56 +352,45 @@ def main(args):
             reference = training.lora_reference(model)
         else:
             reference = training.frozen_copy(model, bf16)  # the pre-trained model, in both stages
+        args.compile = training.compiles(model, args)  # what settings.json will say
         if args.compile:
             training.compile_both(model, reference)
-        if args.gradient_checkpointing:
-            training.checkpoint_blocks(model)
-        optimizer = training.adamw(model, args.lr)
-        made_from = output.digest()
-        done = training.resume(folder, model, optimizer, args.steps, made_from, rows.FlowDpoStep)
-        policy = training.data_parallel(model, here.device)
-        print_plan(model, stages, stage_steps, done, here, args)
+        trainer = training.Trainer(output, model, rows.FlowDpoStep, args.save_every, here, args)
+        print_plan(model, stages, stage_steps, trainer.done, here, args)
 
         # -- loop
-        batches = read_batches(done, stages, stage_steps, shards, model, here, args)
+        batches = read_batches(trainer.done, stages, stage_steps, shards, model, here, args)
         upcoming = next(batches, None)
-        bar = training.progress(done, args.steps, here)
-        for step in bar:
-            began = time.time()
+        for step in trainer.steps():
             batch = upcoming
-            optimizer.zero_grad(set_to_none=True)
-            sums = train_step(policy, reference, batch, args)
+            trainer.optimizer.zero_grad(set_to_none=True)
+            sums = train_step(trainer.policy, reference, batch, args)
             upcoming = next(batches, None)  # read and sent while a GPU is still at work
-            sums, grad_norm = training.clip_gradient(model, step, sums, folder)
+            sums, grad_norm = training.clip_gradient(model, step, sums, trainer.folder)
             means = means_of(sums)
             if step == 0 and args.sft_weight == 0 and abs(means["loss"] - math.log(2)) > 1e-3:
-                wrong = f"the loss is {means['loss']:.4f}, not log 2, so the reference differs"
-                stop(f"step 0: {wrong}; use --no-compile or --precision fp32")
-            lr = training.lr_at(step, args)
-            training.take_step(optimizer, lr)
-
-            if here.first:
-                logged = rows.FlowDpoStep(
-                    step=step,
-                    stage=batch.stage + 1,
-                    **means,
-                    grad_norm=grad_norm,
-                    lr=lr,
-                    seconds=time.time() - began,
-                    forwards=4 * args.global_batch * (step + 1),  # policy and reference, two each
-                    forwards_grad=2 * args.global_batch * (step + 1),  # the policy's
-                    peak_gb=training.peak_gb(here.device),
+                stop(
+                    f"step 0: the loss is {means['loss']:.4f}, not log 2, so the reference "
+                    "differs; use --no-compile or --precision fp32"
                 )
-                rows.append(folder / "log.jsonl", logged)
-                bar.set_postfix(loss=f"{logged.loss:.3f}", refresh=False)
-                if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                    training.save_checkpoint(folder, step + 1, model, optimizer, made_from)
+            lr = training.lr_at(step, args)
+            training.take_step(trainer.optimizer, lr)
+            trainer.bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+            trainer.finish_step(
+                step,
+                stage=batch.stage + 1,
+                **means,
+                grad_norm=grad_norm,
+                lr=lr,
+                forwards=4 * args.global_batch * (step + 1),  # policy and reference, two each
+                forwards_grad=2 * args.global_batch * (step + 1),  # the policy's
+            )
 
         # -- save
         if here.first:
-            log = rows.read(folder / "log.jsonl", rows.FlowDpoStep)
+            log = rows.read(trainer.folder / "log.jsonl", rows.FlowDpoStep)
             print(reading(log, share_backwards(stages)))
-            training.save_policy(run, args.out, model, run_json, "flow_dpo", args.steps)
+            trainer.save_policy(run_json, "flow_dpo")
     print(f"next: python 06_ddpo_baseline.py --run-dir {run}")
     print(f"      python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
 

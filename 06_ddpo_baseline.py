@@ -7,11 +7,14 @@ Each round draws --prompts clips, samples --group-size audios of each with an SD
 are the ODE's, scores them, and makes --updates optimizer steps on the stored transitions; one step
 = one optimizer update, as in stage 05.
 
+Paper silent: which DDPO. Ours is DDPO-IS (arXiv 2305.13301: PPO's clipped ratio), for a flow as in
+Flow-GRPO (arXiv 2505.05470): its SDE, and advantages within a prompt's audios; no KL term.
+
 Reads:
     01_samples/           features of the train clips
     02_audioscore.pt      the reward model, on top of the five scorers
     02_scores.jsonl       the rated clips, which are no prompts: AudioScore was fitted on them
-    03_scores/            what the scorers saw of the prompts' videos, proved by the files' own keys
+    03_scores/            what the scorers saw of the prompts' videos; each file names what it is of
     clips.jsonl           and the prompts' own sound, for PESQ
 Writes, in <run>/<--out>:
     policy.pt, policy.json, checkpoint.pt, settings.json
@@ -22,11 +25,11 @@ Takes: toy 45 s on 2 cores.
 
 import math
 import random
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torchaudio
@@ -39,7 +42,6 @@ from common import (
     inputs,
     media,
     ranks,
-    record,
     rows,
     scoring,
     speed,
@@ -47,18 +49,14 @@ from common import (
     training,
 )
 
-# Of P(Good): audios of a prompt whose rewards have a smaller standard deviation are equally good.
-# Rounding alone makes a network's scores differ by a factor of 1 +- 2e-6 between batches and
-# machines, which moves P(Good) by up to 2e-5 (measured in the toy world). Divided by its own
-# deviation, such noise would become advantages of +-1.
+# Rewards of a prompt with a smaller standard deviation are equal: rounding alone moves P(Good) by
+# up to 2e-5 (measured in the toy world), and divided by its own deviation would become advantages.
 MIN_SPREAD = 1e-4
 
 
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
-    io = parser.io
-    io.add_argument("--out", default="06_ddpo", help="name of the output folder inside the run")
-    io.add_argument("--weights", default="weights", help="folder of downloaded files")
+    command.training_flags(parser, out="06_ddpo")
     paper = parser.paper
     paper.description = "Silent on DDPO's settings: as many steps and the same lr as stage 05."
     paper.add_argument("--lr", type=command.number(0), default=5e-6, help="after the warm-up")
@@ -86,19 +84,16 @@ def parse_args(argv=None):
     engineering.add_argument(
         "--micro-batch", type=command.whole(1), default=16, help="audios per backward pass, one GPU"
     )
-    command.training_flags(parser)
     engineering.add_argument(
         "--save-every", type=command.whole(1), default=20, help="rounds between checkpoints"
     )
-    engineering.add_argument(
-        "--seed", type=command.whole(0), default=0, help="of prompts and noise"
-    )
-    command.compile_flag(parser)
     command.workers_flag(parser)
     args = command.parse(parser, argv, "06")
     if args.updates >= args.sampling_steps:
-        most = f"at most {args.sampling_steps - 1}, the stochastic steps of a trajectory"
-        stop(f"--updates {args.updates}: {most}")
+        stop(
+            f"--updates {args.updates}: at most {args.sampling_steps - 1}, the stochastic steps of "
+            "a trajectory"
+        )
     return args
 
 
@@ -119,8 +114,8 @@ def sde_step(a_t, u, t, t_next, eta):
     t = t[:, None, None]
     t_next = t_next[:, None, None]
     dt = t - t_next
-    t_of_s = torch.where(t == 1, t_next, t)  # s is infinite at t = 1: take that of the next time
-    s = eta * (t_of_s / (1 - t_of_s)).sqrt()
+    finite = torch.where(t == 1, t_next, t)  # at t = 1 s is infinite: take that of the next time
+    s = eta * (finite / (1 - finite)).sqrt()
     mean = a_t - (u + s**2 / (2 * t) * (a_t + (1 - t) * u)) * dt
     return mean, s * dt.sqrt()
 
@@ -132,19 +127,35 @@ def log_prob(a_next, mean, std):
     return density.mean(dim=(1, 2))
 
 
-def grid(model, steps):
-    """The times at which a trajectory asks the network, from 1 on: (S,), on the model's device."""
-    return training.send(model.snap_t(torch.linspace(1, 0, steps + 1)[:-1]), model.device)
+def draw_steps(seeds, args):
+    """The noisy step that each update trains, of every trajectory, without repetition: (updates,
+    R * B)."""
+    drawn = []
+    for seed in seeds:
+        drawn.append(random.Random(seed).sample(range(args.sampling_steps - 1), args.updates))
+    return torch.tensor(drawn).T
+
+
+@dataclass
+class Batch:
+    """Of R trajectories of each of B prompts the transitions that a round trains: one in each
+    update."""
+
+    features: dict  # B rows
+    a_t: torch.Tensor  # (updates, R * B, T, C)
+    a_next: torch.Tensor  # (updates, R * B, T, C)
+    t: torch.Tensor  # (updates, R * B)
+    t_next: torch.Tensor  # (updates, R * B)
+    log_probs: torch.Tensor  # (updates, R * B), when they were sampled
+    advantages: torch.Tensor | None = None  # (R * B,), when their rewards are known
 
 
 @torch.no_grad()
 def rollout(model, features, seeds, guidance, args):
-    """Samples trajectories. features: B rows; seeds: R * B (row r * B + b belongs to clip b).
-
-    Returns states (S, R * B, T, C): a_t at each of the S grid times; log_probs (S - 1, R * B): of
-    the noisy steps between them; a_0 (R * B, T, C), by a last step to t = 0 without noise.
-    """
-    times = grid(model, args.sampling_steps)
+    """Samples trajectories: S - 1 noisy steps, then one to t = 0 without noise. features: B rows;
+    seeds: R * B. Returns a Batch, and a_0 (R * B, T, C)."""
+    times = model.snap_t(torch.linspace(1, 0, args.sampling_steps + 1)[:-1])  # (S,)
+    times = training.send(times, model.device)
     generators = [torch.Generator().manual_seed(common.seed_of(seed, "sde", 0)) for seed in seeds]
     a_t = common.initial_noise(model, seeds)
     states = [a_t]
@@ -160,9 +171,23 @@ def rollout(model, features, seeds, guidance, args):
             a_t = mean + std * training.send(z, model.device)
             states.append(a_t)
             log_probs.append(log_prob(a_t, mean, std))
-        # At the last grid time:
+        # t_next is the last time at which the network is asked.
         u = model.velocity(a_t, t_next, conditions, guidance).float().detach()
-    return torch.stack(states), torch.stack(log_probs), a_t - times[-1] * u
+    a_0 = a_t - times[-1] * u
+
+    states = torch.stack(states)  # (S, R * B, T, C)
+    log_probs = torch.stack(log_probs)  # (S - 1, R * B)
+    step = training.send(draw_steps(seeds, args), model.device)
+    row = torch.arange(len(seeds), device=model.device)
+    batch = Batch(
+        features,
+        a_t=states[step, row],
+        a_next=states[step + 1, row],
+        t=times[step],
+        t_next=times[step + 1],
+        log_probs=log_probs[step, row],
+    )
+    return batch, a_0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,15 +235,16 @@ class Reward:
             videos = self.videos(name, clips) if "video" in scorer.reads else None
             said[name] = scoring.score_waves(scorer, resampled, clips, videos)
         p = self.audioscore(self.audioscore.five_scores(self.set.for_audioscore(said)))
-        return p[:, 0] * finite
+        p_good = p[:, 0]
+        return p_good * finite
 
 
 def group_advantages(rewards, group_size):
     """How much better an audio is than the others of its prompt, in standard deviations of their
     rewards.
 
-    rewards: (R * B,) float64, R = group_size; row r * B + b is prompt b's. Returns advantages
-    (R * B,), (r - mean) / std, 0 where std is below MIN_SPREAD; and std (B,).
+    rewards: (R * B,) float64, R = group_size. Returns advantages (R * B,), (r - mean) / std, 0
+    where std is below MIN_SPREAD; and std (B,).
     """
     rewards = rewards.view(group_size, -1)
     std, mean = torch.std_mean(rewards, dim=0)
@@ -238,36 +264,17 @@ def ppo_loss(ratio, advantage, clip_range):
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Batch:
-    """Trajectories of B prompts, R of each; row r * B + b is prompt b's."""
-
-    features: dict  # B rows
-    states: torch.Tensor  # (S, R * B, T, C)
-    log_probs: torch.Tensor  # (S - 1, R * B), when they were sampled
-    chosen: torch.Tensor  # (updates, R * B): the noisy step that each update trains
-    advantages: torch.Tensor | None = None  # (R * B,), when their rewards are known
-
-
-def draw_times(seeds, args):
-    """The noisy step that each update trains, of every trajectory, without repetition: (updates,
-    R * B), indices of the grid."""
-    drawn = []
-    for seed in seeds:
-        drawn.append(random.Random(seed).sample(range(args.sampling_steps - 1), args.updates))
-    return torch.tensor(drawn).T
-
-
 def collect(model, reward, shards, clips, round_, guidance, args):
     """Samples and scores this rank's prompts, as many clips at a time as --micro-batch allows.
 
-    Returns the batches, and this rank's sums for the log, {name: () float64}: reward over its
-    audios; reward_std and no_spread over its prompts.
+    Returns the batches, and sums over all ranks for the log, {name: () float64}: reward over the
+    audios; reward_std and no_spread over the prompts.
     """
     per_batch = max(1, args.micro_batch // args.group_size)
     batches = []
     futures = []
-    # A thread that lived on would slow down torch's own: theirs fall asleep between two operations.
+    # In a thread, while the next prompts are sampled. It ends with the round: beside an idle thread
+    # torch's own would take longer to wake up.
     with ThreadPoolExecutor(1) as scoring_thread:
         for start in range(0, len(clips), per_batch):
             prompts = clips[start : start + per_batch]
@@ -275,10 +282,8 @@ def collect(model, reward, shards, clips, round_, guidance, args):
             seeds = []
             for k in range(args.group_size):
                 seeds += [common.seed_of(args.seed, "ddpo", round_, clip.id, k) for clip in prompts]
-            states, log_probs, a_0 = rollout(model, features, seeds, guidance, args)
-            chosen = training.send(draw_times(seeds, args), model.device)
-            batches.append(Batch(features, states, log_probs, chosen))
-            # While the next prompts are sampled:
+            batch, a_0 = rollout(model, features, seeds, guidance, args)
+            batches.append(batch)
             futures.append(scoring_thread.submit(reward, model, a_0, prompts * args.group_size))
 
     sums = {}
@@ -286,9 +291,8 @@ def collect(model, reward, shards, clips, round_, guidance, args):
         rewards = future.result()  # on the CPU
         advantages, std = group_advantages(rewards, args.group_size)
         batch.advantages = advantages.float().to(model.device)
-        measured = {"reward": rewards, "reward_std": std, "no_spread": std < MIN_SPREAD}
-        add_sums(sums, measured)
-    return batches, sums
+        add_sums(sums, {"reward": rewards, "reward_std": std, "no_spread": std < MIN_SPREAD})
+    return batches, training.sum_dict_over_ranks(sums, model.device)
 
 
 def add_sums(sums, measured):
@@ -297,28 +301,26 @@ def add_sums(sums, measured):
         sums[name] = sums.get(name, 0) + value.double().sum()
 
 
-def train_step(policy, batches, update, times, guidance, args):
-    """Accumulates the gradient of one update: one noisy step of every trajectory of this rank's
-    round. Returns sums over them for the log, {name: () float64 on the device}, for which nothing
-    here waits."""
+def train_step(policy, batches, update, guidance, args):
+    """Accumulates the gradient of one update: one transition of every trajectory of this rank's
+    round. Returns sums over them for the log, {name: () float64}, left on the device, so that the
+    host need not wait for it."""
     parts = []
     for batch in batches:
-        trajectories = torch.arange(len(batch.advantages), device=times.device)
-        parts += [(batch, part) for part in trajectories.split(args.micro_batch)]
-    audios = sum(len(part) for _, part in parts)
+        # Several parts where --micro-batch is below --group-size; then it is of one prompt.
+        for start in range(0, len(batch.advantages), args.micro_batch):
+            parts.append((batch, slice(start, start + args.micro_batch)))
+    audios = sum(len(batch.advantages) for batch in batches)
     sums = {}
     for i, (batch, part) in enumerate(parts):
-        at = batch.chosen[update][part]  # the step that each trajectory trains
-        t = times[at]
-        t_next = times[at + 1]
-        a_t = batch.states[at, part]
-        a_next = batch.states[at + 1, part]
-
+        a_t = batch.a_t[update, part]
+        t = batch.t[update, part]
         policy.require_backward_grad_sync = i == len(parts) - 1  # DDP: one all-reduce per step
-        with training.autocast(times.device, args.precision):
+        with training.autocast(t.device, args.precision):
             u_theta = policy(a_t, t, batch.features, guidance)
-        mean, std = sde_step(a_t, u_theta.float(), t, t_next, args.eta)
-        log_ratio = log_prob(a_next, mean, std) - batch.log_probs[at, part]
+        mean, std = sde_step(a_t, u_theta.float(), t, batch.t_next[update, part], args.eta)
+        log_prob_now = log_prob(batch.a_next[update, part], mean, std)
+        log_ratio = log_prob_now - batch.log_probs[update, part]
         ratio = log_ratio.exp()
         loss = ppo_loss(ratio, batch.advantages[part], args.clip_range)
         (loss.sum() / audios).backward()  # DDP averages over ranks, each with as many audios
@@ -339,12 +341,14 @@ def train_step(policy, batches, update, times, guidance, args):
 
 
 def find_prompts(run, clips, samples):
-    """The train clips that may be drawn: those with features that were not rated."""
+    """The train clips that may be drawn: sampled by stage 01, and not rated in 02."""
     rated = {row.clip for row in rows.read(run / "02_scores.jsonl", rows.RatedScore)}
     prompts = [clip for clip in clips if clip.id in samples and clip.id not in rated]
     if not prompts:
-        every = "every clip was rated, and AudioScore was fitted on those"
-        stop(f"{run}: {every}; rate fewer (02 --num-rated-clips)")
+        stop(
+            f"{run}: every clip was rated, and AudioScore was fitted on those; rate fewer (02 "
+            "--num-rated-clips)"
+        )
     return prompts
 
 
@@ -354,11 +358,12 @@ def draw_prompts(clips, round_, args):
 
 
 def print_rewards(log):
+    rewards = [step.reward for step in log]
     fifth = max(1, len(log) // 5)
-    first = sum(step.reward for step in log[:fifth]) / fifth
-    last = sum(step.reward for step in log[-fifth:]) / fifth
+    first = fmean(rewards[:fifth])
+    last = fmean(rewards[-fifth:])
     print(f"reward while training: first fifth {first:.3f}, last fifth {last:.3f}")
-    no_spread = sum(step.no_spread for step in log) / len(log)
+    no_spread = fmean(step.no_spread for step in log)
     if no_spread > 0.5:
         print(
             f"warning: {no_spread:.0%} of the prompts taught nothing, since all their audios had "
@@ -372,14 +377,10 @@ def main(args):
     here = ranks.setup()
     run = Path(args.run_dir)
     run_json = inputs.read_run(run)
-    folder = training.output_folder(run, args.out)
     training.refuse_uneven("--prompts", args.prompts, here.world)
 
     sources = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"]
-    outputs = [f"{args.out}/policy.pt"]
-    with record.stage(run, args.out, sources, outputs, advice=training.ADVICE) as output:
-        output.claim(training.settings_of(args))
-
+    with training.output(run, args.out, sources) as output:
         # -- data
         model = common.load_base_model(run, here.device, args.weights)
         samples = inputs.read_samples(run)
@@ -394,67 +395,57 @@ def main(args):
         bf16 = training.in_bf16(here.device, args.precision)
         if args.lora:
             training.add_lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
+        args.compile = training.compiles(model, args)  # what settings.json will say
         if args.compile:
             speed.compile_models(model)
-        if args.gradient_checkpointing:
-            training.checkpoint_blocks(model)
-        optimizer = training.adamw(model, args.lr)
-        made_from = output.digest()
-        done = training.resume(folder, model, optimizer, args.steps, made_from, rows.DdpoStep)
-        policy = training.data_parallel(model, here.device)
-        guidance = run_json.sampler.guidance  # inside the policy
-        times = grid(model, args.sampling_steps)
+        save_every = args.save_every * args.updates  # steps: a round is resumed whole
+        trainer = training.Trainer(output, model, rows.DdpoStep, save_every, here, args)
+        guidance = run_json.sampler.guidance  # the policy is the guided velocity
         audios = args.prompts * args.group_size
         rows_per_pass = audios if guidance == 1 else 2 * audios  # of the network
         print(f"{audios} audios and {args.updates} updates per round; guidance {guidance}")
-        print(f"step {done} of {args.steps}; {here.world} process(es) on {here.device}")
+        print(f"step {trainer.done} of {args.steps}; {here.world} process(es) on {here.device}")
 
         # -- loop
-        bar = training.progress(done, args.steps, here)
-        for step in bar:
-            began = time.time()
+        for step in trainer.steps():
             round_, update = divmod(step, args.updates)
             if update == 0:
                 mine = here.share(draw_prompts(prompts, round_, args))
-                batches, sums = collect(model, reward, shards, mine, round_, guidance, args)
-                rewards = training.sum_dict_over_ranks(sums, here.device)
-            optimizer.zero_grad(set_to_none=True)
-            sums = train_step(policy, batches, update, times, guidance, args)
-            sums, grad_norm = training.clip_gradient(model, step, sums, folder)
+                batches, rewards = collect(model, reward, shards, mine, round_, guidance, args)
+            trainer.optimizer.zero_grad(set_to_none=True)
+            sums = train_step(trainer.policy, batches, update, guidance, args)
+            sums, grad_norm = training.clip_gradient(model, step, sums, trainer.folder)
             means = {name: value.item() / audios for name, value in sums.items()}
+            if step == trainer.done and means["clipped"]:  # it is still the network that sampled
+                tqdm.write(
+                    f"warning: rounding alone clips {means['clipped']:.0%} of the ratios; give "
+                    "--no-compile or --precision fp32"
+                )
             lr = training.lr_at(step, args)
             # Without any spread all gradients are 0, but AdamW's momentum and weight decay would
             # still move weights.
             if rewards["no_spread"] < args.prompts:
-                training.take_step(optimizer, lr)
-
-            if here.first:
-                logged = rows.DdpoStep(
-                    step=step,
-                    round=round_,
-                    reward=rewards["reward"].item() / audios,
-                    reward_std=rewards["reward_std"].item() / args.prompts,
-                    no_spread=rewards["no_spread"].item() / args.prompts,
-                    **means,
-                    grad_norm=grad_norm,
-                    lr=lr,
-                    seconds=time.time() - began,
-                    forwards=rows_per_pass * (step + 1 + (round_ + 1) * args.sampling_steps),
-                    forwards_grad=rows_per_pass * (step + 1),
-                    peak_gb=training.peak_gb(here.device),
-                )
-                rows.append(folder / "log.jsonl", logged)
-                bar.set_postfix(reward=f"{logged.reward:.3f}", refresh=False)
-                if step == done and logged.clipped:  # the network is still the one that sampled
-                    clipped = f"rounding alone clips {logged.clipped:.0%} of the ratios"
-                    tqdm.write(f"warning: {clipped}; give --no-compile or --precision fp32")
-                if (step + 1) % (args.save_every * args.updates) == 0 or step + 1 == args.steps:
-                    training.save_checkpoint(folder, step + 1, model, optimizer, made_from)
+                training.take_step(trainer.optimizer, lr)
+            mean_reward = rewards["reward"].item() / audios
+            trainer.bar.set_postfix(reward=f"{mean_reward:.3f}", refresh=False)
+            trainer.finish_step(
+                step,
+                round=round_,
+                reward=mean_reward,
+                reward_std=rewards["reward_std"].item() / args.prompts,
+                no_spread=rewards["no_spread"].item() / args.prompts,
+                **means,
+                grad_norm=grad_norm,
+                lr=lr,
+                # A pass in each update, and --sampling-steps of them in each round.
+                forwards=rows_per_pass * (step + 1 + (round_ + 1) * args.sampling_steps),
+                forwards_grad=rows_per_pass * (step + 1),
+            )
 
         # -- save
         if here.first:
-            print_rewards(rows.read(folder / "log.jsonl", rows.DdpoStep))
-            training.save_policy(run, args.out, model, run_json, "ddpo", args.steps)
+            print_rewards(rows.read(trainer.folder / "log.jsonl", rows.DdpoStep))
+            trainer.save_policy(run_json, "ddpo")
     print(f"next: python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
 
 

@@ -1,10 +1,8 @@
 """The paper in code: notation, Flow-DPO (Eq. 5, Eq. 3), AudioScore (Sec. 2.1), sampler, the
 interfaces of a backbone and of a scorer, their loaders.
 
-It is read from the first line to the last. What a reader of the paper need not open is in the rooms
-of `plumbing/`, which stages take from here by name: flags and a stage's entry, what stages read,
-typed rows of files, records of what was made from what, ranks, blocks of scores, training, media,
-people's answers.
+It is read from the first line to the last. What a reader of the paper need not open is in
+`plumbing/`, whose modules stages take from here by name: `from common import record, rows`.
 
 Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 
@@ -16,26 +14,25 @@ Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 | a_t            | a_t      | (B, T, C) | (1 - t) a_0 + t eps | xt                 | xt           |
 | v (velocity)   | v        | (B, T, C) | eps - a_0           | -(x1 - x0)         | -ut          |
 | u_theta, u_ref | u        | (B, T, C) | predicted v         | -predict_flow      | -apply_model |
-| v, c (inputs)  | features | B rows    | frozen encoders     | clip, sync, text_f | CAVP         |
+| v, c (inputs)  | features | B rows    | of frozen encoders  | clip, sync, text_f | CAVP         |
 | gamma          | guidance | float     | 1 = no guidance     | cfg_strength       | cfg scale    |
 | beta           | beta     | float     | Eq. 5               |                    |              |
 | p_i            | p        | (B, 3)    | (Good, Medium, Bad) |                    |              |
 | score_c        | score_c  | float     | [-1, 1], Eq. 3      |                    |              |
+
+Where R audios belong to each of B clips, row r * B + b is the r-th of clip b. A network's
+`conditions` are the features as it projects them, one row for each clip.
 """
 
 import hashlib
 import importlib
-import os
-import re
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from plumbing import (  # noqa: F401, some of these rooms are for stages and adapters alone
+from plumbing import (  # noqa: F401, some of these are for stages and adapters alone
     ahead,
     command,
     cores,
@@ -51,6 +48,7 @@ from plumbing import (  # noqa: F401, some of these rooms are for stages and ada
     speed,
     training,
 )
+from plumbing.downloads import print_missing, upstream, weight_file  # noqa: F401
 from plumbing.files import NoAudio, NoFile, SkipClip, Stop, stop  # noqa: F401
 
 digits.same_on_every_cpu()  # before torch computes anything
@@ -89,9 +87,13 @@ def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
     (B,), log 2 where policy equals reference, and logits (B,), positive where the policy already
     prefers the winner (the implicit reward's margin).
 
-    The printed brackets subtract the loser's gap outside beta/2, which pulls towards the loser too
-    and contradicts the paragraph below Eq. 5; we use Eq. 4's, -log sigmoid(-beta/2 (W - L)).
-    `printed` takes them literally, to compare.
+    With W and L, the gaps of winner and loser, Eq. 5's brackets as printed and Eq. 4's are
+
+        printed: -log sigmoid(-beta/2 W - L)
+        Eq. 4's: -log sigmoid(-beta/2 (W - L))
+
+    The printed ones pull towards the loser too, which contradicts the paragraph below Eq. 5. We use
+    Eq. 4's; `printed` takes the others, to compare.
     """
     gap_w = err_w - ref_err_w  # W; below 0 where the policy fits better than the reference does
     gap_l = err_l - ref_err_l  # L
@@ -104,12 +106,24 @@ def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
 def score_c(p_w, p_l):
     """Eq. 3: a float in [-1, 1], high = an easy pair. p_w, p_l: (Good, Medium, Bad) of winner and
     loser."""
-    return 0.5 * ((p_w[0] - p_l[0]) + (p_l[2] - p_w[2]))
+    good_w, _, bad_w = p_w
+    good_l, _, bad_l = p_l
+    return 0.5 * ((good_w - good_l) + (bad_l - bad_w))
+
+
+def split(pairs, threshold):
+    """The curriculum. Stage 1: easy pairs, score_c above the threshold; stage 2: the rest. pairs:
+    rows.SplitPair."""
+    easy = [pair for pair in pairs if pair.score_c > threshold]
+    hard = [pair for pair in pairs if pair.score_c <= threshold]
+    return easy, hard
 
 
 # --------------------------------------------------------------------------------------------------
 # AudioScore (Sec. 2.1)
 # --------------------------------------------------------------------------------------------------
+
+HIDDEN = 32  # Paper silent: the width between AudioScore's two layers.
 
 
 class AudioScore(nn.Module):
@@ -117,20 +131,20 @@ class AudioScore(nn.Module):
 
     z-score, Linear(5, 32), ReLU, Linear(32, 3), softmax. Its buffers hold the standardiser (mean,
     std: (5,)) and the tagger's marginal p(y) (p_y: (tags,)) over the fitting clips, so that score_4
-    means the same at every use. Paper silent: hidden width; 32 is ours.
+    means the same at every use.
     """
 
-    def __init__(self, tags, hidden=32):
+    def __init__(self, tags):
         super().__init__()
         self.register_buffer("mean", torch.zeros(len(SCORES)))
         self.register_buffer("std", torch.ones(len(SCORES)))
         self.register_buffer("p_y", torch.full((tags,), 1.0 / tags))
         self.mlp = nn.Sequential(
-            nn.Linear(len(SCORES), hidden), nn.ReLU(), nn.Linear(hidden, len(RATINGS))
+            nn.Linear(len(SCORES), HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, len(RATINGS))
         )
 
     def logits(self, scores):
-        """(B, 5) float32 -> (B, 3). A score that does not apply, nan, counts as the mean."""
+        """(B, 5) float32 -> (B, 3). A score that does not apply is nan, and counts as the mean."""
         return self.mlp(torch.nan_to_num((scores - self.mean) / self.std, nan=0.0))
 
     def forward(self, scores):
@@ -162,13 +176,13 @@ class AudioScore(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        not_one = "is not an AudioScore; rerun 02_fit_audioscore.py --redo"
+        otherwise = "is not an AudioScore; rerun 02_fit_audioscore.py --redo"
         state = files.load_pt(path, {"audioscore": dict})["audioscore"]
         try:
-            self = cls(tags=len(state["p_y"]), hidden=len(state["mlp.0.bias"]))
+            self = cls(tags=len(state["p_y"]))
         except (KeyError, TypeError):
-            stop(f"{path}: {not_one}")
-        files.load_weights(self, state, path, not_one)
+            stop(f"{path}: {otherwise}")
+        files.load_weights(self, state, path, otherwise)
         return self.to(device).eval().requires_grad_(False)
 
 
@@ -197,9 +211,9 @@ def initial_noise(model, seeds):
 def sample(model, features, seeds, steps=25, guidance=4.5):
     """Euler's method from noise (t = 1) to data (t = 0), classifier-free guidance inside.
 
-    features: dict of tensors with B rows; seeds: R * B integers, row r * B + b belongs to clip b.
-    The conditions are projected once; on CUDA the network runs in bf16. Returns a_0 (R * B, T, C)
-    float32 on the model's device.
+    features: dict of tensors with B rows; seeds: R * B integers. The conditions are projected once;
+    on CUDA the network runs in bf16. Steps are equal, as upstream's: only the time that the network
+    is told is one that it knows. Returns a_0 (R * B, T, C) float32 on the model's device.
     """
     a_t = initial_noise(model, seeds)
     times = torch.linspace(1, 0, steps + 1)
@@ -260,16 +274,16 @@ class FlowModel(nn.Module):
     sample_rate_hz: int
     clip_s: float  # seconds of video that one audio belongs to, and of audio that is judged
     checkpoint: Path  # the file that the velocity network came from
+    checkpoint_digest: str
     reads_video = False  # whether `read` decodes the clip's video
-    # What its encoders see of a video exactly as a scorer does, who need not look again: {scorer:
-    # (feature, part of what the scorer sees, its shape)}.
+    # A feature that a scorer would compute from the video exactly so, and need not compute again:
+    # {scorer: (feature, part of what the scorer sees, its shape)}.
     seen_as: dict = {}
     batch_clips = 4  # that stage 01 samples together, if not told otherwise
-    compiles = True  # whether compiling its blocks is worth the minutes
-    compiled = False  # whether they are, and its encoders and codec shall be when they are loaded
+    compiles = True  # whether compiling is worth the minutes
+    compiled = False  # whether its blocks are, and its encoders and codec when they are loaded
 
-    # What an adapter fills in
-    # -------------------------------------------------------------------------------
+    # What an adapter fills in -------------------------------------------------------------------
 
     @classmethod
     def files(cls, variant):
@@ -333,8 +347,7 @@ class FlowModel(nn.Module):
         """What policy.pt holds: the upstream's own format, for upstream's own loader."""
         raise NotImplementedError
 
-    # What all adapters share
-    # --------------------------------------------------------------------------------
+    # What all adapters share --------------------------------------------------------------------
 
     @property
     def device(self):
@@ -344,11 +357,9 @@ class FlowModel(nn.Module):
         """u with classifier-free guidance gamma: u_null + gamma (u_cond - u_null), both in one
         forward.
 
-        a_t: (R * B, T, C), t: (R * B,), conditions: B rows, each serving R rows of a_t (row r * B +
-        b takes row b).
+        a_t: (R * B, T, C), t: (R * B,), conditions: B rows, each for R rows of a_t.
         """
-        repeats = len(a_t) // len(next(iter(conditions.values())))
-        conditions = tile(conditions, repeats)
+        conditions = tile(conditions, len(a_t))
         if guidance == 1.0:
             return self.predict(a_t, t, conditions)
         null = self.null_conditions(conditions)
@@ -364,11 +375,11 @@ class FlowModel(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
 
-def tile(conditions, repeats):
-    """Repeats every tensor of a dict along its batch: (B, ...) -> (repeats * B, ...)."""
+def tile(conditions, count):
+    """Repeats the B rows of every tensor of a dict until there are `count`."""
     repeated = {}
     for key, value in conditions.items():
-        repeated[key] = value.repeat(repeats, *[1] * (value.dim() - 1))
+        repeated[key] = value.repeat(count // len(value), *[1] * (value.dim() - 1))
     return repeated
 
 
@@ -494,7 +505,7 @@ def files_of(name, checkpoint):
     if not own:  # the toy's lie in its run folder
         return []
     if checkpoint:
-        own = own[1:]
+        own = own[1:]  # the first is the velocity network's
     for scorer in ScorerSet(".", "real", "").classes.values():
         own += scorer.files
     return own
@@ -538,64 +549,8 @@ def scorers_of(run, weights):
 
 
 def people_of(run):
-    """The module whose simulated people answer, and whose oracle judges, in a run that holds its
-    world's truth; None in others."""
+    """adapters.toy_people, whose simulated people answer and whose oracle judges, in a run of the
+    toy world, which holds its truth; None in others."""
     if (run / "00_truth.jsonl").exists():
         return importlib.import_module("adapters.toy_people")
     return None
-
-
-@contextmanager
-def upstream(repository, folder=""):
-    """Around an import of upstream code: the clone $UPSTREAM_DIR/<repository>/<folder> is first on
-    sys.path; without that variable the installed package is used."""
-    root = os.environ.get("UPSTREAM_DIR")
-    path = str(Path(root) / repository / folder) if root else None
-    if path:
-        sys.path.insert(0, path)
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        stop(
-            f"{repository}: cannot import {error.name}; install it (docs/mmaudio.md, "
-            "docs/frieren.md), or set UPSTREAM_DIR to the folder of its clone"
-        )
-    finally:
-        if path:
-            sys.path.remove(path)
-
-
-def weight_file(weights, name):
-    """weights / name, or one line that says what is missing and where it comes from: its row of
-    docs/weights.md."""
-    path = Path(weights) / name
-    if not path.exists():
-        source, size, use = weight_row(name)
-        stop(
-            f"{path}: missing ({use}); get {name} ({size}) from {source} and put it into {weights}/"
-        )
-    return path
-
-
-def weight_row(name):
-    """Source, size and use of a file, from docs/weights.md."""
-    table = (files.ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
-    for line in table.splitlines():
-        if line.startswith(f"| `{name}` |"):
-            return [cell.strip() for cell in line.strip("|").split("|")][1:4]
-    return "", "", ""
-
-
-def print_missing(weights, names):
-    """The files among these that are not below --weights, with what docs/weights.md says of them,
-    and how much there is to download."""
-    in_gb = {"kB": 1e-6, "KB": 1e-6, "MB": 1e-3, "GB": 1, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}
-    missing = [name for name in dict.fromkeys(names) if not (Path(weights) / name).exists()]
-    gb = 0.0
-    for name in missing:
-        source, size, use = weight_row(name)
-        print(f"  {name} ({size}), {use}: {source}")
-        for count, unit in re.findall(r"([\d.]+) ([kKMG]i?B)", size):
-            gb += float(count) * in_gb[unit]
-    if missing:
-        print(f"missing below {weights}/: {len(missing)} files, {gb:.1f} GB in all")

@@ -156,11 +156,9 @@ class Frieren(FlowModel):
             module.checkpoint = False
         self.checkpoint = Path(checkpoint or weight_file(weights, names[0]))
         base, vae = self.load_policy(self.checkpoint)
-        # Copies of the model share functions: these two.
+        # Functions are no submodules, and copies of the model share them.
         self.base = lambda: base
-        self.codec = functools.lru_cache(maxsize=1)(
-            functools.partial(self.load_codec, vae, weights)
-        )
+        self.codec = functools.cache(functools.partial(self.load_codec, vae, weights))
 
     def load_policy(self, path):
         """path: a file that save_policy, or upstream by Lightning 1.4, wrote. Returns, for the
@@ -267,7 +265,7 @@ class Frieren(FlowModel):
 
     @torch.no_grad()
     def decode(self, latents):
-        vae, vocoder = self.codec(self.device, self.compiled)
+        vae, vocoder = self.codec()
         waves = []
         for part in latents.to(self.device).float().split(8):
             # (B, 80, 512), 256 samples each
@@ -278,27 +276,28 @@ class Frieren(FlowModel):
     @torch.no_grad()
     def encode_audio(self, waves):
         """The mean of upstream's distribution."""
-        vae, _ = self.codec(self.device, self.compiled)
+        vae, _ = self.codec()
         latents = []
         for part in waves.to(self.device).float().split(8):
             mean = vae.encode(log_mel(part)).mean.transpose(1, 2)
             latents.append((self.latent_scale * mean).cpu())
         return torch.cat(latents)
 
-    @staticmethod
-    def load_codec(vae, weights, device, compiled=False):
+    def load_codec(self, vae, weights):
         import yaml
 
-        shape, file = (weight_file(weights, name) for name in Frieren.files("")[1:])
+        shape, file = (weight_file(weights, name) for name in self.files("")[1:])
         sizes = types.SimpleNamespace(**yaml.safe_load(shape.read_text()))
         vocoder = upstream_classes().vocoder(sizes)
         fill(vocoder, files.load_pt(file).get("generator", {}), file, "")
         with contextlib.redirect_stdout(None):  # it says that it does
             vocoder.remove_weight_norm()
         activations = speed.slice_activations(vocoder)
-        if compiled:
+        if self.compiled:
             speed.compile_blocks(activations, (vocoder, "forward"))
-        return [part.to(device).float().eval().requires_grad_(False) for part in (vae, vocoder)]
+        return [
+            part.to(self.device).float().eval().requires_grad_(False) for part in (vae, vocoder)
+        ]
 
 
 ADAPTER = Frieren

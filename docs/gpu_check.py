@@ -360,19 +360,17 @@ def reinforce(bench, way):
         speed.compile_models(model)
     features = bench.features(model, prompts)
     seeds = list(range(prompts * group))
-    times = ddpo.grid(model, args.sampling_steps)
     batches = []
     found = {}
 
     def rollout():
-        states, log_probs, _ = ddpo.rollout(model, features, seeds, 4.5, args)
-        advantages = torch.randn(len(seeds), device=bench.device)
-        chosen = ddpo.draw_times(seeds, args).to(bench.device)
-        batches[:] = [ddpo.Batch(features, states, log_probs, chosen, advantages)]
+        batch, _ = ddpo.rollout(model, features, seeds, 4.5, args)
+        batch.advantages = torch.randn(len(seeds), device=bench.device)
+        batches[:] = [batch]
 
     def update():
         model.zero_grad(set_to_none=True)
-        sums = ddpo.train_step(model, batches, 0, times, 4.5, args)
+        sums = ddpo.train_step(model, batches, 0, 4.5, args)
         # Sums are divided by the round's audios, of which all are here.
         found.update({name: value.item() / len(seeds) for name, value in sums.items()})
 

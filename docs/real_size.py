@@ -112,6 +112,11 @@ def generate(what, run, args, source, weights):
         spend(what, "01", run, "--num-samples", 5, *source, *weights, stride=stride)
 
 
+def save_nothing(trainer, *_):
+    for name in ("policy.pt", "policy.json"):
+        files.save_pt(trainer.folder / name, {})
+
+
 def train(what, number, run, *flags, unit=1, tflop=None, keep=False):
     """A training; a turn is `unit` steps, the first of them left out. No checkpoint is saved, a
     policy if kept."""
@@ -127,11 +132,7 @@ def train(what, number, run, *flags, unit=1, tflop=None, keep=False):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "save_checkpoint", lambda *_: None)  # 12 GB each
         if not keep:
-            patch.setattr(
-                training,
-                "save_policy",
-                lambda run, out, *_: files.save_pt(run / out / "policy.pt", {}),
-            )
+            patch.setattr(training.Trainer, "save_policy", save_nothing)
         spend(what, number, run, "--out", out, *flags, stride=stride)
 
 

@@ -1,1 +1,1 @@
-"""What a reader of the paper need not open. Stages take its rooms by name from `common`."""
+"""What a reader of the paper need not open. Stages take its modules by name from `common`."""

@@ -69,17 +69,25 @@ def compile_flag(parser):
     )
 
 
-def training_flags(parser):
-    """How a network is trained, whatever its loss: of stages 05 and 06."""
+def training_flags(parser, out):
+    """Of stages 05 and 06: where a policy is trained, and how, whatever its loss."""
+    parser.io.add_argument("--out", default=out, help="name of the output folder inside the run")
+    parser.io.add_argument("--weights", default="weights", help="folder of downloaded files")
     engineering = parser.engineering
+    engineering.add_argument("--seed", type=whole(0), default=0, help="of all that is drawn")
     engineering.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
     )
     engineering.add_argument(
         "--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory"
     )
-    described = "rank of the matrices that are trained instead of the weights; 0: the weights"
-    engineering.add_argument("--lora", type=whole(0, 4096), default=0, help=described)
+    engineering.add_argument(
+        "--lora",
+        type=whole(0, 4096),
+        default=0,
+        help="rank of the matrices that are trained instead of the weights; 0: the weights",
+    )
+    compile_flag(parser)
 
 
 def number(least, most=1e9, kind=float, named="a number"):
@@ -106,28 +114,24 @@ def whole(least, most=2**31 - 1):
 def parse(parser, argv, stage):
     """parser.parse_args. A run's `defaults` (of run.json, or of the one beside --checkpoint)
     replace the paper's numbers, which is said; an explicit flag wins over both."""
-    args = parser.parse_args(argv)
-    if not files.is_text(args.run_dir):
+    before = parser.parse_args(argv)
+    if not files.is_text(before.run_dir):
         stop(
-            f"--run-dir {args.run_dir}: its name is not UTF-8, so that not every library can open "
-            "it; use another"
+            f"--run-dir {before.run_dir}: its name is not UTF-8, so that not every library can "
+            "open it; use another"
         )
-    file, own = own_defaults(args, stage)
-    paper = {name: parser.get_default(name) for name in own}
+    file, own = own_defaults(before, stage)
     try:
         parser.set_defaults(**own)
         args = parser.parse_args(argv)
     except Stop as reason:
         stop(f"{file}, field 'defaults', stage {stage}: {reason}")
     changed = []
-    for name in own:
-        value = getattr(args, name)
-        if value == float(own[name]) and value != paper[name]:
-            changed.append(f"{name} {paper[name]} -> {value}")
+    for name, value in vars(args).items():
+        if value != getattr(before, name):
+            changed.append(f"{name} {getattr(before, name)} -> {value}")
     if changed and int(os.environ.get("RANK", 0)) == 0:
         print(f"this run's defaults: {', '.join(changed)}")
-    if getattr(args, "lora", 0):
-        args.compile = False  # without LoRA, for the reference, the graph would be another one
     return args
 
 

@@ -87,6 +87,12 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
             (self.run / output).unlink(missing_ok=True)
         rows.write_json(self.file, new)
 
+    def is_sealed(self):
+        """Whether the outputs are there, and as this stage has left them."""
+        made = rows.read_json(self.file, rows.Record)
+        there = all((self.run / name).exists() for name in self.outputs)
+        return there and made.outputs == {name: digest(self.run / name) for name in self.outputs}
+
     def digest(self):
         """Of the settings and inputs; a checkpoint is bound to it."""
         made = rows.read_json(self.file, rows.Record)

@@ -32,9 +32,9 @@ def sliced_activation(act, up, down, x):
     """Activation1d of BigVGAN, x: (B, C, T) -> (B, C, T): twice the samples, `act` on each, half of
     them again, both filters of 12 taps and padded with the outermost samples.
 
-    Even and odd samples of the doubled signal are kept apart. So each filter is two sums of six
-    slices, and no convolution by groups, whose transposed one is slow, moves the tensor. up, down:
-    the taps. In float32 at least, whatever x is.
+    Even and odd samples of the doubled signal are kept apart, so that each filter is two sums of
+    six slices: upstream's grouped convolutions, of which one is transposed, are slow. up, down: the
+    taps. Computed in float32 at least, whatever x is.
     """
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     padded = F.pad(precise, (3, 3), mode="replicate")
@@ -50,10 +50,10 @@ def sliced_activation(act, up, down, x):
 
 
 @functools.cache
-def sliced_class(upstreams):
+def sliced_class(original):
     """Upstream's class of an activation, computed by slices."""
 
-    class Sliced(upstreams):
+    class Sliced(original):
         def forward(self, x):
             return sliced_activation(self.act, self.up_taps, self.down_taps, x)
 
@@ -80,12 +80,12 @@ def slice_activations(vocoder):
 
 
 @functools.cache
-def channels_last_class(upstreams):
+def channels_last_class(original):
     """Upstream's class of a Conv1d over (B, T, C), computed without turning anything around: a
     two-dimensional convolution of height 1, whose layout of channels last is (B, T, C) itself. One
     of three dimensions cuDNN would turn to channels first and back."""
 
-    class ChannelsLast(upstreams):
+    class ChannelsLast(original):
         def forward(self, x):
             """(B, T, C) -> (B, T', C')."""
             x = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, T), channels last in memory
@@ -100,16 +100,16 @@ def channels_last_class(upstreams):
             )
             return y.squeeze(2).transpose(1, 2)
 
-    ChannelsLast.__name__ = upstreams.__name__
+    ChannelsLast.__name__ = original.__name__
     return ChannelsLast
 
 
-def keep_channels_last(network, upstreams):
+def keep_channels_last(network, original):
     """Makes every convolution of upstream's class one of `channels_last_class`. Weights keep shape,
     names and values; in memory their channels are last too, as are then gradients and moments."""
     for module in network.modules():
-        if type(module) is upstreams:
-            module.__class__ = channels_last_class(upstreams)
+        if type(module) is original:
+            module.__class__ = channels_last_class(original)
             weight = module.weight.data
             module.weight.data = weight.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -129,54 +129,42 @@ def can_compile():
     return torch.cuda.is_available() and has_compiler and bool(importlib.util.find_spec("triton"))
 
 
-class Compiled:
-    """A block's forward, compiled at its first call; or as it was, once that is given up."""
-
-    def __init__(self, forward):
-        self.eager = forward
-        self.forward = torch.compile(forward, fullgraph=True, dynamic=False)
-
-    def __call__(self, *inputs, **named):
-        with ONE_AT_A_TIME:
-            return self.forward(*inputs, **named)
-
-
 def compile_blocks(blocks, *callers):
-    """Compiles the forward of these modules. Blocks of one class share their graphs, so that this
-    takes as long as for one of them. Where one cannot be compiled, that is said in a line, and all
-    of them run as they were. callers: (owner, name) of the methods that call the blocks, each of
-    which then begins again.
+    """Compiles the forward of these modules, each at its first call. Blocks of one class share
+    their graphs, so that this takes as long as for one of them. callers: (owner, name) of the
+    methods that call the blocks.
 
-    A graph that needs gradients rounds otherwise than one that does not: what must be equal to the
-    bit runs in the same mode.
+    Where a block cannot be compiled, that is said in a line, nothing is compiled from then on, and
+    the caller begins again: half compiled, it would round otherwise than the next call. So does a
+    graph that needs gradients: what must be equal to the bit runs in the same mode.
     """
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
-    compiled = []
     for block in blocks:
-        block.forward = Compiled(block.forward)
-        compiled.append(block.forward)
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        block.forward = functools.partial(call_alone, compiled)
     for owner, name in callers:
-        setattr(owner, name, functools.partial(call_or_give_up, getattr(owner, name), compiled))
+        setattr(owner, name, functools.partial(call_or_give_up, getattr(owner, name)))
 
 
-def call_or_give_up(function, compiled, *inputs, **named):
+def call_alone(function, *inputs, **named):
+    with ONE_AT_A_TIME:
+        return function(*inputs, **named)
+
+
+def call_or_give_up(function, *inputs, **named):
     try:
         return function(*inputs, **named)
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = " ".join(str(error).split())[:200]
         print(f"not compiled, but slower, as with --no-compile: {type(error).__name__}: {reason}")
-        for block in compiled:
-            block.forward = block.eager
+        torch.compiler.set_stance("force_eager")
         return function(*inputs, **named)
 
 
 def compile_models(*models):
-    """Compiles the blocks of models (common.FlowModel) of one class, if that is worth it
-    (`compiles`), and tells them to compile their encoders and codec when they load them. Copies of
-    a model are made before, since a copy's compiled blocks would be the original's;
-    checkpoint_blocks comes after."""
-    if not models[0].compiles:
-        return
+    """Compiles the blocks of models (common.FlowModel) of one class, and tells them to compile
+    encoders and codec when they load them. A model is copied before, since a copy's compiled blocks
+    would be the original's; training.checkpoint_blocks comes after."""
     blocks = [block for model in models for block in model.blocks()]
     compile_blocks(blocks, *((model, "predict") for model in models))
     for model in models:

@@ -4,6 +4,7 @@ LoRA, the optimizer, and a policy's folder with its checkpoint."""
 import copy
 import functools
 import random
+import time
 import zlib
 from collections import defaultdict
 from pathlib import Path
@@ -88,8 +89,11 @@ class Shards:
             except (IndexError, KeyError, TypeError):
                 lost = True
             if lost:
-                wrong = "are not what stage 01 wrote (an older version, a bad disk or copy)"
-                self.refuse(file, f"{name} of clip {clip} {wrong}")
+                self.refuse(
+                    file,
+                    f"{name} of clip {clip} are not what stage 01 wrote (an older version, a bad "
+                    "disk or copy)",
+                )
             found.append(value)
         return send(torch.stack(found), self.device)
 
@@ -115,8 +119,10 @@ class Shards:
         return self.opened[file]
 
     def refuse(self, file, wrong):
-        again = f"remove both {file}.pt and {file}.jsonl, rerun 01_generate.py"
-        stop(f"{self.folder / file}.pt: {wrong}; {again}")
+        stop(
+            f"{self.folder / file}.pt: {wrong}; remove both {file}.pt and {file}.jsonl, rerun "
+            "01_generate.py"
+        )
 
 
 def send(tensor, device):
@@ -183,8 +189,14 @@ def only_sample(model, to_compile):
     if in_bf16(model.device.type, "auto"):  # as `sample` computes
         round_weights(model)
         torch.backends.cudnn.benchmark = True  # its shapes recur for hours
-    if to_compile:
+    if to_compile and model.compiles:
         speed.compile_models(model)
+
+
+def compiles(model, args):
+    """Whether --compile does anything to this model. With LoRA it does not: the reference, which is
+    without, would go through another graph."""
+    return args.compile and model.compiles and not args.lora
 
 
 def compile_both(model, reference):
@@ -192,10 +204,9 @@ def compile_both(model, reference):
     their weights are. A graph that needs gradients rounds otherwise than one that does not, so the
     reference goes through the policy's, but keeps nothing for a backward pass."""
     speed.compile_models(model, reference)
-    if model.compiled:
-        for copied, p in zip(reference.parameters(), model.parameters()):
-            copied.requires_grad_(p.requires_grad)
-        reference.forward = functools.partial(without_backward, reference.forward)
+    for copied, p in zip(reference.parameters(), model.parameters()):
+        copied.requires_grad_(p.requires_grad)
+    reference.forward = functools.partial(without_backward, reference.forward)
 
 
 def without_backward(forward, *inputs):
@@ -332,8 +343,10 @@ def clip_gradient(model, step, sums, folder):
     stacked = ranks.sum_over_ranks(torch.stack(list(sums.values())))
     measured = torch.cat([stacked.flatten(), norm.to(stacked).view(1)]).cpu()
     if not measured.isfinite().all():
-        last_good = f"{folder}/checkpoint.pt holds the last good one"
-        stop(f"step {step}: its loss or gradient is not finite; {last_good}; lower --lr")
+        stop(
+            f"step {step}: its loss or gradient is not finite; {folder}/checkpoint.pt holds the "
+            "last good one; lower --lr"
+        )
     return dict(zip(sums, measured[:-1].view(stacked.shape))), measured[-1].item()
 
 
@@ -343,17 +356,113 @@ def take_step(optimizer, lr):
     optimizer.step()
 
 
-def progress(done, steps, here):
-    """A bar over the steps that are left; here: ranks.Ranks."""
-    return tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=not here.first)
+# --------------------------------------------------------------------------------------------------
+# A training, step by step
+# --------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """What 05 and 06 do beside their losses: the training of a network in a policy's folder, from
+    the step on that its checkpoint holds.
+
+    policy: what is called to be trained, the network or its DistributedDataParallel; done: the
+    number of steps in the checkpoint.
+    """
+
+    def __init__(self, stage, model, row_type, save_every, here, args):
+        """stage: of `output`, which gets its settings here; row_type: of the lines of log.jsonl;
+        save_every: steps between checkpoints; here: ranks.Ranks."""
+        given = vars(args).items()
+        stage.claim({name: value for name, value in given if name not in MAY_CHANGE})
+        self.stage = stage
+        self.model = model
+        self.row_type = row_type
+        self.save_every = save_every
+        self.here = here
+        self.args = args
+        self.folder = stage.run / args.out
+        self.made_from = stage.digest()
+        if args.gradient_checkpointing:
+            checkpoint_blocks(model)
+        self.optimizer = adamw(model, args.lr)
+        self.done = self.resume()
+        self.policy = data_parallel(model, here.device)
+
+    def resume(self):
+        """Loads checkpoint.pt if there is one, and cuts log.jsonl back to it: a kill between two
+        checkpoints leaves more lines than steps. Returns the number of steps done."""
+        file = self.folder / "checkpoint.pt"
+        done = 0
+        if file.exists():
+            done = load_checkpoint(
+                file, self.model, self.optimizer, self.args.steps, self.made_from
+            )
+        if self.here.first:
+            log = self.folder / "log.jsonl"
+            logged = rows.read(log, self.row_type, cut=True) if log.exists() else []
+            kept = [row for row in logged if row.step < done]
+            if [row.step for row in kept] != list(range(done)):
+                stop(
+                    f"{log}: lacks some of the {done} steps of checkpoint.pt; put it back, or "
+                    "remove the folder"
+                )
+            rows.write(log, kept)
+        ranks.barrier()
+        return done
+
+    def steps(self):
+        """The steps that are left, under a bar."""
+        self.bar = tqdm(
+            range(self.done, self.args.steps),
+            initial=self.done,
+            total=self.args.steps,
+            unit="step",
+            disable=not self.here.first,
+        )
+        for step in self.bar:
+            self.began = time.time()
+            yield step
+
+    def finish_step(self, step, **measured):
+        """Writes the line of the step, and a checkpoint when it is time. measured: the line's
+        fields that are not known here."""
+        if not self.here.first:
+            return
+        row = self.row_type(
+            step=step,
+            **measured,
+            seconds=time.time() - self.began,
+            peak_gb=peak_gb(self.here.device),
+        )
+        rows.append(self.folder / "log.jsonl", row)
+        if (step + 1) % self.save_every == 0 or step + 1 == self.args.steps:
+            save_checkpoint(self.folder, step + 1, self.model, self.optimizer, self.made_from)
+
+    def save_policy(self, run_json, method):
+        """policy.pt in the upstream's own format; policy.json, by which stage 07 knows whose it is.
+        Those of a training that had ended before are left."""
+        if self.done == self.args.steps and self.stage.is_sealed():
+            return
+        merge_lora(self.model)
+        file = self.folder / "policy.pt"
+        files.save_pt(file, self.model.policy_state())
+        policy = rows.Policy(
+            model=run_json.model,
+            base_digest=run_json.checkpoint_digest,
+            method=method,
+            steps=self.args.steps,
+            commit=record.commit(),
+            computed_with=digits.used(),
+        )
+        rows.write_json(file.with_suffix(".json"), policy)
+        print(f"wrote {file}")
 
 
 # --------------------------------------------------------------------------------------------------
 # A policy's folder: settings, checkpoint, log, policy
 # --------------------------------------------------------------------------------------------------
 
-ADVICE = "use another --out, or remove this folder"
-MAY_CHANGE = (
+MAY_CHANGE = (  # when a training is resumed
     "run_dir",
     "out",
     "weights",
@@ -365,24 +474,20 @@ MAY_CHANGE = (
 OTHER_STAGES = ("00", "01", "02", "03", "04", "07", "08")
 
 
-def settings_of(args):
-    """The flags that a training is bound to: all but those that may change when it is resumed."""
-    return {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-
-
 def systems_flag(out):
     """What stage 07 has to be told of a policy in this folder."""
     return "" if out in ("05_flow_dpo", "06_ddpo") else f" --systems ground_truth base {out}"
 
 
-def output_folder(run, name):
-    """run / name for --out: a folder name inside the run, nothing else."""
-    folder = Path(run) / name
+def output(run, name, inputs):
+    """record.stage of a training into run / name, from --out: a folder inside the run."""
     if not files.is_name(name) or name.startswith(OTHER_STAGES):
         stop(f"--out {name}: give a plain folder name, not one of another stage")
-    if folder.exists() and not folder.is_dir():
+    if (run / name).is_file():
         stop(f"--out {name}: is a file of this run; give a plain folder name")
-    return folder
+    outputs = [f"{name}/policy.pt", f"{name}/policy.json"]
+    advice = "use another --out, or remove this folder"
+    return record.stage(run, name, inputs, outputs, advice=advice)
 
 
 def trained_state(model):
@@ -399,28 +504,13 @@ def save_checkpoint(folder, step, model, optimizer, made_from):
     if lora and may_move and not any(value.any() for value in lora):
         stop(f"--lora: {nothing_is_trained()}")
     files.sync(folder / "log.jsonl")  # the log never lacks what the checkpoint has
-    saved = {"step": step, "settings": made_from, "model": state}
-    saved["optimizer"] = optimizer.state_dict()
+    saved = {
+        "step": step,
+        "settings": made_from,
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+    }
     files.save_pt(folder / "checkpoint.pt", saved)
-
-
-def resume(folder, model, optimizer, steps, made_from, log_type):
-    """Loads checkpoint.pt if there is one, and cuts log.jsonl (of log_type) back to it: a kill
-    between two checkpoints leaves more lines than steps. Returns the number of steps done."""
-    file = folder / "checkpoint.pt"
-    done = 0
-    if file.exists():
-        done = load_checkpoint(file, model, optimizer, steps, made_from)
-    if ranks.is_first():
-        log = folder / "log.jsonl"
-        logged = rows.read(log, log_type, cut=True) if log.exists() else []
-        kept = [row for row in logged if row.step < done]
-        if [row.step for row in kept] != list(range(done)):
-            lacks = f"lacks some of the {done} steps of checkpoint.pt"
-            stop(f"{log}: {lacks}; put it back, or remove the folder")
-        rows.write(log, kept)
-    ranks.barrier()
-    return done
 
 
 def load_checkpoint(file, model, optimizer, steps, made_from):
@@ -452,20 +542,3 @@ def fits_moments(moments, model):
     except AttributeError:
         return False
     return found in ({}, wanted)
-
-
-def save_policy(run, out, model, run_json, method, steps):
-    """policy.pt in the upstream's own format; policy.json, by which stage 07 knows whose it is."""
-    merge_lora(model)
-    file = Path(run) / out / "policy.pt"
-    files.save_pt(file, model.policy_state())
-    policy = rows.Policy(
-        model=run_json.model,
-        base_digest=run_json.checkpoint_digest,
-        method=method,
-        steps=steps,
-        commit=record.commit(),
-        computed_with=digits.used(),
-    )
-    rows.write_json(file.with_suffix(".json"), policy)
-    print(f"wrote {file}")

@@ -661,7 +661,7 @@ def test_frierens_generation_script_loads_the_policy_and_makes_our_mels(
         monkeypatch.setattr(common, "initial_noise", lambda *_, start=start: start.mT)
         with torch.no_grad():
             latents = common.sample(model, features, [0, 1])
-            mel = model.codec(model.device)[0].decode(latents.mT / 0.18215)
+            mel = model.codec()[0].decode(latents.mT / 0.18215)
         for row in range(2):
             written = np.load(tmp_path / f"CFG4.5_euler_26/Y{file.stem}_{row}.npy")
             assert written.shape == (80, 512)
@@ -929,7 +929,7 @@ def test_frierens_lightning_checkpoint_loads_safely_and_completely(frieren):
     with pytest.raises(pickle.UnpicklingError):
         torch.load(frieren.weights / frieren.file, weights_only=True)
     theirs, model = frieren.net.state_dict(), ours(frieren)
-    vae = nn.ModuleDict({"first_stage_model": model.codec(model.device)[0]})
+    vae = nn.ModuleDict({"first_stage_model": model.codec()[0]})
     assert len(theirs) == 12 + len(model.state_dict()) + len(vae.state_dict())
     for part in (model, vae):
         assert all(torch.equal(value, theirs[name]) for name, value in part.state_dict().items())

@@ -26,6 +26,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield torch._dynamo.utils.counters["stats"]
+    torch.compiler.set_stance("default")
     torch._dynamo.reset()
 
 
@@ -120,9 +121,16 @@ def test_a_training_of_before_there_was_compiling_goes_on_where_nothing_is_compi
 
 
 @pytest.mark.parametrize("number", ["05", "06"])
-def test_the_toy_is_never_compiled(run, monkeypatch, number):
+def test_the_toy_is_never_compiled_and_no_model_with_lora_and_that_is_recorded(
+    run, monkeypatch, number
+):
+    """So that what began where --compile is the default goes on where it is not."""
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     call(number, run, "--out", "toy", "--steps", 1, "--compile")
+    call(number, run, "--out", "toy", "--steps", 1, "--no-compile")
+    monkeypatch.setattr(Toy, "compiles", True)
+    call(number, run, "--out", "lora", "--steps", 1, "--compile", "--lora", 4)
+    call(number, run, "--out", "lora", "--steps", 1, "--no-compile", "--lora", 4)
 
 
 def test_the_default_is_the_machines_and_adapters_stay_eager(monkeypatch):
@@ -133,8 +141,6 @@ def test_the_default_is_the_machines_and_adapters_stay_eager(monkeypatch):
     for number in ("01", "05", "06", "07"):
         assert stage(number).parse_args([]).compile is True
         assert stage(number).parse_args(["--no-compile"]).compile is False
-    for number in ("05", "06"):
-        assert stage(number).parse_args(["--lora", "4"]).compile is False
 
 
 @pytest.mark.slow

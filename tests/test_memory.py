@@ -210,8 +210,9 @@ def test_ddpo_warns_when_rounding_alone_moves_the_ratios(run, monkeypatch, capfd
     rollout = stage("06").rollout
 
     def rounded(*args):
-        states, log_probs, a_0 = rollout(*args)
-        return states, log_probs + 0.01, a_0
+        batch, a_0 = rollout(*args)
+        batch.log_probs += 0.01
+        return batch, a_0
 
     monkeypatch.setattr(stage("06"), "rollout", rounded)
     call("06", run, "--out", "rounded", "--steps", 1)

@@ -517,9 +517,10 @@ def test_winner_and_loser_share_time_and_noise():
 def test_human_pairs_are_in_stage_2_with_score_c_0_at_any_threshold(threshold, easy):
     auto = [rows.Pair("a", 0, 1, (g, 0, 1 - g), (1 - g, 0, g)) for g in (0.55, 0.8, 0.9)]
     human = [rows.Pair("p", 2, 3, (1, 0, 0), (0, 0, 1))]  # AudioScore agrees fully
-    scored = stage("04").with_score_c(auto, "auto") + stage("04").with_score_c(human, "human")
+    scored = [stage("04").with_score_c(pair) for pair in auto]
+    scored += [stage("04").of_people(pair) for pair in human]
     assert [pair.score_c for pair in scored] == pytest.approx([0.1, 0.6, 0.8, 0.0])
-    stage1, stage2 = stage("04").split(scored, threshold)
+    stage1, stage2 = common.split(scored, threshold)
     assert stage2[-1] == rows.SplitPair("p", 2, 3, 0.0, "human")
     assert [pair.source for pair in stage1] == ["auto"] * easy
 

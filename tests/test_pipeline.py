@@ -616,6 +616,22 @@ def test_ddpo_on_equal_rewards_leaves_the_policy_as_it_was_and_says_so(run, caps
     assert largest_difference(weights(run, "none"), base_weights(run)) == 0
 
 
+@pytest.mark.parametrize("number, out", [("05", "05_flow_dpo"), ("06", "06_ddpo")])
+def test_a_finished_training_that_is_run_again_leaves_its_policy_and_makes_what_is_gone(
+    run, number, out, monkeypatch
+):
+    monkeypatch.setattr(record, "commit", lambda: "another")
+    policy, about = run / out / "policy.pt", run / out / "policy.json"
+    before = policy.read_bytes(), about.read_bytes()
+    call(number, run)
+    assert before == (policy.read_bytes(), about.read_bytes())
+    about.unlink()
+    policy.write_bytes(b"not what was trained")
+    call(number, run)
+    assert read_json(about)["commit"] == "another"
+    assert torch.load(policy, weights_only=True).keys() == base_weights(run).keys()
+
+
 def test_a_round_without_spread_changes_nothing_also_after_a_resume_and_on_two_ranks(
     run, monkeypatch
 ):

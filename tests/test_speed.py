@@ -46,7 +46,7 @@ class Operations(TorchDispatchMode):
 
 def vocoder_of(model):
     """Upstream's vocoder as our codec runs it."""
-    return model.codec(model.device)[1] if model.name == "frieren" else model.codec().tod.vocoder
+    return model.codec()[1] if model.name == "frieren" else model.codec().tod.vocoder
 
 
 def upstreams_again(vocoder):

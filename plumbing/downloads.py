@@ -1,0 +1,66 @@
+"""What others have made and people fetch: files of weights, and clones of upstream code."""
+
+import os
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from plumbing import files
+from plumbing.files import stop
+
+
+@contextmanager
+def upstream(repository, folder=""):
+    """Around an import of upstream code: the clone $UPSTREAM_DIR/<repository>/<folder> is first on
+    sys.path; without that variable the installed package is used."""
+    root = os.environ.get("UPSTREAM_DIR")
+    path = str(Path(root) / repository / folder) if root else None
+    if path:
+        sys.path.insert(0, path)
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        stop(
+            f"{repository}: cannot import {error.name}; install it (docs/mmaudio.md, "
+            "docs/frieren.md), or set UPSTREAM_DIR to the folder of its clone"
+        )
+    finally:
+        if path:
+            sys.path.remove(path)
+
+
+def weight_file(weights, name):
+    """weights / name, or one line that says what is missing and where it comes from: its row of
+    docs/weights.md."""
+    path = Path(weights) / name
+    if not path.exists():
+        source, size, use = weight_row(name)
+        stop(
+            f"{path}: missing ({use}); get {name} ({size}) from {source} and put it into {weights}/"
+        )
+    return path
+
+
+def weight_row(name):
+    """Source, size and use of a file, from docs/weights.md."""
+    table = (files.ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    for line in table.splitlines():
+        if line.startswith(f"| `{name}` |"):
+            return [cell.strip() for cell in line.strip("|").split("|")][1:4]
+    return "", "", ""
+
+
+def print_missing(weights, names):
+    """The files among these that are not below --weights, with what docs/weights.md says of them,
+    and how much there is to download."""
+    in_gb = {"kB": 1e-6, "KB": 1e-6, "MB": 1e-3, "GB": 1, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}
+    missing = [name for name in dict.fromkeys(names) if not (Path(weights) / name).exists()]
+    gb = 0.0
+    for name in missing:
+        source, size, use = weight_row(name)
+        print(f"  {name} ({size}), {use}: {source}")
+        for count, unit in re.findall(r"([\d.]+) ([kKMG]i?B)", size):
+            gb += float(count) * in_gb[unit]
+    if missing:
+        print(f"missing below {weights}/: {len(missing)} files, {gb:.1f} GB in all")
