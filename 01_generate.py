@@ -656,9 +656,9 @@ def add_given(run, model, shards, folders, wavs, here, args):
     numbers = inputs.numbers_of(inputs.read_run(run))
     todo = []
     for source in folders:
-        for shard in inputs.shards_of(run):
+        for shard, of_shard in shards.items():
             skipped = {row.clip for row in read_skipped(run, shard)}
-            clips = [clip for clip in shards.get(shard, []) if clip.id not in skipped]
+            clips = [clip for clip in of_shard if clip.id not in skipped]
             name = inputs.shard_file(shard, source)
             if not is_whole(run, name, clips, numbers[source], wavs):
                 todo.append((source, name, clips))
