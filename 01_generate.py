@@ -117,7 +117,7 @@ def clips_of_file(path):
 def clips_of_tsv(path):
     """MMAudio's: its split is the last word of the file's name, as in vgg-test.tsv, else train."""
     split = re.split(r"[-_. ]", path.stem)[-1].lower()
-    if split not in rows.SPLITS:
+    if split not in (*rows.SPLITS, rows.TO_RATE):
         split = "train"
     print(f"{path}: all in the split {split}, by the last word of its name")
     clips = []
@@ -387,8 +387,9 @@ def prepare_run(run, stage, world, is_toy, model, args):
         "max_clips": args.max_clips,
     }
     only_prepared = is_only_prepared(stage, settings, model)
+    to_rate = []
     if not is_toy:
-        list_clips(run, only_prepared, args)
+        to_rate = list_clips(run, only_prepared, args)
     settings["clips_digest"] = files.digest(run / "clips.jsonl")
     stage.write(settings, redo=only_prepared)
     known = {"checkpoint": "upstream"}
@@ -396,17 +397,25 @@ def prepare_run(run, stage, world, is_toy, model, args):
         known |= rows.as_dict(world)
     file = run / "run.json"
     rows.write_json(file, rows.typed(known | places(args) | settings, rows.Run, file))
+    if to_rate:
+        list_to_rate(run, to_rate)
 
 
 def list_clips(run, anew, args):
     """clips.jsonl and 01_missing.jsonl from the user's list. A run keeps the list that its audios
-    were made from, unless it is to be made anew."""
+    were made from, unless it is to be made anew. Returns the clips to rate, which may be added."""
     file = run / "clips.jsonl"
-    clips, missing = gather_clips(args)
+    found, missing = gather_clips(args)
+    clips = [clip for clip in found if clip.split != rows.TO_RATE]
+    to_rate = [clip for clip in found if clip.split == rows.TO_RATE]
     if anew or not file.exists():
+        if not clips:
+            stop(f"--clips {args.clips}: only clips to rate; {run} is new and needs clips to train")
         rows.write(run / "01_missing.jsonl", missing)
         rows.write(file, clips)
-        return
+        return to_rate
+    if not clips:  # a list of clips to rate, for a run that has its others
+        return to_rate
     before = {clip.id: clip for clip in rows.read(file, rows.Clip)}
     now = {clip.id: clip for clip in clips}
     if before != now:
@@ -417,6 +426,25 @@ def list_clips(run, anew, args):
             f"{len(before.keys() - both)} vanished, {changed} have another caption, label or "
             "split; for these use another --run-dir"
         )
+    return to_rate
+
+
+def list_to_rate(run, to_rate):
+    """01_to_rate.jsonl: these clips to rate after those that the run has, without any whose video
+    is mined or tested."""
+    file = run / "01_to_rate.jsonl"
+    mined = set()
+    for clip in inputs.read_clips(run):
+        mined |= inputs.videos_of(clip)
+    known = {clip.id: clip for clip in rows.read_if_there(file, rows.Clip)}
+    known |= {clip.id: clip for clip in to_rate}
+    rows.write(file, known.values())
+    found = inputs.read_clips(run, rows.TO_RATE)
+    kept = [known[clip.id] for clip in found if mined.isdisjoint(inputs.videos_of(clip))]
+    if len(kept) < len(found):
+        count = len(found) - len(kept)
+        print(f"left out: {count} clips to rate, of videos that this run mines or tests on")
+        rows.write(file, kept)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -434,13 +462,14 @@ def is_whole(run, name, clips, numbers, wavs):
     skipped = {row.clip for row in read_skipped(run, name)}
     used = [clip.id for clip in clips if clip.id not in skipped]
     expected = [(clip, k) for clip in used for k in numbers]
+    is_to_rate = name.startswith(rows.TO_RATE)  # which needs no latents
     has_wavs = wavs.issuperset(Path(sample.wav).name for sample in samples)
     digests = [sample.digest for sample in samples]
     of_features = [] if "." in name else used  # what was given has none
     return (
         [(sample.clip, sample.k) for sample in samples] == expected
         and has_wavs
-        and (not used or rows_of(file.with_suffix(".pt")) == (of_features, digests))
+        and (is_to_rate or not used or rows_of(file.with_suffix(".pt")) == (of_features, digests))
     )
 
 
@@ -568,7 +597,7 @@ def gather(name, clips, encoded, args):
 def write_shard(run, shard):
     """Its .jsonl comes last, so that a shard that has one is whole."""
     folder = run / "01_samples"
-    if shard.clips:
+    if shard.clips and shard.latents:  # of clips to rate there are none
         features = {}
         if shard.features:
             features = common.stack_features(list(shard.features.values()), "cpu")
@@ -609,22 +638,24 @@ def folders_given(given):
     return folders
 
 
-def name_sources(run, folders, train):
+def name_sources(run, folders, train, to_rate):
     """Adds new sources to run.json, if their folders are of this run's clips. train: those that
-    audio was drawn for."""
-    ids = {clip.id for clip in train}
-    for source, folder in folders.items():
-        if folder is None:
-            continue
-        names = media.audio_names(folder)
-        if names.isdisjoint(ids):
-            stop(f"--given {source}={folder}: no file there names a train clip, as <clip id>.wav")
-        foreign = sorted(names - ids)
-        if foreign:
-            which = f"none of the {len(ids)} train clips, first {foreign[0]}"
-            print(f"{source}: {len(foreign)} files name {which}")
+    audio was drawn for; to_rate: those to rate."""
     run_json = inputs.read_run(run)
-    run_json.given = list(dict.fromkeys([*run_json.given, *folders]))
+    ids = {clip.id for clip in train}
+    ids_to_rate = {clip.id for clip in to_rate}
+    for source, folder in folders.items():
+        names = ids | ids_to_rate if folder is None else media.audio_names(folder)
+        if names.isdisjoint(ids | ids_to_rate):
+            stop(f"--given {source}={folder}: no file there names a train clip, as <clip id>.wav")
+        foreign = sorted(names - ids - ids_to_rate)
+        if foreign:
+            which = f"none of the {len(ids | ids_to_rate)} clips, first {foreign[0]}"
+            print(f"{source}: {len(foreign)} files name {which}")
+        if source not in run_json.given and not names.isdisjoint(ids):
+            run_json.given.append(source)
+        if source not in run_json.given_to_rate and not names.isdisjoint(ids_to_rate):
+            run_json.given_to_rate.append(source)
     rows.write_json(run / "run.json", run_json)
 
 
@@ -650,12 +681,11 @@ def read_given(item, folders, model, samples):
     return [media.fit_length(wave.clamp(-1, 1), samples)]
 
 
-def add_given(run, model, shards, folders, wavs, here, args):
+def add_given(run, model, shards, numbers, folders, wavs, here, args):
     """The audios of --given of the clips that can be used: written and encoded, a source's part of
-    a shard after the other, while files are read ahead."""
-    numbers = inputs.numbers_of(inputs.read_run(run))
+    a shard after the other, while files are read ahead. numbers: {source: the k of its audios}."""
     todo = []
-    for source in folders:
+    for source in [source for source in folders if source in numbers]:
         for shard, of_shard in shards.items():
             skipped = {row.clip for row in read_skipped(run, shard)}
             clips = [clip for clip in of_shard if clip.id not in skipped]
@@ -688,12 +718,14 @@ def encode_given(run, model, source, name, k, clips, waves):
         else:
             shard.clips.append(clip)
             heard += found
-    if heard:
+    is_to_rate = name.startswith(rows.TO_RATE)
+    if heard and not is_to_rate:
         shard.latents.append(model.encode_audio(torch.stack(heard)))
     for row, clip in enumerate(shard.clips):
         wav = f"01_audio/{clip.id}_{k}.wav"
         written = media.write_audio(run / wav, heard[row], model.sample_rate_hz)
-        written["finite"] = bool(shard.latents[0][row].isfinite().all())
+        if not is_to_rate:
+            written["finite"] = bool(shard.latents[0][row].isfinite().all())
         about = {"clip": clip.id, "k": k, "seed": 0, "wav": wav, "row": row, "source": source}
         shard.samples.append(rows.Sample(**about, **written))
     return shard
@@ -704,10 +736,10 @@ def encode_given(run, model, source, name, k, clips, waves):
 # --------------------------------------------------------------------------------------------------
 
 
-def skipped_by(run, source):
-    """rows.SkippedClip of a source, of all shards."""
+def skipped_by(run, source, shards):
+    """rows.SkippedClip of a source, of these shards."""
     skipped = []
-    for shard in inputs.shards_of(run):
+    for shard in shards:
         skipped += read_skipped(run, inputs.shard_file(shard, source))
     return skipped
 
@@ -720,7 +752,8 @@ def print_reasons(skipped):
 
 def print_report(run, train):
     """Counts of clips and audios."""
-    skipped = skipped_by(run, inputs.MODEL)
+    shards = inputs.shards_of(run)
+    skipped = skipped_by(run, inputs.MODEL, shards)
     used = len(train) - len(skipped)
     print(f"train clips: {len(train)} in, {used} used, {len(skipped)} skipped")
     print_reasons(skipped)
@@ -729,9 +762,15 @@ def print_report(run, train):
             f"no train clip of {run} could be used; the reasons are above and in "
             f"{run}/01_samples/*.skipped.jsonl"
         )
-    for source in inputs.read_run(run).given:
-        lacking = skipped_by(run, source)
+    run_json = inputs.read_run(run)
+    for source in run_json.given:
+        lacking = skipped_by(run, source, shards)
         print(f"{source}: audio for {used - len(lacking)} of {used} clips")
+        print_reasons(lacking)
+    count = len(inputs.read_clips(run, rows.TO_RATE))
+    for source in run_json.given_to_rate:
+        lacking = skipped_by(run, source, inputs.shards_to_rate(run))
+        print(f"{source}: audio for {count - len(lacking)} of {count} clips to rate")
         print_reasons(lacking)
     samples = []
     for audios in inputs.read_samples(run).values():
@@ -786,10 +825,15 @@ def main(args):
         ranks.barrier()  # every rank has seen the same
         generate(run, model, shards, here.share(todo), here, args)
         if folders:
+            to_rate = inputs.shards_to_rate(run)
             if here.first:
-                name_sources(run, folders, train)
+                name_sources(run, folders, train, inputs.read_clips(run, rows.TO_RATE))
             ranks.barrier()
-            add_given(run, model, shards, folders, wavs, here, args)
+            run_json = inputs.read_run(run)
+            numbers = inputs.numbers_of(run_json)
+            add_given(run, model, shards, numbers, folders, wavs, here, args)
+            numbers = inputs.numbers_to_rate(run_json)
+            add_given(run, model, to_rate, numbers, folders, wavs, here, args)
 
     if not here.first:
         return

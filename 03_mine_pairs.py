@@ -313,6 +313,7 @@ def main(args):
         ratings = rows.read(
             run / "02_scores.jsonl", rows.RatedScore, "; rerun 02_fit_audioscore.py --redo"
         )
+        ratings = [row for row in ratings if row.clip in samples]  # less the clips to rate
         audioscore = AudioScore.load(run / "02_audioscore.pt")
         scorers = common.scorers_of(run, args.weights)
 

@@ -71,7 +71,7 @@ def enlarge(run, weights, count):
         for name in scorer.files:
             (weights / name).parent.mkdir(parents=True, exist_ok=True)
             (weights / name).touch()
-    blocks = fitting.rated_blocks(run, order, samples, clips, rated, root=None)
+    blocks = fitting.rated_blocks(run, order, samples, clips, rated)
     for block in blocks + inputs.shard_blocks(run, samples, train):
         write_scores(block, scorers)
 

@@ -37,6 +37,13 @@ def video_of(name):
     return youtube[1] if youtube else name
 
 
+def videos_of(clip):
+    """What a clip's video is known by: its YouTube id, or the clip's id; its path without suffix,
+    or that YouTube id."""
+    path = str(clip.path.with_suffix(""))
+    return {video_of(clip.id), path, video_of(path)}
+
+
 def read_run(run, row_type=rows.Run):
     """run.json of a run folder, completed by stage 01 unless row_type is rows.World."""
     if not run.is_dir():
@@ -47,9 +54,14 @@ def read_run(run, row_type=rows.Run):
 
 
 def read_clips(run, split=None):
-    """The lines of clips.jsonl, in order, with their files."""
+    """The lines of clips.jsonl, in order, with their files; of split `rate` (rows.TO_RATE), those
+    of 01_to_rate.jsonl."""
     run_json = read_run(run)
     file = run / "clips.jsonl"
+    if split == rows.TO_RATE:
+        file = run / "01_to_rate.jsonl"
+        if not file.exists():
+            return []
     root = run / run_json.video_root
     found = []
     ids = set()
@@ -82,52 +94,98 @@ def shards_of(run):
     return sorted(file.stem for file in found if "." not in file.stem)
 
 
+def shards_to_rate(run):
+    """{name: its clips} of the shards of clips to rate."""
+    clips = read_clips(run, rows.TO_RATE)
+    shards = {}
+    for start in range(0, len(clips), scoring.BLOCK_CLIPS):
+        name = f"{rows.TO_RATE}_{start // scoring.BLOCK_CLIPS:05d}"
+        shards[name] = clips[start : start + scoring.BLOCK_CLIPS]
+    return shards
+
+
 def numbers_of(run_json):
-    """{source: the k of its audios}."""
+    """{source: the k of its audios} of train clips."""
     numbers = {MODEL: range(run_json.num_samples)}
     for place, source in enumerate(run_json.given, run_json.num_samples):
         numbers[source] = range(place, place + 1)
     return numbers
 
 
+def numbers_to_rate(run_json):
+    """{source: the k of its audios} of clips to rate."""
+    numbers = {}
+    for place, source in enumerate(run_json.given_to_rate):
+        numbers[source] = range(place, place + 1)
+    return numbers
+
+
 def read_samples(run):
-    """Every audio of stage 01: {clip: [FoundSample, ...]} in order of k.
+    """Every audio of stage 01 that may be mined: {clip: [FoundSample, ...]} in order of k.
 
     Every train clip that stage 01 drew must be there, with all audios of the model, or be skipped;
     of a given source, every one of these with its audio, or with the reason why it has none.
     """
     run_json = read_run(run)
-    folder = run / "01_samples"
     train = [clip.id for clip in rows.read(run / "clips.jsonl", rows.Clip) if clip.split == "train"]
     drawn = min(len(train), run_json.max_clips)
     shards = shards_of(run)
     samples = {clip: [] for clip in train}
     unusable = 0  # clips whose video cannot be used
     for source, numbers in numbers_of(run_json).items():
-        again = "01_generate.py" if source == MODEL else f"01_generate.py with --given {source}"
-        hint = f"; remove that shard and rerun {again}"
-        told = 0  # clips of which this source says what there is
-        for shard in shards:
-            name = shard_file(shard, source)
-            skipped = rows.read_if_there(folder / f"{name}.skipped.jsonl", rows.SkippedClip, hint)
-            found = rows.read_if_there(folder / f"{name}.jsonl", FoundSample, hint)
-            add_samples(samples, found, folder / f"{name}.jsonl", source, numbers, hint)
-            told += len(skipped) + len({sample.clip for sample in found})
-            if source == MODEL:
-                unusable += len(skipped)
-        if source != MODEL:
+        skipped, told = read_source(run, shards, source, numbers, samples)
+        if source == MODEL:
+            unusable = skipped
+        else:
             told += unusable
         if numbers and shards and told != drawn:
-            stop(f"{folder}: some of the {len(train)} train clips are not there; rerun {again}")
+            stop(
+                f"{run / '01_samples'}: some of the {len(train)} train clips are not there; rerun "
+                f"{again(source)}"
+            )
     samples = {clip: audios for clip, audios in samples.items() if audios}
     if not samples:
-        stop(f"{folder}: no generated audio; run 01_generate.py --run-dir {run} first")
+        stop(f"{run / '01_samples'}: no generated audio; run 01_generate.py --run-dir {run} first")
     return samples
 
 
+def read_to_rate(run):
+    """The audios of clips to rate, as `read_samples`; {} where there are none."""
+    shards = shards_to_rate(run)
+    samples = {clip.id: [] for clips in shards.values() for clip in clips}
+    for source, numbers in numbers_to_rate(read_run(run)).items():
+        _, told = read_source(run, shards, source, numbers, samples)
+        if told != len(samples):
+            stop(
+                f"{run / '01_samples'}: some of the {len(samples)} clips to rate are not there; "
+                f"rerun {again(source)}"
+            )
+    return {clip: audios for clip, audios in samples.items() if audios}
+
+
+def again(source):
+    return "01_generate.py" if source == MODEL else f"01_generate.py with --given {source}"
+
+
+def read_source(run, shards, source, numbers, samples):
+    """Adds what a source's part of these shards holds to `samples`. Returns of how many clips it
+    says that there is none, and of how many it says anything."""
+    hint = f"; remove that shard and rerun {again(source)}"
+    lacking = 0
+    told = 0
+    for shard in shards:
+        file = run / "01_samples" / f"{shard_file(shard, source)}.jsonl"
+        skipped = rows.read_if_there(file.with_suffix(".skipped.jsonl"), rows.SkippedClip, hint)
+        found = rows.read_if_there(file, FoundSample, hint)
+        add_samples(samples, found, file, source, numbers, hint)
+        lacking += len(skipped)
+        told += len(skipped) + len({sample.clip for sample in found})
+    return lacking, told
+
+
 def add_samples(samples, found, file, source, numbers, hint):
-    """Adds what a source's part of a shard holds, after checking that it is in order: its rows, and
-    for each clip these numbers k."""
+    """Adds what a file holds, after checking that it is in order: its rows, and for each clip these
+    numbers k."""
     counts = Counter(sample.clip for sample in found)
     for i, sample in enumerate(found):
         audios = samples.get(sample.clip, [])
@@ -140,7 +198,7 @@ def add_samples(samples, found, file, source, numbers, hint):
         in_one_shard = all(audio.shard == sample.shard for audio in audios)
         if not (is_of_run and is_next and is_whole and in_one_shard):
             stop(
-                f"{file}, line {i + 1}: not the next audio of a train clip, with its row, k, "
+                f"{file}, line {i + 1}: not the next audio of a clip of this run, with its row, k, "
                 f"source and wav{hint}"
             )
         audios.append(sample)
