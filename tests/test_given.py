@@ -7,8 +7,10 @@ import pytest
 import soundfile
 import torch
 from conftest import (
+    SCORES,
     call,
     cells,
+    close,
     files_of,
     interrupted,
     make_video,
@@ -308,3 +310,93 @@ def test_a_given_audio_whose_line_was_changed_is_refused(run, noise, refused):
 def test_a_model_that_cannot_encode_sound_says_so(run, refused, monkeypatch):
     monkeypatch.delattr(toy_adapter.Toy, "encode_audio")
     assert "has no encoder of sound" in refused("01", run, "--given", "ground_truth")
+
+
+# Clips to rate
+
+
+@pytest.fixture
+def rated(finished, tmp_path, toy):
+    """A finished run on six of the toy's videos, folders of sound for six others, their list; the
+    flags of 01."""
+    videos = tmp_path / "videos"
+    shutil.copytree(finished / "00_videos", videos)
+    clips = {clip["id"]: clip for clip in read(finished / "clips.jsonl")}
+    about = [clips[f"train{i:05d}"] for i in range(12)]
+    write(tmp_path / "clips.jsonl", [*about[:6], clips["test00000"]])
+    to_rate = [clip | {"id": f"other{i}", "split": "rate"} for i, clip in enumerate(about[6:])]
+    to_rate.append(about[0] | {"id": "again", "split": "rate"})  # whose video is mined
+    shutil.copy(videos / clips["test00000"]["video"], videos / "ABCDEFGHIJK_000010.mp4")
+    to_rate.append({"id": "part", "split": "rate", "video": "ABCDEFGHIJK_000010.mp4"})
+    write(tmp_path / "to_rate.jsonl", to_rate)
+    names = [clip["id"] for clip in to_rate]
+    one = noises(tmp_path / "one", names)
+    two = tmp_path / "two"
+    two.mkdir()
+    for i, name in enumerate(names[:5]):
+        shutil.copy(finished / f"01_audio/{about[6 + i]['id']}_0.wav", two / f"{name}.wav")
+    flags = (*toy, "--videos", videos, "--clips")
+    call("01", tmp_path / "run", *flags, tmp_path / "clips.jsonl")
+    given = ("--given", f"one={one}", f"two={two}")
+    return tmp_path / "run", (*flags, tmp_path / "to_rate.jsonl", *given), tmp_path
+
+
+def test_clips_to_rate_are_added_to_a_finished_run_rated_and_scored_and_never_mined(
+    rated, capsys, finished
+):
+    run, flags, folder = rated
+    before = files_of(run, "01", "clips")
+    capsys.readouterr()
+    call("01", run, *flags)
+    said = capsys.readouterr().out
+    assert "left out: 1 clips to rate, of videos that this run mines or tests on" in said
+    assert "one: audio for 7 of 7 clips to rate" in said and "two: audio for 5 of 7" in said
+    after = files_of(run, "01", "clips")
+    assert before.items() <= after.items()
+    new = {name for name in after.keys() - before.keys() if not name.startswith("01_audio")}
+    parts = {f"01_samples/rate_00000.{name}.jsonl" for name in ("one", "two", "two.skipped")}
+    assert new == {"01_to_rate.jsonl", *parts}  # no latents
+    assert read_json(run / "run.json")["given_to_rate"] == ["one", "two"]
+    assert "given" not in read_json(run / "run.json")
+    call("01", run, *flags)
+    assert files_of(run, "01", "clips") == after
+    call("02", run, "--num-rated-clips", 2)
+    asked = [(row["clip"], row["k"]) for row in cells(run / "02_to_rate.csv")]
+    assert len(asked) == 2 * 2 + 7 + 5 and ("other0", "1") in asked
+    answers = []
+    for i, name in enumerate(f"other{i}" for i in range(5)):
+        answers.append({"clip": name, "k": "one", "rating": "Bad"})
+        answers.append({"clip": name, "k": "1", "rating": ("Good", "Medium")[i % 2]})
+    write(folder / "rated.jsonl", answers)
+    call("02", run, "--num-rated-clips", 2, "--ratings", folder / "rated.jsonl")
+    assert "10 of 10 audios of 5 clips" in capsys.readouterr().out
+    scores = {(row["clip"], row["k"]): row for row in read(run / "02_scores.jsonl")}
+    assert len(scores) == 10 and scores["other0", 0]["rating"] == "Bad"
+    theirs = {(row["clip"], row["k"]): row for row in read(finished / "03_scores/00000.jsonl")}
+    for i in range(5):  # the same sound and video, scored in a block of another size
+        for score in ("ib", "clap", "desync_s", "pesq"):
+            ours = scores[f"other{i}", 1][score]
+            other = theirs[f"train{i + 6:05d}", 0][score]
+            assert ours is other or close(ours, other, SCORES), score
+    call("03", run)
+    said = capsys.readouterr().out
+    assert "clips: 6 in" in said and "none of this run's own is rated" in said
+    assert "rated by people" not in said
+    assert {row["clip"] for row in read(run / "03_scores/00000.jsonl")} == set(ids_of(run))
+    assert cells(run / "03_to_choose.csv") == []
+
+
+def test_a_list_of_clips_to_rate_alone_makes_no_run(rated, refused):
+    _, flags, folder = rated
+    assert "only clips to rate" in refused("01", folder / "new", *flags)
+
+
+def test_clips_to_rate_that_a_kill_left_half_done_are_said_and_made(rated, refused):
+    run, flags, _ = rated
+    with interrupted(media, "write_audio", 9):  # in the second source
+        call("01", run, *flags)
+    assert "7 clips to rate are not there; rerun 01_generate.py with --given two" in refused(
+        "02", run
+    )
+    call("01", run, *flags)
+    assert len(inputs.read_to_rate(run)) == 7
