@@ -11,7 +11,8 @@ Reads:
     clips        the toy's clips.jsonl; or a .jsonl (id, and if known video, caption, label, split);
                  VGGSound's csv (youtube id, start second, label, split; no header); MMAudio's tsv
                  (header id, label; its split is the last word of its name, as in vgg-test.tsv, else
-                 train); or all videos of a folder, for training
+                 train); or all videos of a folder, for training. The split is train, val, test, or
+                 rate: clips whose given audio is rated, and nothing else (docs/people.md)
     videos       below --videos, named by `video` or `<id>.mp4` (.mkv, .webm, .mov, .avi)
     --given      folders of audio that the model did not make, `<id>.wav` (.flac, .mp3, .ogg, .m4a,
                  .mp4, .opus); ground_truth: the clips' own sound (docs/candidates.md)
@@ -20,6 +21,7 @@ Writes:
                                 video root, given (their names)
     clips.jsonl                 id, video, caption or null, label or null, split
     01_missing.jsonl            clips whose video does not exist: id, split, reason
+    01_to_rate.jsonl            as clips.jsonl, of the split rate; may be added to a finished run
     01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row (of the latents), digest
                                 of the wav, finite, peak (of full scale), clipped (share of samples
                                 at full scale), source (model)
@@ -30,6 +32,8 @@ Writes:
     01_samples/00012.skipped.jsonl   clips of the shard that could not be used: clip, reason
     01_samples/00012.NAME.*     the same of the audios that were given as NAME, with their latents
                                 alone; k is N and the place of NAME in run.json
+    01_samples/rate_00000.NAME.jsonl   the same of clips to rate, without latents; k is the place of
+                                NAME alone
     01_audio/<clip>_<k>.wav     what a person listens to
 Takes: toy 48 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in
 all.
