@@ -401,7 +401,7 @@ def prepare_run(run, stage, world, is_toy, model, args):
         known |= rows.as_dict(world)
     file = run / "run.json"
     rows.write_json(file, rows.typed(known | places(args) | settings, rows.Run, file))
-    if to_rate:
+    if to_rate or only_prepared:
         list_to_rate(run, to_rate)
 
 
@@ -442,6 +442,8 @@ def list_to_rate(run, to_rate):
         mined |= inputs.videos_of(clip)
     known = {clip.id: clip for clip in rows.read_if_there(file, rows.Clip)}
     known |= {clip.id: clip for clip in to_rate}
+    if not known:
+        return
     rows.write(file, known.values())
     found = inputs.read_clips(run, rows.TO_RATE)
     kept = [known[clip.id] for clip in found if mined.isdisjoint(inputs.videos_of(clip))]

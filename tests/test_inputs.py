@@ -276,7 +276,7 @@ FILES = {
 }
 NEW = {  # a file that a whole run lacks: what it is made from
     "01_samples/00000.skipped.jsonl": [dict(clip="train00000", reason="too short")] * 2,
-    "01_to_rate.jsonl": [dict(id="other", video="test00000.mp4", split="rate")],
+    "01_to_rate.jsonl": [dict(id="other", video="test00000.mp4", split="rate")] * 2,
     "01_missing.jsonl": [dict(id="lost", split="test", reason="no lost.mp4")] * 2,
     "list.jsonl": "clips.jsonl",
     "rated.jsonl": "02_ratings.jsonl",
