@@ -238,7 +238,7 @@ def test_files_that_can_and_cannot_be_used(fresh, finished, noise, capsys):
     (noise / "test00000.flac").write_bytes(b"")
     call("01", fresh, *SMALL, "--given", f"noise={noise}")
     said = capsys.readouterr().out
-    assert "noise: 2 files name none of the 20 train clips, first test00000" in said
+    assert "noise: 2 files name none of the 20 clips, first test00000" in said
     assert f"noise: audio for {20 - len(BAD)} of 20 clips" in said and "1 silent" in said
     skipped = {
         row["clip"]: row["reason"] for row in read(fresh / "01_samples/00000.noise.skipped.jsonl")
