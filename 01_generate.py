@@ -5,31 +5,41 @@ Run:
     python 01_generate.py --run-dir runs/vgg --model mmaudio:large_44k --clips vggsound.csv \\
         --videos DIR --test-list MMAudio/sets/vgg-test.tsv  # the paper's
     torchrun --standalone --nproc_per_node 8 01_generate.py ...  # shards are divided over the GPUs
+    python 01_generate.py ... --given ground_truth rival=DIR  # more candidates, also later
 
 Reads:
     clips        the toy's clips.jsonl; or a .jsonl (id, and if known video, caption, label, split);
                  VGGSound's csv (youtube id, start second, label, split; no header); MMAudio's tsv
                  (header id, label; its split is the last word of its name, as in vgg-test.tsv, else
-                 train); or all videos of a folder, for training
+                 train); or all videos of a folder, for training. The split is train, val, test, or
+                 rate: clips whose given audio is rated, and nothing else (docs/people.md)
     videos       below --videos, named by `video` or `<id>.mp4` (.mkv, .webm, .mov, .avi)
+    --given      folders of audio that the model did not make, `<id>.wav` (.flac, .mp3, .ogg, .m4a,
+                 .mp4, .opus); ground_truth: the clips' own sound (docs/candidates.md)
 Writes:
     run.json                    model, checkpoint and its digest, latent shape, sampler, N, seed,
-                                video root
+                                video root, given (their names)
     clips.jsonl                 id, video, caption or null, label or null, split
     01_missing.jsonl            clips whose video does not exist: id, split, reason
-    01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row (= k-th of clip
-                                row // N), digest of the wav, finite, peak (of full scale), clipped
-                                (share of samples at full scale)
+    01_to_rate.jsonl            as clips.jsonl, of the split rate; may be added to a finished run
+    01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row (of the latents), digest
+                                of the wav, finite, peak (of full scale), clipped (share of samples
+                                at full scale), source (model)
     01_samples/00012.pt         latents (rows, T, C) float32 normalised; features: dict of
-                                (rows // N, ...) float32; digests: those of the rows, which bind the
-                                two files; crc32: by name, of the bytes of each row of latents and
-                                of each feature, checked whenever a row is read
+                                (clips, ...) float32; clips: their ids; digests: those of the rows,
+                                which bind the two files; crc32: by name, of the bytes of each row
+                                of latents and of each feature, checked whenever a row is read
     01_samples/00012.skipped.jsonl   clips of the shard that could not be used: clip, reason
+    01_samples/00012.NAME.*     the same of the audios that were given as NAME, with their latents
+                                alone; k is N and the place of NAME in run.json
+    01_samples/rate_00000.NAME.jsonl   the same of clips to rate, without latents; k is the place of
+                                NAME alone
     01_audio/<clip>_<k>.wav     what a person listens to
 Takes: toy 48 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in
 all.
 """
 
+import functools
 import os
 import random
 import re
@@ -43,6 +53,7 @@ from tqdm import tqdm
 
 import common
 from common import (
+    NoFile,
     SkipClip,
     ahead,
     command,
@@ -74,10 +85,14 @@ def parse_args(argv=None):
     flag("--videos", help="folder of videos")
     flag("--cavp", help="Frieren only: folder of CAVP features, <id>.npz or <id>.npy")
     flag("--strict", action="store_true", help="stop at a video that cannot be used")
+    described = (
+        "candidates that the model did not make: ground_truth, the clips' own sound, or NAME=DIR"
+    )
+    flag("--given", nargs="+", action="extend", default=[], metavar="NAME", help=described)
     flag = parser.paper.add_argument
     described = "train clips, a seeded random subset; 0 only prepares the run, for 07 [Sec. 2.2]"
     flag("--max-clips", type=command.whole(0), default=50_000, help=described)
-    flag("--num-samples", type=command.whole(2), default=5, help="audios per clip [Sec. 3.1]")
+    flag("--num-samples", type=command.whole(0), default=5, help="audios per clip [Sec. 3.1]")
     flag("--guidance", type=command.number(0), default=4.5, help="scale gamma [Sec. 3.1]")
     flag("--sampling-steps", type=command.whole(1), default=25, help="Euler steps; upstream's")
     flag = parser.engineering.add_argument
@@ -107,7 +122,7 @@ def clips_of_file(path):
 def clips_of_tsv(path):
     """MMAudio's: its split is the last word of the file's name, as in vgg-test.tsv, else train."""
     split = re.split(r"[-_. ]", path.stem)[-1].lower()
-    if split not in rows.SPLITS:
+    if split not in (*rows.SPLITS, rows.TO_RATE):
         split = "train"
     print(f"{path}: all in the split {split}, by the last word of its name")
     clips = []
@@ -289,9 +304,9 @@ def gather_clips(args):
 # --------------------------------------------------------------------------------------------------
 
 
-def check_flags(run, world, is_toy, args):
+def check_flags(run, world, is_toy, given, args):
     """Flags that do not fit together or to this run. world: its run.json, if there is one; is_toy:
-    stage 00 made the run, with its clips.jsonl."""
+    stage 00 made the run, with its clips.jsonl; given: see `files_given`."""
     if is_toy and world is None:
         stop(f"{run}: stage 00 has not finished; run it again with --run-dir {run}")
     if is_toy and not (run / "clips.jsonl").exists():
@@ -306,6 +321,14 @@ def check_flags(run, world, is_toy, args):
         stop(f"--videos {args.videos}: no such folder")
     if (args.cavp is None) == (args.model == "frieren"):
         stop("--cavp: give CAVP features to Frieren, and to no other")
+    if args.given and args.max_clips == 0:
+        stop("--given: with --max-clips 0 there are no candidates; give them when there are clips")
+    sources = given.keys() | set(world.given if world else ())
+    if args.max_clips and args.num_samples + len(sources) < 2:
+        stop(
+            f"--num-samples {args.num_samples}: a clip needs two candidates; give --given NAME=DIR "
+            "or ground_truth, or more samples"
+        )
 
 
 def places(args):
@@ -354,7 +377,7 @@ def is_only_prepared(stage, settings, model):
     return True
 
 
-def prepare_run(run, stage, world, is_toy, model, args):
+def prepare_run(run, stage, is_toy, model, args):
     """run.json, clips.jsonl and 01_missing.jsonl, or the proof that those of this run are of the
     same settings."""
     settings = {
@@ -369,26 +392,35 @@ def prepare_run(run, stage, world, is_toy, model, args):
         "max_clips": args.max_clips,
     }
     only_prepared = is_only_prepared(stage, settings, model)
+    to_rate = []
     if not is_toy:
-        list_clips(run, only_prepared, args)
+        to_rate = list_clips(run, only_prepared, args)
     settings["clips_digest"] = files.digest(run / "clips.jsonl")
     stage.write(settings, redo=only_prepared)
     known = {"checkpoint": "upstream"}
-    if world is not None:
-        known |= rows.as_dict(world)
     file = run / "run.json"
+    if file.exists():
+        known |= rows.as_dict(rows.read_json(file, rows.World))
     rows.write_json(file, rows.typed(known | places(args) | settings, rows.Run, file))
+    if to_rate or only_prepared:
+        list_to_rate(run, to_rate)
 
 
 def list_clips(run, anew, args):
     """clips.jsonl and 01_missing.jsonl from the user's list. A run keeps the list that its audios
-    were made from, unless it is to be made anew."""
+    were made from, unless it is to be made anew. Returns the clips to rate, which may be added."""
     file = run / "clips.jsonl"
-    clips, missing = gather_clips(args)
+    found, missing = gather_clips(args)
+    clips = [clip for clip in found if clip.split != rows.TO_RATE]
+    to_rate = [clip for clip in found if clip.split == rows.TO_RATE]
     if anew or not file.exists():
+        if not clips:
+            stop(f"--clips {args.clips}: only clips to rate; {run} is new and needs clips to train")
         rows.write(run / "01_missing.jsonl", missing)
         rows.write(file, clips)
-        return
+        return to_rate
+    if not clips:  # a list of clips to rate, for a run that has its others
+        return to_rate
     before = {clip.id: clip for clip in rows.read(file, rows.Clip)}
     now = {clip.id: clip for clip in clips}
     if before != now:
@@ -399,6 +431,27 @@ def list_clips(run, anew, args):
             f"{len(before.keys() - both)} vanished, {changed} have another caption, label or "
             "split; for these use another --run-dir"
         )
+    return to_rate
+
+
+def list_to_rate(run, to_rate):
+    """01_to_rate.jsonl: these clips to rate after those that the run has, without any whose video
+    is mined or tested."""
+    file = run / "01_to_rate.jsonl"
+    mined = set()
+    for clip in inputs.read_clips(run):
+        mined |= inputs.videos_of(clip)
+    known = {clip.id: clip for clip in rows.read_if_there(file, rows.Clip)}
+    known |= {clip.id: clip for clip in to_rate}
+    if not known:
+        return
+    rows.write(file, known.values())
+    found = inputs.read_clips(run, rows.TO_RATE)
+    kept = [known[clip.id] for clip in found if mined.isdisjoint(inputs.videos_of(clip))]
+    if len(kept) < len(found):
+        count = len(found) - len(kept)
+        print(f"left out: {count} clips to rate, of videos that this run mines or tests on")
+        rows.write(file, kept)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -406,31 +459,42 @@ def list_clips(run, anew, args):
 # --------------------------------------------------------------------------------------------------
 
 
-def is_whole(run, shard, clips, wavs):
-    """Whether each clip of a shard is used or skipped, its wavs and latents there. wavs: names of
-    the run's wavs."""
-    folder = run / "01_samples"
-    if not (folder / f"{shard}.jsonl").exists():
+def is_whole(run, name, clips, numbers, wavs):
+    """Whether each clip of a shard is skipped or has these numbers k, their wavs and latents there.
+    name: 00012, or 00012.NAME of what was given; wavs: names of the run's wavs."""
+    file = run / "01_samples" / f"{name}.jsonl"
+    if not file.exists():
         return False
-    samples = rows.read(folder / f"{shard}.jsonl", rows.Sample)
-    skipped = rows.read_if_there(folder / f"{shard}.skipped.jsonl", rows.SkippedClip)
-    done = {row.clip for row in samples + skipped}
+    samples = rows.read(file, rows.Sample)
+    skipped = {row.clip for row in read_skipped(run, name)}
+    used = [clip.id for clip in clips if clip.id not in skipped]
+    expected = [(clip, k) for clip in used for k in numbers]
+    is_to_rate = name.startswith(rows.TO_RATE)  # which needs no latents
     has_wavs = wavs.issuperset(Path(sample.wav).name for sample in samples)
     digests = [sample.digest for sample in samples]
-    has_latents = not samples or digests_in(folder / f"{shard}.pt") == digests
-    return done == {clip.id for clip in clips} and has_wavs and has_latents
+    of_features = [] if "." in name else used  # what was given has none
+    return (
+        [(sample.clip, sample.k) for sample in samples] == expected
+        and has_wavs
+        and (is_to_rate or not used or rows_of(file.with_suffix(".pt")) == (of_features, digests))
+    )
 
 
-def digests_in(file):
-    """The digests of the wavs that a shard's .pt was written with; None of one that is not there
-    or, since its directory is at its end, that was cut. Its rows are checked when they are read
-    (training.Shards)."""
+def read_skipped(run, name):
+    return rows.read_if_there(run / "01_samples" / f"{name}.skipped.jsonl", rows.SkippedClip)
+
+
+def rows_of(file):
+    """What the rows of a shard's .pt belong to: the clips of its features, the digests of its
+    latents' wavs. None of a file that is not there or, since its directory is at its end, that was
+    cut. Its rows are checked when they are read (training.Shards)."""
     if not file.exists():
         return None
     try:
-        return files.load_pt(file, {"digests": list}, mmap=True)["digests"]  # 3 ms
+        saved = files.load_pt(file, {"clips": list, "digests": list}, mmap=True)  # 3 ms
     except common.Stop:
         return None
+    return saved["clips"], saved["digests"]
 
 
 def encode_all(model, clips, workers):
@@ -443,11 +507,11 @@ def encode_all(model, clips, workers):
 
 @dataclass
 class Shard:
-    """A shard that is being made."""
+    """A shard, or a source's part of one, that is being made."""
 
     name: str
     clips: list  # those that can be used
-    features: dict  # {clip id: their features}
+    features: dict  # {clip id: their features}; {} of what was given
     skipped: list  # rows.SkippedClip
     samples: list  # rows.Sample, of the audios that are there
     latents: list  # (N, T, C), of each clip
@@ -481,13 +545,15 @@ def sample_shards(run, model, shards, todo, encoded, bar, args):
         size = args.batch_clips or model.batch_clips
         for name in todo:
             shard = gather(name, shards[name], encoded, args)
+            if not shard.clips or args.num_samples == 0:
+                shard.latents.append(torch.empty(0, *model.latent_shape))
+                write_shard(run, shard)
+                bar.update()
+                continue
             for clip in shard.clips:
                 shard_of[clip.id] = shard
             for start in range(0, len(shard.clips), size):
                 yield shard.clips[start : start + size]
-            if not shard.clips:
-                write_shard(run, shard)
-                bar.update()
 
     def features_of(clip):
         return shard_of[clip.id].features[clip.id]
@@ -538,31 +604,181 @@ def gather(name, clips, encoded, args):
 def write_shard(run, shard):
     """Its .jsonl comes last, so that a shard that has one is whole."""
     folder = run / "01_samples"
-    if shard.clips:
-        features = common.stack_features(list(shard.features.values()), "cpu")
+    if shard.clips and shard.latents:  # of clips to rate there are none
+        features = {}
+        if shard.features:
+            features = common.stack_features(list(shard.features.values()), "cpu")
         digests = [sample.digest for sample in shard.samples]
         latents = torch.cat(shard.latents)
-        training.save_shard(folder / f"{shard.name}.pt", latents, features, digests)
+        file = folder / f"{shard.name}.pt"
+        training.save_shard(file, latents, digests, features, clips=shard.features)
     unused = folder / f"{shard.name}.skipped.jsonl"
     if shard.skipped or unused.exists():  # of an earlier, damaged shard
         rows.write(unused, shard.skipped)
     rows.write(folder / f"{shard.name}.jsonl", shard.samples)
 
 
-def print_report(run, train):
-    """Counts of clips and audios."""
+# --------------------------------------------------------------------------------------------------
+# Audios in: candidates that the model did not make
+# --------------------------------------------------------------------------------------------------
+
+
+def files_given(given):
+    """{source: {clip id: file}} of --given; None of the clips' own sound."""
+    found = {}
+    reserved = (inputs.MODEL, inputs.GROUND_TRUTH, "skipped")  # the last is a suffix of files
+    for text in given:
+        name, _, folder = text.partition("=")
+        if name in found:
+            stop(f"--given {text}: {name} is given twice; keep one")
+        if text == inputs.GROUND_TRUTH:
+            found[name] = None
+            continue
+        if not re.fullmatch(r"[\w-]{1,100}", name) or name in reserved:
+            stop(
+                f"--given {text}: give ground_truth, or NAME=DIR; a name is of letters, digits, _ "
+                f"and -, and none of {', '.join(reserved)}"
+            )
+        if not folder or not Path(folder).is_dir():
+            stop(f"--given {text}: no such folder; give NAME=DIR, a folder of <clip id>.wav ...")
+        found[name] = media.audio_files(Path(folder))
+    return found
+
+
+def name_sources(run, given, train, to_rate):
+    """Adds new sources to run.json, if their folders are of this run's clips. train: those that
+    audio was drawn for; to_rate: those to rate."""
+    run_json = inputs.read_run(run)
+    ids = {clip.id for clip in train}
+    ids_to_rate = {clip.id for clip in to_rate}
+    for source, file_of in given.items():
+        names = ids | ids_to_rate if file_of is None else file_of.keys()
+        if names.isdisjoint(ids | ids_to_rate):
+            stop(f"--given {source}: no file there names a train clip, as <clip id>.wav")
+        foreign = sorted(names - ids - ids_to_rate)
+        if foreign:
+            which = f"none of the {len(ids | ids_to_rate)} clips, first {foreign[0]}"
+            print(f"{source}: {len(foreign)} files name {which}")
+        if source not in run_json.given and not names.isdisjoint(ids):
+            run_json.given.append(source)
+        if source not in run_json.given_to_rate and not names.isdisjoint(ids_to_rate):
+            run_json.given_to_rate.append(source)
+    rows.write_json(run / "run.json", run_json)
+
+
+def read_given(item, given, model, samples):
+    """[(S,) float32] in [-1, 1]: a clip's audio, cut or padded to so many samples. item: (source,
+    clip). Raises SkipClip."""
+    source, clip = item
+    path = clip.path
+    if given[source] is not None:
+        path = given[source].get(clip.id)
+        if path is None:
+            raise SkipClip("no such file")
+    rate = model.sample_rate_hz
+    try:
+        wave = media.read_audio(path, rate, samples / rate, pad=False)
+    except NoFile:
+        files.gone(path)
+    if not wave.isfinite().all():
+        raise SkipClip("not finite")
+    if len(wave) < model.clip_s / 2 * rate:
+        found = f"{len(wave) / rate:.2f} s of audio"
+        raise SkipClip(f"too short: {found}, at least {model.clip_s / 2:.2f} s needed")
+    return [media.fit_length(wave.clamp(-1, 1), samples)]
+
+
+def add_given(run, model, shards, numbers, given, wavs, here, args):
+    """The audios of --given of the clips that can be used: written and encoded, a source's part of
+    a shard after the other, while files are read ahead. numbers: {source: the k of its audios}."""
+    todo = []
+    for source in [source for source in given if source in numbers]:
+        for shard, of_shard in shards.items():
+            skipped = {row.clip for row in read_skipped(run, shard)}
+            clips = [clip for clip in of_shard if clip.id not in skipped]
+            name = inputs.shard_file(shard, source)
+            if not is_whole(run, name, clips, numbers[source], wavs):
+                todo.append((source, name, clips))
+    ranks.barrier()  # every rank has seen the same
+    todo = here.share(todo)
+    if not todo:
+        return
+    samples = model.decode(torch.zeros(1, *model.latent_shape)).shape[1]
+    items = [(source, clip) for source, _, clips in todo for clip in clips]
+    read = functools.partial(read_given, given=given, model=model, samples=samples)
+    bar = tqdm(todo, "given", unit="shard", disable=not here.first)
+    with closing(ahead.read_ahead(read, items, args.workers)) as waves, bar:
+        for source, name, clips in bar:
+            (k,) = numbers[source]
+            write_shard(run, encode_given(run, model, source, name, k, clips, waves))
+
+
+def encode_given(run, model, source, name, k, clips, waves):
+    """The Shard of a source's audios of these clips. waves: an iterator of what `read_given`
+    returns, or of the SkipClip that it raises."""
+    shard = Shard(name, clips=[], features={}, skipped=[], samples=[], latents=[])
+    heard = []
+    for clip in clips:
+        found = next(waves)
+        if isinstance(found, SkipClip):
+            shard.skipped.append(rows.SkippedClip(clip=clip.id, reason=str(found)))
+        else:
+            shard.clips.append(clip)
+            heard += found
+    is_to_rate = name.startswith(rows.TO_RATE)
+    if heard and not is_to_rate:
+        shard.latents.append(model.encode_audio(torch.stack(heard)))
+    for row, clip in enumerate(shard.clips):
+        wav = f"01_audio/{clip.id}_{k}.wav"
+        written = media.write_audio(run / wav, heard[row], model.sample_rate_hz)
+        if not is_to_rate:
+            written["finite"] = bool(shard.latents[0][row].isfinite().all())
+        about = {"clip": clip.id, "k": k, "seed": 0, "wav": wav, "row": row, "source": source}
+        shard.samples.append(rows.Sample(**about, **written))
+    return shard
+
+
+# --------------------------------------------------------------------------------------------------
+# Report, main
+# --------------------------------------------------------------------------------------------------
+
+
+def skipped_by(run, source, shards):
+    """rows.SkippedClip of a source, of these shards."""
     skipped = []
-    for file in sorted((run / "01_samples").glob("*.skipped.jsonl")):
-        skipped += rows.read(file, rows.SkippedClip)
-    print(f"train clips: {len(train)} in, {len(train) - len(skipped)} used, {len(skipped)} skipped")
+    for shard in shards:
+        skipped += read_skipped(run, inputs.shard_file(shard, source))
+    return skipped
+
+
+def print_reasons(skipped):
     example = {row.reason: row.clip for row in reversed(skipped)}
     for reason, count in Counter(row.reason for row in skipped).most_common(20):
         print(f"  {count} x {reason}, e.g. {example[reason]}")
+
+
+def print_report(run, train):
+    """Counts of clips and audios."""
+    shards = inputs.shards_of(run)
+    skipped = skipped_by(run, inputs.MODEL, shards)
+    used = len(train) - len(skipped)
+    print(f"train clips: {len(train)} in, {used} used, {len(skipped)} skipped")
+    print_reasons(skipped)
     if len(skipped) == len(train):
         stop(
             f"no train clip of {run} could be used; the reasons are above and in "
             f"{run}/01_samples/*.skipped.jsonl"
         )
+    run_json = inputs.read_run(run)
+    for source in run_json.given:
+        lacking = skipped_by(run, source, shards)
+        print(f"{source}: audio for {used - len(lacking)} of {used} clips")
+        print_reasons(lacking)
+    count = len(inputs.read_clips(run, rows.TO_RATE))
+    for source in run_json.given_to_rate:
+        lacking = skipped_by(run, source, inputs.shards_to_rate(run))
+        print(f"{source}: audio for {count - len(lacking)} of {count} clips to rate")
+        print_reasons(lacking)
     samples = []
     for audios in inputs.read_samples(run).values():
         samples += audios
@@ -585,7 +801,8 @@ def main(args):
     world = inputs.read_run(run, rows.World) if (run / "run.json").exists() else None
     if world is not None and args.model is None:
         args.model = world.model
-    check_flags(run, world, is_toy, args)
+    given = files_given(args.given)
+    check_flags(run, world, is_toy, given, args)
     if args.max_clips == 0:  # all that any stage will ask for, said at once
         common.print_missing(args.weights, common.files_of(args.model, args.checkpoint))
     checkpoint = args.checkpoint
@@ -599,7 +816,7 @@ def main(args):
         # -- clips
         with stage.one_at_a_time():
             if here.first:
-                prepare_run(run, stage, world, is_toy, model, args)
+                prepare_run(run, stage, is_toy, model, args)
         ranks.barrier()
         train = inputs.read_clips(run, "train")
         if len(train) > args.max_clips:
@@ -608,13 +825,25 @@ def main(args):
         shards = {}
         for start in range(0, len(train), SHARD_CLIPS):
             shards[f"{start // SHARD_CLIPS:05d}"] = train[start : start + SHARD_CLIPS]
+        shards = dict(here.part_of([*shards.items()]))
 
         # -- audios
         wavs = {wav.name for wav in (run / "01_audio").glob("*.wav")}
-        part = here.part_of([*shards])
-        todo = [shard for shard in part if not is_whole(run, shard, shards[shard], wavs)]
+        numbers = range(args.num_samples)
+        todo = [name for name in shards if not is_whole(run, name, shards[name], numbers, wavs)]
         ranks.barrier()  # every rank has seen the same
         generate(run, model, shards, here.share(todo), here, args)
+        if given:
+            to_rate = dict(here.part_of([*inputs.shards_to_rate(run).items()]))
+            with stage.one_at_a_time():
+                if here.first:
+                    name_sources(run, given, train, inputs.read_clips(run, rows.TO_RATE))
+            ranks.barrier()
+            run_json = inputs.read_run(run)
+            numbers = inputs.numbers_of(run_json)
+            add_given(run, model, shards, numbers, given, wavs, here, args)
+            numbers = inputs.numbers_to_rate(run_json)
+            add_given(run, model, to_rate, numbers, given, wavs, here, args)
 
     if not here.first or here.ends_part():
         return

@@ -13,7 +13,8 @@ The five scores of an audio (networks: adapters/scorers.py; the toy world's own:
     score_3  desync_s  Synchformer's |audio-video offset| in seconds
     score_4  is_nats   KL(p(y|a) || p(y)) in nats, y: PANNs' tags; the audio's part of the inception
                        score
-    score_5  pesq      PESQ against the clip's own sound, MOS-LQO; only of human speech
+    score_5  pesq      PESQ against the clip's own sound, MOS-LQO; only of human speech, and not of
+                       that sound itself
 
 AudioScore (common.py) standardises them, takes one that does not apply for the mean, and maps them
 by Linear(5, 32), ReLU, Linear(32, 3), softmax to p = (Good, Medium, Bad).
@@ -22,17 +23,15 @@ Reads:
     01_samples/, 01_audio/  stage 01's audios
     --ratings or 02_ratings.jsonl   clip, k, rating (Good, Medium or Bad; an empty cell in a csv is
                             not rated), rater; if known repeat (1: asked once more, to see how
-                            steady the rater is), seconds, comment. From elsewhere: audio, video,
-                            caption, label instead of clip, k (docs/people.md)
+                            steady the rater is), seconds, comment; k may be the name that an
+                            audio was given by
 Writes:
-    02_to_rate.csv          the audios of --num-rated-clips random train clips: clip, k, wav, video,
-                            caption, rating
+    02_to_rate.csv          the audios of --num-rated-clips random train clips, and of all clips of
+                            the split `rate`: clip, k, wav, video, caption, rating
     02_ratings.jsonl        the answers, validated
     02_scores/*.pt          what every scorer said, by block of 32 clips of that draw
     02_scores.jsonl         clip, k, the five scores (null where one does not apply), rating (of the
                             majority, the worse of a tie)
-    02_elsewhere.jsonl      the same of the audios from elsewhere, k being the file, which no later
-                            stage reads
     02_audioscore.pt        audioscore: the state dict of common.AudioScore (MLP, standardiser,
                             marginal p(y)); heldout: p (n, 3) float32 and rating (n,) int64 of the
                             cross-validated report
@@ -69,7 +68,6 @@ def parse_args(argv=None):
     parser = command.Parser(__doc__)
     flag = parser.io.add_argument
     flag("--ratings", nargs="+", help="answers (.csv, .jsonl); else 02_ratings.jsonl")
-    flag("--ratings-root", help="folder of what ratings from elsewhere name as audio and video")
     flag("--exclude-rater", nargs="+", action="extend", default=[], help="who does not count")
     flag("--weights", default="weights", help="folder of downloaded files")
     flag("--redo", action="store_true", help="replace the outputs; what is scored stays")
@@ -183,10 +181,10 @@ def write_rating_sheet(run, to_rate, samples, clips):
     people.write_sheet(run / "02_to_rate.csv", columns, lines, "rating")
 
 
-def take_ratings(run, samples, clips, to_rate, root, args):
+def take_ratings(run, samples, clips, to_rate, args):
     """Writes the sheet, which simulated people answer. Returns every answer, a list of
-    rows.RatingAnswer, each proved to be about an audio of this run, or one below root; [] where
-    nobody has answered yet."""
+    rows.RatingAnswer, each proved to be about an audio of this run; [] where nobody has answered
+    yet."""
     file = run / "02_ratings.jsonl"
     if ranks.is_first():
         write_rating_sheet(run, to_rate, samples, clips)
@@ -201,19 +199,16 @@ def take_ratings(run, samples, clips, to_rate, root, args):
             rows.write(file, simulated.simulated_ratings(run, audios, args.seed))
 
     def checked(line, where):
-        if line.get("audio"):
-            line = people.from_elsewhere(line, root, where)
-        else:
-            line = dict(line, k=people.known_k(line, samples, where, "k"))
+        line = dict(line, k=people.known_k(line, samples, where, "k"))
         rating = people.meant(line["rating"], RATINGS, where, "rating")
         return people.typed_answer(dict(line, rating=rating), rows.RatingAnswer, where)
 
     return people.take_answers(file, args.ratings, "rating", checked, args.redo)
 
 
-def print_how_to_rate(run, to_rate, samples):
+def print_how_to_rate(run, to_rate, samples, is_all_rated):
     count = sum(len(samples[name]) for name in to_rate)
-    if len(to_rate) == len(samples):
+    if is_all_rated:
         print(
             "warning: that is every clip, and rated clips are not mined: lower --num-rated-clips "
             "to keep some"
@@ -222,6 +217,13 @@ def print_how_to_rate(run, to_rate, samples):
     print(f"Fill its column 'rating' ({', '.join(RATINGS)}), or have pages made for it:")
     print(f"      python 08_listen.py rate --run-dir {run}")
     print(f"next: python 02_fit_audioscore.py --run-dir {run} --ratings FILE")
+
+
+def rated_video(clip):
+    """Which video a clip is of, whatever its caption: of those to rate, several may be of one."""
+    if clip.split != rows.TO_RATE:
+        return inputs.video_of(clip.id)
+    return inputs.video_of(str(clip.path.with_suffix("")))
 
 
 def class_of(answer):
@@ -247,60 +249,22 @@ def majority(target):
 
 
 # --------------------------------------------------------------------------------------------------
-# Ratings from elsewhere: of audio that is not this run's, never mined nor tested on
-# --------------------------------------------------------------------------------------------------
-
-
-def rated_video(answer, root):
-    """Which video a rated audio belongs to, whatever its caption: a YouTube id, the clip's id or,
-    of an audio from elsewhere, a path without suffix."""
-    if answer.audio is None:
-        return inputs.video_of(answer.clip)
-    return inputs.video_of(str((root / answer.video).with_suffix("")))
-
-
-def without_own_videos(answers, clips, root):
-    """The answers less those from elsewhere whose video this run mines or tests on, which are
-    counted."""
-    of_run = set()
-    for clip in clips.values():
-        of_run |= {inputs.video_of(clip.id), str(clip.path.with_suffix(""))}
-    kept = []
-    for answer in answers:
-        if answer.audio is None or rated_video(answer, root) not in of_run:
-            kept.append(answer)
-    if len(kept) < len(answers):
-        print(
-            f"left out: {len(answers) - len(kept)} ratings from elsewhere, of videos that this run "
-            "mines or tests on"
-        )
-    return kept
-
-
-# --------------------------------------------------------------------------------------------------
 # What the scorers say of the rated clips
 # --------------------------------------------------------------------------------------------------
 
 
-def rated_blocks(run, order, samples, clips, answers, root):
-    """Blocks of 32 clips, those of which any audio is rated: this run's clips in the order of the
-    draw, then clips from elsewhere in the order of their names."""
+def rated_blocks(run, order, samples, clips, answers):
+    """Blocks of 32 clips, those of which any audio is rated: train clips in the order of the draw,
+    then clips to rate in theirs. samples: of both."""
     rated = {answer.clip for answer in answers}
-    audios_of = defaultdict(list)
+    drawn = {}
+    to_rate = {}
     for name in order:
-        for audio in samples[name]:
-            wav = run / audio.wav
-            audios_of[name].append(scoring.Audio(clips[name], audio.k, wav, audio.digest))
-    blocks = blocks_of(run, "", audios_of, rated)
-
-    elsewhere = {(answer.clip, answer.k): answer for answer in answers if answer.audio is not None}
-    audios_of = defaultdict(list)
-    for (name, k), answer in sorted(elsewhere.items()):
-        about = {"caption": answer.caption, "label": answer.label, "path": root / answer.video}
-        clip = inputs.FoundClip(id=name, video=answer.video, split="train", **about)
-        wav = root / answer.audio
-        audios_of[name].append(scoring.Audio(clip, k, wav, files.digest(wav)))
-    return blocks + blocks_of(run, "elsewhere_", audios_of, rated)
+        drawn[name] = [inputs.audio_of(run, clips[name], sample) for sample in samples[name]]
+    for name in samples:
+        if name not in drawn:
+            to_rate[name] = [inputs.audio_of(run, clips[name], sample) for sample in samples[name]]
+    return blocks_of(run, "", drawn, rated) + blocks_of(run, "to_rate_", to_rate, rated)
 
 
 def blocks_of(run, prefix, audios_of, rated):
@@ -331,21 +295,13 @@ def read_said(rated, blocks, scorers):
     return select(said, [row_of[audio] for audio in rated])
 
 
-def write_scores(run, rated, scores, truth, samples):
-    """02_scores.jsonl and, of audios from elsewhere, 02_elsewhere.jsonl. scores: (n, 5); truth:
-    (n,) classes."""
-    of_run = []
-    from_elsewhere = []
+def write_scores(run, rated, scores, truth):
+    """02_scores.jsonl. scores: (n, 5); truth: (n,) classes."""
+    lines = []
     for (clip, k), five, rating in zip(rated, scores, truth.tolist()):
         about = {"clip": clip, "k": k, "rating": RATINGS[rating], **rows.score_fields(SCORES, five)}
-        if clip in samples:
-            of_run.append(rows.RatedScore(**about))
-        else:
-            from_elsewhere.append(rows.ElsewhereScore(**about))
-    rows.write(run / "02_scores.jsonl", of_run)
-    file = run / "02_elsewhere.jsonl"
-    if from_elsewhere or file.exists():  # of earlier answers
-        rows.write(file, from_elsewhere)
+        lines.append(rows.RatedScore(**about))
+    rows.write(run / "02_scores.jsonl", lines)
 
 
 def main(args):
@@ -356,23 +312,24 @@ def main(args):
     outputs = ["02_audioscore.pt", "02_scores.jsonl"]
     with record.stage(run, "02", ["01_samples"], outputs, args.redo, part=here.part) as stage:
         samples = inputs.read_samples(run)
-        clips = {clip.id: clip for clip in inputs.read_clips(run)}
+        clips = inputs.read_clips(run, "train") + inputs.read_clips(run, rows.TO_RATE)
+        clips = {clip.id: clip for clip in clips}
         scorers = common.scorers_of(run, args.weights)
-        root = Path(args.ratings_root).resolve() if args.ratings_root else None
 
         # -- people rate
         order = drawn_order(samples, args.seed)
-        to_rate = order[: args.num_rated_clips]
+        others = inputs.read_to_rate(run)
+        is_all_rated = args.num_rated_clips >= len(samples)
+        samples = samples | others
+        to_rate = [*order[: args.num_rated_clips], *others]
         with stage.one_at_a_time():
-            answers = take_ratings(run, samples, clips, to_rate, root, args)
+            answers = take_ratings(run, samples, clips, to_rate, args)
         if not answers:
-            print_how_to_rate(run, to_rate, samples)
+            print_how_to_rate(run, to_rate, samples, is_all_rated)
             return
         kept = people.without_raters(answers, args.exclude_rater)
-        kept = without_own_videos(kept, clips, root)
         counted = [answer for answer in kept if not answer.repeat]
-        video_of_audio = {(answer.clip, answer.k): rated_video(answer, root) for answer in counted}
-        if len(set(video_of_audio.values())) < 2:
+        if len({rated_video(clips[answer.clip]) for answer in counted}) < 2:
             source = people.names_of(args.ratings or [run / "02_ratings.jsonl"])
             needed = "at least 2 are needed, AudioScore is fitted on some, checked on others"
             stop(f"{source}: ratings of one video; {needed}")
@@ -385,7 +342,7 @@ def main(args):
         stage.claim(settings, ["02_ratings.jsonl"])
 
         # -- scores
-        blocks = rated_blocks(run, order, samples, clips, counted, root)
+        blocks = rated_blocks(run, order, samples, clips, counted)
         part = here.part_of(blocks)
         scoring.score(part, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
         if not here.first or here.ends_part():  # the others wait where the stage ends
@@ -402,12 +359,13 @@ def main(args):
         for name, count in Counter(answer.rating for answer in counted).most_common():
             line += f", {name} {count}"
         print(line)
-        p = cross_validate(said, target, [video_of_audio[audio] for audio in shares], args.seed)
+        videos = [rated_video(clips[clip]) for clip, _ in shares]
+        p = cross_validate(said, target, videos, args.seed)
         print_heldout(p, truth)
         audioscore = fit(said, target, args.seed)
 
         # -- save
-        write_scores(run, shares, audioscore.five_scores(said), truth, samples)
+        write_scores(run, shares, audioscore.five_scores(said), truth)
         fitted = {"audioscore": audioscore.state_dict(), "heldout": {"p": p, "rating": truth}}
         files.save_pt(run / "02_audioscore.pt", fitted)
     print(f"wrote {run / '02_audioscore.pt'}")

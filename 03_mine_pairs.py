@@ -7,7 +7,7 @@ Run:
     torchrun --standalone --nproc_per_node 8 03_mine_pairs.py ...  # scoring, over the GPUs
 
 Reads:
-    01_samples/, 01_audio/      stage 01's audios
+    01_samples/, 01_audio/      stage 01's audios, the model's and those that were given
     02_audioscore.pt, 02_scores.jsonl    AudioScore; the rated clips, which are not mined, and their
                                 ratings
     --choices or 03_human_choices.jsonl   clip, a, b (two k of the clip), choice (a, b or tie),
@@ -45,6 +45,8 @@ def parse_args(argv=None):
     flag("--exclude-rater", nargs="+", action="extend", default=[], help="who does not count")
     flag("--weights", default="weights", help="folder of downloaded files")
     flag("--redo", action="store_true", help="replace the outputs; what is scored stays")
+    described = "whose audios make the mined pairs: the model's alone, or all, given ones too"
+    flag("--mine", choices=("model", "all"), default="all", help=described)
     flag = parser.paper.add_argument
     flag("--num-human-pairs", type=command.whole(0), default=2000, help="for people [Sec. 2.2]")
     flag("--min-score-c", type=command.number(-1, 1), default=0.0, help="drop pairs below it")
@@ -136,6 +138,14 @@ def mine(samples, p_of, rated, min_score_c):
     return pairs, dropped
 
 
+def of_model(samples):
+    """The audios that the model made, of every clip."""
+    found = {}
+    for clip, audios in samples.items():
+        found[clip] = [audio for audio in audios if audio.source == inputs.MODEL]
+    return found
+
+
 def pair_of(clip, winner, loser, p_of):
     p = p_of[clip]
     return rows.Pair(clip=clip, winner=winner, loser=loser, p_winner=p[winner], p_loser=p[loser])
@@ -176,8 +186,8 @@ def write_choice_sheet(run, asked, samples, clips):
     """03_to_choose.csv."""
     lines = []
     for clip, a, b in asked:
-        wav_a = samples[clip][a].wav
-        wav_b = samples[clip][b].wav
+        wav_a = inputs.find_sample(samples, clip, a).wav
+        wav_b = inputs.find_sample(samples, clip, b).wav
         lines.append((clip, a, b, wav_a, wav_b, clips[clip].path, "", ""))
     columns = ("clip", "a", "b", "wav_a", "wav_b", "video", "choice", "rater")
     people.write_sheet(run / "03_to_choose.csv", columns, lines, "choice")
@@ -195,8 +205,8 @@ def take_choices(run, samples, clips, ratings, args):
         if simulated and not args.choices and people.to_simulate(file, asked, args.redo):
             audios = []
             for clip, a, b in asked:
-                wav_a = run / samples[clip][a].wav
-                wav_b = run / samples[clip][b].wav
+                wav_a = run / inputs.find_sample(samples, clip, a).wav
+                wav_b = run / inputs.find_sample(samples, clip, b).wav
                 audios.append((clips[clip], a, b, wav_a, wav_b))
             rows.write(file, simulated.simulated_choices(run, audios, args.seed))
 
@@ -259,6 +269,20 @@ def print_mined(run, samples, pairs, dropped):
     )
 
 
+def print_sources(samples, pairs):
+    """How often the audios of each source win and lose, where some were given."""
+    wins = Counter()
+    losses = Counter()
+    for pair in pairs:
+        wins[inputs.find_sample(samples, pair.clip, pair.winner).source] += 1
+        losses[inputs.find_sample(samples, pair.clip, pair.loser).source] += 1
+    audios = Counter(audio.source for audios in samples.values() for audio in audios)
+    if audios.keys() == {inputs.MODEL}:
+        return
+    for source, count in audios.items():
+        print(f"  {source}: {count} audios, wins {wins[source]} and loses {losses[source]} pairs")
+
+
 def print_chosen(run, kept, counted, pairs, ratings):
     if counted:
         people.print_agreement(kept, preference, "nominal")
@@ -290,6 +314,7 @@ def main(args):
         ratings = rows.read(
             run / "02_scores.jsonl", rows.RatedScore, "; rerun 02_fit_audioscore.py --redo"
         )
+        ratings = [row for row in ratings if row.clip in samples]  # less the clips to rate
         audioscore = AudioScore.load(run / "02_audioscore.pt")
         scorers = common.scorers_of(run, args.weights)
 
@@ -299,6 +324,7 @@ def main(args):
         kept = people.without_raters(answers, args.exclude_rater)
         counted = [answer for answer in kept if not answer.repeat]
         settings = {
+            "mine": args.mine,
             "num_human_pairs": args.num_human_pairs,
             "min_score_c": args.min_score_c,
             "seed": args.seed,
@@ -314,12 +340,14 @@ def main(args):
             return
         p_of = apply_audioscore(blocks, scorers, audioscore)
         rated = {row.clip for row in ratings}
-        pairs, dropped = mine(samples, p_of, rated, args.min_score_c)
+        minable = samples if args.mine == "all" else of_model(samples)
+        pairs, dropped = mine(minable, p_of, rated, args.min_score_c)
         chosen = human_pairs(counted, p_of)
         rows.write(run / "03_pairs.jsonl", pairs)
         rows.write(run / "03_human_pairs.jsonl", chosen)
 
     print_mined(run, samples, pairs, dropped)
+    print_sources(samples, pairs)
     print_chosen(run, kept, counted, chosen, ratings)
     print(f"next: python 04_curriculum_split.py --run-dir {run}")
 

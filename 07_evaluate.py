@@ -56,7 +56,6 @@ from common import (
 ShownMetric = rows.ShownMetric
 
 POLICIES = {"flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}  # evaluated where nobody asks for others
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")
 TIE = 1e-6  # P(Good) of one audio in two blocks may differ by rounding
 
 
@@ -603,19 +602,10 @@ def clip_features(run_json, model, blocks, scorers, scorer_names, here, args):
     return features
 
 
-def audio_files(folder):
-    """{clip id: file} of a folder's audio, of both splits."""
-    found = {}
-    for file in sorted(folder.glob("[!.]*")):
-        if file.suffix.lower() in AUDIO_SUFFIXES:
-            found[file.stem] = file  # of several for one clip the last: .wav
-    return found
-
-
 def is_kept(system):
     """Whether a policy's audio, what there is of it, was sampled as it would be now."""
     file = system.audio / "settings.json"
-    if not file.exists() and audio_files(system.audio):
+    if not file.exists() and media.audio_files(system.audio):
         stop(
             f"{system.audio}: holds audio that stage 07 did not make; move it away, or evaluate it "
             "as --systems NAME=DIR"
@@ -629,7 +619,7 @@ def found_audio(system, clips):
         return {clip.id: clip.path for clip in clips}
     if system.kind == "policy" and not is_kept(system):
         return {}
-    return audio_files(system.audio)
+    return media.audio_files(system.audio)
 
 
 def batches_to_sample(system, features, blocks, batch_clips):
@@ -654,7 +644,7 @@ def sample_audio(run_json, system, model, features, blocks, stage, here, args):
     ranks.barrier()  # every rank has seen what is kept
     with stage.one_at_a_time():
         if here.first and not is_kept(system):
-            for file in audio_files(system.audio).values():  # of another policy, or settings
+            for file in media.audio_files(system.audio).values():  # of another policy, or settings
                 file.unlink()
             rows.write_json(system.audio / "settings.json", system.made_from)
     ranks.barrier()

@@ -528,7 +528,7 @@ class Question(NamedTuple):
 def sheet_questions(run, mode):
     """The questions of a sheet, in its order."""
     sheet = run / mode.sheet
-    samples = inputs.read_samples(run)
+    samples = inputs.read_samples(run) | inputs.read_to_rate(run)
     if not sheet.exists():
         stop(f"{sheet}: no such file; run {mode.stage} --run-dir {run} first")
     wav_of = {}
@@ -732,7 +732,8 @@ def write_packs(run, args):
     mode = MODES[args.what]
     folder = run / f"08_{args.what}"
     clip_s = inputs.read_run(run).clip_s
-    clips = {clip.id: clip for clip in inputs.read_clips(run, mode.split)}
+    clips = inputs.read_clips(run, mode.split) + inputs.read_clips(run, rows.TO_RATE)
+    clips = {clip.id: clip for clip in clips}
     if args.guide:
         mode = guided(mode, args.guide)
     questions = sheet_questions(run, mode) if mode.sheet else blind_questions(run, args)

@@ -49,7 +49,7 @@ from plumbing import (  # noqa: F401, some of these are for stages and adapters 
     training,
 )
 from plumbing.downloads import print_missing, upstream, weight_file  # noqa: F401
-from plumbing.files import NoAudio, SkipClip, Stop, stop  # noqa: F401
+from plumbing.files import NoAudio, NoFile, SkipClip, Stop, stop  # noqa: F401
 
 digits.same_on_every_cpu()  # before torch computes anything
 
@@ -325,6 +325,11 @@ class FlowModel(nn.Module):
         """(B, T, C) normalised latents -> (B, S) float32 waves at sample_rate_hz, on the CPU."""
         raise NotImplementedError
 
+    def encode_audio(self, waves):
+        """The codec's encoder, without randomness: what `decode` returns, (B, S) float32 on the
+        CPU, -> (B, T, C) float32 normalised latents, on the CPU."""
+        stop(f"--given: {self.name} has no encoder of sound (encode_audio, docs/adapters.md)")
+
     def snap_t(self, t):
         """The nearest earlier time that the network knows: t itself where it knows all."""
         return t
@@ -408,6 +413,7 @@ class Scorer:
     # What of a clip its scores depend on: "caption", "video", "reference" (the clip's own sound,
     # and its label).
     reads: tuple = ()
+    compared: tuple = ()  # tensors that compare with the reference: nan of that sound itself
     # Of one that reads "video": (frames per second, transform of a (3, H, W) uint8 picture), and
     # {name: shape} of what `embed_video` returns.
     frames: tuple

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+import torchaudio
 
 from common import FlowModel, SkipClip, files, scoring, speed, stop, upstream, weight_file
 
@@ -72,6 +74,23 @@ def is_reflowed(path):
     """Whether a path speaks of a reflowed or distilled model. `noreflow` and `no_reflow` do not."""
     trail = "/".join(Path(path).parts[-2:]).lower()
     return re.search("(?<!no)reflow|distill", re.sub("[ _-]", "", trail))
+
+
+@functools.cache
+def mel_filters():
+    """(513, 80)"""
+    scale = dict(norm="slaney", mel_scale="slaney")
+    return torchaudio.functional.melscale_fbanks(513, 0.0, 8000.0, 80, 16000, **scale)
+
+
+def log_mel(waves):
+    """(B, 131072) -> (B, 80, 512), in log10 of the magnitude: as upstream's
+    script/data_preprocess/NAT_mel.py, which librosa has outgrown."""
+    padded = F.pad(waves.clamp(-1, 1), (384, 384), "reflect")
+    window = torch.hann_window(1024, device=waves.device)
+    spectrum = torch.stft(padded, 1024, 256, window=window, center=False, return_complex=True)
+    magnitude = (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt()
+    return (mel_filters().T.to(waves.device) @ magnitude).clamp(min=1e-5).log10()
 
 
 class Frieren(FlowModel):
@@ -253,6 +272,16 @@ class Frieren(FlowModel):
             mels = vae.decode(part.transpose(1, 2) / self.latent_scale)
             waves.append(vocoder(mels)[:, 0].cpu())
         return torch.cat(waves)
+
+    @torch.no_grad()
+    def encode_audio(self, waves):
+        """The mean of upstream's distribution."""
+        vae, _ = self.codec()
+        latents = []
+        for part in waves.to(self.device).float().split(8):
+            mean = vae.encode(log_mel(part)).mean.transpose(1, 2)
+            latents.append((self.latent_scale * mean).cpu())
+        return torch.cat(latents)
 
     def load_codec(self, vae, weights):
         import yaml

@@ -143,6 +143,19 @@ class MMAudio(FlowModel):
         samples = round(self.clip_s * self.sample_rate_hz)  # at 44.1 kHz there are 480 over 8 s
         return torch.cat(waves)[:, 0, :samples]
 
+    @torch.no_grad()
+    def encode_audio(self, waves):
+        """The mean of upstream's distribution, in float32 as upstream encodes its training data."""
+        codec = self.codec(need_vae_encoder=True)
+        # A latent is of two mel frames. At 44.1 kHz 480 samples beyond 8 s are missing: silence.
+        whole = 2 * codec.mel_converter.hop_size * self.latent_shape[0]
+        waves = media.fit_length(waves.float(), whole)
+        latents = []
+        for part in waves.split(8):
+            mean = codec.encode_audio(part.to(self.device)).mean.transpose(1, 2)
+            latents.append(self.net.normalize(mean.clone()).cpu())  # which works in place
+        return torch.cat(latents)
+
     def load_encoders(self):
         from huggingface_hub import constants, try_to_load_from_cache, utils
 
@@ -168,10 +181,11 @@ class MMAudio(FlowModel):
             speed.compile_blocks(blocks, (encoders, "encode_video_with_sync"))
         return encoders
 
-    def load_codec(self):
+    def load_codec(self, need_vae_encoder=False):
         _, _, *names = self.files(self.variant)
         vae, vocoder, *_ = [weight_file(self.weights, name) for name in names]
-        parts = dict(tod_vae_ckpt=vae, bigvgan_vocoder_ckpt=vocoder, need_vae_encoder=False)
+        parts = dict(tod_vae_ckpt=vae, bigvgan_vocoder_ckpt=vocoder)
+        parts["need_vae_encoder"] = need_vae_encoder
         codec = self.features_utils(enable_conditions=False, **parts)
         activations = speed.slice_activations(codec.tod.vocoder)
         if self.compiled:

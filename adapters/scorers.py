@@ -357,6 +357,7 @@ class PesqScorer(Scorer):
 
     sample_rate_hz = 16000
     reads = ("reference",)
+    compared = ("pesq",)
 
     def reference(self, clip):
         return self.sound_of(clip.path) if clip.label in HUMAN_SPEECH_CLASSES else None

@@ -449,6 +449,10 @@ class Toy(FlowModel):
     def decode(self, latents):
         return self.frozen["codec"].decode(latents)
 
+    @torch.no_grad()
+    def encode_audio(self, waves):
+        return self.frozen["codec"].encode(log_mel(waves))
+
     def blocks(self):
         return self.net.blocks
 
@@ -578,6 +582,7 @@ class ToyScorer(Scorer):
     sample_rate_hz = RATE_HZ
     files = ("00_scorers.pt",)
     reads = ("caption", "video", "reference")
+    compared = ("pesq",)
     frames = (FPS, frame_transform)
     video_shapes = {"ib": (EMBED,), "sync": (8, FRAMES)}
 

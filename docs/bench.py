@@ -119,16 +119,15 @@ def made_up_run(run, model, clips=40, n=2, defaults=None):
             usable = {"finite": True, "peak": 1.0, "clipped": 0.0, "digest": f"{i}_{k}"}
             audios.append(
                 inputs.FoundSample(
-                    clip=f"c{i}", k=k, seed=0, wav="", row=n * i + k, shard="0", **usable
+                    clip=f"c{i}", k=k, seed=0, wav="", row=n * i + k, file="0", **usable
                 )
             )
             digests.append(audios[-1].digest)
         samples[f"c{i}"] = audios
         pairs.append(rows.SplitPair(f"c{i}", winner=0, loser=1, score_c=1.0, source="auto"))
     features = {key: torch.randn(clips, *shape) for key, shape in model.feature_shapes.items()}
-    training.save_shard(
-        run / "01_samples/0.pt", torch.randn(clips * n, *model.latent_shape), features, digests
-    )
+    latents = torch.randn(clips * n, *model.latent_shape)
+    training.save_shard(run / "01_samples/0.pt", latents, digests, features, clips=samples)
     return training.Shards(run, samples, model), pairs
 
 

@@ -71,7 +71,7 @@ def enlarge(run, weights, count):
         for name in scorer.files:
             (weights / name).parent.mkdir(parents=True, exist_ok=True)
             (weights / name).touch()
-    blocks = fitting.rated_blocks(run, order, samples, clips, rated, root=None)
+    blocks = fitting.rated_blocks(run, order, samples, clips, rated)
     for block in blocks + inputs.shard_blocks(run, samples, train):
         write_scores(block, scorers)
 
@@ -113,7 +113,8 @@ def write_shard(run, shard, model, clips):
         name: torch.randn(len(clips), *shape) for name, shape in model.feature_shapes.items()
     }
     digests = [sample.digest for sample in samples]
-    training.save_shard(run / "01_samples" / f"{shard}.pt", latents, features, digests)
+    ids = [clip.id for clip in clips]
+    training.save_shard(run / "01_samples" / f"{shard}.pt", latents, digests, features, ids)
     rows.write(run / "01_samples" / f"{shard}.jsonl", samples)
 
 

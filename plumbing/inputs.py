@@ -5,6 +5,7 @@ Path.
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from plumbing import files, rows, scoring
@@ -19,9 +20,14 @@ class FoundClip(rows.Clip):
 
 
 class FoundSample(rows.Sample):
-    """A line of stage 01 with its shard."""
+    """A line of stage 01 with its file."""
 
-    shard: str = ""
+    file: str = ""  # 00012 or 00012.NAME, without suffix
+
+    @property
+    def shard(self):
+        """That of its clip, where the features are."""
+        return self.file.partition(".")[0]
 
 
 def video_of(name):
@@ -29,6 +35,13 @@ def video_of(name):
     folder, of its video; any other name or path stands for itself."""
     youtube = re.fullmatch(r"(?:.*/)?([^/]{11})_\d{6}", name)
     return youtube[1] if youtube else name
+
+
+def videos_of(clip):
+    """What a clip's video is known by: its YouTube id, or the clip's id; its path without suffix,
+    or that YouTube id."""
+    path = str(clip.path.with_suffix(""))
+    return {video_of(clip.id), path, video_of(path)}
 
 
 def read_run(run, row_type=rows.Run):
@@ -41,9 +54,14 @@ def read_run(run, row_type=rows.Run):
 
 
 def read_clips(run, split=None):
-    """The lines of clips.jsonl, in order, with their files."""
+    """The lines of clips.jsonl, in order, with their files; of split `rate` (rows.TO_RATE), those
+    of 01_to_rate.jsonl."""
     run_json = read_run(run)
     file = run / "clips.jsonl"
+    if split == rows.TO_RATE:
+        file = run / "01_to_rate.jsonl"
+        if not file.exists():
+            return []
     root = run / run_json.video_root
     found = []
     ids = set()
@@ -61,43 +79,140 @@ def read_clips(run, split=None):
     return found
 
 
-def read_samples(run):
-    """Every audio of stage 01: {clip: [FoundSample, ...]} in order of k.
+MODEL = "model"  # the source of audios that the model made
+GROUND_TRUTH = "ground_truth"  # the source of the clips' own sound
 
-    Every train clip that stage 01 drew must be there, with all its audios, or be skipped.
+
+def shard_file(shard, source):
+    """The name in 01_samples, without suffix, of a source's part of a shard."""
+    return shard if source == MODEL else f"{shard}.{source}"
+
+
+def shards_of(run):
+    """The names of the shards that the model's part is there of."""
+    found = (run / "01_samples").glob("[0-9]*.jsonl")
+    return sorted(file.stem for file in found if "." not in file.stem)
+
+
+def shards_to_rate(run):
+    """{name: its clips} of the shards of clips to rate."""
+    clips = read_clips(run, rows.TO_RATE)
+    shards = {}
+    for start in range(0, len(clips), scoring.BLOCK_CLIPS):
+        name = f"{rows.TO_RATE}_{start // scoring.BLOCK_CLIPS:05d}"
+        shards[name] = clips[start : start + scoring.BLOCK_CLIPS]
+    return shards
+
+
+def numbers_of(run_json):
+    """{source: the k of its audios} of train clips."""
+    numbers = {MODEL: range(run_json.num_samples)}
+    for place, source in enumerate(run_json.given, run_json.num_samples):
+        numbers[source] = range(place, place + 1)
+    return numbers
+
+
+def numbers_to_rate(run_json):
+    """{source: the k of its audios} of clips to rate."""
+    numbers = {}
+    for place, source in enumerate(run_json.given_to_rate):
+        numbers[source] = range(place, place + 1)
+    return numbers
+
+
+def read_samples(run):
+    """Every audio of stage 01 that may be mined: {clip: [FoundSample, ...]} in order of k.
+
+    Every train clip that stage 01 drew must be there, with all audios of the model, or be skipped;
+    of a given source, every one of these with its audio, or with the reason why it has none.
     """
     run_json = read_run(run)
-    train = {clip.id for clip in rows.read(run / "clips.jsonl", rows.Clip) if clip.split == "train"}
-    hint = "; remove that shard and rerun 01_generate.py"
-    samples = {}
-    skipped = 0
-    for file in sorted((run / "01_samples").glob("[0-9]*.jsonl")):
-        if file.name.endswith(".skipped.jsonl"):
-            skipped += len(rows.read(file, rows.SkippedClip, hint))
-            continue
-        shard = file.stem
-        for i, sample in enumerate(rows.read(file, FoundSample, hint)):
-            audios = samples.setdefault(sample.clip, [])
-            wav = f"01_audio/{sample.clip}_{sample.k}.wav"
-            is_of_run = sample.clip in train and sample.wav == wav
-            is_next = sample.row == i and sample.k == len(audios)
-            in_one_shard = all(audio.shard == shard for audio in audios)
-            if not (is_of_run and is_next and in_one_shard):
-                stop(
-                    f"{file}, line {i + 1}: not the next audio of a train clip, with its row, k "
-                    f"and wav{hint}"
-                )
-            sample.shard = shard
-            audios.append(sample)
+    train = [clip.id for clip in rows.read(run / "clips.jsonl", rows.Clip) if clip.split == "train"]
+    drawn = min(len(train), run_json.max_clips)
+    shards = shards_of(run)
+    samples = {clip: [] for clip in train}
+    unusable = 0  # clips whose video cannot be used
+    for source, numbers in numbers_of(run_json).items():
+        skipped, told = read_source(run, shards, source, numbers, samples)
+        if source == MODEL:
+            unusable = skipped
+        else:
+            told += unusable
+        if numbers and shards and told != drawn:
+            stop(
+                f"{run / '01_samples'}: some of the {len(train)} train clips are not there; rerun "
+                f"{again(source)}"
+            )
+    samples = {clip: audios for clip, audios in samples.items() if audios}
     if not samples:
         stop(f"{run / '01_samples'}: no generated audio; run 01_generate.py --run-dir {run} first")
-    whole = all(len(audios) == run_json.num_samples for audios in samples.values())
-    if not whole or len(samples) + skipped != min(len(train), run_json.max_clips):
-        stop(
-            f"{run / '01_samples'}: some of the {len(train)} train clips are not there; rerun "
-            "01_generate.py"
-        )
     return samples
+
+
+def read_to_rate(run):
+    """The audios of clips to rate, as `read_samples`; {} where there are none."""
+    shards = shards_to_rate(run)
+    samples = {clip.id: [] for clips in shards.values() for clip in clips}
+    for source, numbers in numbers_to_rate(read_run(run)).items():
+        _, told = read_source(run, shards, source, numbers, samples)
+        if told != len(samples):
+            stop(
+                f"{run / '01_samples'}: some of the {len(samples)} clips to rate are not there; "
+                f"rerun {again(source)}"
+            )
+    return {clip: audios for clip, audios in samples.items() if audios}
+
+
+def again(source):
+    return "01_generate.py" if source == MODEL else f"01_generate.py with --given {source}"
+
+
+def read_source(run, shards, source, numbers, samples):
+    """Adds what a source's part of these shards holds to `samples`. Returns of how many clips it
+    says that there is none, and of how many it says anything."""
+    hint = f"; remove that shard and rerun {again(source)}"
+    lacking = 0
+    told = 0
+    for shard in shards:
+        file = run / "01_samples" / f"{shard_file(shard, source)}.jsonl"
+        skipped = rows.read_if_there(file.with_suffix(".skipped.jsonl"), rows.SkippedClip, hint)
+        found = rows.read_if_there(file, FoundSample, hint)
+        add_samples(samples, found, file, source, numbers, hint)
+        lacking += len(skipped)
+        told += len(skipped) + len({sample.clip for sample in found})
+    return lacking, told
+
+
+def add_samples(samples, found, file, source, numbers, hint):
+    """Adds what a file holds, after checking that it is in order: its rows, and for each clip these
+    numbers k."""
+    counts = Counter(sample.clip for sample in found)
+    for i, sample in enumerate(found):
+        audios = samples.get(sample.clip, [])
+        sample.file = file.stem
+        wav = f"01_audio/{sample.clip}_{sample.k}.wav"
+        nth = sum(audio.source == source for audio in audios)
+        is_of_run = sample.clip in samples and sample.wav == wav and sample.source == source
+        is_next = sample.row == i and nth < len(numbers) and sample.k == numbers[nth]
+        is_whole = counts[sample.clip] == len(numbers)
+        in_one_shard = all(audio.shard == sample.shard for audio in audios)
+        if not (is_of_run and is_next and is_whole and in_one_shard):
+            stop(
+                f"{file}, line {i + 1}: not the next audio of a clip of this run, with its row, k, "
+                f"source and wav{hint}"
+            )
+        audios.append(sample)
+
+
+def audio_of(run, clip, sample):
+    """A line of stage 01 as an audio to score."""
+    is_own = sample.source == GROUND_TRUTH
+    return scoring.Audio(clip, sample.k, run / sample.wav, sample.digest, is_own)
+
+
+def find_sample(samples, clip, k):
+    """The audio of a clip with this k, which is there."""
+    return next(sample for sample in samples[clip] if sample.k == k)
 
 
 def shard_blocks(run, samples, clips):
@@ -111,8 +226,8 @@ def shard_blocks(run, samples, clips):
             blocks[shard] = scoring.Block(shard, scores=folder, videos=folder, clips=[], audios=[])
         clip = clip_of[clip_id]
         blocks[shard].clips.append(clip)
-        for audio in audios:
-            blocks[shard].audios.append(scoring.Audio(clip, audio.k, run / audio.wav, audio.digest))
+        for sample in audios:
+            blocks[shard].audios.append(audio_of(run, clip, sample))
     return list(blocks.values())
 
 

@@ -23,6 +23,7 @@ from plumbing.files import NoAudio, NoFile, SkipClip
 # The finest grid of any consumer, Synchformer's. By it alone a video is long enough or too short,
 # so that this is said to all or to none.
 FINEST_FPS = 25
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")  # of others' audios
 
 
 class Source:
@@ -192,6 +193,15 @@ def read_frames(path, wanted, duration_s):
 # --------------------------------------------------------------------------------------------------
 # Sound
 # --------------------------------------------------------------------------------------------------
+
+
+def audio_files(folder):
+    """{name without suffix: file} of a folder's audio; of several of one name .wav."""
+    found = {}
+    for file in sorted(folder.glob("[!.]*")):
+        if file.suffix.lower() in AUDIO_SUFFIXES:
+            found[file.stem] = file  # .wav is the last
+    return found
 
 
 def read_audio(path, sample_rate_hz, duration_s=None, pad=True):

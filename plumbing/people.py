@@ -159,8 +159,8 @@ def meant(value, words, where, field):
 
 
 def known_k(line, samples, where, field):
-    """The k in this field of an answer as an integer, after checking that stage 01 made the k-th
-    audio of its clip."""
+    """The k in this field of an answer as an integer, after checking that stage 01 has the k-th
+    audio of its clip. An audio that was given may be called by its source."""
     for needed in ("clip", field):
         if line.get(needed) is None:
             stop(f"{where}: field '{needed}' is missing")
@@ -169,29 +169,10 @@ def known_k(line, samples, where, field):
     if not isinstance(clip, str) or clip not in samples:
         stop(f"{where}, field 'clip': {repr(clip)[:80]} is no clip with generated audio")
     for audio in samples[clip]:
-        if str(k).strip() == str(audio.k):
+        if str(k).strip() == str(audio.k) or (k == audio.source and k != "model"):
             return audio.k
     known = ", ".join(str(audio.k) for audio in samples[clip])
     stop(f"{where}, field '{field}': {repr(k)[:80]} is no audio of {clip} (there are {known})")
-
-
-def from_elsewhere(line, root, where):
-    """The line of an answer about audio that is not the run's, which names files below root: `clip`
-    becomes a name for its video with caption and label, `k` the audio's file."""
-    if root is None:
-        stop(f"{where}, field 'audio': give --ratings-root, the folder below which it lies")
-    found = dict(line)
-    for field in ("audio", "video"):
-        path = files.inside(root, line.get(field), f"{where}, field '{field}'")
-        if not path.is_file():
-            stop(f"{where}, field '{field}': {path}: no such file")
-        found[field] = str(path.relative_to(root))
-    about = [found["video"], line.get("caption") or None, line.get("label") or None]
-    found["clip"] = f"elsewhere_{files.digest_of(*about)}"
-    found["k"] = found["audio"]
-    if line.get("clip") not in (None, "", found["clip"]):
-        stop(f"{where}: names both a clip and an audio from elsewhere; keep one")
-    return found
 
 
 def without_raters(answers, excluded):

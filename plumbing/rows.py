@@ -48,7 +48,8 @@ ClipSeconds = Annotated[float, Meta(ge=0.1, le=3600)]
 Probabilities = tuple[Share, Share, Share]  # of Good, Medium, Bad
 
 SPLITS = ("train", "val", "test")
-Split = one_of(*SPLITS)
+TO_RATE = "rate"  # the split of clips whose given audio is rated, and nothing else
+Split = one_of(*SPLITS, TO_RATE)
 Rating = one_of("Good", "Medium", "Bad")
 
 
@@ -85,6 +86,11 @@ class World(Defaults, kw_only=True, omit_defaults=True):
     scorers: one_of("real", "toy") = "real"  # the set of frozen scorers
     scorers_root: FilePath | None = None  # the folder of their files, if not --weights
     cavp_root: FilePath | None = None  # Frieren alone: the folder of its features
+    # Sources of candidates that the model did not make, in the order in which stage 01 was given
+    # them: the k of such an audio is num_samples and the place of its source. Of clips to rate it
+    # is the place in a list of their own.
+    given: list[Name] = []
+    given_to_rate: list[Name] = []
     # The toy world alone: its size, its seed, its raters' noise as a factor.
     size: Text | None = None
     world_seed: Index | None = None
@@ -97,14 +103,14 @@ class Run(World, kw_only=True, omit_defaults=True):
     latent_shape: tuple[Count, Count]  # (T, C)
     sample_rate_hz: Count
     sampler: Sampler
-    num_samples: Count  # audios per clip that the model made
+    num_samples: Index  # audios per clip that the model made
     seed: Index
     max_clips: Index
     clips_digest: Text  # of clips.jsonl
 
 
 class Clip(Row, kw_only=True):
-    """clips.jsonl."""
+    """clips.jsonl; 01_to_rate.jsonl: clips to rate."""
 
     id: Name
     video: FilePath  # below the video root
@@ -136,24 +142,27 @@ class MissingClip(Row):
 
 
 class SkippedClip(Row):
-    """01_samples/00012.skipped.jsonl: a clip whose video cannot be used."""
+    """01_samples/00012.skipped.jsonl: a clip whose video cannot be used; 00012.NAME.skipped.jsonl:
+    one without an audio of that source."""
 
     clip: Name
     reason: Text
 
 
 class Sample(Row):
-    """01_samples/00012.jsonl: an audio."""
+    """01_samples/00012.jsonl: an audio that the model made; 00012.NAME.jsonl: one that was
+    given."""
 
     clip: Name
     k: Index  # the k-th of its clip
-    seed: Index  # of its initial noise
+    seed: Index  # of its initial noise; 0 of one that was given
     wav: Text  # 01_audio/<clip>_<k>.wav
-    row: Index  # of the latents in 00012.pt
+    row: Index  # of the latents in the .pt beside
     digest: Text  # of the wav
     finite: bool  # wave and latent; what is not is never in a pair
     peak: Share  # of full scale
     clipped: Share  # of the samples, at full scale
+    source: Name = "model"  # or the name that was given
 
 
 # --------------------------------------------------------------------------------------------------
@@ -172,16 +181,11 @@ class Answer(Row, kw_only=True, omit_defaults=True):
 
 
 class RatingAnswer(Answer, kw_only=True):
-    """02_ratings.jsonl: what one person said of one audio. Of audio from elsewhere, `clip` is a
-    name for its video, caption and label, and `k` the path of the audio below --ratings-root."""
+    """02_ratings.jsonl: what one person said of one audio."""
 
     clip: Name
-    k: Index | FilePath
+    k: Index
     rating: Rating
-    audio: FilePath | None = None
-    video: FilePath | None = None
-    caption: Text | None = None
-    label: Text | None = None
 
 
 class ChoiceAnswer(Answer, kw_only=True):
@@ -224,12 +228,6 @@ class RatedScore(FiveScores, kw_only=True):
     """02_scores.jsonl: of a rated audio, with the raters' majority, the worse of a tie."""
 
     rating: Rating
-
-
-class ElsewhereScore(RatedScore, kw_only=True):
-    """02_elsewhere.jsonl: the same of an audio from elsewhere."""
-
-    k: FilePath  # the audio, below --ratings-root
 
 
 class Pair(Row):

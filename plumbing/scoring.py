@@ -39,6 +39,7 @@ class Audio(NamedTuple):
     k: int  # the k-th of its clip
     path: Path
     digest: str  # of that file
+    is_own: bool = False  # whether it is the clip's own sound, with which others are compared
 
 
 class Block(NamedTuple):
@@ -104,6 +105,9 @@ def score_key(scorers, name, audios):
         parts.append([clip.label for clip in clips])
     if "video" in reads or "reference" in reads:
         parts.append([stamp(clip.path) for clip in clips])
+    own = [audio.is_own for audio in audios]
+    if "reference" in reads and any(own):
+        parts.append(own)
     return digest_of(*parts)
 
 
@@ -276,6 +280,9 @@ def score_by(name, todo, scorers, clip_s, device, workers):
                 videos = read_videos(block, seen_with, name, scorer.video_shapes)
             clips = [audio.clip for audio in block.audios]
             scores = score_waves(scorer, waves, clips, videos)
+            own = torch.tensor([audio.is_own for audio in block.audios])
+            for tensor in scorer.compared:
+                scores[tensor] = scores[tensor].masked_fill(own, math.nan)
             files.save_pt(block.score_file(name), {"key": key, **scores})
             bar.update(len(clips))
 

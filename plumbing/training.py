@@ -6,8 +6,9 @@ import functools
 import random
 import time
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,15 +29,22 @@ def crc32(row):
     return zlib.crc32(row.contiguous().view(torch.uint8).numpy())
 
 
-def save_shard(file, latents, features, digests):
-    """latents: (rows, T, C); features: dict of (clips, ...); digests: of the rows' wavs. Every row
-    gets its CRC-32, since nobody reads such a file as a whole."""
+def save_shard(file, latents, digests, features=None, clips=()):
+    """latents: (rows, T, C); digests: of the rows' wavs; features: dict of (clips, ...), but none
+    of audios that were given; clips: their ids. Every row gets its CRC-32, since nobody reads such
+    a file as a whole."""
+    features = features or {}
     checksums = {"latents": [crc32(row) for row in latents]}
     for name, values in features.items():
         checksums[name] = [crc32(row) for row in values]
-    files.save_pt(
-        file, {"latents": latents, "features": features, "digests": digests, "crc32": checksums}
-    )
+    saved = {"latents": latents, "features": features, "clips": list(clips), "digests": digests}
+    files.save_pt(file, saved | {"crc32": checksums})
+
+
+class OpenShard(NamedTuple):
+    tensors: dict  # by name
+    checksums: dict  # of their rows, by name
+    row_of_clip: dict  # {clip: row of its features}
 
 
 class Shards:
@@ -46,20 +54,17 @@ class Shards:
     def __init__(self, run, samples, model):
         self.folder = Path(run) / "01_samples"
         self.device = model.device
+        self.latent_shape = model.latent_shape
         self.feature_shapes = model.feature_shapes
-        self.shapes = {"latents": model.latent_shape, **model.feature_shapes}
         self.opened = {}
-        self.digests = defaultdict(list)  # {shard: of its audios, in order}
-        self.place_of_audio = {}  # {(clip, k): (clip, shard, row of its latent)}
-        self.place_of_clip = {}  # {clip: (clip, shard, row of its features)}
-        clips = Counter()  # {shard: of its clips, so far}
+        self.digests = defaultdict(list)  # {file: of its audios, in order}
+        self.place_of_audio = {}  # {(clip, k): (clip, file, row of its latent)}
+        self.shard_of_clip = {}  # {clip: the file of its features}
         for clip, audios in samples.items():
-            shard = audios[0].shard
-            self.place_of_clip[clip] = clip, shard, clips[shard]
-            clips[shard] += 1
+            self.shard_of_clip[clip] = audios[0].shard
             for audio in audios:
-                self.place_of_audio[clip, audio.k] = clip, shard, audio.row
-                self.digests[shard].append(audio.digest)
+                self.place_of_audio[clip, audio.k] = clip, audio.file, audio.row
+                self.digests[audio.file].append(audio.digest)
 
     def latents(self, audios):
         """[(clip, k), ...] -> (B, T, C) float32 on the model's device."""
@@ -67,46 +72,55 @@ class Shards:
 
     def features(self, clips):
         """[clip, ...] -> dict of (B, ...) float32 on the model's device."""
-        places = [self.place_of_clip[clip] for clip in clips]
+        places = []
+        for clip in clips:
+            shard = self.shard_of_clip[clip]
+            places.append((clip, shard, self.open(shard).row_of_clip.get(clip)))
         return {name: self.rows(name, places) for name in self.feature_shapes}
 
     def rows(self, name, places):
         """The latents, or one of the features, at these places, stacked."""
         found = []
-        for clip, shard, row in places:
-            tensors, checksums = self.open(shard)
+        for clip, file, row in places:
+            opened = self.open(file)
             try:
-                value = tensors[name][row]
-                lost = crc32(value) != checksums[name][row]
+                value = opened.tensors[name][row]
+                lost = crc32(value) != opened.checksums[name][row]
             except (IndexError, KeyError, TypeError):
                 lost = True
             if lost:
                 self.refuse(
-                    shard,
+                    file,
                     f"{name} of clip {clip} are not what stage 01 wrote (an older version, a bad "
                     "disk or copy)",
                 )
             found.append(value)
         return send(torch.stack(found), self.device)
 
-    def open(self, shard):
-        """A shard's tensors and the checksums of their rows, both by name."""
-        if shard not in self.opened:
-            kinds = {"latents": torch.Tensor, "features": dict, "digests": list}
-            saved = files.load_pt(self.folder / f"{shard}.pt", kinds, mmap=True)
+    def open(self, file):
+        if file not in self.opened:
+            kinds = {"latents": torch.Tensor, "features": dict, "digests": list, "clips": list}
+            saved = files.load_pt(self.folder / f"{file}.pt", kinds, mmap=True)
             tensors = {"latents": saved["latents"], **saved["features"]}
             shapes = {}
             for name, value in tensors.items():
                 if torch.is_tensor(value):
                     shapes[name] = tuple(value.shape[1:])
-            if saved["digests"] != self.digests[shard] or shapes != self.shapes:
-                self.refuse(shard, f"not of the audios in {shard}.jsonl")
-            self.opened[shard] = tensors, saved.get("crc32")
-        return self.opened[shard]
+            wanted = {"latents": self.latent_shape}
+            if "." not in file:  # what was given has no features
+                wanted |= self.feature_shapes
+            if saved["digests"] != self.digests[file] or shapes != wanted:
+                self.refuse(file, f"not of the audios in {file}.jsonl")
+            try:
+                row_of_clip = {clip: row for row, clip in enumerate(saved["clips"])}
+            except TypeError:  # no ids
+                row_of_clip = {}
+            self.opened[file] = OpenShard(tensors, saved.get("crc32"), row_of_clip)
+        return self.opened[file]
 
-    def refuse(self, shard, wrong):
+    def refuse(self, file, wrong):
         stop(
-            f"{self.folder / shard}.pt: {wrong}; remove both {shard}.pt and {shard}.jsonl, rerun "
+            f"{self.folder / file}.pt: {wrong}; remove both {file}.pt and {file}.jsonl, rerun "
             "01_generate.py"
         )
 

@@ -8,9 +8,11 @@ Frieren's imports Lightning is stood in for; torchdyn's solver too, by its Euler
 step, but for one test with the real one.
 """
 
+import contextlib
 import copy
 import functools
 import importlib
+import importlib.util
 import os
 import pickle
 import shutil
@@ -28,9 +30,11 @@ from conftest import Malicious, a_clip, said, shell, stopped
 from upstream_files import (
     BIGVGAN_16K,
     EulerOnly,
+    bursts,
     film,
     frieren_model,
     frieren_modules,
+    frieren_root,
     frieren_script,
     mmaudio_frames,
     mmaudio_generate,
@@ -50,6 +54,7 @@ from common import SkipClip, files, flow_error, interpolate, load_model, speed, 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("no_network")]
 FULL_SIZE = dict(dit_config=Frieren.dit_config, vae_config=Frieren.vae_config)
 # 1000 k / 25 for k = 0 ... 24, with upstream's three float32 truncations.
+NAT_MEL = "script/data_preprocess/NAT_mel.py"
 UPSTREAM_25 = [40 * k - (k in (5, 9, 10)) for k in range(25)]
 
 
@@ -114,6 +119,17 @@ class MMAudioSide:
             mel = utils.decode(latents * model.net.latent_std + model.net.latent_mean)
             return utils.vocode(mel)[:, 0].clone()
 
+    def encoded(self, model, waves):
+        """By upstream's FeaturesUtils with its VAE's encoder, of whole latents."""
+        rate, mode = ("16", "16k") if model.sample_rate_hz == 16_000 else ("44", "44k")
+        code = mmaudio_modules().features_utils.FeaturesUtils
+        given = dict(tod_vae_ckpt=f"v1-{rate}.pth", bigvgan_vocoder_ckpt="best_netG.pt", mode=mode)
+        with contextlib.chdir(self.weights), torch.inference_mode():
+            utils = code(enable_conditions=False, need_vae_encoder=True, **given).eval()
+            waves = F.pad(waves, (0, 353_280 - waves.shape[1] if rate == "44" else 0))
+            mean = utils.encode_audio(waves).mean.transpose(1, 2)
+            return self.load(model.checkpoint, model.variant).normalize(mean).clone()
+
     def foreign(self, folder):
         """{what: (content, words of the error)}."""
         own, other = (torch.load(self.weights / f"mmaudio_small_{x}.pth") for x in ("16k", "44k"))
@@ -176,6 +192,21 @@ class FrierenSide:
         vocoder.load_state_dict(state["generator"])
         with torch.no_grad():
             return vocoder(self.net.decode_first_stage(latents.mT))[:, 0]
+
+    def encoded(self, model, waves):
+        """By upstream's MelNet, whose call of librosa is of an older version, and its VAE."""
+        spec = importlib.util.spec_from_file_location("nat_mel", frieren_root() / NAT_MEL)
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        filters = script.librosa_mel_fn
+        script.librosa_mel_fn = lambda sr, n_fft, n_mels, fmin, fmax: filters(
+            sr=sr, n_fft=n_fft, n_mels=n_mels, fmin=fmin, fmax=fmax
+        )
+        sizes = dict(fft_size=1024, win_size=1024, hop_size=256, fmin=0, fmax=8000)
+        sizes |= dict(audio_num_mel_bins=80, audio_sample_rate=16_000)
+        with torch.no_grad():
+            mean = self.net.encode_first_stage(script.MelNet(sizes)(waves)).mode()
+            return self.net.get_first_stage_encoding(mean).mT
 
     def foreign(self, folder):
         state, dit = self.net.state_dict(), self.parts[0]
@@ -552,6 +583,32 @@ def test_decode_equals_upstreams_vae_and_vocoder(request, family, name, samples,
     assert not (waves.is_inference() or waves.requires_grad)
     theirs = side.decoded(model, before)[:, :samples]
     torch.testing.assert_close(waves, theirs, rtol=1e-4, atol=2e-5)  # other batches round otherwise
+
+
+@pytest.mark.parametrize("family, name, samples", [
+    ("mmaudio", "mmaudio:small_16k", 128_000), ("mmaudio", "mmaudio:small_44k", 352_800),
+    ("frieren", "frieren", 131_072),
+])  # fmt: skip
+def test_encode_audio_equals_upstreams_mel_and_the_mean_of_its_vae(request, family, name, samples):
+    side = request.getfixturevalue(family)
+    model = load_model(name, weights=side.weights)
+    seconds = samples / model.sample_rate_hz
+    waves = [5 * bursts(seconds, model.sample_rate_hz, seed=seed)[:samples] for seed in range(9)]
+    waves = torch.tensor(np.stack(waves), dtype=torch.float32)  # up to beyond 1, as upstream cuts
+    waves[1] = 0
+    before = waves.clone()
+    latents = model.encode_audio(waves)
+    assert torch.equal(waves, before) and waves.abs().max() > 1
+    assert latents.shape == (9, *model.latent_shape) and latents.dtype == torch.float32
+    assert not (latents.is_inference() or latents.requires_grad) and latents.isfinite().all()
+    assert latents[0].std() > 0 and (latents[0] - latents[1]).abs().max() > 1e-2
+    theirs = side.encoded(model, waves)
+    torch.testing.assert_close(latents, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+    assert torch.equal(model.encode_audio(waves), latents)  # no sample
+    # there and back again, as upstream does both
+    again = side.decoded(model, theirs[:3])[:, :samples]
+    difference = (model.decode(latents[:3]) - again).abs().max()
+    assert again.std() > 0 and difference < 1e-3 * again.abs().max()
 
 
 def test_mmaudios_generate_makes_our_audio_from_a_saved_policy(

@@ -259,6 +259,7 @@ FILES = {
     "04_settings.json": ("05", OUT, rows.Record),
     "05_flow_dpo/settings.json": ("05", (), rows.Record),
     "01_missing.jsonl": ("07", (), rows.MissingClip),
+    "01_to_rate.jsonl": ("02", (), rows.Clip),
     "weights.json": ("02", (), rows.Weights),
     "00_truth.jsonl": ("02", (), Truth, "02_ratings.jsonl"),
     "01_samples/00000.pt": ("05", OUT, SHARD),
@@ -275,6 +276,7 @@ FILES = {
 }
 NEW = {  # a file that a whole run lacks: what it is made from
     "01_samples/00000.skipped.jsonl": [dict(clip="train00000", reason="too short")] * 2,
+    "01_to_rate.jsonl": [dict(id="other", video="test00000.mp4", split="rate")] * 2,
     "01_missing.jsonl": [dict(id="lost", split="test", reason="no lost.mp4")] * 2,
     "list.jsonl": "clips.jsonl",
     "rated.jsonl": "02_ratings.jsonl",
@@ -290,9 +292,6 @@ BROKEN[".jsonl"] = ("\n\n{}", *BROKEN[".json"], "PK\3\4")
 # not be.
 RATED = "clip,k,rating,rater,repeat,seconds,comment\n"
 RATED += "train00000,0,Good,x,0,7.5,\ntrain00001,1,Bad,x,,,noisy\n"
-OTHER = "audio,video,caption,label,rating\n"
-OTHER += "01_audio/train00000_0.wav,00_videos/train00000.mp4,a dog,,Good\n"
-OTHER += "01_audio/train00001_0.wav,00_videos/train00001.mp4,,,Bad\n"
 CHOSEN = "clip,a,b,choice\ntrain00000,0,1,a\ntrain00001,1,0,b\n"
 NO_ID = ("../x", "", NUL, LONG)
 TABLES = {
@@ -300,10 +299,6 @@ TABLES = {
         "02", ("--ratings", "{run}/rated.csv"), RATED,
         {0: ("../x", NUL, ""), 1: ("7", "x", "", "²"), 2: ("Great", NUL), 3: (NUL,),
          4: ("2", "yes"), 5: ("-1", "nan", "1e9", "fast"), 6: (NUL,)}),
-    "other.csv": (
-        "02", ("--ratings", "{run}/other.csv", "--ratings-root", "{run}"), OTHER,
-        {0: ("../x.wav", "/etc/hostname", "01_audio", "none.wav", NUL, LONG),
-         1: ("", "../x", "none.mp4"), 2: (NUL,), 3: (NUL,), 4: ("4.5",)}),
     "chosen.csv": (
         "03", ("--choices", "{run}/chosen.csv"), CHOSEN,
         {0: ("nobody", NUL, ""), 1: ("9", "0"), 2: ("x", "", "1"), 3: ("both", NUL)}),
@@ -458,16 +453,6 @@ def base_alone(run):
     shutil.copy(run / "00_base.pt", run / "alone")
 
 
-def ratings_from_elsewhere(run):
-    """Of four rows, three name an audio beyond --ratings-root or one twice, and one a clip too."""
-    (run / "root").mkdir()
-    (run / "root" / "link.wav").symlink_to(run / "01_audio" / "train00000_0.wav")
-    shutil.copy(run / "00_videos" / "train00000.mp4", run / "root" / "a.mp4")
-    rows = [dict(audio=name, video="a.mp4", rating="Good") for name in ("a.mp4", "link.wav")]
-    rows += [rows[0] | {"audio": "../root/a.mp4"}, rows[0] | {"clip": "train00000", "k": 0}]
-    write(run / "b.jsonl", rows)
-
-
 def second_part(rows):
     """What another file may add to the first 20 answers, but for one that stands in both."""
     return [*rows[20:], rows[4] | {"repeat": 1}, rows[4], rows[4] | {"rater": "another"}]
@@ -560,12 +545,6 @@ def answers():
     )
     edit = text("rated.csv", "clip,k,rating\ntrain00000,0,\n")
     yield "02", ("--ratings", "{run}/rated.csv"), edit, ("rated.csv", "no rating")
-    elsewhere = ("--ratings", "{run}/b.jsonl")
-    named = ("4 of 4", "line 1", "'audio'", "--ratings-root")
-    yield "02", elsewhere, ratings_from_elsewhere, named
-    named = ("3 of 4", "line 2, field 'audio': 'link.wav' points outside", "line 3", "twice")
-    named = (*named, "line 4", "both a clip")
-    yield "02", (*elsewhere, "--ratings-root", "{run}/root"), ratings_from_elsewhere, named
     turned = lambda r: [r[0], r[0] | {"a": r[0]["b"], "b": r[0]["a"]}, *r[1:]]  # noqa: E731
     edit = lines(to, "03_human_choices.jsonl", turned)
     yield "03", ("--choices", "{run}/answers.jsonl", "--redo"), edit, ("line 2", "twice", "line 1)")

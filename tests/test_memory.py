@@ -44,7 +44,7 @@ def test_the_merged_policy_is_the_base_plus_its_adapters_and_the_reference_the_b
     base, policy = common.load_base_model(tuned), common.load_base_model(tuned)
     shards = shards_of(tuned)
     a_t = torch.randn(3, *base.latent_shape, generator=torch.Generator().manual_seed(0))
-    features = shards.features(sorted(shards.place_of_clip)[:3])
+    features = shards.features(sorted(shards.shard_of_clip)[:3])
     given = a_t, torch.tensor([0.2, 0.5, 0.9]), features
     model, state = copy.deepcopy(base), files.load_pt(tuned / "lora/checkpoint.pt")["model"]
     training.add_lora(model, 4, seed=0, bf16=False)

@@ -20,7 +20,6 @@ from conftest import (
     LATENTS,
     PROBABILITIES,
     ROOT,
-    SCORES,
     STAGES,
     SYSTEMS,
     TORCHRUN,
@@ -1049,7 +1048,7 @@ def test_that_nothing_will_be_left_to_mine_is_said_when_the_sheet_is_written(run
 def test_cells_are_no_formulas_and_ids_come_back_as_they_are(run):
     name = "-0jeONf82dE_000021"
     wav = f"01_audio/{name}_0.wav"
-    sample = inputs.FoundSample(name, 0, 1, wav, 0, "", True, 0.5, 0.0, "00000")
+    sample = inputs.FoundSample(name, 0, 1, wav, 0, "", True, 0.5, 0.0)
     texts = {"=1+1": "'=1+1", "+a": "'+a", "-a": "'-a", "@a": "'@a", "a\n=b": "a =b", None: ""}
     for caption, cell in texts.items():
         (run / "02_to_rate.csv").unlink()
@@ -1096,44 +1095,6 @@ def test_ratings_in_many_csv_files_are_those_in_one_jsonl_and_repeats_do_not_cou
     assert len(kept) == len(given) + 3 + len(other)
     assert kept[0] == given[0] | {"seconds": 4.5, "comment": "a, b"}
     assert (run / "02_audioscore.pt").read_bytes() == (finished / "02_audioscore.pt").read_bytes()
-
-
-def test_audioscore_is_fitted_on_ratings_from_elsewhere_alone_which_are_never_mined(
-    run, tmp_path, capsys
-):
-    own, listed = read(run / "03_scores" / "00000.jsonl"), read(run / "clips.jsonl")
-    clips = {clip["id"]: clip for clip in listed}
-    remove(run, "0[23]_*")
-    given, root = [], tmp_path / "root"
-    root.mkdir()
-    for i, row in enumerate(own[:20]):
-        clip = clips[row["clip"]]
-        names = {"audio": f"{'abc'[i % 3]}{i}.wav", "video": f"film_{row['clip']}.mp4"}
-        shutil.copy(run / "01_audio" / f"{row['clip']}_{row['k']}.wav", root / names["audio"])
-        shutil.copy(run / "00_videos" / clip["video"], root / names["video"])
-        words = {"caption": clip["caption"], "label": clip["label"]}
-        given.append(names | words | {"rating": common.RATINGS[i % 3]})
-    shutil.copy(run / "00_videos" / "test00000.mp4", root / "ABCDEFGHIJK_000010.mp4")
-    lost = given[0] | {"video": "ABCDEFGHIJK_000010.mp4"}  # of which another part is a test clip
-    write(run / "clips.jsonl", [*listed, listed[-1] | {"id": "ABCDEFGHIJK_000020"}])
-    write(run / "other.jsonl", [*given, lost])
-    call("02", run, "--ratings", run / "other.jsonl", "--ratings-root", root)
-    out = capsys.readouterr().out
-    said(out, "left out: 1 ratings from elsewhere", "20 of 20 audios of 4 clips")
-    scores = {row["k"]: row for row in read(run / "02_elsewhere.jsonl")}
-    assert len(rows.read(run / "02_elsewhere.jsonl", rows.ElsewhereScore)) == 20
-    for row, mine in zip(given, own):  # scored in batches of other sizes
-        for key in ("ib", "clap", "desync_s", "pesq"):
-            ours, theirs = scores[row["audio"]][key], mine[key]
-            assert ours is theirs or close(ours, theirs, SCORES), key
-    assert read(run / "02_scores.jsonl") == []
-    call("02", run, "--ratings-root", root)  # its own record of the answers is enough
-    call("03", run)
-    out = capsys.readouterr().out
-    said(out, "clips: 20 in", "none of this run's own is rated")
-    assert "rated by people" not in out
-    assert {row["clip"] for row in read(run / "03_pairs.jsonl")} <= clips.keys()
-    assert cells(run / "03_to_choose.csv") == []
 
 
 # Systems

@@ -93,7 +93,8 @@ def pipeline(run, weights, *source):
     stage("07", *given)
     stage("08")
     results = read(run / "07_results.jsonl")
-    return SimpleNamespace(run=run, said=printed, weights=weights, results=results)
+    source = ("--weights", weights, *source, *FEW)
+    return SimpleNamespace(run=run, said=printed, weights=weights, results=results, source=source)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,22 @@ def test_a_clip_without_features_is_skipped_with_the_reason(frieren):
     said(frieren.said["01"], "train clips: 5 in, 4 used, 1 skipped\n  1 x no CAVP features")
     (skipped,) = read(frieren.run / "01_samples/00000.skipped.jsonl")
     assert skipped["clip"] == frieren.unused
+
+
+def test_the_clips_own_sound_becomes_a_candidate_of_a_finished_run(done, tmp_path):
+    run = shutil.copytree(done.run, tmp_path / "run")
+    call("01", run, *done.source, "--given", "ground_truth")
+    samples = inputs.read_samples(run)
+    model = common.load_base_model(run, weights=done.weights)
+    shards = common.training.Shards(run, samples, model)
+    for clip, audios in samples.items():
+        assert [audio.source for audio in audios] == ["model", "model", "ground_truth"]
+        ours, theirs = (soundfile.read(run / audio.wav) for audio in audios[1:])
+        assert ours[1] == theirs[1] and ours[0].shape == theirs[0].shape
+        wave = torch.tensor(theirs[0], dtype=torch.float32)[None]
+        latent = shards.latents([(clip, 2)])
+        # of the sound that was read, the file of 16 bits
+        assert (model.encode_audio(wave) - latent).abs().max() < 0.05 * latent.abs().max()
 
 
 # Scores, pairs, training
