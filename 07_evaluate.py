@@ -842,7 +842,7 @@ def main(args):
         audioscore = None
         if (run / "02_audioscore.pt").exists():
             audioscore = AudioScore.load(run / "02_audioscore.pt")
-        toy_people = common.people_of(run)
+        simulated = common.people_of(run)  # the toy world's, who know the truth
         usable = {}  # {system: {clip id: its audio}}
         said_of = {}
         for name in names:
@@ -850,9 +850,9 @@ def main(args):
             usable[name] = {audio.clip.id: audio for audio in audios}
             by_scorer = scoring.read_scores(blocks_of[name], scorers, scorer_names)
             said = metrics_said(by_scorer, measures, scorers, audioscore)
-            if toy_people is not None:
+            if simulated is not None:
                 waves = [(audio.clip, audio.path) for audio in audios]
-                said |= toy_people.compared_with_truth(run, waves)
+                said |= simulated.compared_with_truth(run, waves)
             said_of[name] = aligned(said, usable[name], clips)
         how_of = {metric: how for metric, (how, _, _) in measures.items()}
         truth = said_of.get("ground_truth", {})

@@ -136,12 +136,13 @@ def torchrun(number, run, *flags, nodes=1):
             launched.result()
 
 
-def start(number, run, *flags):
-    """A stage in a process of its own, its errors in a pipe."""
+def start(number, run, *flags, code=None):
+    """A stage, or this code instead, in a process of its own, its errors in a pipe."""
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     # A shell's background jobs ignore Ctrl-C, and so would their children: back to the default.
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    command = [sys.executable, STAGES[number].name, *arguments(run, *flags)]
+    program = ["-c", code] if code else [STAGES[number].name]
+    command = [sys.executable, *program, *arguments(run, *flags)]
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
 
 

@@ -328,18 +328,26 @@ def test_a_path_is_bytes_of_the_file_system(path, fits):
 # Ctrl-C
 
 
-@pytest.mark.parametrize("number, flags, begun", [
-    ("00", (), "00_videos"),  # with processes of its own, which tiny has not
-    ("00", ("--size", "tiny"), "00_settings.json"),
-    ("01", ("--workers", 2), "run.json"),
+IN_PROCESSES = """
+import importlib
+world = importlib.import_module("00_toy_world")
+world.SIZES["tiny"]["processes"] = 2
+world.command.launch(world.main, world.parse_args)
+"""
+
+
+@pytest.mark.parametrize("number, flags, begun, code", [
+    ("00", ("--size", "tiny"), "00_videos", IN_PROCESSES),  # as the larger worlds are made
+    ("00", ("--size", "tiny"), "00_settings.json", None),
+    ("01", ("--workers", 2), "run.json", None),
 ])  # fmt: skip
-def test_ctrl_c_is_one_line_and_exit_code_130(number, flags, begun, tmp_path, toy):
+def test_ctrl_c_is_one_line_and_exit_code_130(number, flags, begun, code, tmp_path, toy):
     if number == "01":
         film = make_video(tmp_path / "videos" / "0.mp4")
         for i in range(1, 40):
             shutil.copy(film, film.with_stem(str(i)))
         flags = (*toy, *flags, "--videos", tmp_path / "videos", "--sampling-steps", 500)
-    started = start(number, tmp_path / "run", *flags)
+    started = start(number, tmp_path / "run", *flags, code=code)
     while not (tmp_path / "run" / begun).exists() and started.poll() is None:
         time.sleep(0.05)
     started.send_signal(signal.SIGINT)

@@ -481,7 +481,7 @@ def test_an_interrupted_redo_leaves_nothing_that_later_stages_would_take_for_new
         call("02", run, "--redo", "--seed", 5)
     else:
         call("03", run, "--redo", "--min-score-c", 0.01)
-    with interrupted(stage(number), first_step):
+    with interrupted(common if number == "04" else stage(number), first_step):
         call(number, run, "--redo")
     stopped(call, following, run, *flags)
     call(number, run)  # the same command without --redo goes on
