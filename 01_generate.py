@@ -440,18 +440,21 @@ def list_to_rate(run, to_rate):
     file = run / "01_to_rate.jsonl"
     mined = set()
     for clip in inputs.read_clips(run):
-        mined |= inputs.videos_of(clip)
+        mined |= inputs.videos_of(clip.id, clip.path)
+    root = run / inputs.read_run(run).video_root
     known = {clip.id: clip for clip in rows.read_if_there(file, rows.Clip)}
     known |= {clip.id: clip for clip in to_rate}
     if not known:
         return
-    rows.write(file, known.values())
-    found = inputs.read_clips(run, rows.TO_RATE)
-    kept = [known[clip.id] for clip in found if mined.isdisjoint(inputs.videos_of(clip))]
-    if len(kept) < len(found):
-        count = len(found) - len(kept)
+    kept = []
+    for clip in known.values():
+        path = files.inside(root, clip.video, f"{file}, clip {clip.id}")
+        if mined.isdisjoint(inputs.videos_of(clip.id, path)):
+            kept.append(clip)
+    if len(kept) < len(known):
+        count = len(known) - len(kept)
         print(f"left out: {count} clips to rate, of videos that this run mines or tests on")
-        rows.write(file, kept)
+    rows.write(file, kept)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -37,11 +37,11 @@ def video_of(name):
     return youtube[1] if youtube else name
 
 
-def videos_of(clip):
+def videos_of(clip_id, path):
     """What a clip's video is known by: its YouTube id, or the clip's id; its path without suffix,
     or that YouTube id."""
-    path = str(clip.path.with_suffix(""))
-    return {video_of(clip.id), path, video_of(path)}
+    name = str(path.with_suffix(""))
+    return {video_of(clip_id), name, video_of(name)}
 
 
 def read_run(run, row_type=rows.Run):
