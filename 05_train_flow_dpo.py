@@ -18,7 +18,7 @@ Writes, in <run>/<--out>:
     policy.json      model, digest of the base checkpoint, method, steps, commit of this code (null
                      outside of git), the CPU, and the kernels that were asked for (docs/toy.md)
     checkpoint.pt    step, trained weights, optimizer: the same command resumes from here, exactly
-    log.jsonl        a line per step: rows.FlowDpoStep, of which `train_step` measures the first
+    log.jsonl        a line per step: rows.FlowDpoStep; `pair_loss` measures it
     settings.json    the settings that this folder was made with
 Takes: toy 20 s on 2 cores.
 """

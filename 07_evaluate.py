@@ -690,7 +690,8 @@ def find_audio(run, run_json, system, clip_blocks, here, args):
         for clip in block.clips:
             if clip.id in file_of:
                 file = file_of[clip.id]
-                audios.append(scoring.Audio(clip, 0, file, files.digest(file)))
+                is_own = system.kind == "truth"
+                audios.append(scoring.Audio(clip, 0, file, files.digest(file), is_own))
         found.append(block._replace(scores=run / "07_scores" / system.name, audios=audios))
     scoring.find_peaks(here.share(found), run_json.clip_s)
     ranks.barrier()

@@ -501,7 +501,7 @@ def adapter_of(name):
 def files_of(name, checkpoint):
     """Names below --weights of all that the stages will read with this model."""
     adapter, variant = adapter_of(name)
-    own = adapter.files(variant)
+    own = list(adapter.files(variant))
     if not own:  # the toy's lie in its run folder
         return []
     if checkpoint:

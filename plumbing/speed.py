@@ -135,8 +135,9 @@ def compile_blocks(blocks, *callers):
     methods that call the blocks.
 
     Where a block cannot be compiled, that is said in a line, nothing is compiled from then on, and
-    the caller begins again: half compiled, it would round otherwise than the next call. So does a
-    graph that needs gradients: what must be equal to the bit runs in the same mode.
+    the caller begins again: half compiled, it would round otherwise than the next call. A graph
+    with gradients rounds otherwise than one without: what must be equal to the bit is computed in
+    the same mode (training.compile_both, 06's rollout).
     """
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for block in blocks:

@@ -200,9 +200,9 @@ def compiles(model, args):
 
 
 def compile_both(model, reference):
-    """Compiles policy and reference into the same graphs, so that they are equal to the bit while
-    their weights are. A graph that needs gradients rounds otherwise than one that does not, so the
-    reference goes through the policy's, but keeps nothing for a backward pass."""
+    """Compiles policy and reference alike, so that u is equal to the bit while their weights are,
+    rounded to bf16 or not. A graph that needs gradients rounds otherwise than one that does not: so
+    the reference is computed as if it were trained, too, and keeps nothing for a backward pass."""
     speed.compile_models(model, reference)
     for copied, p in zip(reference.parameters(), model.parameters()):
         copied.requires_grad_(p.requires_grad)
@@ -336,9 +336,9 @@ def lr_at(step, args):
 
 
 def clip_gradient(model, step, sums, folder):
-    """Bounds the gradient's norm by 1. Returns `sum_dict_over_ranks` of this step's sums, and what
-    the norm was. Stops where one of these is not finite, before that reaches the weights. The host
-    waits for the device here, and nowhere else in a step."""
+    """Bounds the gradient's norm by 1. Returns this step's sums over all ranks, on the CPU, and
+    what the norm was. Stops where one of these is not finite, before that reaches the weights. All
+    is copied at once: the host waits for the device here, and nowhere else in an update."""
     norm = nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
     stacked = ranks.sum_over_ranks(torch.stack(list(sums.values())))
     measured = torch.cat([stacked.flatten(), norm.to(stacked).view(1)]).cpu()
