@@ -152,7 +152,7 @@ class ImageBindScorer(Scorer):
 
 class ClapScorer(Scorer):
     """score_2, `clap`: cosine of LAION-CLAP's caption and audio embeddings, in [-1, 1]; nan without
-    a caption. Paper: CLAP [10], which is Microsoft's; av-benchmark reports both.
+    a caption. Differs: the paper's CLAP [10] is Microsoft's; av-benchmark reports both.
 
     laion_clap's own network, built and loaded by our lines: its package downloads three tokenizers
     when imported and RoBERTa's weights when built; its load_ckpt unpickles.

@@ -13,10 +13,11 @@ follows has its seed. What a stage does is a command of that stage, noted with i
 run's commands.jsonl. What the csv holds is not made again; audio is deleted once it is judged; an interrupted command
 goes on.
 
-What is claimed, and by which one metric it is decided, stands in CLAIMS, written before the worlds
-were made. A value is a mean over worlds, its 95 % interval Student's t over them; differences are
-taken within a world, on the same clips and noise. The p values of one table are Holm's, corrected
-for their number.
+What is claimed, and by which one metric it is decided, stands in CLAIMS, written before any of
+these worlds' test splits was judged (commit 6dcd877, which holds the pilot of worlds 0 and 1 on
+val). A value is a mean over worlds, its 95 % interval Student's t over them; differences are taken
+within a world, on the same clips and noise. The p values of one table are Holm's, corrected for
+their number.
 
 Writes:
     docs/evidence.csv, pilot.csv, explored.csv  world, arm, seed, budget (rows through the network in training), metric,
@@ -572,7 +573,8 @@ def holm(p_values):
 
 def worlds_needed(values, alpha=0.05, power=0.8):
     """How many worlds like these, more than there are, would decide a difference of this size with
-    this power (paired t, normal quantiles and two worlds more)."""
+    this power (paired t, normal quantiles and two worlds more). Power after the fact: it says no
+    more than p does."""
     values = np.asarray(values, float)
     effect = max(abs(values.mean()) / values.std(ddof=1), 0.01)
     quantiles = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
