@@ -40,17 +40,6 @@ def test_holm_of_nine_null_claims_errs_in_at_most_5_of_100_tables():
     assert wrong / 600 < 0.075
 
 
-def test_worlds_needed_decide_in_about_80_of_100_tries():
-    values = np.random.default_rng(2).standard_normal(20)
-    values = 0.5 + (values - values.mean()) / values.std(ddof=1)  # an effect of half a deviation
-    assert evidence.worlds_needed(values) == 34
-    assert evidence.worlds_needed([1.0, 1.1, 0.9]) == 4  # three did not
-    rng, decided = np.random.default_rng(3), 0
-    for _ in range(1500):
-        decided += evidence.interval(0.5 + rng.standard_normal(34))[2] < 0.05
-    assert 0.77 < decided / 1500 < 0.85
-
-
 @pytest.fixture
 def results(tmp_path):
     """Three worlds. In world w every metric of `base` is 10 w, of the arms a little more."""
@@ -80,7 +69,7 @@ def test_a_claim_holds_only_by_its_one_metric_and_after_holm(results):
     people, fd, ddpo = evidence.claim_table(results, claims).splitlines()[2:]
     assert people.endswith("IS +2.00 ± 0.00 | 3/3 | 0.000 | holds |")
     assert fd.endswith("FD +2 ± 0 | 3/3 | 0.000 | does not hold |")  # a higher FD is worse
-    assert "| 1/3 | 1.000 | not decidable: 104,694 worlds" in ddpo
+    assert "| 1/3 | 1.000 | not decided" in ddpo
 
 
 def test_what_the_csv_holds_is_kept_once(results, tmp_path):
