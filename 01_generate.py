@@ -70,6 +70,7 @@ from common import (
 SHARD_CLIPS = 32
 VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv", ".MKV", ".webm", ".WEBM", ".mov", ".MOV", ".avi", ".AVI")
 ADVICE = "use another --run-dir, or remove this one"
+NO_FILE = "no such file"  # why a clip has no audio of a source
 
 
 def parse_args(argv=None):
@@ -439,7 +440,9 @@ def list_to_rate(run, to_rate):
     is mined or tested."""
     file = run / "01_to_rate.jsonl"
     mined = set()
+    ids = set()
     for clip in inputs.read_clips(run):
+        ids.add(clip.id)
         mined |= inputs.videos_of(clip.id, clip.path)
     root = run / inputs.read_run(run).video_root
     known = {clip.id: clip for clip in rows.read_if_there(file, rows.Clip)}
@@ -448,6 +451,11 @@ def list_to_rate(run, to_rate):
         return
     kept = []
     for clip in known.values():
+        if clip.id in ids:
+            stop(
+                f"clip {clip.id}: cannot be rated and nothing else, it is a clip of this run; give "
+                "it another id, or leave it out"
+            )
         path = files.inside(root, clip.video, f"{file}, clip {clip.id}")
         if mined.isdisjoint(inputs.videos_of(clip.id, path)):
             kept.append(clip)
@@ -669,6 +677,17 @@ def name_sources(run, given, train, to_rate):
     rows.write_json(run / "run.json", run_json)
 
 
+def forget_sources(run, given):
+    """Takes from run.json the last sources of which nothing was made, if they are not given now."""
+    run_json = inputs.read_run(run)
+    for sources, shards in ((run_json.given, "[0-9]*"), (run_json.given_to_rate, "rate_*")):
+        while sources and sources[-1] not in given:
+            if any((run / "01_samples").glob(f"{shards}.{sources[-1]}.jsonl")):
+                break
+            print(f"{sources.pop()}: nothing was made of it, and it is no source any more")
+    rows.write_json(run / "run.json", run_json)
+
+
 def read_given(item, given, model, samples):
     """[(S,) float32] in [-1, 1]: a clip's audio, cut or padded to so many samples. item: (source,
     clip). Raises SkipClip."""
@@ -677,7 +696,7 @@ def read_given(item, given, model, samples):
     if given[source] is not None:
         path = given[source].get(clip.id)
         if path is None:
-            raise SkipClip("no such file")
+            raise SkipClip(NO_FILE)
     rate = model.sample_rate_hz
     try:
         wave = media.read_audio(path, rate, samples / rate, pad=False)
@@ -700,7 +719,9 @@ def add_given(run, model, shards, numbers, given, wavs, here, args):
             skipped = {row.clip for row in read_skipped(run, shard)}
             clips = [clip for clip in of_shard if clip.id not in skipped]
             name = inputs.shard_file(shard, source)
-            if not is_whole(run, name, clips, numbers[source], wavs):
+            lacked = {row.clip for row in read_skipped(run, name) if row.reason == NO_FILE}
+            is_there_now = given[source] is not None and not lacked.isdisjoint(given[source])
+            if is_there_now or not is_whole(run, name, clips, numbers[source], wavs):
                 todo.append((source, name, clips))
     ranks.barrier()  # every rank has seen the same
     todo = here.share(todo)
@@ -773,18 +794,18 @@ def print_report(run, train):
             f"{run}/01_samples/*.skipped.jsonl"
         )
     run_json = inputs.read_run(run)
+    samples = []
+    for audios in inputs.read_samples(run).values():
+        samples += audios
     for source in run_json.given:
-        lacking = skipped_by(run, source, shards)
-        print(f"{source}: audio for {used - len(lacking)} of {used} clips")
-        print_reasons(lacking)
+        count = sum(sample.source == source for sample in samples)
+        print(f"{source}: audio for {count} of {used} clips")
+        print_reasons(skipped_by(run, source, shards))
     count = len(inputs.read_clips(run, rows.TO_RATE))
     for source in run_json.given_to_rate:
         lacking = skipped_by(run, source, inputs.shards_to_rate(run))
         print(f"{source}: audio for {count - len(lacking)} of {count} clips to rate")
         print_reasons(lacking)
-    samples = []
-    for audios in inputs.read_samples(run).values():
-        samples += audios
     broken = sum(not sample.finite for sample in samples)
     silent = sum(sample.peak < common.SILENT_PEAK for sample in samples)
     print(f"audios: {len(samples)}, {broken} not finite (never used in a pair), {silent} silent")
@@ -820,6 +841,8 @@ def main(args):
         with stage.one_at_a_time():
             if here.first:
                 prepare_run(run, stage, is_toy, model, args)
+                if here.part is None:
+                    forget_sources(run, given)
         ranks.barrier()
         train = inputs.read_clips(run, "train")
         if len(train) > args.max_clips:

@@ -324,6 +324,8 @@ def main(args):
         to_rate = [*order[: args.num_rated_clips], *others]
         with stage.one_at_a_time():
             answers = take_ratings(run, samples, clips, to_rate, args)
+        if not answers and here.part:
+            stop("--part: nobody has rated yet, so that there is nothing to score; give --ratings")
         if not answers:
             print_how_to_rate(run, to_rate, samples, is_all_rated)
             return

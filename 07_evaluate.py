@@ -646,6 +646,11 @@ def sample_audio(run_json, system, model, features, blocks, stage, here, args):
     ranks.barrier()  # every rank has seen what is kept
     with stage.one_at_a_time():
         if here.first and not is_kept(system):
+            if here.part and (system.audio / "settings.json").exists():
+                stop(
+                    f"{system.audio}: holds audio of another policy, guidance or seed, which a "
+                    "part does not remove; remove it, or give the command without --part first"
+                )
             for file in media.audio_files(system.audio).values():  # of another policy, or settings
                 file.unlink()
             rows.write_json(system.audio / "settings.json", system.made_from)

@@ -164,7 +164,13 @@ def read_to_rate(run):
 
 
 def again(source):
-    return "01_generate.py" if source == MODEL else f"01_generate.py with --given {source}"
+    """The command that makes what is missing of a source."""
+    if source == MODEL:
+        return "01_generate.py"
+    return (
+        f"01_generate.py with --given {source}, or, to do without it, remove "
+        f"01_samples/*.{source}.* and rerun 01_generate.py"
+    )
 
 
 def read_source(run, shards, source, numbers, samples):

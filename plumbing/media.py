@@ -198,8 +198,9 @@ def read_frames(path, wanted, duration_s):
 def audio_files(folder):
     """{name without suffix: file} of a folder's audio; of several of one name .wav."""
     found = {}
-    for file in sorted(folder.glob("[!.]*")):
-        if file.suffix.lower() in AUDIO_SUFFIXES:
+    for file in sorted(folder.glob("[!.]*"), key=lambda file: file.suffix.lower()):
+        # No folder, pipe, or link to what is gone.
+        if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file():
             found[file.stem] = file  # .wav is the last
     return found
 

@@ -1,6 +1,8 @@
 """Candidates that the model did not make: 01 --given, and what the other stages do with them."""
 
+import os
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -210,6 +212,11 @@ def writes(wave, rate_hz=RATE, **options):
     return lambda path: soundfile.write(path, wave, rate_hz, format="WAV", **options)
 
 
+def instead(make):
+    """Puts something else in a file's place."""
+    return lambda path: (path.unlink(), make(path))
+
+
 NAN = np.where(np.arange(2 * RATE) == 7, np.nan, TONE)
 BAD = {  # what is done with the file of a clip, the reason why the clip has no such candidate
     "not a number": (writes(NAN, subtype="FLOAT"), "not finite"),
@@ -217,6 +224,9 @@ BAD = {  # what is done with the file of a clip, the reason why the clip has no 
     "too short": (writes(TONE[: RATE - 160]), "too short: 0.99 s of audio, at least 1.00 s needed"),
     "empty": (writes(TONE[:0]), "empty audio stream"),
     "missing": (lambda path: path.unlink(), "no such file"),
+    "a link to nothing": (instead(lambda path: path.symlink_to("gone.wav")), "no such file"),
+    "a folder": (instead(lambda path: path.mkdir()), "no such file"),
+    "a pipe": (instead(os.mkfifo), "no such file"),
 }
 GOOD = {  # what is written instead, how many samples of it are sound, its peak
     "half": (writes(TONE[:RATE]), RATE, 0.3),
@@ -244,8 +254,10 @@ def test_files_that_can_and_cannot_be_used(fresh, finished, noise, capsys):
         row["clip"]: row["reason"] for row in read(fresh / "01_samples/00000.noise.skipped.jsonl")
     }
     assert list(skipped) == ids[: len(BAD)]
+    counts = Counter(skipped.values())
     for name, (_, reason) in zip(ids, BAD.values()):
-        assert reason in skipped[name] and f"1 x {skipped[name]}, e.g. {name}" in said
+        assert reason in skipped[name]
+        assert f"{counts[skipped[name]]} x {skipped[name]}, e.g. train" in said
     samples = inputs.read_samples(fresh)
     for name, (_, heard, peak) in zip(ids[len(BAD) :], GOOD.values()):
         sample = samples[name][2]
@@ -254,6 +266,27 @@ def test_files_that_can_and_cannot_be_used(fresh, finished, noise, capsys):
         assert not wave[heard + 20 :].any() and sample.peak == pytest.approx(peak, abs=0.01)
         assert sample.finite and stage("03").may_win(sample) == (0 < peak < 1)
     assert [len(samples[name]) for name in ids] == [2] * len(BAD) + [3] * (20 - len(BAD))
+
+
+def test_a_file_that_comes_later_is_made_and_of_two_formats_wav_is_taken(fresh, finished, noise):
+    name = ids_of(finished)[0]
+    file = noise / f"{name}.flac"
+    hidden = file.rename(noise / "hidden")
+    call("01", fresh, *SMALL, "--given", f"noise={noise}")
+    assert len(inputs.read_samples(fresh)[name]) == 2
+    hidden.rename(file)
+    soundfile.write(noise / f"{name}.WAV", 0 * TONE, RATE)
+    call("01", fresh, *SMALL, "--given", f"noise={noise}")
+    assert inputs.read_samples(fresh)[name][2].peak == 0
+
+
+def test_a_source_of_which_nothing_was_made_hinders_nobody(fresh, finished, noise):
+    call("01", fresh, *SMALL)
+    with interrupted(media, "write_audio"):
+        call("01", fresh, *SMALL, "--given", f"noise={noise}")
+    shutil.rmtree(noise)
+    call("01", fresh, *SMALL)
+    assert {len(audios) for audios in inputs.read_samples(fresh).values()} == {2}
 
 
 def test_a_silent_film_has_no_sound_of_its_own_to_give(tmp_path, toy):
@@ -384,6 +417,14 @@ def test_clips_to_rate_are_added_to_a_finished_run_rated_and_scored_and_never_mi
     assert "rated by people" not in said
     assert {row["clip"] for row in read(run / "03_scores/00000.jsonl")} == set(ids_of(run))
     assert cells(run / "03_to_choose.csv") == []
+
+
+def test_a_clip_of_the_run_is_not_one_to_rate_and_a_part_without_ratings_says_so(rated, refused):
+    run, flags, folder = rated
+    clip = read(run / "clips.jsonl")[0]
+    write(folder / "to_rate.jsonl", [clip | {"split": "rate"}])
+    assert f"clip {clip['id']}: cannot be rated and nothing else" in refused("01", run, *flags)
+    assert "nobody has rated yet" in refused("02", run, "--part", "1/2")
 
 
 def test_a_list_of_clips_to_rate_alone_makes_no_run(rated, refused):

@@ -634,6 +634,18 @@ def test_parts_in_any_order_and_two_of_them_killed_end_with_the_bytes_of_one_com
     assert {x: ours[x].replace(bytes(parts), bytes(fresh)) for x in ours} == theirs
 
 
+def test_a_part_does_not_remove_the_audio_of_another_policy(run, refused):
+    record = run / "07_audio" / "flow_dpo" / "settings.json"
+    made = read_json(record)
+    made["settings"]["policy"] = "another"
+    record.write_text(json.dumps(made))
+    before = files_of(run, "07_audio")
+    assert "holds audio of another policy" in refused("07", run, "--part", "1/2")
+    assert files_of(run, "07_audio") == before
+    call("07", run)  # the whole stage replaces it
+    assert read_json(record)["settings"]["policy"] != "another"
+
+
 def test_ddpo_on_equal_rewards_leaves_the_policy_as_it_was_and_says_so(run, capsys, monkeypatch):
     monkeypatch.setattr(stage("06").Reward, "__call__", spread_of_none)
     call("06", run, "--out", "none", "--steps", 4)
