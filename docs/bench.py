@@ -269,7 +269,7 @@ def bench_metrics(n, seconds):
     pairs = {
         "FD": (lambda: ours.frechet_distance(made, truth), lambda: compute_fd(made, truth)),
         "IS": (
-            lambda: ours.inception_score(q),
+            lambda: ours.inception_score(q[ours.shuffled(n)]),
             lambda: compute_isc(q, **isc)["inception_score_mean"],
         ),
         "KL": (lambda: ours.kl_divergence(p, q).mean(), lambda: compute_kl([q], p)["kl_softmax"]),
