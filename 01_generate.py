@@ -595,16 +595,24 @@ def sample_shards(run, model, shards, todo, encoded, bar, args):
             bar.update()
 
 
-def gather(name, clips, encoded, args):
-    """A shard of these clips, with the features of those that can be used."""
+def begin_shard(name, clips, found):
+    """A Shard of these clips, and {clip id: what was found} of those that can be used. found: an
+    iterator of that, or of the SkipClip that says why a clip cannot."""
     shard = Shard(name, clips=[], features={}, skipped=[], samples=[], latents=[])
+    usable = {}
     for clip in clips:
-        found = next(encoded)
-        if isinstance(found, SkipClip):
-            shard.skipped.append(rows.SkippedClip(clip=clip.id, reason=str(found)))
+        value = next(found)
+        if isinstance(value, SkipClip):
+            shard.skipped.append(rows.SkippedClip(clip=clip.id, reason=str(value)))
         else:
             shard.clips.append(clip)
-            shard.features[clip.id] = found
+            usable[clip.id] = value
+    return shard, usable
+
+
+def gather(name, clips, encoded, args):
+    """A shard of these clips, with the features of those that can be used."""
+    shard, shard.features = begin_shard(name, clips, encoded)
     if shard.skipped and args.strict:
         first = ", ".join(f"{row.clip} ({row.reason})" for row in shard.skipped[:10])
         more = " ..." if len(shard.skipped) > 10 else ""
@@ -740,15 +748,8 @@ def add_given(run, model, shards, numbers, given, wavs, here, args):
 def encode_given(run, model, source, name, k, clips, waves):
     """The Shard of a source's audios of these clips. waves: an iterator of what `read_given`
     returns, or of the SkipClip that it raises."""
-    shard = Shard(name, clips=[], features={}, skipped=[], samples=[], latents=[])
-    heard = []
-    for clip in clips:
-        found = next(waves)
-        if isinstance(found, SkipClip):
-            shard.skipped.append(rows.SkippedClip(clip=clip.id, reason=str(found)))
-        else:
-            shard.clips.append(clip)
-            heard += found
+    shard, read = begin_shard(name, clips, waves)
+    heard = [wave for (wave,) in read.values()]
     is_to_rate = name.startswith(rows.TO_RATE)
     if heard and not is_to_rate:
         shard.latents.append(model.encode_audio(torch.stack(heard)))

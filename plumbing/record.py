@@ -92,7 +92,7 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
     def one_at_a_time(self):
         """Parts that begin together come here one after the other: the first makes what all share,
         and the others find it."""
-        if not ranks.is_first():
+        if self.part is None or not ranks.is_first():
             yield
             return
         with open(self.run / f".{self.name}.begin.lock", "a", encoding="utf-8") as stream:
