@@ -23,8 +23,8 @@ FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PAGES = {file: file.read_text(encoding="utf-8") for file in FILES}
 SCRIPTS = {file.name: file for file in sorted(ROOT.glob("0?_*.py"))}
 SCRIPTS["docs/evidence.py"] = ROOT / "docs/evidence.py"
-# of pip, hf and pytest, where a sentence names them
-OTHERS = {"--no-deps", "--local-dir", "--score-noise"}
+# of pip, uv, hf and pytest, where a sentence names them
+OTHERS = {"--no-deps", "--no-project", "--local-dir", "--score-noise"}
 
 
 # Commands
