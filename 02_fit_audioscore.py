@@ -137,23 +137,22 @@ def print_heldout(p, truth):
     shares = truth.bincount(minlength=len(RATINGS)) / len(truth)
     accuracy = (guess == truth).float().mean()
     print(
-        f"held-out clips (cross-validated, {len(truth)} audios): accuracy {accuracy:.3f}, majority "
-        f"class ({RATINGS[shares.argmax()]}) {shares.max():.3f}"
+        f"AudioScore on clips that it was not fitted on ({FOLDS} folds, {len(truth)} audios): "
+        f"accuracy {accuracy:.3f}; always answering {RATINGS[shares.argmax()]}: {shares.max():.3f}"
     )
     print("  rated \\ predicted     Good  Medium     Bad")
     for i, name in enumerate(RATINGS):
         good, medium, bad = guess[truth == i].bincount(minlength=len(RATINGS)).tolist()
         print(f"  {name:>17} {good:>8}{medium:>8}{bad:>8}")
-    print("  calibration of P(Good): predicted -> rated Good (audios)")
+    print("  P(Good), in five bins: mean prediction -> share that people rated Good")
     fifth = (p[:, 0] * 5).long().clamp(max=4)
     for i in range(5):
         inside = fifth == i
         if inside.any():
             mean = p[inside, 0].mean()
             rate = (truth[inside] == RATINGS.index("Good")).float().mean()
-            print(
-                f"    {i / 5:.1f}-{(i + 1) / 5:.1f}: {mean:.2f} -> {rate:.2f} ({int(inside.sum())})"
-            )
+            bounds = f"{i / 5:.1f}-{(i + 1) / 5:.1f}"
+            print(f"    {bounds}: {mean:.2f} -> {rate:.2f} of {int(inside.sum())} audios")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,11 +209,11 @@ def print_how_to_rate(run, to_rate, samples, is_all_rated):
     count = sum(len(samples[name]) for name in to_rate)
     if is_all_rated:
         print(
-            "warning: that is every clip, and rated clips are not mined: lower --num-rated-clips "
-            "to keep some"
+            "warning: the sheet asks about every train clip, and stage 03 mines no pair of a rated "
+            "clip; give a lower --num-rated-clips"
         )
     print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(to_rate)} clips")
-    print(f"Fill its column 'rating' ({', '.join(RATINGS)}), or have pages made for it:")
+    print(f"Fill in its column 'rating' ({', '.join(RATINGS)}), or make pages to rate on:")
     print(f"      python 08_listen.py rate --run-dir {run}")
     print(f"next: python 02_fit_audioscore.py --run-dir {run} --ratings FILE")
 
@@ -359,7 +358,7 @@ def main(args):
         rated_clips = {clip for clip, _ in shares}
         line = f"ratings: {len(counted)} of {len(shares)} audios of {len(rated_clips)} clips"
         for name, count in Counter(answer.rating for answer in counted).most_common():
-            line += f", {name} {count}"
+            line += f", {count} {name}"
         print(line)
         videos = [rated_video(clips[clip]) for clip, _ in shares]
         p = cross_validate(said, target, videos, args.seed)

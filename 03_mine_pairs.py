@@ -96,15 +96,15 @@ def select_pair(p, winners, losers):
     Returns (winner, loser), or the reason why the clip makes no pair.
     """
     if len(losers) < 2:
-        return "fewer than two usable audios"
+        return "fewer than two audios can be used"
     if not winners:
-        return "no audio may win"
+        return "all audios are silent or clipped"
     winner = argmax({k: p[k][0] for k in winners})  # Eq. 2
     loser = argmax({k: p[k][2] for k in losers})
     if winner is None or loser is None:
-        return "tie"
+        return "two audios tie for the best or the worst"
     if winner == loser:
-        return "winner is loser"
+        return "one audio is both the best and the worst"
     return winner, loser
 
 
@@ -122,17 +122,18 @@ def mine(samples, p_of, rated, min_score_c):
     dropped = Counter()
     for clip, audios in samples.items():
         if clip in rated:
-            dropped["rated by people"] += 1  # Paper silent: AudioScore was fitted on these clips
+            # Paper silent: AudioScore was fitted on these clips.
+            dropped["are set aside, since people rated them"] += 1
             continue
         winners = [audio.k for audio in audios if may_win(audio)]
         losers = [audio.k for audio in audios if audio.finite]
         chosen = select_pair(p_of[clip], winners, losers)
         if isinstance(chosen, str):
-            dropped[chosen] += 1
+            dropped[f"make none, since {chosen}"] += 1
             continue
         pair = pair_of(clip, *chosen, p_of)
         if common.score_c(pair.p_winner, pair.p_loser) < min_score_c:
-            dropped[f"score_c below {min_score_c}"] += 1
+            dropped[f"make none, since score_c is below {min_score_c}"] += 1
             continue
         pairs.append(pair)
     return pairs, dropped
@@ -247,16 +248,21 @@ def human_pairs(answers, p_of):
 
 
 def print_mined(run, samples, pairs, dropped):
-    print(f"clips: {len(samples)} in, {len(pairs)} pairs kept, dropped: ", end="")
-    print(", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "none")
+    line = f"clips: {len(samples)} in; {len(pairs)} make a pair"
+    for reason, count in dropped.most_common():
+        line += f"; {count} {reason}"
+    print(line)
     if not pairs:
         stop(
-            f"{run}: no pair could be mined, see above; give 01 more clips, or 02 a lower "
-            "--num-rated-clips"
+            f"{run}: no clip makes a pair, for the reasons above; give 01 more clips, or 02 a "
+            "lower --num-rated-clips"
         )
     values = torch.tensor([common.score_c(pair.p_winner, pair.p_loser) for pair in pairs])
     low, median, high = values.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
-    print(f"score_c: median {median:.3f}, 90 % between {low:.3f} and {high:.3f}")
+    print(
+        f"score_c of the pairs: median {median:.3f}; 90 % of them lie between {low:.3f} and "
+        f"{high:.3f}"
+    )
     negative = int((values < 0).sum())
     if negative:
         print(
@@ -264,8 +270,8 @@ def print_mined(run, samples, pairs, dropped):
             "their winner less than their loser; --min-score-c 0, the default, drops them"
         )
     print(
-        f"  --min-score-c {values.quantile(0.04):.3f} would drop 4 % of these, as the paper "
-        "keeps about 46K of the 48K clips that were not rated"
+        f"  --min-score-c {values.quantile(0.04):.3f} would drop 4 % of these pairs; the paper "
+        "keeps about 46K pairs of the 48K clips that were not rated"
     )
 
 
@@ -280,25 +286,31 @@ def print_sources(samples, pairs):
     if audios.keys() == {inputs.MODEL}:
         return
     for source, count in audios.items():
-        print(f"  {source}: {count} audios, wins {wins[source]} and loses {losses[source]} pairs")
+        print(
+            f"  {source}: {count} audios, which win {wins[source]} pairs and lose {losses[source]}"
+        )
 
 
 def print_chosen(run, kept, counted, pairs, ratings):
     if counted:
         people.print_agreement(kept, preference, "nominal")
         ties = sum(answer.choice == "tie" for answer in counted)
-        print(f"human choices: {len(counted)} in ({ties} ties), {len(pairs)} pairs")
+        print(
+            f"human choices: {len(counted)} answers, {ties} of them ties, make {len(pairs)} human "
+            "pairs"
+        )
     elif ratings:
         print(
-            f"no human choices: to add some, fill {run / '03_to_choose.csv'}, or have pages made "
-            "for it:"
+            f"no human choices yet, so no human pairs. Fill in {run / '03_to_choose.csv'}, or make "
+            "pages to choose on, and give the answers back:"
         )
-        print(
-            f"      python 08_listen.py choose --run-dir {run}; then rerun with --choices FILE "
-            "--redo"
-        )
+        print(f"      python 08_listen.py choose --run-dir {run}")
+        print(f"      python 03_mine_pairs.py --run-dir {run} --redo --choices FILE")
     else:
-        print("no human choices: they compare rated audios, and none of this run's own is rated")
+        print(
+            "no human choices: people compare two audios of a rated clip, and none of this run's "
+            "own clips is rated"
+        )
 
 
 def main(args):

@@ -44,6 +44,13 @@ def of_people(pair):
     return rows.SplitPair(pair.clip, pair.winner, pair.loser, 0.0, "human")
 
 
+def paper_threshold(mined):
+    """The threshold that makes Table 2's 81 % of these pairs easy, of as many digits as are
+    printed. mined: rows.SplitPair, at least one."""
+    score_c = torch.tensor([pair.score_c for pair in mined])
+    return round(score_c.quantile(1 - PAPER_SHARES[0.7] / 100).clamp(min=0).item(), 3)
+
+
 def print_shares(mined, num_human):
     """Shares of easy pairs beside Table 2's, and a warning where winners are the worse audios.
     mined: rows.SplitPair, at least one."""
@@ -52,11 +59,11 @@ def print_shares(mined, num_human):
         percent = 100 * (score_c > delta).double().mean().item()
         of_all = percent * len(mined) / (len(mined) + num_human)
         print(
-            f"score_c above {delta}: {percent:.1f} % ({of_all:.1f} %) of the mined (of all) pairs; "
+            f"score_c above {delta}: {percent:.1f} % of the mined pairs, {of_all:.1f} % of all; "
             f"Table 2: {paper} %"
         )
-    threshold = score_c.quantile(1 - PAPER_SHARES[0.7] / 100).clamp(min=0)
-    print(f"  --threshold {threshold:.3f} would make 81 % easy, the paper's share")
+    threshold = paper_threshold(mined)
+    print(f"  --threshold {threshold:.3f} would make 81 % of the mined pairs easy, as in the paper")
     # On pairs whose winner is the worse audio Flow-DPO learns what nobody wants, and its curves
     # look healthy.
     negative = int((score_c < 0).sum())
@@ -95,8 +102,12 @@ def main(args):
             f"stage 1 is empty: no score_c is above the threshold {args.threshold}, so 05 trains "
             "on stage 2 alone, without a curriculum"
         )
+        if mined and max(pair.score_c for pair in mined) > paper_threshold(mined):
+            flags = f"--redo --threshold {paper_threshold(mined):.3f}"
+            print("for 81 % of the mined pairs in stage 1, as in the paper:")
+            print(f"      python 04_curriculum_split.py --run-dir {run} {flags}")
     print(f"next: python 05_train_flow_dpo.py --run-dir {run}")
-    print(f"      torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py --run-dir {run}")
+    print(f"  or: torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py --run-dir {run}")
 
 
 if __name__ == "__main__":

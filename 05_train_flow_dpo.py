@@ -283,11 +283,11 @@ def diagnosis(accuracy, saturated, rise, wrong, backwards):
     if accuracy < 0.6:
         return "has hardly learned", "give more --steps or a higher --lr"
     if rise > 10:
-        return "beta too small", "nothing holds the policy; raise --beta"
+        return "beta too small", "nothing holds the policy to the reference; raise --beta"
     if wrong > 0.85 and rise > 1:
         return "lr too high", "lower --lr"
     if wrong > 0.85:
-        return "beta too large", "the few wrong pairs alone steer; lower --beta or --lr"
+        return "beta too large", "the few wrong pairs alone move it; lower --beta or --lr"
     if saturated > 0.95:
         return "too few pairs", "they are learned by heart; give fewer --steps or more pairs"
     if rise > 2:
@@ -321,13 +321,22 @@ def print_plan(model, stages, stage_steps, done, here, args):
         print(
             f"stage {i + 1} ({name}): {pairs} pairs, {stage_steps[i]} steps of {args.global_batch}"
         )
+    total = sum(map(len, stages))
+    passes = args.steps * args.global_batch / total
+    print(
+        f"every pair is seen {passes:.1f} times on average ({args.steps} steps of "
+        f"{args.global_batch} pairs over {total}); in the paper 2 times"
+    )
     size = model.latent_shape[0] * model.latent_shape[1]
     print(
-        f"beta {args.beta:g} on errors averaged over {size} latent values (the same on their sums: "
-        f"beta {args.beta / size:g})"
+        f"beta {args.beta:g} multiplies an error that is a mean over {size} latent values; of the "
+        f"sum over them it would be beta {args.beta / size:g}"
     )
     trained = sum(p.numel() for p in model.trainable_parameters())
-    print(f"trained parameters: {trained:,}; step {done} of {args.steps}; {here.world} process(es)")
+    print(
+        f"trained parameters: {trained:,}; {done} of {args.steps} steps are done; {here.world} "
+        "process(es)"
+    )
 
 
 def main(args):
@@ -391,8 +400,8 @@ def main(args):
             log = rows.read(trainer.folder / "log.jsonl", rows.FlowDpoStep)
             print(reading(log, share_backwards(stages)))
             trainer.save_policy(run_json, "flow_dpo")
-    print(f"next: python 06_ddpo_baseline.py --run-dir {run}")
-    print(f"      python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
+    print(f"next: python 06_ddpo_baseline.py --run-dir {run}  # the paper's baseline")
+    print(f"  or: python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
 
 
 if __name__ == "__main__":

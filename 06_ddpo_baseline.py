@@ -364,12 +364,15 @@ def print_rewards(log):
     fifth = max(1, len(log) // 5)
     first = fmean(rewards[:fifth])
     last = fmean(rewards[-fifth:])
-    print(f"reward while training: first fifth {first:.3f}, last fifth {last:.3f}")
+    print(
+        f"reward, the mean P(Good) of what was sampled: {first:.3f} in the first fifth of the "
+        f"steps, {last:.3f} in the last"
+    )
     no_spread = fmean(step.no_spread for step in log)
     if no_spread > 0.5:
         print(
             f"warning: {no_spread:.0%} of the prompts taught nothing, since all their audios had "
-            "one reward (no_spread in log.jsonl): see in 02's report whether AudioScore tells "
+            "one reward (no_spread in log.jsonl); check in 02's report that AudioScore tells "
             "audios apart, or give a larger --group-size"
         )
 
@@ -405,8 +408,14 @@ def main(args):
         guidance = run_json.sampler.guidance  # the policy is the guided velocity
         audios = args.prompts * args.group_size
         rows_per_pass = audios if guidance == 1 else 2 * audios  # of the network
-        print(f"{audios} audios and {args.updates} updates per round; guidance {guidance}")
-        print(f"step {trainer.done} of {args.steps}; {here.world} process(es) on {here.device}")
+        print(
+            f"a round: {args.group_size} audios of each of {args.prompts} clips at guidance "
+            f"{guidance}, then {args.updates} updates"
+        )
+        print(
+            f"{trainer.done} of {args.steps} steps are done; {here.world} process(es) on "
+            f"{here.device}"
+        )
 
         # -- loop
         for step in trainer.steps():

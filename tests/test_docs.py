@@ -12,15 +12,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import stopped
+from conftest import stage, stopped
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import common
+from common import rows
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PAGES = {file: file.read_text(encoding="utf-8") for file in FILES}
+RESULTS = PAGES[ROOT / "docs" / "results.md"]
 SCRIPTS = {file.name: file for file in sorted(ROOT.glob("0?_*.py"))}
 SCRIPTS["docs/evidence.py"] = ROOT / "docs/evidence.py"
 # of pip, uv, hf and pytest, where a sentence names them
@@ -258,6 +260,106 @@ def test_every_required_package_is_explained():
             package, pinned = re.split(r"[=><]", line)[0], re.search(r"==(.+)", line)
             row = re.search(rf"^\|[^|]*\b{re.escape(package)}\b[^|]*\|", choices, flags=re.M)
             assert row and (pinned is None or f"{package} {pinned[1]}" in row[0]), line
+
+
+# The glossary
+
+
+def fields_of(*row_types):
+    return {name for row_type in row_types for name in row_type.__struct_fields__}
+
+
+STEP = fields_of(rows.Step)
+GLOSSARY = {  # a heading of docs/results.md, and the names that its table explains
+    "The scores of an audio": fields_of(rows.Score, rows.RatedScore),
+    "A pair": fields_of(rows.Pair, rows.SplitPair),
+    "Both logs": STEP,
+    "log.jsonl of 05": fields_of(rows.FlowDpoStep) - STEP,
+    "log.jsonl of 06": fields_of(rows.DdpoStep) - STEP,
+    "A row of 07_results.jsonl": fields_of(rows.Result),
+    "Metrics": set(stage("07").METRICS),
+    "A row of 08_blind.jsonl": fields_of(rows.BlindResult),
+}
+
+
+def first_cells(text, head):
+    """Those of the tables whose first column is called so. A bar that stands in a cell has a
+    backslash before it."""
+    found = []
+    for block in re.split(r"\n{2,}", text.strip()):
+        if block.startswith(f"| {head} |"):
+            found += [re.split(r"(?<!\\)\|", line)[1] for line in block.splitlines()[2:]]
+    return found
+
+
+@pytest.mark.parametrize("heading", GLOSSARY)
+def test_the_glossary_explains_every_number_and_no_other(heading):
+    (section,) = re.findall(rf"^### {heading}\n(.*?)(?=^#|\Z)", RESULTS, flags=re.M | re.S)
+    cells = first_cells(section, "field") + first_cells(section, "metric")
+    named = re.findall(r"`(\w+)`", " ".join(cells))
+    assert sorted(named) == sorted(GLOSSARY[heading])
+
+
+def test_the_glossary_explains_a_policys_fields():
+    assert [name for name in fields_of(rows.Policy) if f"`{name}`" not in RESULTS] == []
+
+
+CODE = [*ROOT.glob("0?_*.py"), ROOT / "common.py", *ROOT.glob("plumbing/*.py")]
+CODE += ROOT.glob("adapters/*.py")
+TREES = {file.name: ast.parse(file.read_text(encoding="utf-8")) for file in CODE}
+
+
+def as_words(text):
+    return " ".join(text.split())
+
+
+def texts_in(node):
+    """All texts below a node, an f-string's in pieces."""
+    texts = [below.value for below in ast.walk(node) if isinstance(below, ast.Constant)]
+    return [as_words(text) for text in texts if isinstance(text, str)]
+
+
+def pieces_of(said):
+    """The texts of a literal, an f-string's between its values; [] of what a variable holds."""
+    parts = said.values if isinstance(said, ast.JoinedStr) else [said]
+    return [as_words(part.value) for part in parts if isinstance(part, ast.Constant)]
+
+
+def printed_lines():
+    """[(file, the longest piece of what a print says)], commands left out: `next: ...`."""
+    found = []
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "tqdm.write"):
+                pieces = [piece for said in node.args for piece in pieces_of(said)]
+                is_command = any(re.search("python|torchrun", piece) for piece in pieces)
+                longest = max(pieces, key=len, default="")
+                if len(longest) > 3 and not is_command:
+                    found.append((name, longest))
+    return found
+
+
+def test_the_glossary_has_every_line_that_is_printed():
+    lines = printed_lines()
+    assert len(lines) > 60
+    page = as_words(RESULTS)
+    assert [line for line in lines if line[1] not in page] == []
+
+
+@pytest.mark.parametrize("page, head", [
+    ("results.md", "line"), ("troubleshooting.md", "what you see"),
+])  # fmt: skip
+def test_a_line_that_is_explained_is_one_that_the_code_says(page, head):
+    """Between its `<...>`, commas, colons and brackets every quoted line is text of the code."""
+    text = "\0".join(piece for tree in TREES.values() for piece in texts_in(tree))
+    unknown = []
+    quoted = re.findall(r"`([^`]+)`", " ".join(first_cells(PAGES[ROOT / "docs" / page], head)))
+    for line in quoted:
+        for piece in re.split(r"<[^>]+>|[,;:()]", as_words(line)):
+            piece = piece.strip(" []'")
+            if len(piece) > 2 and piece not in text:
+                unknown.append((line, piece))
+    assert len(quoted) > 25 and unknown == []
 
 
 def test_the_stages_in_the_table_are_the_files():

@@ -413,8 +413,8 @@ def test_clips_to_rate_are_added_to_a_finished_run_rated_and_scored_and_never_mi
             assert ours is other or close(ours, other, SCORES), score
     call("03", run)
     said = capsys.readouterr().out
-    assert "clips: 6 in" in said and "none of this run's own is rated" in said
-    assert "rated by people" not in said
+    assert "clips: 6 in" in said and "own clips is rated" in said
+    assert "people rated them" not in said
     assert {row["clip"] for row in read(run / "03_scores/00000.jsonl")} == set(ids_of(run))
     assert cells(run / "03_to_choose.csv") == []
 

@@ -5,6 +5,7 @@ import functools
 import math
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,18 +165,20 @@ def test_inception_score_of_one_audio_by_hand():
 
 
 P = [(0.1, 0.2, 0.7), (0.6, 0.3, 0.1), (0.2, 0.2, 0.6), (0.5, 0.1, 0.4), (0.3, 0.3, 0.4)]
-FEW = "fewer than two usable audios"
+FEW = "fewer than two audios can be used"
+TIE = "two audios tie for the best or the worst"
+BOTH = "one audio is both the best and the worst"
 
 
 @pytest.mark.parametrize("p, winners, losers, expected", [
     (P, range(5), range(5), (1, 0)),  # argmax P(Good), argmax P(Bad)
-    ([*P[:4], (0.6, 0.2, 0.2)], range(5), range(5), "tie"),
-    ([*P[:4], (0.2, 0.1, 0.7)], range(5), range(5), "tie"),
-    ([(0.2, 0.3, 0.5)] * 5, range(5), range(5), "tie"),  # AudioScore blind: no audio beats itself
-    ([(0.4, 0, 0.6), (0.3, 0.5, 0.2), (0.3, 0.4, 0.3)], range(3), range(3), "winner is loser"),
+    ([*P[:4], (0.6, 0.2, 0.2)], range(5), range(5), TIE),
+    ([*P[:4], (0.2, 0.1, 0.7)], range(5), range(5), TIE),
+    ([(0.2, 0.3, 0.5)] * 5, range(5), range(5), TIE),  # AudioScore blind: no audio beats itself
+    ([(0.4, 0, 0.6), (0.3, 0.5, 0.2), (0.3, 0.4, 0.3)], range(3), range(3), BOTH),
     (P, [0, 2, 3, 4], range(5), (3, 0)),  # 1, the best, is silent: the next best wins
     (P, [1, 2, 3, 4], range(5), (1, 0)),  # 0 is silent and loses
-    (P, [], range(5), "no audio may win"), (P, [1], [1], FEW),
+    (P, [], range(5), "all audios are silent or clipped"), (P, [1], [1], FEW),
 ])  # fmt: skip
 def test_a_pair_by_eq2(p, winners, losers, expected):
     assert stage("03").select_pair(dict(enumerate(p)), [*winners], [*losers]) == expected
@@ -232,11 +235,16 @@ def test_mining_by_hand():
     pairs, dropped = stage("03").mine(samples, p_of, {"a"}, 0.0)
     found = {(pair.clip, pair.winner, pair.loser) for pair in pairs}
     assert found == {("b", 3, 0), ("c", 1, 0), ("d", 3, 2)}
-    assert dropped == {"rated by people": 1, "fewer than two usable audios": 1, "tie": 1}
+    assert dropped == {
+        "are set aside, since people rated them": 1,
+        f"make none, since {FEW}": 1,
+        f"make none, since {TIE}": 1,
+    }
     assert pairs[0].p_winner == P[3] and pairs[0].p_loser == P[0]
     # score_c, Eq. 3: b ((0.5 - 0.1) + (0.7 - 0.4)) / 2 = 0.35, c 0.55, d 0.25
     pairs, dropped = stage("03").mine(samples, p_of, {"a"}, 0.3)
-    assert [pair.clip for pair in pairs] == ["b", "c"] and dropped["score_c below 0.3"] == 1
+    assert [pair.clip for pair in pairs] == ["b", "c"]
+    assert dropped["make none, since score_c is below 0.3"] == 1
 
 
 def test_people_are_asked_about_audios_of_one_clip_with_one_rating():
@@ -581,6 +589,29 @@ def test_only_mined_pairs_can_be_backwards():
     stages = [pair("a", 0.9)], [pair("b", -0.1), pair("c", 0.0), pair("d", 0.1), human, human]
     assert stage("05").share_backwards(stages) == 0.25
     assert stage("05").share_backwards(([], [human])) == 0
+
+
+@pytest.mark.parametrize("steps, easy, hard, times", [
+    (12_000, 40_000, 8_000, 2.0),  # the paper's: 96,000 over 48,000
+    (12_000, 4_000, 800, 20.0),  # a tenth of its clips
+    (3, 0, 240, 0.1),
+])  # fmt: skip
+def test_05_says_how_often_its_steps_see_a_pair(steps, easy, hard, times, capsys):
+    args = stage("05").parse_args(["--steps", str(steps), "--run-dir", "none"])
+    stages = [[pair("a")] * easy, [pair("b")] * hard]
+    model = SimpleNamespace(latent_shape=(345, 40), trainable_parameters=list)
+    stage_steps = stage("05").divide_steps(stages, steps)
+    stage("05").print_plan(model, stages, stage_steps, 0, SimpleNamespace(world=1), args)
+    out = capsys.readouterr().out
+    assert f"every pair is seen {times} times on average ({steps} steps of 8 pairs over" in out
+
+
+@pytest.mark.parametrize("score_cs, expected", [
+    ([i / 100 for i in range(1, 101)], 0.198),  # .20 to 1.00 are 81 of 100
+    ([-0.5] * 10, 0.0),  # --threshold takes none below 0
+])  # fmt: skip
+def test_04_names_the_threshold_that_makes_81_percent_easy(score_cs, expected):
+    assert stage("04").paper_threshold([pair("a", score_c) for score_c in score_cs]) == expected
 
 
 def test_learning_rate_warms_up_once_and_then_stays():

@@ -192,6 +192,19 @@ def test_the_curriculum_splits_at_the_threshold_and_keeps_people_for_stage_2(fin
     assert len(stage1) + len(stage2) - len(human) == len(read(finished / "03_pairs.jsonl"))
 
 
+def test_a_threshold_that_leaves_no_easy_pair_is_said_with_one_that_leaves_81_percent(run, capsys):
+    call("04", run, "--redo", "--threshold", 0.99)
+    out = capsys.readouterr().out
+    said(out, "stage 1 is empty: no score_c is above the threshold 0.99", "without a curriculum")
+    assert read(run / "04_stage1.jsonl") == []
+    (advice,) = [line for line in out.splitlines() if "python 04_curriculum_split.py" in line]
+    stage("04").main(stage("04").parse_args(advice.split()[2:]))  # followed as printed
+    mined = read(run / "03_pairs.jsonl")
+    easy = len(read(run / "04_stage1.jsonl"))
+    assert abs(easy - 0.81 * len(mined)) < 2
+    assert "stage 1 is empty" not in capsys.readouterr().out
+
+
 def test_both_stages_are_trained_in_order_and_logged(finished):
     logs = {
         "05": read(finished / "05_flow_dpo/log.jsonl"),
@@ -1052,7 +1065,7 @@ def test_words_are_taken_as_meant_and_replaced_answers_counted(run, capsys):
 def test_that_nothing_will_be_left_to_mine_is_said_when_the_sheet_is_written(run, capsys):
     remove(run, "00_truth.jsonl", "02_ratings.jsonl")
     call("02", run, "--num-rated-clips", 20)
-    assert "warning: that is every clip, and rated clips are not mined" in capsys.readouterr().out
+    assert "warning: the sheet asks about every train clip" in capsys.readouterr().out
     call("02", run, "--num-rated-clips", 19)
     assert "warning" not in capsys.readouterr().out
 
