@@ -430,7 +430,7 @@ def norm_wrong(folder, out, count=128):
     model.load_policy(folder / out / "policy.pt")
     pairs = common.rows.read(folder / "04_stage1.jsonl", common.rows.SplitPair)[:count]
     a_0, features = stage_05.load_pairs(pairs, shards)
-    args = argparse.Namespace(seed=settings["seed"], global_batch=len(pairs))
+    args = argparse.Namespace(seed=settings["seed"], global_batch=len(pairs), stratified_t=False)
     t, eps = stage_05.draw_t_and_noise(0, model, args)
     with torch.no_grad():
         ref_err_w, ref_err_l = stage_05.pair_errors(reference, features, a_0, eps, t)
