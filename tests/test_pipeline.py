@@ -969,7 +969,7 @@ def test_a_deleted_audio_or_shard_is_made_again_and_nothing_reads_less_or_anothe
     call("01", fresh, *SMALL)
     whole = files_of(fresh, "01")
     (fresh / "01_samples/00002.jsonl").write_text("")
-    assert "some of the 20 train clips are not there" in refused("02", fresh)
+    assert "is not there; rerun 01_generate.py" in refused("02", fresh)
     remove(fresh, "01_audio/train00001_1.wav", "01_samples/00001.pt", "01_samples/00003.jsonl")
     call("01", fresh, *SMALL)
     assert files_of(fresh, "01") == whole
