@@ -41,7 +41,6 @@ all.
 
 import functools
 import os
-import random
 import re
 from collections import Counter, defaultdict
 from contextlib import closing
@@ -561,34 +560,25 @@ def sample_shards(run, model, shards, todo, encoded, bar, args):
                 write_shard(run, shard)
                 bar.update()
                 continue
+            to_sample = []
             for clip in shard.clips:
                 shard_of[clip.id] = shard
-            for start in range(0, len(shard.clips), size):
-                yield shard.clips[start : start + size]
+                seeds = [common.seed_of(args.seed, clip.id, k) for k in range(args.num_samples)]
+                to_sample.append((clip, shard.features[clip.id], seeds))
+            for start in range(0, len(to_sample), size):
+                yield to_sample[start : start + size]
 
-    def features_of(clip):
-        return shard_of[clip.id].features[clip.id]
-
-    def seeds_of(clip):
-        return [common.seed_of(args.seed, clip.id, k) for k in range(args.num_samples)]
-
-    def finish(clip, latents, waves):
-        """Its wavs, and their lines."""
-        lines = []
-        first_row = shard_of[clip.id].clips.index(clip) * args.num_samples
-        for k, seed in enumerate(seeds_of(clip)):
+    sampler = rows.Sampler(steps=args.sampling_steps, guidance=args.guidance)
+    for clip, latents, waves in common.sample_clips(model, batches(), sampler):
+        shard = shard_of.pop(clip.id)
+        for k in range(args.num_samples):
             wav = f"01_audio/{clip.id}_{k}.wav"
             written = media.write_audio(run / wav, waves[k], model.sample_rate_hz)
             written["finite"] = written["finite"] and bool(latents[k].isfinite().all())
-            row = first_row + k
-            lines.append(rows.Sample(clip=clip.id, k=k, seed=seed, wav=wav, row=row, **written))
-        return clip, lines, latents
-
-    sampler = rows.Sampler(steps=args.sampling_steps, guidance=args.guidance)
-    finished = common.sample_clips(model, batches(), features_of, seeds_of, finish, sampler)
-    for clip, lines, latents in finished:
-        shard = shard_of.pop(clip.id)
-        shard.samples += lines
+            seed = common.seed_of(args.seed, clip.id, k)
+            row = len(shard.samples)
+            about = {"clip": clip.id, "k": k, "seed": seed, "wav": wav, "row": row}
+            shard.samples.append(rows.Sample(**about, **written))
         shard.latents.append(latents)
         if clip is shard.clips[-1]:
             write_shard(run, shard)
@@ -845,10 +835,7 @@ def main(args):
                 if here.part is None:
                     forget_sources(run, given)
         ranks.barrier()
-        train = inputs.read_clips(run, "train")
-        if len(train) > args.max_clips:
-            drawn = random.Random(args.seed).sample(range(len(train)), args.max_clips)
-            train = [train[i] for i in sorted(drawn)]
+        train = inputs.drawn(inputs.read_clips(run, "train"), args)
         shards = {}
         for start in range(0, len(train), SHARD_CLIPS):
             shards[f"{start // SHARD_CLIPS:05d}"] = train[start : start + SHARD_CLIPS]

@@ -256,33 +256,27 @@ def rated_blocks(run, order, samples, clips, answers):
     """Blocks of 32 clips, those of which any audio is rated: train clips in the order of the draw,
     then clips to rate in theirs. samples: of both."""
     rated = {answer.clip for answer in answers}
-    drawn = {}
-    to_rate = {}
-    for name in order:
-        drawn[name] = [inputs.audio_of(run, clips[name], sample) for sample in samples[name]]
-    for name in samples:
-        if name not in drawn:
-            to_rate[name] = [inputs.audio_of(run, clips[name], sample) for sample in samples[name]]
-    return blocks_of(run, "", drawn, rated) + blocks_of(run, "to_rate_", to_rate, rated)
-
-
-def blocks_of(run, prefix, audios_of, rated):
-    """audios_of: {clip id: its audios}, in the order of the blocks; rated: ids of clips. A block is
-    always of the same clips, and scored whole: one more rating leaves the other scores as they
-    are."""
-    folder = run / "02_scores"
-    names = list(audios_of)
+    train = set(order)
+    to_rate = [name for name in samples if name not in train]
     blocks = []
-    for start in range(0, len(names), scoring.BLOCK_CLIPS):
-        part = names[start : start + scoring.BLOCK_CLIPS]
-        if rated.isdisjoint(part):
-            continue
-        block = scoring.Block(f"{prefix}{start // scoring.BLOCK_CLIPS:05d}", folder, folder, [], [])
-        for name in part:
-            block.clips.append(audios_of[name][0].clip)
-            block.audios.extend(audios_of[name])
-        blocks.append(block)
+    for prefix, names in (("", order), ("to_rate_", to_rate)):
+        for start in range(0, len(names), scoring.BLOCK_CLIPS):
+            part = names[start : start + scoring.BLOCK_CLIPS]
+            if not rated.isdisjoint(part):
+                name = f"{prefix}{start // scoring.BLOCK_CLIPS:05d}"
+                blocks.append(rated_block(run, name, part, samples, clips))
     return blocks
+
+
+def rated_block(run, name, part, samples, clips):
+    """A block is always of the same clips, `part`, and scored whole: one more rating leaves the
+    other scores as they are."""
+    folder = run / "02_scores"
+    block = scoring.Block(name, folder, folder, [], [])
+    for clip in part:
+        block.clips.append(clips[clip])
+        block.audios.extend(inputs.audio_of(run, clips[clip], sample) for sample in samples[clip])
+    return block
 
 
 def read_said(rated, blocks, scorers):

@@ -23,6 +23,7 @@ Writes, in <run>/<--out>:
 Takes: toy 20 s on 2 cores.
 """
 
+import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,12 @@ def parse_args(argv=None):
         type=command.number(0),
         default=0.0,
         help="weight of the winner's own error; paper: 0; with --beta 0: SFT on the winners",
+    )
+    paper.add_argument(
+        "--stratified-t",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the n times t of a step in n equal parts of [0, 1], each still uniform; paper silent",
     )
     engineering = parser.engineering
     engineering.add_argument(
@@ -130,9 +137,13 @@ def draw_t_and_noise(step, model, args):
     t ~ U(0, 1) as under Eq. 5, not the backbones' own training laws; moved to a time that the
     network knows (Frieren has 1000).
     """
+    pairs = args.global_batch
     generator = torch.Generator().manual_seed(common.seed_of(args.seed, "step", step))
-    t = model.snap_t(torch.rand(args.global_batch, generator=generator))
-    eps = torch.randn(args.global_batch, *model.latent_shape, generator=generator)
+    t = torch.rand(pairs, generator=generator)
+    if args.stratified_t:
+        t = (torch.randperm(pairs, generator=generator) + t) / pairs
+    t = model.snap_t(t)
+    eps = torch.randn(pairs, *model.latent_shape, generator=generator)
     return t, eps
 
 

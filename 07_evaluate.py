@@ -655,20 +655,16 @@ def sample_audio(run_json, system, model, features, blocks, stage, here, args):
                 file.unlink()
             rows.write_json(system.audio / "settings.json", system.made_from)
     ranks.barrier()
-    batches = tqdm(here.share(todo), system.name, unit="batch", disable=not (here.first and todo))
+    bar = tqdm(here.share(todo), system.name, unit="batch", disable=not (here.first and todo))
 
-    def features_of(clip):
-        return features[clip.id]
-
-    def seeds_of(clip):
-        return [common.seed_of(run_json.seed, clip.id, 0)]
-
-    def write(clip, latents, waves):
-        media.write_audio(system.audio / f"{clip.id}.wav", waves[0], model.sample_rate_hz)
+    def batches():
+        for clips in bar:
+            seeds = [[common.seed_of(run_json.seed, clip.id, 0)] for clip in clips]
+            yield [(clip, features[clip.id], own) for clip, own in zip(clips, seeds)]
 
     sampler = rows.Sampler(steps=run_json.sampler.steps, guidance=args.guidance)
-    for _ in common.sample_clips(model, batches, features_of, seeds_of, write, sampler):
-        pass
+    for clip, _, waves in common.sample_clips(model, batches(), sampler):
+        media.write_audio(system.audio / f"{clip.id}.wav", waves[0], model.sample_rate_hz)
     ranks.barrier()
 
 

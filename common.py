@@ -227,30 +227,30 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
     return a_t
 
 
-def sample_clips(model, batches, features_of, seeds_of, finish, sampler):
+def sample_clips(model, batches, sampler):
     """Samples and decodes audio of clips; a batch of them is decoded while the next one is sampled.
 
-    batches: lists of clips; features_of(clip): dict of its features; seeds_of(clip): its seeds, as
-    many for every clip; sampler: rows.Sampler; finish(clip, latents (N, T, C), waves (N, S)): what
-    to do with a clip's audios, on the CPU. Yields what it returns, in the order of the clips.
+    batches: lists of (clip, its features, its N seeds); sampler: rows.Sampler. Yields for each clip
+    (clip, latents (N, T, C), waves (N, S)), float32 on the CPU, in the order of the batches.
     """
 
     def sampled():
-        for clips in batches:
-            features = stack_features([features_of(clip) for clip in clips], model.device)
+        for batch in batches:
+            clips, features, seeds_of_clips = zip(*batch)
             seeds = []
-            for kth in zip(*[seeds_of(clip) for clip in clips]):
+            for kth in zip(*seeds_of_clips):
                 seeds += kth  # the first audio of every clip, then the second of every clip, ...
+            features = stack_features(features, model.device)
             a_0 = sample(model, features, seeds, sampler.steps, sampler.guidance)
             yield clips, a_0.unflatten(0, (-1, len(clips))).transpose(0, 1)  # (clips, N, T, C)
 
     def decode(batch):
         clips, a_0 = batch
         waves = model.decode(a_0.flatten(0, 1)).unflatten(0, a_0.shape[:2])
-        return [finish(*audios) for audios in zip(clips, a_0.float().cpu(), waves)]
+        return zip(clips, a_0.float().cpu(), waves)
 
-    for finished in ahead.in_threads(decode, sampled(), threads=1):
-        yield from finished
+    for decoded in ahead.in_threads(decode, sampled(), threads=1):
+        yield from decoded
 
 
 # --------------------------------------------------------------------------------------------------

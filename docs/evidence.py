@@ -4,7 +4,9 @@ once (Sec. 3.2).
 Run:
     python docs/evidence.py pilot              # val split, four worlds: which settings, and what explains their spread
     python docs/evidence.py explore            # val split, four worlds: budgets, guidance, noise, a second round, LoRA
+    python docs/evidence.py recipe --size default      # val split, four worlds, five seeds: averaged weights, stratified t
     python docs/evidence.py claims             # test split, twelve worlds: Tables 1 and 2 in miniature
+    python docs/evidence.py fresh              # test split, twelve other worlds, four seeds: Flow-DPO against DDPO
     python docs/evidence.py claims --worlds 0  # the tables and figures again, from the csv, in seconds
     python docs/evidence.py curves             # trainings of Flow-DPO, well and ill, for docs/curves.md
     python docs/evidence.py claims --worlds 2 --size tiny --runs DIR --csv FILE      # a try, minutes
@@ -13,6 +15,7 @@ follows has its seed. What a stage does is a command of that stage, noted with i
 run's commands.jsonl. What the csv holds is not made again; audio is deleted once it is judged; an interrupted command
 goes on.
 
+What the fresh worlds are asked stands in FRESH_CLAIMS, committed before the first of them was made.
 What is claimed, and by which one metric it is decided, stands in CLAIMS, written before any of
 these worlds' test splits was judged (commit 6dcd877, which holds the pilot of worlds 0 and 1 on
 val). A value is a mean over worlds, its 95 % interval Student's t over them; differences are taken
@@ -20,8 +23,10 @@ within a world, on the same clips and noise. The p values of one table are Holm'
 their number.
 
 Writes:
-    docs/evidence.csv, pilot.csv, explored.csv  world, arm, seed, budget (rows through the network in training), metric,
-                                                value, n (clips; 0: of the training): every number, a world at a time
+    docs/evidence.csv, pilot.csv, recipe.csv, explored.csv, fresh.csv
+        every number, a world at a time: world, arm, seed, budget (rows through the network in training), metric, value,
+        n (clips; 0: of the training); in newer ones the commit, the CPU, the CPU seconds of the training (base: of the
+        world) too
     docs/evidence.png, pilot.png, compute.png, curves.png  the figures; the tables are printed, for docs/*.md
 Takes: see docs/evidence.md.
 """
@@ -48,7 +53,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {path.name[:2]: path.name for path in sorted(ROOT.glob("0?_*.py"))}
-COLUMNS = ("world", "arm", "seed", "budget", "metric", "value", "n")
+COLUMNS = ("world", "arm", "seed", "budget", "metric", "value", "n", "commit", "cpu", "cpu_s")
 
 
 class World(NamedTuple):
@@ -102,6 +107,22 @@ DDPO = [Arm(f"ddpo_lr{lr:.0e}_clip{clip:.0e}", "06", f"--lr {lr} --clip-range {c
         for lr in (1e-4, 3e-4, 6e-4) for clip in (1e-3, 5e-3)]  # fmt: skip
 PILOT = {World(0): [*GRID, *SCALED, *DDPO]} | {World(w): GRID for w in (1, 2, 3)}
 PILOT |= {World(0, 0.0): NOISY, World(0, 3.0): NOISY}
+
+# The recipe: the default run's, on worlds of its size. Chosen is, of 05, the arm of the smallest FD
+# minus base plus its deviation over seeds (means over the worlds) among those whose P(Good) is
+# within .01 of the largest; of 06 the better by the same rule.
+# --------------------------------------------------------------------------------------------------
+
+FIVE = (0, 1, 2, 3, 4)
+RECIPE = [
+    Arm("last", "05", "--ema 0 --no-stratified-t", FIVE),
+    Arm("average", "05", "--ema 0.2 --no-stratified-t", FIVE),
+    Arm("stratified", "05", "--ema 0 --stratified-t", FIVE),
+    Arm("both", "05", "--ema 0.2 --stratified-t", FIVE),
+    Arm("both_lr3.5e-05", "05", "--ema 0.2 --stratified-t --lr 3.5e-5", FIVE),
+    Arm("ddpo_last", "06", "--ema 0", FIVE[:2]),
+    Arm("ddpo_average", "06", "--ema 0.2", FIVE[:2]),
+]
 
 # The curves: what is wrong in each, and what makes it so
 # -----------------------------------------------------
@@ -176,9 +197,30 @@ CLAIMS = {  # table: (claim, system, against, the metric that decides)
     ),
 }
 
+# Fresh worlds: what the claims above left open between Flow-DPO and DDPO, by three columns of the
+# paper. Two-sided, Holm over the three of each table. `equal` where the difference is less than
+# MARGIN of what DDPO gains on the base model, world by world, on the same metric and scale.
+# --------------------------------------------------------------------------------------------------
+
+MARGIN = 0.18  # the smaller of the paper's two extras: FD of Frieren
+FRESH_SEEDS = (0, 1, 2, 3)
+FRESH = [
+    Arm("flow_dpo", "05", seeds=FRESH_SEEDS),
+    Arm("no_human", "05", "--no-human", FRESH_SEEDS),
+    Arm("ddpo", "06", seeds=FRESH_SEEDS),
+    Arm("ddpo_16x4", "06", "--prompts 16 --group-size 4", FRESH_SEEDS),
+]
+FRESH_METRICS = ("is", "ib", "log_fd_twin")
+FRESH_CLAIMS = {  # the first two decide; the others say whether more prompts would help DDPO
+    "Flow-DPO against DDPO": ("flow_dpo", "ddpo"),
+    "... with equal information: no human pairs": ("no_human", "ddpo"),
+    "Flow-DPO against DDPO of 16 prompts": ("flow_dpo", "ddpo_16x4"),
+    "... with equal information: no human pairs, 16 prompts": ("no_human", "ddpo_16x4"),
+}
+
 # metric: (heading, which way is better, decimals, shown times)
 METRICS = {
-    "fd": ("FD", -1, 0, 1), "kl": ("KL", -1, 2, 1), "is": ("IS", 1, 2, 1), "ib": ("IB x100", 1, 1, 100),
+    "fd": ("FD", -1, 0, 1), "log_fd_twin": ("log FD, twin tagger", -1, 2, 1), "kl": ("KL", -1, 2, 1), "is": ("IS", 1, 2, 1), "ib": ("IB x100", 1, 1, 100),
     "clap": ("CLAP x100", 1, 1, 100), "desync_s": ("DeSync ms", -1, 0, 1000), "p_good": ("P(Good)", 1, 3, 1),
     "win_rate": ("wins", 1, 2, 1), "judge_semantic": ("judge: semantic", 1, 3, 1),
     "judge_sync_s": ("judge: sync ms", -1, 0, 1000), "judge_aesthetic": ("judge: aesthetic", 1, 3, 1),
@@ -340,17 +382,21 @@ def lines_of(world, folder, systems, split, guidance):
     results = lines(
         folder / ("07_results.jsonl" if split == "test" else f"07_results_{split}.jsonl")
     )
+    common = stage("common")
+    made_by = (common.record.commit(), common.digits.used()["cpu"])
     rows = []
     for out, (arm, seed) in systems.items():
         log = lines(folder / out / "log.jsonl") if arm.stage else []
         budget = log[-1]["forwards"] if log else 0
+        cpu_s = training_cost(folder, out) if arm.stage else all_costs(folder)
         found = [(row["metric"], row["value"], row["n"]) for row in results if row["system"] == out]
         if guidance is None:
             for key, value in known_of(folder, out, arm, log).items():
                 found.append((key, value, 0))
         for metric, value, n in found:
             if value is not None:
-                rows.append((world.name, arm.label, seed, budget, metric, value, n))
+                key = (world.name, arm.label, seed, budget, metric)
+                rows.append((*key, f"{value:.6g}", n, *made_by, f"{cpu_s:.1f}"))
     return rows
 
 
@@ -376,6 +422,11 @@ def training_cost(folder, out):
         if f"--out {out} " in f"{row['command']} ":
             total += row["cpu_s"]
     return total
+
+
+def all_costs(folder):
+    """CPU seconds of all finished commands of a world."""
+    return sum(row["cpu_s"] for row in lines(folder / "commands.jsonl"))
 
 
 def world_costs(folder):
@@ -413,7 +464,7 @@ def norm_wrong(folder, out, count=128):
     model.load_policy(folder / out / "policy.pt")
     pairs = common.rows.read(folder / "04_stage1.jsonl", common.rows.SplitPair)[:count]
     a_0, features = stage_05.load_pairs(pairs, shards)
-    args = argparse.Namespace(seed=settings["seed"], global_batch=len(pairs))
+    args = argparse.Namespace(seed=settings["seed"], global_batch=len(pairs), stratified_t=False)
     t, eps = stage_05.draw_t_and_noise(0, model, args)
     with torch.no_grad():
         ref_err_w, ref_err_l = stage_05.pair_errors(reference, features, a_0, eps, t)
@@ -513,14 +564,17 @@ def keys_of(path):
 
 def append(path, rows):
     known = keys_of(path)  # ground truth and base recur
-    new = not path.exists()
+    columns = COLUMNS
+    if path.exists():
+        with open(path, encoding="utf-8", newline="") as stream:
+            columns = next(csv.reader(stream))  # an older file has fewer
     with open(path, "a", encoding="utf-8", newline="") as stream:
         out = csv.writer(stream, lineterminator="\n")
-        if new:
-            out.writerow(COLUMNS)
-        for world, arm, seed, budget, metric, value, n in rows:
-            if (world, arm, seed) not in known:
-                out.writerow((world, arm, seed, budget, metric, f"{value:.6g}", n))
+        if stream.tell() == 0:
+            out.writerow(columns)
+        for row in rows:
+            if row[:3] not in known:
+                out.writerow(row[: len(columns)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -539,6 +593,8 @@ class Results:
             world, _, other = row["world"].partition(" ")
             arm = f"{row['arm']}, {other}" if other else row["arm"]
             self.each[arm, row["metric"]][world].append(row["value"])
+            if row["metric"] == "fd_twin":
+                self.each[arm, "log_fd_twin"][world].append(float(np.log(row["value"])))
         self.mean = {}
         for key, worlds in self.each.items():
             self.mean[key] = {world: float(np.mean(values)) for world, values in worlds.items()}
@@ -611,6 +667,49 @@ def claim_table(results, claims):
             [text, f"{system} - {against}", difference, f"{agree}/{len(gaps)}", f"{p:.3f}", verdict]
         )
     return table(["claim", "difference", "by", "worlds of this sign", "p (Holm)", "verdict"], rows)
+
+
+def fresh_table(results, system, against):
+    """A row for each of FRESH_METRICS: the difference, p after Holm, whether one is ahead or both
+    are equal within MARGIN; deviations between worlds, of their means, and between seeds."""
+    gaps = [results.gaps(system, against, metric) for metric in FRESH_METRICS]
+    adjusted = holm([interval(gap)[2] for gap in gaps])
+    rows = []
+    for metric, gap, p in zip(FRESH_METRICS, gaps, adjusted):
+        mean, half, _ = interval(gap)
+        gained = results.gaps(against, "base", metric)
+        equal = is_equal(gap, gained)
+        verdict = f"{system if mean * METRICS[metric][1] > 0 else against} ahead"
+        if p > 0.05:
+            verdict = "not decided"
+        if equal <= 0.05:
+            verdict += f", equal within {MARGIN:.0%}"
+        seeds = [spread(results, arm, metric) for arm in (system, against)]
+        rows.append(
+            [
+                heading(metric),
+                shown(metric, mean, half),
+                f"{p:.3f}",
+                shown(metric, MARGIN * abs(gained.mean()), sign=""),
+                f"{equal:.3f}",
+                verdict,
+                shown(metric, gap.std(ddof=1), sign=""),
+                ", ".join(shown(metric, deviation, sign="") for deviation in seeds),
+            ]
+        )
+    head = [f"{system} - {against}", "difference", "p (Holm)", "margin", "p (equal)", "verdict"]
+    return table([*head, "SD between worlds", "SD between seeds, of each"], rows)
+
+
+def is_equal(gaps, gained):
+    """The larger p of two one-sided t tests over worlds, that a difference is neither MARGIN of a
+    gain above 0 nor as much below."""
+    margin = MARGIN * gained * np.sign(gained.mean())
+    p_values = []
+    for inside in (margin - gaps, margin + gaps):
+        mean, _, p = interval(inside)
+        p_values.append(p / 2 if mean > 0 else 1 - p / 2)
+    return max(p_values)
 
 
 def mean_and_half(metric, values, sign="+"):
@@ -726,6 +825,18 @@ def tell_pilot(args, results):
     print("World 0 alone: minus base, with the deviation over training seeds\n")
     print(table(["", *head[1:], *LOGGED_CELLS], alone))
     draw_pilot(args, results)
+
+
+def tell_fresh(args, results):
+    for text, (system, against) in FRESH_CLAIMS.items():
+        print(f"{text}\n\n{fresh_table(results, system, against)}\n")
+    print(difference_table(results, [arm.name for arm in FRESH]))
+
+
+def tell_recipe(args, results):
+    head, base = head_and_base(results)
+    base += [""] * len(LOGGED_CELLS)
+    print(table([*head, *LOGGED_CELLS], [base, *pilot_rows(results, RECIPE)]))
 
 
 def tell_explored(args, results):
@@ -1016,7 +1127,9 @@ class Study(NamedTuple):
 
 STUDIES = {
     "pilot": Study(PILOT, "val", tell_pilot, "pilot.csv"),
+    "recipe": Study({World(seed): RECIPE for seed in range(4)}, "val", tell_recipe, "recipe.csv"),
     "explore": Study(EXPLORED, "val", tell_explored, "explored.csv"),
+    "fresh": Study({World(seed): FRESH for seed in range(12, 24)}, "test", tell_fresh, "fresh.csv"),
     "claims": Study({World(seed): ARMS for seed in range(12)}, "test", tell_claims, "evidence.csv"),
 }
 

@@ -105,6 +105,14 @@ def training_flags(parser, out):
         default=0,
         help="rank of the matrices that are trained instead of the weights; 0: the weights",
     )
+    parser.paper.add_argument(
+        "--ema",
+        type=number(0, 0.28),
+        default=0.0,
+        metavar="WIDTH",
+        help="policy.pt holds an average of the weights over the last steps, this wide relative to "
+        "all steps, as .2; paper silent; 0: the last weights",
+    )
     compile_flag(parser)
 
 

@@ -4,6 +4,7 @@ What no stage would have written ends in one line that says which to run again. 
 Path.
 """
 
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -120,6 +121,15 @@ def numbers_to_rate(run_json):
     return numbers
 
 
+def drawn(train, settings):
+    """The train clips that stage 01 draws, in their order: at most --max-clips. settings: with seed
+    and max_clips."""
+    if len(train) <= settings.max_clips:
+        return train
+    places = random.Random(settings.seed).sample(range(len(train)), settings.max_clips)
+    return [train[i] for i in sorted(places)]
+
+
 def read_samples(run):
     """Every audio of stage 01 that may be mined: {clip: [FoundSample, ...]} in order of k.
 
@@ -128,24 +138,18 @@ def read_samples(run):
     """
     run_json = read_run(run)
     train = [clip.id for clip in rows.read(run / "clips.jsonl", rows.Clip) if clip.split == "train"]
-    drawn = min(len(train), run_json.max_clips)
     shards = shards_of(run)
-    samples = {clip: [] for clip in train}
-    unusable = 0  # clips whose video cannot be used
+    if not shards:
+        stop(f"{run / '01_samples'}: no generated audio; run 01_generate.py --run-dir {run} first")
+    wanted = drawn(train, run_json)
+    samples = {clip: [] for clip in wanted}
     for source, numbers in numbers_of(run_json).items():
-        skipped, told = read_source(run, shards, source, numbers, samples)
-        if source == MODEL:
-            unusable = skipped
-        else:
-            told += unusable
-        if numbers and shards and told != drawn:
-            stop(
-                f"{run / '01_samples'}: some of the {len(train)} train clips are not there; rerun "
-                f"{again(source)}"
-            )
+        skipped = read_source(run, shards, source, numbers, samples, wanted)
+        if source == MODEL:  # of these no source has an audio
+            wanted = [clip for clip in wanted if clip not in skipped]
     samples = {clip: audios for clip, audios in samples.items() if audios}
     if not samples:
-        stop(f"{run / '01_samples'}: no generated audio; run 01_generate.py --run-dir {run} first")
+        stop(f"{run / '01_samples'}: no audio; run 01_generate.py --run-dir {run} first")
     return samples
 
 
@@ -154,12 +158,7 @@ def read_to_rate(run):
     shards = shards_to_rate(run)
     samples = {clip.id: [] for clips in shards.values() for clip in clips}
     for source, numbers in numbers_to_rate(read_run(run)).items():
-        _, told = read_source(run, shards, source, numbers, samples)
-        if told != len(samples):
-            stop(
-                f"{run / '01_samples'}: some of the {len(samples)} clips to rate are not there; "
-                f"rerun {again(source)}"
-            )
+        read_source(run, shards, source, numbers, samples, wanted=list(samples))
     return {clip: audios for clip, audios in samples.items() if audios}
 
 
@@ -173,20 +172,23 @@ def again(source):
     )
 
 
-def read_source(run, shards, source, numbers, samples):
-    """Adds what a source's part of these shards holds to `samples`. Returns of how many clips it
-    says that there is none, and of how many it says anything."""
+def read_source(run, shards, source, numbers, samples, wanted):
+    """Adds what a source's part of these shards holds to `samples`. Of every clip that is wanted it
+    must hold audio, or why there is none; returns the clips of which it says so."""
     hint = f"; remove that shard and rerun {again(source)}"
-    lacking = 0
-    told = 0
+    skipped = set()
+    told = set()
     for shard in shards:
         file = run / "01_samples" / f"{shard_file(shard, source)}.jsonl"
-        skipped = rows.read_if_there(file.with_suffix(".skipped.jsonl"), rows.SkippedClip, hint)
+        without = rows.read_if_there(file.with_suffix(".skipped.jsonl"), rows.SkippedClip, hint)
         found = rows.read_if_there(file, FoundSample, hint)
         add_samples(samples, found, file, source, numbers, hint)
-        lacking += len(skipped)
-        told += len(skipped) + len({sample.clip for sample in found})
-    return lacking, told
+        skipped |= {row.clip for row in without}
+        told |= {sample.clip for sample in found}
+    for clip in wanted:
+        if numbers and clip not in told and clip not in skipped:
+            stop(f"{run / '01_samples'}: clip {clip} is not there; rerun {again(source)}")
+    return skipped
 
 
 def add_samples(samples, found, file, source, numbers, hint):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.utils.checkpoint
+from scipy.optimize import brentq
 from tqdm import tqdm
 
 from plumbing import digits, files, ranks, record, rows, speed
@@ -357,6 +358,30 @@ def take_step(optimizer, lr):
 
 
 # --------------------------------------------------------------------------------------------------
+# The average of the weights
+# --------------------------------------------------------------------------------------------------
+
+
+def averaging_power(width):
+    """gamma of the power-function average (arXiv 2312.02696, Sec. 3.1; MMAudio trains with it), in
+    which the weights after update i count as i^gamma. width: the deviation of those i relative to
+    the last one, above 0 to 0.28. The wider, the smaller gamma: 16.97 at .05, 1.83 at .2."""
+
+    def excess(gamma):
+        return (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) - width**2
+
+    return brentq(excess, 0, 1 / width)
+
+
+@torch.no_grad()
+def average_in(average, weights, update, power):
+    """Takes the weights after this update, counted from 1, into their average. average, weights:
+    dicts of float32 tensors, of the same names."""
+    share = 1 - (1 - 1 / update) ** (power + 1)
+    torch._foreach_lerp_(list(average.values()), list(weights.values()), share)
+
+
+# --------------------------------------------------------------------------------------------------
 # A training, step by step
 # --------------------------------------------------------------------------------------------------
 
@@ -382,6 +407,8 @@ class Trainer:
         self.args = args
         self.folder = stage.run / args.out
         self.made_from = stage.digest()
+        # Of the trained weights, which are the same in all processes: the first one's is enough.
+        self.average = copy.deepcopy(trained_state(model)) if args.ema and here.first else {}
         if args.gradient_checkpointing:
             checkpoint_blocks(model)
         self.optimizer = adamw(model, args.lr)
@@ -395,7 +422,7 @@ class Trainer:
         done = 0
         if file.exists():
             done = load_checkpoint(
-                file, self.model, self.optimizer, self.args.steps, self.made_from
+                file, self.model, self.optimizer, self.average, self.args.steps, self.made_from
             )
         if self.here.first:
             log = self.folder / "log.jsonl"
@@ -428,6 +455,9 @@ class Trainer:
         fields that are not known here."""
         if not self.here.first:
             return
+        if self.average:
+            power = averaging_power(self.args.ema)
+            average_in(self.average, trained_state(self.model), step + 1, power)
         row = self.row_type(
             step=step,
             **measured,
@@ -436,13 +466,16 @@ class Trainer:
         )
         rows.append(self.folder / "log.jsonl", row)
         if (step + 1) % self.save_every == 0 or step + 1 == self.args.steps:
-            save_checkpoint(self.folder, step + 1, self.model, self.optimizer, self.made_from)
+            save_checkpoint(
+                self.folder, step + 1, self.model, self.optimizer, self.average, self.made_from
+            )
 
     def save_policy(self, run_json, method):
         """policy.pt in the upstream's own format; policy.json, by which stage 07 knows whose it is.
         Those of a training that had ended before are left."""
         if self.done == self.args.steps and self.stage.is_sealed():
             return
+        self.model.load_state_dict(self.average, strict=False)  # where there is one
         merge_lora(self.model)
         file = self.folder / "policy.pt"
         files.save_pt(file, self.model.policy_state())
@@ -494,9 +527,9 @@ def trained_state(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(folder, step, model, optimizer, made_from):
+def save_checkpoint(folder, step, model, optimizer, average, made_from):
     """checkpoint.pt: everything that the next step depends on besides the settings and inputs,
-    whose digest is made_from."""
+    whose digest is made_from. average: of the trained weights, {} without --ema."""
     state = trained_state(model)
     # Every lora_B begins at zero, and until one moves LoRA adds nothing.
     lora = [value for name, value in state.items() if "lora_B" in name]
@@ -509,14 +542,15 @@ def save_checkpoint(folder, step, model, optimizer, made_from):
         "settings": made_from,
         "model": state,
         "optimizer": optimizer.state_dict(),
+        "average": average,
     }
     files.save_pt(folder / "checkpoint.pt", saved)
 
 
-def load_checkpoint(file, model, optimizer, steps, made_from):
-    """Returns its step."""
+def load_checkpoint(file, model, optimizer, average, steps, made_from):
+    """Fills in the weights, the optimizer's moments and the average. Returns its step."""
     advice = "remove it, or use another --out"
-    kinds = {"step": int, "settings": str, "model": dict, "optimizer": dict}
+    kinds = {"step": int, "settings": str, "model": dict, "optimizer": dict, "average": dict}
     state = files.load_pt(file, kinds, mmap=True)
     if state["settings"] != made_from or not 0 <= state["step"] <= steps:
         settings = file.with_name("settings.json")
@@ -525,6 +559,11 @@ def load_checkpoint(file, model, optimizer, steps, made_from):
     moments = state["optimizer"].get("state")
     if state["model"].keys() != trained_state(model).keys() or not fits_moments(moments, model):
         stop(f"{file}: {other}")
+    if average:
+        if state["average"].keys() != average.keys():
+            stop(f"{file}: {other}")
+        files.load_weights(model, model.state_dict() | state["average"], file, other)
+        average.update(copy.deepcopy(trained_state(model)))
     files.load_weights(model, model.state_dict() | state["model"], file, other)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     return state["step"]

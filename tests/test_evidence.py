@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import files_of, write
 
+MADE = ("abc", "a CPU", 1.5)  # by which commit, on what, in how many CPU seconds
+
 
 def test_the_interval_is_students_t_over_the_worlds():
     # mean 2, standard error 1 / sqrt(3); t(0.975, 2) = 4.302653: half width 2.484138; p = 2 P(T >
@@ -48,7 +50,7 @@ def results(tmp_path):
     rows = []
     for arm, by in more.items():
         for w in range(3):
-            rows += [(str(w), arm, 0, 0, x, 10 * w + by[w], 5) for x in evidence.METRICS]
+            rows += [(str(w), arm, 0, 0, x, 10 * w + by[w], 5, *MADE) for x in evidence.METRICS]
     evidence.append(tmp_path / "e.csv", rows)
     return evidence.Results(evidence.read(tmp_path / "e.csv"))
 
@@ -72,12 +74,45 @@ def test_a_claim_holds_only_by_its_one_metric_and_after_holm(results):
     assert "| 1/3 | 1.000 | not decided" in ddpo
 
 
+def test_a_difference_is_equal_where_it_is_surely_less_than_18_percent_of_the_gain():
+    gained = np.array([-100.0, -100.0, -100.0])  # FD: a margin of 18
+    # 18 - gaps and 18 + gaps: means 16 and 20, standard error 2 / sqrt(3); P(T_2 > 13.856) = .00258
+    assert evidence.is_equal(np.array([0.0, 2.0, 4.0]), gained) == pytest.approx(0.002584, abs=1e-5)
+    assert evidence.is_equal(np.array([17.0, 19.0, 21.0]), gained) > 0.5  # beyond it in the mean
+    assert evidence.is_equal(np.array([-30.0, 0.0, 30.0]), gained) > 0.05  # too few worlds
+
+
+def test_the_fresh_worlds_are_told_by_three_metrics_and_log_fd_is_of_every_training(tmp_path):
+    rows = []
+    for world in ("12", "13", "14"):
+        for arm, value in (("base", 8.0), ("flow_dpo", 4.0), ("ddpo", 2.0)):
+            for seed in (0, 1):
+                for metric in ("is", "ib", "fd_twin"):
+                    told = value * 4**seed + 0.01 * int(world)
+                    rows.append((world, arm, seed, 0, metric, told, 5, "abc", "a CPU", "1.5"))
+    evidence.append(tmp_path / "f.csv", rows)
+    results = evidence.Results(evidence.read(tmp_path / "f.csv"))
+    logs = [np.log(2 * 4**seed + 0.12) for seed in (0, 1)]
+    assert results.mean["ddpo", "log_fd_twin"]["12"] == pytest.approx(np.mean(logs))
+    lines = evidence.fresh_table(results, "flow_dpo", "ddpo").splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| IS ↑", "| IB x100 ↑", "| log FD, twin tagger ↓"
+    ]  # fmt: skip
+    assert "flow_dpo ahead" in lines[0] and "ddpo ahead" in lines[2]
+
+
 def test_what_the_csv_holds_is_kept_once(results, tmp_path):
     before = (tmp_path / "e.csv").read_text()
-    evidence.append(tmp_path / "e.csv", [("0", "base", 0, 0, "fd", 99, 5)])
+    evidence.append(tmp_path / "e.csv", [("0", "base", 0, 0, "fd", 99, 5, *MADE)])
     assert (tmp_path / "e.csv").read_text() == before
-    evidence.append(tmp_path / "e.csv", [("3", "base", 0, 0, "fd", 99, 5)])
-    assert (tmp_path / "e.csv").read_text() == before + "3,base,0,0,fd,99,5\n"
+    evidence.append(tmp_path / "e.csv", [("3", "base", 0, 0, "fd", 99, 5, *MADE)])
+    assert (tmp_path / "e.csv").read_text() == before + "3,base,0,0,fd,99,5,abc,a CPU,1.5\n"
+
+
+def test_an_older_csv_keeps_its_columns(tmp_path):
+    (tmp_path / "e.csv").write_text("world,arm,seed,budget,metric,value,n\n")
+    evidence.append(tmp_path / "e.csv", [("3", "base", 0, 0, "fd", 99, 5, *MADE)])
+    assert (tmp_path / "e.csv").read_text().splitlines()[1] == "3,base,0,0,fd,99,5"
 
 
 def test_a_share_of_easy_pairs_becomes_its_threshold(tmp_path):
@@ -92,6 +127,9 @@ def test_a_share_of_easy_pairs_becomes_its_threshold(tmp_path):
 
 
 def test_every_claim_is_of_arms_that_are_made_and_of_one_metric_that_is_judged():
+    fresh = {arm.name for arm in evidence.FRESH}
+    assert {arm for claim in evidence.FRESH_CLAIMS.values() for arm in claim} == fresh
+    assert {*evidence.FRESH_METRICS} <= {*evidence.METRICS}
     made = {arm.name for arm in evidence.ARMS} | {"base"}
     for claims in evidence.CLAIMS.values():
         for text, system, against, metric in claims:

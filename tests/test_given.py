@@ -188,7 +188,7 @@ def test_given_candidates_killed_or_damaged_are_made_again_and_the_end_is_equal(
         assert (place / "run.json").read_bytes() != begun
         with interrupted(media, "write_audio", count):
             call("01", place, *SMALL, *given)
-        assert "are not there; rerun 01_generate.py with --given" in refused("02", place)
+        assert "is not there; rerun 01_generate.py with --given" in refused("02", place)
         call("01", place, *SMALL, *given)
         assert files_of(place, "01", "run.json") == whole
     remove(fresh, "01_audio/train00001_3.wav", "01_samples/00002.noise.jsonl")
@@ -436,8 +436,6 @@ def test_clips_to_rate_that_a_kill_left_half_done_are_said_and_made(rated, refus
     run, flags, _ = rated
     with interrupted(media, "write_audio", 9):  # in the second source
         call("01", run, *flags)
-    assert "7 clips to rate are not there; rerun 01_generate.py with --given two" in refused(
-        "02", run
-    )
+    assert "is not there; rerun 01_generate.py with --given two" in refused("02", run)
     call("01", run, *flags)
     assert len(inputs.read_to_rate(run)) == 7

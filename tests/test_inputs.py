@@ -226,7 +226,11 @@ SHARD = {"latents": "tensor", "digests": "list", "features": "record", "crc32": 
 SHARD |= {"crc32/latents": "list", "features/frames": "tensor", "features/pooled": "tensor"}
 SHARD |= {"features/text": "tensor"}
 CHECKPOINT = {"step": "whole", "settings": "text", "model": "weights", "optimizer": "weights"}
-CHECKPOINT |= {"optimizer/state": "weights", "optimizer/state/0/exp_avg": "tensor"}
+CHECKPOINT |= {
+    "average": "weights",
+    "optimizer/state": "weights",
+    "optimizer/state/0/exp_avg": "tensor",
+}
 AUDIOSCORE = {"audioscore": "weights", "audioscore/p_y": "tensor", "audioscore/mean": "tensor"}
 BASE = dict(kind="text", vocabulary="list", net="weights", encoder="weights", codec="weights")
 SCORERS = dict(kind="text", vocabulary="list", clap="weights", panns="weights")

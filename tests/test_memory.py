@@ -28,7 +28,7 @@ from upstream_files import mmaudio_modules, random_state
 import common
 from common import ahead, files, rows, training
 
-LORA = ("--lora", 4, "--lr", 1e-3, "--steps", 8)
+LORA = ("--lora", 4, "--lr", 1e-3, "--steps", 8, "--ema", 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_merged_policy_is_the_base_plus_its_adapters_and_the_reference_the_b
     a_t = torch.randn(3, *base.latent_shape, generator=torch.Generator().manual_seed(0))
     features = shards.features(sorted(shards.shard_of_clip)[:3])
     given = a_t, torch.tensor([0.2, 0.5, 0.9]), features
-    model, state = copy.deepcopy(base), files.load_pt(tuned / "lora/checkpoint.pt")["model"]
+    model, state = copy.deepcopy(base), files.load_pt(tuned / "lora/checkpoint.pt")["average"]
     training.add_lora(model, 4, seed=0, bf16=False)
     reference = training.lora_reference(model)
     assert torch.equal(model(*given), base(*given))

@@ -503,11 +503,36 @@ def test_every_pair_is_seen_equally_often_and_in_its_stage():
 
 def test_t_and_noise_are_a_function_of_seed_and_step():
     draw, model = stage("05").draw_t_and_noise, GaussianFlow()
-    args = argparse.Namespace(seed=0, global_batch=3)
+    args = argparse.Namespace(seed=0, global_batch=3, stratified_t=False)
     t, eps = draw(7, model, args)
     assert t.shape == (3,) and eps.shape == (3, 4, 2) and ((t >= 0) & (t < 1)).all()
     assert torch.equal(draw(7, model, args)[1], eps)
     assert not torch.equal(draw(8, model, args)[1], eps)
+
+
+def test_stratified_times_fall_one_in_each_part_of_the_batch_and_anywhere_in_it():
+    args = argparse.Namespace(seed=0, global_batch=4, stratified_t=True)
+    t = torch.stack([stage("05").draw_t_and_noise(i, GaussianFlow(), args)[0] for i in range(2000)])
+    assert (t.sort(dim=1).values * 4).long().tolist() == [[0, 1, 2, 3]] * 2000
+    for pair in t.T:  # each pair's own is still U(0, 1): deviations of these are .0065 and .0058
+        assert pair.mean() == pytest.approx(1 / 2, abs=0.03)
+        assert pair.square().mean() == pytest.approx(1 / 3, abs=0.03)
+    between = torch.corrcoef(t.T)[0, 1]  # -1/3 (1 - 1/16) in theory
+    assert between == pytest.approx(-0.3125, abs=0.06)
+
+
+@pytest.mark.parametrize("width", [0.01, 0.05, 0.1, 0.2, 0.28])
+def test_an_average_is_as_wide_as_it_is_called(width):
+    steps = 20_000
+    average = {"step": torch.zeros(1, dtype=torch.float64)}
+    squares = {"step": torch.zeros(1, dtype=torch.float64)}
+    power = training.averaging_power(width)
+    for step in range(1, steps + 1):
+        at = torch.tensor([step / steps], dtype=torch.float64)
+        training.average_in(average, {"step": at}, step, power)
+        training.average_in(squares, {"step": at**2}, step, power)
+    deviation = (squares["step"] - average["step"] ** 2).sqrt()
+    assert deviation.item() == pytest.approx(width, rel=1e-3)
 
 
 def test_winner_and_loser_share_time_and_noise():
@@ -625,10 +650,10 @@ PAPER = {
     "03": dict(num_human_pairs=2000),
     "04": dict(threshold=0.7),
     "05": dict(beta=600, lr=5e-6, warmup=1000, steps=12_000, global_batch=8),
-    "06": dict(lr=5e-6, steps=12_000),
+    "06": dict(lr=5e-6, steps=12_000, ema=0),
     "07": dict(guidance=4.5),
 }
-PAPER["05"] |= dict(sft_weight=0, no_human=False, hard_first=False)
+PAPER["05"] |= dict(sft_weight=0, no_human=False, hard_first=False, ema=0, stratified_t=False)
 
 
 @pytest.mark.parametrize("number", PAPER)

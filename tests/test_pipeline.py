@@ -508,8 +508,8 @@ def test_missing_videos_of_the_toy_world_are_made_again_alike(run):
 
 
 @pytest.mark.parametrize("number, flags, how", [
-    ("05", ("--steps", 24, "--save-every", 3), signal.SIGKILL),
-    ("06", ("--steps", 12, "--save-every", 1), signal.SIGINT),
+    ("05", ("--steps", 24, "--save-every", 3, "--ema", 0.2), signal.SIGKILL),
+    ("06", ("--steps", 12, "--save-every", 1, "--ema", 0.2), signal.SIGINT),
 ])  # fmt: skip
 def test_resume_equals_uninterrupted(run, number, flags, how):
     call(number, run, "--out", "whole", *flags)
@@ -531,8 +531,30 @@ def test_resume_equals_uninterrupted(run, number, flags, how):
     assert log_of(run, "stopped") == log_of(run, "whole")
 
 
+@pytest.mark.parametrize("number, flags", [("05", ()), ("06", ("--updates", 1))])
+def test_with_ema_the_policy_is_the_average_of_the_weights_after_every_step(
+    run, number, flags, monkeypatch
+):
+    """Of width .28 gamma is .169344. Of four steps the first counts 4^-1.169344 = .197690."""
+    after = []
+    save = training.save_checkpoint
+
+    def keeping(folder, step, model, *others):
+        after.append({name: p.clone() for name, p in model.net.state_dict().items()})
+        save(folder, step, model, *others)
+
+    monkeypatch.setattr(training, "save_checkpoint", keeping)
+    call(number, run, "--out", "wide", "--steps", 4, "--ema", 0.28, "--save-every", 1, *flags)
+    averaged = weights(run, "wide")
+    for name, value in averaged.items():
+        shares = (0.197690, 0.246933, 0.269714, 0.285662)
+        mean = sum(share * state[name] for share, state in zip(shares, after, strict=True))
+        assert torch.allclose(value, mean, atol=1e-6)
+    assert largest_difference(averaged, after[-1]) > 1e-5
+
+
 @pytest.mark.parametrize("number, flags, names, steps", [
-    ("05", ("--steps", 20), ("loss", "gap_w", "gap_l"), 20),
+    ("05", ("--steps", 20, "--ema", 0.2), ("loss", "gap_w", "gap_l"), 20),
     # the first round: the second samples from weights that differ by rounding
     ("06", ("--steps", 4, "--lr", 3e-5), ("reward", "reward_std", "approx_kl"), 2),
 ])  # fmt: skip
@@ -698,10 +720,10 @@ def test_a_round_without_spread_changes_nothing_also_after_a_resume_and_on_two_r
     monkeypatch.setattr(stage("06").Reward, "__call__", spread_of_some)
     kept, save = {}, training.save_checkpoint
 
-    def keeping(folder, step, model, optimizer, made_from):
+    def keeping(folder, step, model, optimizer, *others):
         moments = [moment for state in optimizer.state.values() for moment in state.values()]
         kept[step] = [x.clone() for x in (*training.trained_state(model).values(), *moments)]
-        save(folder, step, model, optimizer, made_from)
+        save(folder, step, model, optimizer, *others)
 
     monkeypatch.setattr(training, "save_checkpoint", keeping)
     call("06", run, "--out", "whole", *flags)
@@ -960,7 +982,7 @@ def test_a_deleted_audio_or_shard_is_made_again_and_nothing_reads_less_or_anothe
     call("01", fresh, *SMALL)
     whole = files_of(fresh, "01")
     (fresh / "01_samples/00002.jsonl").write_text("")
-    assert "some of the 20 train clips are not there" in refused("02", fresh)
+    assert "is not there; rerun 01_generate.py" in refused("02", fresh)
     remove(fresh, "01_audio/train00001_1.wav", "01_samples/00001.pt", "01_samples/00003.jsonl")
     call("01", fresh, *SMALL)
     assert files_of(fresh, "01") == whole

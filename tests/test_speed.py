@@ -165,12 +165,12 @@ def test_channels_stay_last_in_weights_gradients_moments_copies_and_a_resumed_tr
 
     step()
     (tmp_path / "log.jsonl").touch()
-    training.save_checkpoint(tmp_path, 1, model, optimizer, "made from")
+    training.save_checkpoint(tmp_path, 1, model, optimizer, {}, "made from")
     step()
     after = {name: p.detach().clone() for name, p in model.named_parameters()}
     model, _ = twins(mmaudio)
     optimizer = torch.optim.AdamW(model.trainable_parameters())
-    training.load_checkpoint(tmp_path / "checkpoint.pt", model, optimizer, 2, "made from")
+    training.load_checkpoint(tmp_path / "checkpoint.pt", model, optimizer, {}, 2, "made from")
     step()
     assert all(torch.equal(p, after[name]) for name, p in model.named_parameters())
     rounded = training.frozen_copy(model, bf16=True)
