@@ -5,6 +5,8 @@ Run:
     python 02_fit_audioscore.py --run-dir runs/vgg # writes 02_to_rate.csv; rate it, then run again:
     python 02_fit_audioscore.py --run-dir runs/vgg --ratings ann.csv packs/rate_*.csv
     torchrun --standalone --nproc_per_node 8 02_fit_audioscore.py ...  # scoring, over the GPUs
+    python 02_fit_audioscore.py --run-dir runs/mine --audioscore runs/vgg/02_audioscore.pt
+                                                   # another run's, where nobody has rated
 
 The five scores of an audio (networks: adapters/scorers.py; the toy world's own: adapters/toy.py):
 
@@ -25,16 +27,20 @@ Reads:
                             not rated), rater; if known repeat (1: asked once more, to see how
                             steady the rater is), seconds, comment; k may be the name that an
                             audio was given by
+    --audioscore FILE       instead of ratings, another run's 02_audioscore.pt, whose scorers had
+                            the same weights; which audios people rated there is not known here, so
+                            that 03 mines all clips
 Writes:
     02_to_rate.csv          the audios of --num-rated-clips random train clips, and of all clips of
                             the split `rate`: clip, k, wav, video, caption, rating
     02_ratings.jsonl        the answers, validated
     02_scores/*.pt          what every scorer said, by block of 32 clips of that draw
     02_scores.jsonl         clip, k, the five scores (null where one does not apply), rating (of the
-                            majority, the worse of a tie)
+                            majority, the worse of a tie); with --audioscore none
     02_audioscore.pt        audioscore: the state dict of common.AudioScore (MLP, standardiser,
-                            marginal p(y)); heldout: p (n, 3) float32 and rating (n,) int64 of the
-                            cross-validated report
+                            marginal p(y)); weights: {scorer: digest of its files}; heldout: p
+                            (n, 3) float32 and rating (n,) int64 of the cross-validated report, not
+                            with --audioscore
 Takes: toy 20 s on 2 cores.
 """
 
@@ -69,6 +75,7 @@ def parse_args(argv=None):
     flag = parser.io.add_argument
     flag("--ratings", nargs="+", help="answers (.csv, .jsonl); else 02_ratings.jsonl")
     flag("--exclude-rater", nargs="+", action="extend", default=[], help="who does not count")
+    flag("--audioscore", metavar="FILE", help="another run's 02_audioscore.pt, instead of ratings")
     flag("--weights", default="weights", help="folder of downloaded files")
     flag("--redo", action="store_true", help="replace the outputs; what is scored stays")
     flag = parser.paper.add_argument
@@ -297,12 +304,65 @@ def write_scores(run, rated, scores, truth):
     rows.write(run / "02_scores.jsonl", lines)
 
 
+# --------------------------------------------------------------------------------------------------
+# Another run's AudioScore
+# --------------------------------------------------------------------------------------------------
+
+
+def take_audioscore(run, outputs, here, args):
+    """02_audioscore.pt from --audioscore FILE, and no ratings, after the proof that the scorers
+    here are those that it was fitted on."""
+    file = Path(args.audioscore)
+    if args.ratings or args.exclude_rater or here.part:
+        stop("--audioscore: not with --ratings, --exclude-rater or --part, since nothing is fitted")
+    if file.resolve() == (run / "02_audioscore.pt").resolve():
+        stop(f"--audioscore {file}: is this run's own; name another run's")
+    audioscore = AudioScore.load(file)
+    weights = weights_of(file)
+    scorers = common.scorers_of(run, args.weights)
+    ours = {name: scorers.digest(name) for name in scorers.of_audioscore}
+    for name in dict.fromkeys([*ours, *weights]):
+        fitted = weights.get(name, "absent")
+        found = ours.get(name, "absent")
+        if fitted != found:
+            stop(
+                f"{file}: fitted on other scorers, the weights of {name} are {fitted} there and "
+                f"{found} here; put those into {scorers.root}, or have audios of this run rated"
+            )
+    # Not from 01_samples: it serves whatever audio there is, also in a run without train clips.
+    with record.stage(run, "02", [], outputs, args.redo) as stage:
+        stage.claim({"audioscore": list(SCORES), "audioscore_file": files.digest(file)})
+        if here.first:
+            rows.write(run / "02_scores.jsonl", [])
+            taken = {"audioscore": audioscore.state_dict(), "weights": weights}
+            files.save_pt(run / "02_audioscore.pt", taken)
+    print(f"took {file}: the scorers' weights here are those that it was fitted on")
+    print("no held-out accuracy: no ratings of this run say how well it fits its audios")
+    print(f"wrote {run / '02_audioscore.pt'}")
+    following = "03_mine_pairs.py" if inputs.shards_of(run) else "07_evaluate.py"
+    print(f"next: python {following} --run-dir {run}")
+
+
+def weights_of(file):
+    """{scorer: digest of its files} that an AudioScore was fitted on."""
+    weights = files.load_pt(file).get("weights")
+    if isinstance(weights, dict) and all(isinstance(held, str) for held in weights.values()):
+        return weights
+    stop(
+        f"{file}: does not say which weights its scorers had, as those of older versions; run "
+        "02_fit_audioscore.py again there"
+    )
+
+
 def main(args):
     # -- setup
     here = ranks.setup(args.part)
     run = Path(args.run_dir)
     run_json = inputs.read_run(run)
     outputs = ["02_audioscore.pt", "02_scores.jsonl"]
+    if args.audioscore:
+        take_audioscore(run, outputs, here, args)
+        return
     with record.stage(run, "02", ["01_samples"], outputs, args.redo, part=here.part) as stage:
         samples = inputs.read_samples(run)
         clips = inputs.read_clips(run, "train") + inputs.read_clips(run, rows.TO_RATE)
@@ -361,7 +421,11 @@ def main(args):
 
         # -- save
         write_scores(run, shares, audioscore.five_scores(said), truth)
-        fitted = {"audioscore": audioscore.state_dict(), "heldout": {"p": p, "rating": truth}}
+        fitted = {
+            "audioscore": audioscore.state_dict(),
+            "weights": {name: scorers.digest(name) for name in scorers.of_audioscore},
+            "heldout": {"p": p, "rating": truth},
+        }
         files.save_pt(run / "02_audioscore.pt", fitted)
     print(f"wrote {run / '02_audioscore.pt'}")
     print(f"next: python 03_mine_pairs.py --run-dir {run}")

@@ -265,11 +265,14 @@ def draw_curve(axis, log, field, colour, line):
 
 def draw_audioscore(heldout, score_cs, threshold):
     """A figure: AudioScore on held-out clips, and score_c of the mined pairs. heldout: of
-    02_audioscore.pt, p (n, 3) and rating (n,)."""
+    02_audioscore.pt, p (n, 3) and rating (n,); None of another run's AudioScore."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    good = RATINGS.index("Good")
-    draw_calibration(left, heldout["p"][:, good].numpy(), heldout["rating"].numpy() == good)
+    if heldout is None:
+        left.set_visible(False)
+    else:
+        good = RATINGS.index("Good")
+        draw_calibration(left, heldout["p"][:, good].numpy(), heldout["rating"].numpy() == good)
     right.hist(score_cs, bins=30, color="#4a6fa5")
     right.axvline(threshold, color="#b3261e")
     right.set(xlabel="score_c (high = easy)", ylabel="pairs")
@@ -422,7 +425,7 @@ def figures_of(run, results, evaluated, logs):
     if logs:
         figures["training"] = picture(draw_training(logs))
     if (run / "02_audioscore.pt").exists() and (run / "04_settings.json").exists():
-        heldout = files.load_pt(run / "02_audioscore.pt", {"heldout": dict})["heldout"]
+        heldout = files.load_pt(run / "02_audioscore.pt", {"audioscore": dict}).get("heldout")
         pairs = rows.read(run / "04_stage1.jsonl", rows.SplitPair)
         pairs += rows.read(run / "04_stage2.jsonl", rows.SplitPair)
         mined = [pair.score_c for pair in pairs if pair.source == "auto"]

@@ -342,6 +342,10 @@ FLAGS = [  # stage, flags, what the line must name; of a whole run
     ("02", "--ratings {run}/nobody.jsonl", "/nobody.jsonl: no such file"),
     ("02", "--ratings {run}/01_samples", "/01_samples: no such file"),
     ("02", "--exclude-rater bob --redo", "--exclude-rater bob"),
+    ("02", "--audioscore {run}/none.pt", "/none.pt: no such file"),
+    ("02", "--audioscore {run}/02_audioscore.pt", "02_audioscore.pt: is this run's own"),
+    *[("02", f"--audioscore x.pt {other}", "--audioscore: not with --ratings")
+      for other in ("--ratings x.csv", "--exclude-rater bob", "--part 1/2")],
     ("03", "--exclude-rater bob --redo", "--exclude-rater bob"),
     ("02", "--exclude-rater simulated --redo", "at least 2"),
     ("03", "--choices {run}/03_to_choose.csv --redo", "no choice"),
@@ -387,6 +391,18 @@ CHANGED = [  # an input, a later stage, why it is refused, the stage to rerun
     ("03_human_choices.jsonl", "05", READ, "03_mine_pairs.py"),
     *[("02_ratings.jsonl", f"0{i}", READ, "02_fit_audioscore.py") for i in range(3, 8)],
 ]
+TAKEN = [  # an entry of another run's 02_audioscore.pt, what it is, what the line must name
+    (None, "", "cannot be read"), (None, "half", "cannot be read"),
+    ("audioscore", MISSING, "'audioscore' is missing"),
+    ("audioscore/p_y", MISSING, "is not an AudioScore"),
+    ("audioscore/mean", torch.full((5,), NAN), "not finite"),
+    ("audioscore/std", torch.ones(6), "is not an AudioScore"),
+    *[("weights", held, "does not say which weights its scorers had, as those of older versions")
+      for held in (MISSING, 7, ["toy"], {"toy": 7}, {"toy": torch.zeros(2, 2)})],
+    ("weights/toy", "0123456789abcdef", "the weights of toy are 0123456789abcdef there and"),
+    ("weights", {}, "the weights of toy are absent there and"),
+    ("weights/clap", "0123456789abcdef", "clap are 0123456789abcdef there and absent here"),
+]  # fmt: skip
 BLIND = [  # clip, a, b, choice, rater; what is wrong with it
     (("test00000", "base", "best", "a", "x"), "field 'b': 'best' is no system"),
     (("test09999", "base", "ddpo", "a", "x"), "answers of another run"),
@@ -418,6 +434,11 @@ def saved(file, value):
 
 def changed(file, field, value):
     return lambda run: change(run / file, field, value)
+
+
+def copied(file, to, field, value):
+    """A changed copy."""
+    return lambda run: (shutil.copy(run / file, run / to), change(run / to, field, value))
 
 
 def zeroed(file, start, end):
@@ -488,6 +509,11 @@ def scenes():
         yield number, OUT if number in ("05", "06") else (), edit, named
     yield from answers()
     yield from of_08()
+    for field, value, named in TAKEN:
+        flags = ("--audioscore", "{run}/other.pt", "--redo")
+        yield "02", flags, copied("02_audioscore.pt", "other.pt", field, value), ("other.pt", named)
+    edit = copied("02_audioscore.pt", "other.pt", "heldout", {})
+    yield "02", flags[:2], edit, ("02_settings.json", "audioscore_file=None, now", "use --redo")
     # models, policies, videos
     yield "07", ("--systems", "mine=05_mine"), never_finished, ("05_mine", "not finished")
     policy = "05_flow_dpo/policy.json"
