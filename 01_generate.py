@@ -85,6 +85,8 @@ def parse_args(argv=None):
     flag("--videos", help="folder of videos")
     flag("--cavp", help="Frieren only: folder of CAVP features, <id>.npz or <id>.npy")
     flag("--strict", action="store_true", help="stop at a video that cannot be used")
+    described = "check the list, its videos and the files of weights of all stages, and end"
+    flag("--dry-run", action="store_true", help=described)
     described = (
         "candidates that the model did not make: ground_truth, the clips' own sound, or NAME=DIR"
     )
@@ -818,8 +820,14 @@ def main(args):
         args.model = world.model
     given = files_given(args.given)
     check_flags(run, world, is_toy, given, args)
+    if args.dry_run:
+        if not is_toy:
+            gather_clips(args)
+        if common.print_all_missing(args.model, args.checkpoint, args.weights):
+            stop("files of weights are missing, see above; get them, then run the command again")
+        return
     if args.max_clips == 0:  # all that any stage will ask for, said at once
-        common.print_missing(args.weights, common.files_of(args.model, args.checkpoint))
+        common.print_all_missing(args.model, args.checkpoint, args.weights)
     checkpoint = args.checkpoint
     if is_toy and checkpoint is None:
         checkpoint = run / world.checkpoint

@@ -290,6 +290,12 @@ class FlowModel(nn.Module):
         """Names below --weights of all that the stages will read of this model."""
         return []
 
+    @classmethod
+    def missing_elsewhere(cls):
+        """A line on files that the stages will read from another folder and that are not there;
+        None where there are none."""
+        return None
+
     def read(self, clip, others=()):
         """What `encode` needs of a clip's files, a list of CPU tensors: decoded and made small
         here, where no GPU is used, in a process of its own (ahead.read_ahead).
@@ -498,17 +504,27 @@ def adapter_of(name):
     return importlib.import_module(ADAPTERS[family]).ADAPTER, variant
 
 
-def files_of(name, checkpoint):
-    """Names below --weights of all that the stages will read with this model."""
+def print_all_missing(name, checkpoint, weights):
+    """Every file that some stage will miss with this model, its size, and where it is to be had.
+    Returns whether there are any besides those of judges, which 07 reads only where it is asked."""
     adapter, variant = adapter_of(name)
     own = list(adapter.files(variant))
     if not own:  # the toy's lie in its run folder
-        return []
+        return False
     if checkpoint:
         own = own[1:]  # the first is the velocity network's
-    for scorer in ScorerSet(".", "real", "").classes.values():
-        own += scorer.files
-    return own
+    of_judges = []
+    scorers = ScorerSet(".", "real", "")
+    for scorer_name, scorer in scorers.classes.items():
+        if scorer_name in scorers.judges:
+            of_judges += scorer.files
+        else:
+            own += scorer.files
+    missing = print_missing(weights, own + of_judges)
+    elsewhere = adapter.missing_elsewhere()
+    if elsewhere:
+        print(elsewhere)
+    return elsewhere is not None or not set(missing) <= set(of_judges)
 
 
 def load_model(name, checkpoint=None, device="cpu", weights="weights"):

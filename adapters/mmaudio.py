@@ -40,6 +40,18 @@ class MMAudio(FlowModel):
             return [*own, "v1-16.pth", "best_netG.pt"]
         return [*own, "v1-44.pth", f"{VOCODER}/bigvgan_generator.pt", f"{VOCODER}/config.json"]
 
+    @classmethod
+    def missing_elsewhere(cls):
+        """CLIP, which upstream reads from the Hugging Face cache."""
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        for name in CLIP_FILES:
+            if not isinstance(try_to_load_from_cache(CLIP, name), str):
+                missing = f"{name} of MMAudio's CLIP (3.7 GiB) is missing"
+                fetch = f"run: hf download {CLIP} {' '.join(CLIP_FILES)}"
+                return f"{constants.HF_HUB_CACHE}: {missing}; {fetch}"
+        return None
+
     def __init__(self, variant, checkpoint, weights):
         super().__init__()
         names = self.files(variant)
@@ -157,15 +169,13 @@ class MMAudio(FlowModel):
         return torch.cat(latents)
 
     def load_encoders(self):
-        from huggingface_hub import constants, try_to_load_from_cache, utils
+        from huggingface_hub import constants, utils
 
         _, synchformer, *_ = self.files(self.variant)
         synchformer = weight_file(self.weights, synchformer)
-        for name in CLIP_FILES:
-            if not isinstance(try_to_load_from_cache(CLIP, name), str):
-                missing = f"{name} of MMAudio's CLIP (3.7 GiB) is missing"
-                fetch = f"run: hf download {CLIP} {' '.join(CLIP_FILES)}"
-                stop(f"{constants.HF_HUB_CACHE}: {missing}; {fetch}")
+        missing = self.missing_elsewhere()
+        if missing:
+            stop(missing)
         before = constants.HF_HUB_OFFLINE
         constants.HF_HUB_OFFLINE = True  # the files are here: ask the hub for nothing
         utils.reset_sessions()

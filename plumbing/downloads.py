@@ -53,7 +53,7 @@ def weight_row(name):
 
 def print_missing(weights, names):
     """The files among these that are not below --weights, with what docs/weights.md says of them,
-    and how much there is to download."""
+    and how much there is to download. Returns their names."""
     in_gb = {"kB": 1e-6, "KB": 1e-6, "MB": 1e-3, "GB": 1, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}
     missing = [name for name in dict.fromkeys(names) if not (Path(weights) / name).exists()]
     gb = 0.0
@@ -64,3 +64,4 @@ def print_missing(weights, names):
             gb += float(count) * in_gb[unit]
     if missing:
         print(f"missing below {weights}/: {len(missing)} files, {gb:.1f} GB in all")
+    return missing

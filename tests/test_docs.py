@@ -8,6 +8,7 @@ import functools
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -204,6 +205,132 @@ def test_every_flag_in_a_sentence_is_some_scripts_or_torchruns():
         spans = " ".join(re.findall(r"`[^`\n]+`", text))
         said = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", spans))
         assert said <= known, f"{page.name}: {said - known}"
+
+
+# The whole by one script
+
+SCRIPT = ROOT / "docs" / "run_vggsound.sh"
+# Stands for git, pip, python and torchrun: notes the command, and leaves what the script looks for.
+NOTE = """#!/bin/bash
+case "$*" in
+    -c*) exit "${PACKAGES_ARE_MISSING:-0}" ;;
+esac
+echo "${0##*/} $*" >> commands
+case "$*" in
+    clone*) mkdir -p "${@: -1}" ;;
+    "-m venv .venv") mkdir -p .venv/bin && touch .venv/bin/activate ;;
+    *--ratings*) touch runs/vgg/02_audioscore.pt ;;
+    *--choices*) touch runs/vgg/03_human_choices.jsonl ;;
+    *05_*) mkdir -p runs/vgg/05_flow_dpo && touch runs/vgg/05_flow_dpo/settings.json ;;
+esac
+[[ "$*" != *"$FAILS"* ]] || exit 2
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """docs/run_vggsound.sh in a folder of its own, called with variables of the environment; no
+    stage is run. Returns its exit code, its last line, and the commands that it gave."""
+    (tmp_path / "bin").mkdir()
+    for name in ("git", "pip", "python", "python3", "torchrun"):
+        (tmp_path / "bin" / name).write_text(NOTE)
+        (tmp_path / "bin" / name).chmod(0o755)
+    for folder in ("docs", "packs", "runs/vgg"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(SCRIPT, tmp_path / "docs")
+    path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+
+    def run_script(**variables):
+        (tmp_path / "commands").write_text("")
+        environment = {"PATH": path, "FAILS": "nothing", **variables}
+        options = dict(capture_output=True, text=True, env=environment)
+        done = subprocess.run(["bash", tmp_path / "docs" / SCRIPT.name], **options)
+        commands = (tmp_path / "commands").read_text().splitlines()
+        return done.returncode, ["", *done.stdout.splitlines()][-1], commands
+
+    run_script.folder = tmp_path
+    return run_script
+
+
+def stages_of(commands):
+    """The numbers of the stages; what 08 makes; `again` where outputs are replaced."""
+    said = []
+    for command in commands:
+        found = re.search(r"\b(0\d)_\w+\.py(?: (rate|choose)\b)?", command)
+        if found:
+            said.append(" ".join(filter(None, [*found.groups(), "--redo" in command and "again"])))
+    return said
+
+
+PREPARED = ["01", "01"]  # first --dry-run
+TRAINED = ["05", "06", "07", "08"]
+WITH_RATINGS = ["02 again", "03 again"]
+
+
+def test_the_script_is_bash():
+    assert subprocess.run(["bash", "-n", SCRIPT], capture_output=True).stderr == b""
+
+
+def test_the_script_stops_for_ratings_and_for_choices_and_goes_on_with_them(script):
+    code, line, commands = script()
+    assert code == 0 and stages_of(commands) == [*PREPARED, "02", "08 rate"]
+    assert "runs/vgg/08_rate answered, put what they save into packs/" in line
+    for name in ("rate_00001_ann.csv", "rate_00002_b b.csv"):
+        (script.folder / "packs" / name).touch()
+    code, line, commands = script()
+    assert code == 0 and stages_of(commands) == [*PREPARED, *WITH_RATINGS, "08 choose"]
+    assert "--ratings packs/rate_00001_ann.csv packs/rate_00002_b b.csv --redo" in commands[2]
+    assert "runs/vgg/08_choose answered, put what they save into packs/" in line
+    (script.folder / "packs/choose_00001_ann.csv").touch()
+    code, _, commands = script()
+    assert code == 0
+    assert stages_of(commands) == [*PREPARED, *WITH_RATINGS, "04 again", *TRAINED]
+    assert "--choices packs/choose_00001_ann.csv --redo" in commands[3]
+    code, _, commands = script()  # no answer that came later can void a training
+    assert code == 0 and stages_of(commands) == [*PREPARED, *TRAINED]
+
+
+def test_without_choices_the_script_trains_where_it_is_told_to(script):
+    (script.folder / "packs/rate_00001_ann.csv").touch()
+    code, _, commands = script(CHOOSE="no")
+    assert code == 0
+    assert stages_of(commands) == [*PREPARED, *WITH_RATINGS, "04 again", *TRAINED]
+    assert "--choices" not in " ".join(commands)
+
+
+@pytest.mark.parametrize("failing, count", [("--dry-run", 1), ("02_fit", 3), ("06_ddpo", 7)])
+def test_the_script_ends_where_a_stage_fails(script, failing, count):
+    (script.folder / "packs/rate_00001_ann.csv").touch()
+    code, _, commands = script(CHOOSE="no", FAILS=failing)
+    assert code == 2 and len(stages_of(commands)) == count and failing in commands[-1]
+
+
+def test_every_command_of_the_script_parses_with_further_flags(script):
+    for kind in ("rate", "choose"):
+        (script.folder / f"packs/{kind}_00001_ann.csv").touch()
+    more = {"FLAGS_01": "--max-clips 5000 --no-compile", "FLAGS_02": "--num-rated-clips 200"}
+    more |= {"FLAGS_03": "--num-human-pairs 200", "FLAGS_04": "--threshold 0.6"}
+    more |= {"FLAGS_05": "--steps 1200 --lora 16", "FLAGS_06": "--prompts 4"}
+    more["FLAGS_07"] = "--judge audiobox"
+    _, _, commands = script(GPUS="4", **more)
+    stages = [command.split() for command in commands if ".py" in command]
+    assert stages and [complaint(words) for words in stages] == [None] * len(stages)
+    for number, flags in more.items():
+        assert any(f" {number[-2:]}_" in command and flags in command for command in commands)
+    assert {words[3] for words in stages if words[0] == "torchrun"} == {"4"}
+
+
+def test_the_script_clones_and_installs_once_what_the_readme_names(script):
+    _, _, commands = script(PACKAGES_ARE_MISSING="1")
+    clones = [command.split()[-2] for command in commands if command.startswith("git clone")]
+    assert len(clones) == 3 and all(f"git clone {address}" in README for address in clones)
+    installed = [command.split() for command in commands if command.startswith("pip install")]
+    named = re.search(r"^    pip install -c .*", README, flags=re.M)[0].replace("./", "").split()
+    assert installed[0] == ["pip", "install", "-r", "requirements.txt"]
+    assert [word.rpartition("/")[2] for word in installed[1]] == named
+    assert commands.index("python3 -m venv .venv") < commands.index(" ".join(installed[0]))
+    _, _, commands = script()
+    assert not [command for command in commands if command.startswith(("git", "pip", "python3"))]
 
 
 # Tables

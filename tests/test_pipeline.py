@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -12,6 +13,7 @@ from collections import Counter
 
 import av
 import campaign
+import huggingface_hub
 import numpy as np
 import pytest
 import soundfile
@@ -354,6 +356,38 @@ def test_preparing_a_run_lists_the_missing_weights_of_all_stages_with_their_size
     said(out, "  Cnn14_mAP=0.431.pth", "  passt-s-f128")
     # 3.9, 1.2 GiB, 466 MiB; 0.95, 4.8, 2.4, 0.327, 0.324, 0.345, 0.4 GB
     said(out, "13 files, 15.5 GB in all")
+
+
+def test_a_rehearsal_of_01_stops_where_any_stage_lacks_weights_and_makes_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    make_video(tmp_path / "videos" / "a.mp4")
+    flags = ("--videos", tmp_path / "videos", "--weights", tmp_path / "weights", "--dry-run")
+    rehearsal = ("01", tmp_path / "run", "--model", "mmaudio:large_44k", *flags)
+    assert "weights are missing" in stopped(call, *rehearsal)
+    out = capsys.readouterr().out
+    said(out, "videos found: train 1 of 1", "13 files, 15.5 GB in all")
+    said(out, "open_clip_config.json of MMAudio's CLIP (3.7 GiB) is missing")
+    names = re.findall(r"^  (\S+) \(", out, flags=re.M)
+    names.remove("audiobox_aesthetics.pt")  # of a judge, whom 07 asks only when it is told to
+    assert len(names) == 12
+    files_there = [tmp_path / "weights" / name for name in names]
+    hub = tmp_path / "hub/models--apple--DFN5B-CLIP-ViT-H-14-384"
+    for name in ("open_clip_config.json", "open_clip_pytorch_model.bin"):
+        files_there.append(hub / "snapshots" / "0" / name)
+    files_there[0].parent.mkdir()
+    for file in files_there[1:]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (hub / "refs").mkdir()
+    (hub / "refs/main").write_text("0")
+    assert "weights are missing" in stopped(call, *rehearsal)
+    said(capsys.readouterr().out, "2 files, 4.6 GB in all\n")  # 3.9 GiB and 0.4 GB
+    files_there[0].touch()
+    call(*rehearsal)
+    said(capsys.readouterr().out, "1 files, 0.4 GB in all\n")
+    assert not (tmp_path / "run").exists()
 
 
 def seal_anew(run, name):

@@ -10,6 +10,8 @@ import io
 import math
 import os
 import shutil
+import subprocess
+import time
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,19 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import SYSTEMS, answer, call, read, read_json, said, write
+from conftest import (
+    ROOT,
+    SYSTEMS,
+    answer,
+    call,
+    interrupted,
+    read,
+    read_json,
+    remove,
+    said,
+    stage,
+    write,
+)
 from pretended_gpu import pretended_gpu
 from upstream_files import (
     film,
@@ -258,6 +272,88 @@ def test_frierens_generation_script_loads_the_policy_with_nothing_missing(
     assert "missing" not in printed and "unexpected" not in printed
     assert saved.keys() == model.state_dict().keys()
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+# The whole by one script
+
+# Stands for `python` and `torchrun`: has the test run a stage, and ends as that has ended.
+ASK = """#!/bin/bash
+if [ "$1" = -c ]; then exit 0; fi # the packages are there
+printf '%s\\n' "$@" > "$ASKED.new" && mv "$ASKED.new" "$ASKED"
+while [ -e "$ASKED" ]; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def script(mmaudio, weights, tmp_path):
+    """docs/run_vggsound.sh on a copy of the run in which nobody has answered and nothing is
+    trained: audios and scores are there, which saves minutes. Its stages run in this process, in
+    which networks are tiny. Called, it returns their numbers, and its own last line."""
+    shutil.copytree(mmaudio.run, tmp_path / "run")
+    made_since = ("02_*.*", "03_*.*", "04_*", "05_*", "06_*", "07_*.*", "07_*/flow*", "07_*/ddpo*")
+    remove(tmp_path / "run", *made_since, "08_*")
+    for name in ("python", "torchrun"):
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(ASK)
+        (tmp_path / "bin" / name).chmod(0o755)
+    copy = tmp_path / "docs/run_vggsound.sh"  # beside which no .venv is
+    copy.parent.mkdir()
+    shutil.copy(ROOT / "docs/run_vggsound.sh", copy)
+    source = mmaudio.run.parent
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "ASKED": str(tmp_path / "asked"),
+        "RUN": str(tmp_path / "run"), "ANSWERS": str(tmp_path / "packs"),
+        "CLIPS": str(source / "vggsound.csv"), "VIDEOS": str(source / "videos"),
+        "WEIGHTS": str(weights), "MODEL": "mmaudio:small_16k",
+        "FLAGS_01": "--num-samples 2 --sampling-steps 2", "FLAGS_02": "--num-rated-clips 2",
+        "FLAGS_05": "--steps 2 --global-batch 2 --warmup 1 --lr 1e-4 --save-every 1",
+        "FLAGS_06": "--steps 1 --prompts 1 --group-size 2 --sampling-steps 2 --updates 1",
+    }  # fmt: skip
+    asked = tmp_path / "asked"
+
+    def run_script():
+        stages = []
+        with open(tmp_path / "said", "w+") as said_there:
+            process = subprocess.Popen(["bash", copy], env=environment, stdout=said_there)
+            try:
+                while process.poll() is None:
+                    if asked.exists():
+                        words = asked.read_text().splitlines()
+                        (name,) = (word for word in words if word.endswith(".py"))
+                        module = stage(name[:2])
+                        module.main(module.parse_args(words[words.index(name) + 1 :]))
+                        stages.append(name[:2])
+                        asked.unlink()
+                    time.sleep(0.02)
+            finally:
+                process.kill()
+                asked.unlink(missing_ok=True)
+            said_there.seek(0)
+            assert process.wait() == 0
+            return stages, ["", *said_there][-1]
+
+    (tmp_path / "packs").mkdir()
+    run_script.run, run_script.packs = tmp_path / "run", tmp_path / "packs"
+    return run_script
+
+
+def test_one_script_goes_to_the_sheets_to_the_report_and_on_after_an_interruption(script):
+    stages, line = script()
+    assert stages == ["01", "01", "02", "08"] and f"put what they save into {script.packs}" in line
+    ratings = {0: "Good", 1: "Good", 2: "Medium", 3: "Bad"}
+    answer(script.run / "02_to_rate.csv", script.packs / "rate_a.csv", "rating", ratings)
+    stages, line = script()
+    assert stages == ["01", "01", "02", "03", "08"] and "08_choose" in line
+    answer(script.run / "03_to_choose.csv", script.packs / "choose_a.csv", "choice", {0: "b"})
+    with interrupted(common.training, "take_step", 2):
+        script()
+    assert len(read(script.run / "05_flow_dpo/log.jsonl")) == 1
+    stages, _ = script()
+    assert stages == ["01", "01", "05", "06", "07", "08"]
+    assert len(read(script.run / "05_flow_dpo/log.jsonl")) == 2
+    assert [pair["source"] for pair in read(script.run / "04_stage2.jsonl")].count("human") == 1
+    assert {system for system, _ in table(read(script.run / "07_results.jsonl"))} == {*SYSTEMS}
+    assert (script.run / "08_report.html").exists()
 
 
 # Results
