@@ -497,10 +497,7 @@ def adapter_of(name):
     """The class of a model, and its variant. name: `toy`, `mmaudio:<variant>` or `frieren`."""
     family, _, variant = name.partition(":")
     if family not in ADAPTERS:
-        stop(
-            f"--model {name}: unknown; choose toy, mmaudio:small_16k ... mmaudio:large_44k, or "
-            "frieren"
-        )
+        stop(f"--model {name}: unknown; choose one of {', '.join(ADAPTERS)}")
     return importlib.import_module(ADAPTERS[family]).ADAPTER, variant
 
 

@@ -2,6 +2,8 @@
 places."""
 
 import ast
+import importlib
+import math
 import re
 import sys
 import types
@@ -15,6 +17,7 @@ from conftest import (
     ROOT,
     SCORES,
     STAGES,
+    SYSTEMS,
     a_clip,
     call,
     close,
@@ -23,6 +26,7 @@ from conftest import (
     results,
     said,
     stopped,
+    weights,
 )
 
 import common
@@ -37,28 +41,55 @@ def modules(tmp_path, monkeypatch):
     (tmp_path / "own_backbone.py").write_text(BACKBONE)
     (tmp_path / "own_scorer.py").write_text(SCORER)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(common.ADAPTERS, "own", "own_backbone")
+    monkeypatch.setitem(common.ADAPTERS, "line", "own_backbone")
     monkeypatch.setitem(common.SCORERS, "toy", (*common.SCORERS["toy"], "own_scorer"))
     yield
     for name in ("own_backbone", "own_scorer"):
         sys.modules.pop(name, None)
 
 
-def test_stage_01_generates_with_a_backbone_of_ones_own(modules, tmp_path):
-    make_video(tmp_path / "videos" / "four.mp4", (64, 64), 25, 1.2)
-    files.save_pt(tmp_path / "own.pt", {"weight": torch.zeros(1, 1), "bias": torch.zeros(1)})
+def test_the_pages_backbone_turns_upstreams_time_and_sign_and_is_guided(modules, tmp_path):
+    # its velocity is upstream's time plus the red of the picture
+    state = {"embed.weight": [[1.0, 0.0, 0.0]], "embed.bias": [0.0], "empty": [0.0]}
+    state |= {"mix.weight": [[0.0, 1.0, 1.0]], "mix.bias": [0.0]}
+    files.save_pt(tmp_path / "line.pt", {name: torch.tensor(w) for name, w in state.items()})
+    make_video(tmp_path / "videos" / "a.mp4", (64, 64), 25, 2.2)
     flags = ("--videos", tmp_path / "videos", "--num-samples", 2)
-    model = ("--model", "own:quiet", "--checkpoint", tmp_path / "own.pt")
-    call("01", tmp_path / "run", *model, *flags)
-    rows = read(tmp_path / "run/01_samples/00000.jsonl")
+    call("01", tmp_path / "run", "--model", "line:x", "--checkpoint", tmp_path / "line.pt", *flags)
     shard = files.load_pt(tmp_path / "run/01_samples/00000.pt")
-    # u is 4.5 times the 4 letters, all the way from noise to data
-    for row, latent in zip(rows, shard["latents"]):
-        noise = torch.randn(50, 1, generator=torch.Generator().manual_seed(row["seed"]))
-        assert close(latent, noise - 18, LATENTS)
+    red = shard["features"]["colour"][0, :, :1].repeat_interleave(2, dim=0)
+    assert 0.3 < red.mean() < 0.7
+    for row, latent in zip(read(tmp_path / "run/01_samples/00000.jsonl"), shard["latents"]):
+        noise = torch.randn(100, 1, generator=torch.Generator().manual_seed(row["seed"]))
+        # of 25 steps the mean time is 0.48 from noise to data, 0.52 the other way
+        assert close(latent, noise + 0.48 + 4.5 * red, LATENTS)
         wave, rate = soundfile.read(tmp_path / "run" / row["wav"])
-        assert (len(wave), rate) == (8000, 8000)
-        assert wave[-1] == pytest.approx(0.01 * latent[-1, 0].item(), abs=1e-4)
+        assert (len(wave), rate) == (16_000, 8000)
+        assert wave[-1] == pytest.approx(0.1 * latent[-1, 0].item(), abs=1e-4)
+
+
+def test_every_stage_runs_on_the_pages_backbone_in_the_toy_world(modules, fresh, tmp_path):
+    torch.manual_seed(0)
+    net = importlib.import_module("own_backbone").Net()
+    files.save_pt(tmp_path / "line.pt", net.state_dict())
+    model = ("--model", "line:x", "--checkpoint", tmp_path / "line.pt")
+    call("01", fresh, *model, "--given", "ground_truth")
+    for number in ("02", "03", "04", "05", "06", "07"):
+        call(number, fresh)
+    assert read(fresh / "05_flow_dpo/log.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    before, after = net.state_dict(), weights(fresh, "05_flow_dpo")
+    assert after.keys() == before.keys()
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert kept == {"empty"}  # the null condition
+    assert {system for system, _ in results(fresh)} == set(SYSTEMS)
+
+
+def test_the_pages_codec_encodes_what_it_decodes(modules, tmp_path):
+    net = importlib.import_module("own_backbone").Net()
+    files.save_pt(tmp_path / "line.pt", net.state_dict())
+    model = common.load_model("line:x", tmp_path / "line.pt")
+    latents = torch.randn(2, 100, 1, generator=torch.Generator().manual_seed(0))
+    assert close(model.encode_audio(model.decode(latents)), latents, LATENTS)
 
 
 def test_stage_07_shows_the_metric_of_a_scorer_of_ones_own(modules, run, capsys):
