@@ -16,6 +16,7 @@ Writes, in --run-dir:
   00_truth.jsonl   id, class, hits_s (seconds): read only by people and judges
   00_base.pt       net (the velocity network), encoder, codec, vocabulary
   00_scorers.pt    imagebind, clap, synchformer, panns (state dicts), codec, vocabulary
+  00_twin.pt       tagger: a second one, outside AudioScore, read by stage 07 alone
   00_oracle.pt     the oracle's classifier; read only by people and oracle
   00_judge.pt      the second judge's: mean of each class and precision
   00_videos/*.mp4  64 x 64, 25 frames per second, 2 s, H.264 (yuv420p) and AAC
@@ -93,6 +94,7 @@ SIZES = {
         scorer=700,
         oracle=300,
         judge=300,
+        twin=300,
         processes=2,
         batch=64,
         encoder_steps=300,
@@ -108,6 +110,7 @@ SIZES = {
         scorer=32,
         oracle=48,
         judge=64,
+        twin=32,
         processes=0,
         batch=16,
         encoder_steps=120,
@@ -159,8 +162,8 @@ DEFAULTS["large"] = DEFAULTS["default"] | {
 
 # Those of `rows.SPLITS` become files; the others train networks. The place here is part of every
 # clip's seed.
-CORPORA = ("train", "val", "test", "pretrain", "scorer", "oracle", "judge")
-NETWORKS = ("00_base.pt", "00_scorers.pt", "00_oracle.pt", "00_judge.pt")
+CORPORA = ("train", "val", "test", "pretrain", "scorer", "oracle", "judge", "twin")
+NETWORKS = ("00_base.pt", "00_scorers.pt", "00_oracle.pt", "00_judge.pt", "00_twin.pt")
 
 
 def parse_args(argv=None):
@@ -228,7 +231,7 @@ def draw_script(seed, corpus, index):
             script.noise = 10 ** rng.uniform(-2.3, -1.5)
         if room_chance < 0.30:
             script.wet = rng.uniform(0.5, 0.9)
-    elif corpus in ("scorer", "oracle", "judge"):  # right, but in every acoustic condition
+    elif corpus in ("scorer", "oracle", "judge", "twin"):  # right, but in every acoustic condition
         if noise_chance < 0.5:
             script.noise = 10 ** rng.uniform(-3.2, -1.5)
         if room_chance < 0.5:
@@ -417,8 +420,9 @@ def write_clip(job):
 def corpus_clip(job):
     """Pool job: one clip that only trains networks. Returns a dict of arrays.
 
-    Of the judge's corpus: kind, wave (32000,). Of the oracle's: kind, mel (100, 64). Of all others
-    also: noisiness (0 to 1), moments (50, 10), text (V,), strike (50,), 1 at a hit.
+    Of the judge's corpus: kind, wave (32000,). Of the oracle's: kind, mel (100, 64). Of the twin's
+    also: noisiness (0 to 1). Of all others also: moments (50, 10), text (V,), strike (50,), 1 at a
+    hit.
     """
     seed, corpus, index = job
     script = draw_script(seed, corpus, index)
@@ -430,13 +434,15 @@ def corpus_clip(job):
         return clip
     # `draw_script` draws noise between amplitudes of 10^-3.2 and 10^-1.5.
     noisiness = np.clip((np.log10(script.noise) + 3.2) / 1.7, 0, 1)
+    clip["noisiness"] = np.float32(noisiness)
+    if corpus == "twin":
+        return clip
     with tempfile.TemporaryDirectory() as folder:  # through H.264, as the stages see theirs
         path = Path(folder) / "clip.mp4"
         write_mp4(path, draw_picture(script))
         (frames,) = media.read_frames(path, [(FPS, frame_transform)], CLIP_S)
     from_hits_s = np.arange(FRAMES)[:, None] / FPS - script.hits_s
     strike = np.exp(-0.5 * (from_hits_s / 0.03) ** 2).max(axis=1)
-    clip["noisiness"] = np.float32(noisiness)
     clip["moments"] = picture_moments(frames).numpy()
     clip["text"] = words(script.caption).numpy()
     clip["strike"] = strike.astype(np.float32)
@@ -574,6 +580,13 @@ def tag_loss(tower, generator, mel, tags):
     return F.cross_entropy(tower(mel), tags)
 
 
+def doubtful_tags(clips):
+    """What a tagger is to say of clips, (N, 8): it is less sure of a noisy sound. Hard labels would
+    make it deaf to noise, and score_4 with it."""
+    doubt = 0.9 * clips["noisiness"][:, None]
+    return F.one_hot(clips["kind"], len(LABELS)) * (1 - doubt) + doubt / len(LABELS)
+
+
 def lag_loss(synchformer, generator, mel, moments, quiet):
     """Of a `SyncNet`, which is to say by how many frames each sound was made late."""
     most = SyncNet.LAGS
@@ -603,10 +616,7 @@ def train_scorers(run, clips, oracle_clips, codec, size, seed):
     text = clips["text"]
     kind = clips["kind"]
     quiet = mel.quantile(0.1, dim=1, keepdim=True)
-    # The tagger is less sure of a noisy sound: hard labels would make it deaf to noise, and score_4
-    # with it.
-    doubt = 0.9 * clips["noisiness"][:, None]
-    tags = F.one_hot(kind, len(LABELS)) * (1 - doubt) + doubt / len(LABELS)
+    tags = doubtful_tags(clips)
     captioned = text.any(1)
     oracle_mel = half_as_generated(oracle_clips["mel"], codec)
 
@@ -628,6 +638,15 @@ def train_scorers(run, clips, oracle_clips, codec, size, seed):
         state[name] = network.state_dict()
     files.save_pt(run / "00_scorers.pt", state)
     files.save_pt(run / "00_oracle.pt", {"kind": "toy oracle", "classifier": oracle.state_dict()})
+
+
+def train_twin(run, clips, codec, size, seed):
+    """The tagger's twin: the same network and task, other clips, another beginning."""
+    torch.manual_seed(seed + 3)
+    twin = AudioTower(len(LABELS))
+    data = (half_as_generated(clips["mel"], codec), doubtful_tags(clips))
+    fit("twin", twin, tag_loss, data, size["scorer_steps"], size["batch"], seed, bar_line=1)
+    files.save_pt(run / "00_twin.pt", {"kind": "toy twin", "tagger": twin.state_dict()})
 
 
 def train_judge(run, clips, codec):
@@ -720,6 +739,7 @@ def start_trainings(pool, run, size, seed):
     for_oracle = draw_corpus(pool, "oracle", size, seed)
     start(train_scorers, for_scorers, for_oracle, codec, size, seed)
     start(train_judge, draw_corpus(pool, "judge", size, seed), codec)
+    start(train_twin, draw_corpus(pool, "twin", size, seed), codec, size, seed)
     return trainings
 
 

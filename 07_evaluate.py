@@ -313,6 +313,8 @@ METRICS = {
     "desync_s": ShownMetric("DeSync s", "lower"),
     "p_good": ShownMetric("P(Good)"),
     "win_rate": ShownMetric("wins"),
+    "fd_twin": ShownMetric("FD by the twin", "lower", 2),
+    "is_twin": ShownMetric("IS by the twin", "higher", 2),
     "audiobox_pq": ShownMetric("audiobox PQ", "higher", 2),
     "audiobox_pc": ShownMetric("audiobox PC", "lower", 2),
     "audiobox_ce": ShownMetric("audiobox CE", "higher", 2),

@@ -640,7 +640,25 @@ class ToyScorer(Scorer):
         return None if sound.abs().max() <= SILENT_PEAK else sound
 
 
-SCORERS = {"toy": ToyScorer}
+class TwinScorer(Scorer):
+    """The tagger's twin: another training on other clips, and no part of AudioScore, as PaSST is
+    none of the paper's. `logits` (B, 8) and `embedding` (B, 64)."""
+
+    sample_rate_hz = RATE_HZ
+    files = ("00_twin.pt",)
+
+    def __init__(self, weights, device):
+        path = weight_file(weights, self.files[0])
+        state = files.load_pt(path, {"tagger": dict})
+        self.tagger = AudioTower(len(LABELS))
+        files.load_weights(self.tagger, state["tagger"], path, OTHER_VERSION)
+
+    def score(self, waves, clips, videos):
+        embedding = self.tagger.embedding(log_mel(waves))
+        return {"logits": self.tagger.classify(embedding), "embedding": embedding}
+
+
+SCORERS = {"toy": ToyScorer, "twin": TwinScorer}
 
 # Where AudioScore's five are said: {name: (scorer, tensor)}.
 AUDIOSCORE = {name: ("toy", name) for name in ("ib", "clap", "desync_s", "logits", "pesq")}
@@ -651,6 +669,8 @@ MEASURES = {
     "fd": ("fd", "toy", "embedding"),
     "kl": ("kl", "toy", "logits"),
     "is": ("is", "toy", "logits"),
+    "fd_twin": ("fd", "twin", "embedding"),
+    "is_twin": ("is", "twin", "logits"),
     "ib": ("mean", "toy", "ib"),
     "clap": ("mean", "toy", "clap"),
     "desync_s": ("mean", "toy", "desync_s"),

@@ -9,7 +9,8 @@ measures: what learns from them learns from it. The judge is for stage 07 alone:
 classifier, other measures, clips of its own.
 
 Rooms: the oracle measures how reverberant an audio is as `wet_db`, the judge as `late_db`; what is
-above a limit counts as reverberant, which stage 07 calls `aesthetic`.
+above a limit counts as reverberant, which stage 07 calls `aesthetic`. Both ask that the sound after
+a hit dies away: noise that stays and a faint late hit are no room.
 """
 
 import functools
@@ -116,17 +117,28 @@ def onsets_to_hits_s(onsets, hits):
     return 0.5 * (distance.min(0).mean() + distance.min(1).mean())
 
 
+def dies_away(stretches, seconds):
+    """Whether energy falls from each stretch to the next, which begins so many seconds later, by 20
+    dB a second or more. That of the world's rooms falls by 67."""
+    factor = 10 ** (20 * seconds / 10)
+    return all(early > factor * late for early, late in zip(stretches, stretches[1:]))
+
+
 def tail_energy(energy, onsets, floor):
     """Median energy 280 to 400 ms after an onset that no other follows within 420 ms, less the
-    floor; mean of these onsets, 0 without any: the audio counts as dry."""
+    floor, and 0 where it has not died away since 160 to 280 ms; mean of these onsets, 0 without
+    any: the audio counts as dry."""
     tails = []
     for onset, following in zip(onsets, np.append(onsets[1:], CLIP_S)):
         if following - onset < 0.42:
             continue
         frame = round(onset * FRAMES_PER_S)
-        tail = np.median(energy[frame + 14 : frame + 20])
+        before = energy[frame + 8 : frame + 14]
+        late = energy[frame + 14 : frame + 20]
+        tail = np.median(late)
         # What is no louder than three floors is a noisy floor's own ripple, no room.
-        tails.append(tail - floor if tail > 3 * floor else 0.0)
+        is_room = tail > 3 * floor and dies_away([before.mean() - floor, late.mean() - floor], 0.12)
+        tails.append(tail - floor if is_room else 0.0)
     return np.mean(tails) if tails else 0.0
 
 
@@ -243,7 +255,7 @@ def simulated_choices(run, comparisons, seed):
 SPAN = 512  # samples of a window, 32 ms
 STRIDE = 128  # samples from a window to the next, 8 ms
 BANDS = 20
-LATE_DB = -28.0  # reverberant above this; 5 % errors on the judge's own corpus
+LATE_DB = -29.0  # reverberant above this; 2 % errors on the judge's own corpus
 
 
 @functools.cache
@@ -301,7 +313,9 @@ def attack_shape(energy, attacks):
 
 
 def late_db(energy, attacks):
-    """Energy later than 272 ms after an attack over what came before, in dB, less the floor.
+    """Energy later than 288 ms after an attack over what came before, in dB, less the floor; none
+    where it does not die away: from as long a stretch before it to its first half, and on to its
+    second.
 
     Mean of the attacks that no other follows within 416 ms; -50 where nothing is left. The mirror
     of the oracle's `tail_energy`, in windows of 8 ms.
@@ -312,13 +326,15 @@ def late_db(energy, attacks):
     for attack, following in zip(attacks, np.append(attacks[1:], len(total))):
         if following - attack < 52:  # 416 ms
             continue
-        tail_start = attack + 34  # 272 ms
+        tail_start = attack + 36  # 288 ms
         tail_end = min(following - 3, attack + 62)  # 496 ms, or 24 ms before the next rises
         early = total[attack:tail_start] - floor
         late = total[tail_start:tail_end] - floor
-        share = late.sum() / max(early.sum(), 1e-9)
+        half = len(late) // 2
+        stretches = [early[-half:].mean(), late[:half].mean(), late[half : 2 * half].mean()]
         # Less is the floor's own ripple.
-        shares.append(share if late.mean() > 0.3 * floor else 0.0)
+        is_room = late.mean() > 0.1 * floor and dies_away(stretches, half * STRIDE / RATE_HZ)
+        shares.append(late.sum() / max(early.sum(), 1e-9) if is_room else 0.0)
     return 10 * np.log10(max(np.mean(shares), 1e-5)) if shares else -50.0
 
 

@@ -222,7 +222,8 @@ FRESH_CLAIMS = {  # the first two decide; the others say whether more prompts wo
 METRICS = {
     "fd": ("FD", -1, 0, 1), "log_fd_twin": ("log FD, twin tagger", -1, 2, 1), "kl": ("KL", -1, 2, 1), "is": ("IS", 1, 2, 1), "ib": ("IB x100", 1, 1, 100),
     "clap": ("CLAP x100", 1, 1, 100), "desync_s": ("DeSync ms", -1, 0, 1000), "p_good": ("P(Good)", 1, 3, 1),
-    "win_rate": ("wins", 1, 2, 1), "judge_semantic": ("judge: semantic", 1, 3, 1),
+    "win_rate": ("wins", 1, 2, 1), "fd_twin": ("FD by the twin", -1, 0, 1),
+    "is_twin": ("IS by the twin", 1, 2, 1), "judge_semantic": ("judge: semantic", 1, 3, 1),
     "judge_sync_s": ("judge: sync ms", -1, 0, 1000), "judge_aesthetic": ("judge: aesthetic", 1, 3, 1),
     "oracle_semantic": ("oracle: semantic", 1, 3, 1), "oracle_sync_s": ("oracle: sync ms", -1, 0, 1000),
     "oracle_floor_db": ("oracle: floor dB", -1, 1, 1), "oracle_aesthetic": ("oracle: aesthetic", 1, 3, 1),

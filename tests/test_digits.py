@@ -68,7 +68,7 @@ def test_a_tiny_world_up_to_audioscore_has_the_same_bytes_on_a_pretended_avx2_ma
     for number in ("00", "01", "02"):
         size = ("--size", "tiny") if number == "00" else ()
         shell(sys.executable, STAGES[number].name, *arguments(run, *size), **PRETENDED_AVX2)
-    names = ["00_base", "00_scorers", "00_oracle", "clips", "01_samples", "01_audio"]
+    names = ["00_base", "00_scorers", "00_oracle", "00_twin", "clips", "01_samples", "01_audio"]
     names += ["02_ratings", "02_scores.jsonl", "02_audioscore"]
     assert files_of(run, *names) == files_of(finished, *names)
     # their keys hold the times of the videos' files

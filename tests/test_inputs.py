@@ -277,6 +277,7 @@ FILES = {
     "00_base.pt": ("05", OUT, BASE),
     "00_scorers.pt": ("06", OUT, SCORERS),
     "00_oracle.pt": ("02", (), {"classifier": "weights"}, "02_ratings.jsonl"),
+    "00_twin.pt": ("07", (), {"tagger": "weights"}),
 }
 NEW = {  # a file that a whole run lacks: what it is made from
     "01_samples/00000.skipped.jsonl": [dict(clip="train00000", reason="too short")] * 2,

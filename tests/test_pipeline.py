@@ -83,7 +83,7 @@ TYPES = {
 }
 TYPES |= {f"{x}/policy.json": rows.Policy for x in ("05_flow_dpo", "06_ddpo")}
 TYPES |= {f"{x}/settings.json": rows.Record for x in ("05_flow_dpo", "06_ddpo")}
-UNTYPED = """00_base.pt 00_scorers.pt 00_oracle.pt 00_videos 01_samples/00000.pt 01_audio
+UNTYPED = """00_base.pt 00_scorers.pt 00_oracle.pt 00_twin.pt 00_videos 01_samples/00000.pt 01_audio
 02_to_rate.csv 02_audioscore.pt 03_to_choose.csv 02_scores/00000.toy.pt 03_scores/00000.toy.pt
 03_scores/00000.toy_video.pt 07_clips/test_00000.toy_video.pt 07_clips/test_00000.features_video.pt
 07_scores/base/test_00000.toy.pt 05_flow_dpo/policy.pt 05_flow_dpo/checkpoint.pt 06_ddpo/policy.pt
@@ -801,8 +801,8 @@ def test_memory_savers_do_not_change_the_result(run, number, flags, within):
         assert [row[key] for row in saved] == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
-def test_no_stage_from_01_to_06_reads_the_truth_or_the_oracle(fresh, finished, tmp_path):
-    remove(fresh, "00_truth.jsonl", "00_oracle.pt")
+def test_no_stage_from_01_to_06_reads_truth_oracle_or_twin(fresh, finished, tmp_path):
+    remove(fresh, "00_truth.jsonl", "00_oracle.pt", "00_twin.pt")
     for name in ("02_ratings.jsonl", "03_human_choices.jsonl"):
         shutil.copy(finished / name, tmp_path / name)
     call("01", fresh)

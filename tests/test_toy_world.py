@@ -1,4 +1,4 @@
-"""The toy world by itself: its vocoder, its judge."""
+"""The toy world by itself: its vocoder, its corpora, its judge."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import torch
 import torchaudio
 from conftest import a_clip, stage
 
+import common
 from adapters import toy, toy_people
 from common import media, rows
 
@@ -49,6 +50,79 @@ def test_the_codec_keeps_what_the_oracle_measures():
 
     moved_s, moved_db, turned = np.abs(measured(decoded) - measured(waves)).mean(axis=1)
     assert moved_s < 0.015 and moved_db < 1.5 and turned < 0.1
+
+
+def test_every_network_is_trained_on_clips_of_its_own_and_the_twin_last(monkeypatch):
+    """What start_trainings hands to each training, a corpus's name standing for its clips."""
+    trained = {}
+    monkeypatch.setattr(world, "draw_corpus", lambda pool, corpus, size, seed: {"mel": corpus})
+    monkeypatch.setattr(world, "fit_codec", lambda mel: f"codec of {mel}")
+    for name in ("train_base", "train_scorers", "train_judge", "train_twin"):
+
+        def train(run, *given, name=name):
+            trained[name] = [x if isinstance(x, str) else x["mel"] for x in given if x]
+
+        monkeypatch.setattr(world, name, train)
+    world.start_trainings(None, None, {}, 0)
+    codec = "codec of pretrain"
+    assert list(trained.items()) == [
+        ("train_base", ["pretrain", codec]),
+        ("train_scorers", ["scorer", "oracle", codec]),
+        ("train_judge", ["judge", codec]),
+        ("train_twin", ["twin", codec]),
+    ]
+
+
+def test_no_clip_of_the_twins_is_one_of_the_scorers():
+    for seed in (0, 1):
+        drawn_hits = set()
+        for corpus in ("scorer", "twin"):
+            for i in range(300):
+                drawn_hits.add(tuple(world.draw_script(seed, corpus, i).hits_s))
+        assert len(drawn_hits) == 600
+
+
+def test_the_twin_is_asked_by_stage_07_alone_and_without_being_told_to():
+    scorers = common.ScorerSet(".", "toy", ".")
+    assert scorers.of_audioscore == ["toy"]
+    _, asked = stage("07").measures_asked(scorers, [])
+    assert asked == ["toy", "twin"]
+    assert scorers.tensors_of("twin") == {"embedding", "logits"}
+
+
+def test_energy_dies_away_where_it_falls_by_20_db_a_second():
+    # 2.4 dB in 0.12 s: a factor of 10 ** 0.24 = 1.738
+    assert toy_people.dies_away([1.0, 0.57], 0.12)
+    assert not toy_people.dies_away([1.0, 0.58], 0.12)
+    assert not toy_people.dies_away([1.0, 0.5, 0.5], 0.12)
+    assert not toy_people.dies_away([0.0, 0.0], 0.12)  # silence
+
+
+# A click of 5 ms at 0.5 s, and what follows it: amplitudes by seconds since the click.
+AFTER_A_CLICK = {
+    "nothing": (lambda t: 0 * t, False),
+    "a room, decaying by 67 dB a second": (lambda t: 0.1 * np.exp(-t / 0.13) * (t > 0), True),
+    "that in noise": (lambda t: 0.1 * np.exp(-t / 0.13) * (t > 0) + 0.001, True),
+    "noise throughout": (lambda t: 0.01 + 0 * t, False),
+    "noise that begins with it and stays": (lambda t: 0.01 * (t > 0), False),
+    "noise that swells": (lambda t: 0.04 * np.clip(t, 0, 1), False),
+    "a late hit, 22 dB less": (lambda t: 0.04 * ((t > 0.3) & (t < 0.36)), False),
+}
+
+
+@pytest.mark.parametrize("name", AFTER_A_CLICK)
+def test_a_decay_after_a_hit_is_a_room_and_noise_is_none(name):
+    amplitude, is_room = AFTER_A_CLICK[name]
+    rng = np.random.default_rng(0)
+    t = np.arange(toy.SAMPLES) / toy.RATE_HZ - 0.5
+    wave = 0.5 * ((t >= 0) & (t < 0.005)) + amplitude(t)
+    wave = torch.from_numpy(wave * rng.standard_normal(toy.SAMPLES)).float()
+    energy = toy_people.band_energy(wave)
+    _, _, wet_db = toy_people.measure(wave)
+    assert (
+        toy_people.late_db(energy, toy_people.find_attacks(energy)) > toy_people.LATE_DB
+    ) == is_room
+    assert (wet_db > toy_people.WET_DB) == is_room
 
 
 @pytest.fixture(scope="module")
