@@ -195,7 +195,8 @@ def simulated_ratings(run, audios, seed):
     audios: list of (clip line, k, wav path). A rating depends on (seed, clip, k) and the audio, not
     on the order.
     """
-    noise = inputs.read_run(run, rows.World).rater_noise  # 1: usual, 0: steady people
+    world = inputs.read_run(run, rows.World)
+    noise = world.rater_noise  # 1: usual, 0: steady people
     measured = ask_oracle(run, [(clip, path) for clip, _, path in audios])
     answers = []
     for (clip, k, _), said in zip(audios, measured):
@@ -211,11 +212,12 @@ def simulated_ratings(run, audios, seed):
             severity(sync_s, 0.06, 0.15),
             severity(floor_db, -42, -30),
         )
+        slight = max(0, sum(faults) - world.rater_overlooks)
         if max(faults) == 2:
             rating = "Bad"
-        elif sum(faults) == 0:  # about a third of the dry ones are not liked
+        elif slight == 0:  # about a third of the dry ones are not liked
             rating = "Medium" if wet_db < WET_DB and chance < 0.35 else "Good"
-        elif sum(faults) == 1:  # forgiven now and then where the room is clearly heard
+        elif slight == 1:  # forgiven now and then where the room is clearly heard
             rating = "Good" if wet_db > WET_DB + 4 and chance < 0.3 else "Medium"
         else:
             rating = "Medium"

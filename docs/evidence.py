@@ -6,6 +6,7 @@ Run:
     python docs/evidence.py explore            # val split, four worlds: budgets, guidance, noise, a second round, LoRA
     python docs/evidence.py recipe --size default      # val split, four worlds, five seeds: averaged weights, stratified t
     python docs/evidence.py claims             # test split, twelve worlds: Tables 1 and 2 in miniature
+    python docs/evidence.py asked              # val split, four worlds: the recording as a candidate, Eq. 5 as printed, mild raters
     python docs/evidence.py fresh              # test split, twelve other worlds, four seeds: Flow-DPO against DDPO
     python docs/evidence.py claims --worlds 0  # the tables and figures again, from the csv, in seconds
     python docs/evidence.py curves             # trainings of Flow-DPO, well and ill, for docs/curves.md
@@ -23,7 +24,7 @@ within a world, on the same clips and noise. The p values of one table are Holm'
 their number.
 
 Writes:
-    docs/evidence.csv, pilot.csv, recipe.csv, explored.csv, fresh.csv
+    docs/evidence.csv, pilot.csv, recipe.csv, explored.csv, asked.csv, fresh.csv
         every number, a world at a time: world, arm, seed, budget (rows through the network in training), metric, value,
         n (clips; 0: of the training); in newer ones the commit, the CPU, the CPU seconds of the training (base: of the
         world) too
@@ -60,6 +61,8 @@ class World(NamedTuple):
     seed: int
     noise: float = 1.0  # the simulated people's, times what it usually is
     round: int = 1  # 2: its base model is what Flow-DPO made of the plain world's
+    given: bool = False  # the clip's own sound is a sixth candidate
+    overlooks: int = 0  # slight faults that the simulated people overlook
 
     @property
     def name(self):
@@ -68,6 +71,10 @@ class World(NamedTuple):
             name += f" noise {self.noise:g}"
         if self.round == 2:
             name += " round 2"
+        if self.given:
+            name += " given"
+        if self.overlooks:
+            name += f" mild {self.overlooks}"
         return name
 
 
@@ -197,6 +204,14 @@ CLAIMS = {  # table: (claim, system, against, the metric that decides)
     ),
 }
 
+# What readers ask
+# --------------------------------------------------------------------------------------------------
+
+ASKED_ARMS = (FLOW_DPO, Arm("ddpo", "06"), Arm("printed", "05", "--printed-brackets"))
+ASKED = {World(w): ASKED_ARMS for w in range(4)}
+ASKED |= {World(w, given=True): ASKED_ARMS[:1] for w in range(4)}
+ASKED |= {World(w, overlooks=1): ASKED_ARMS[:2] for w in range(4)}
+
 # Fresh worlds: what the claims above left open between Flow-DPO and DDPO, by three columns of the
 # paper. Two-sided, Holm over the three of each table. `equal` where the difference is less than
 # MARGIN of what DDPO gains on the base model, world by world, on the same metric and scale.
@@ -305,7 +320,8 @@ def make_world(job):
     seed = f"--seed {world.seed}"
     steps = (  # a stage, a file that is there when it is done, its flags
         ("00", "run.json", f"{seed} --size {args.size}"),
-        ("01", "02_to_rate.csv", seed),  # which 02 writes first
+        # 02 writes this file first.
+        ("01", "02_to_rate.csv", f"{seed} --given ground_truth" if world.given else seed),
         ("02", "02_audioscore.pt", seed),
         ("03", "03_human_pairs.jsonl", seed),
         ("04", "04_settings.json", ""),
@@ -333,6 +349,7 @@ def copy_world(world, plain, folder):
                 shutil.copy(path, folder)
     run_json = json.loads((plain / "run.json").read_text())
     run_json["rater_noise"] = world.noise
+    run_json["rater_overlooks"] = world.overlooks
     if world.round == 2:
         files = stage("common").files
         base = folder / "00_base.pt"
@@ -440,11 +457,29 @@ def world_costs(folder):
         "pool_rated": len(lines(folder / "02_scores.jsonl")),
         "pool_forwards": 2 * steps * audios,
     }
+    costs |= spread_of_p(folder)
     for number in STAGES:
         costs[f"cpu_s_{number}"] = 0
     for row in lines(folder / "commands.jsonl"):
         costs[f"cpu_s_{row['command'][:2]}"] += row["cpu_s"]
     return costs
+
+
+def spread_of_p(folder):
+    """What AudioScore makes of the candidates: the largest P(Good), the share of which Good is the
+    most probable, and that of the clips whose best audio is also the least bad: where it is 1, the
+    two heads of Eq. 2 say the same."""
+    p_of = defaultdict(list)
+    for file in sorted((folder / "03_scores").glob("*.jsonl")):
+        for row in lines(file):
+            p_of[row["clip"]].append(row["p"])
+    every = np.concatenate([np.array(p) for p in p_of.values()])
+    alike = [np.argmax(p, axis=0)[0] == np.argmin(p, axis=0)[2] for p in p_of.values()]
+    return {
+        "p_good_largest": float(every[:, 0].max()),
+        "p_good_first": float((every.argmax(axis=1) == 0).mean()),
+        "best_is_least_bad": float(np.mean(alike)),
+    }
 
 
 def stage(name):
@@ -828,6 +863,25 @@ def tell_pilot(args, results):
     draw_pilot(args, results)
 
 
+def tell_asked(args, results):
+    head, base = head_and_base(results)
+    against_base = []
+    for other in ("", ", given", ", mild 1"):
+        for arm in ASKED_ARMS:
+            cells = minus_base(results, arm.name + other, f"base{other}")
+            if cells:
+                against_base.append([arm.name + other, *cells])
+    print(table(head, [base, *against_base]), "\n")
+    spread_rows = []
+    for other in ("", ", given", ", mild 1"):
+        row = [f"worlds{other}"]
+        for key in ("p_good_largest", "p_good_first", "best_is_least_bad"):
+            row.append(logged(results, f"base{other}", key))
+        spread_rows.append(row)
+    head = ["", "largest P(Good)", "Good most probable", "best is least bad, share of clips"]
+    print(table(head, spread_rows))
+
+
 def tell_fresh(args, results):
     for text, (system, against) in FRESH_CLAIMS.items():
         print(f"{text}\n\n{fresh_table(results, system, against)}\n")
@@ -1130,6 +1184,7 @@ STUDIES = {
     "pilot": Study(PILOT, "val", tell_pilot, "pilot.csv"),
     "recipe": Study({World(seed): RECIPE for seed in range(4)}, "val", tell_recipe, "recipe.csv"),
     "explore": Study(EXPLORED, "val", tell_explored, "explored.csv"),
+    "asked": Study(ASKED, "val", tell_asked, "asked.csv"),
     "fresh": Study({World(seed): FRESH for seed in range(12, 24)}, "test", tell_fresh, "fresh.csv"),
     "claims": Study({World(seed): ARMS for seed in range(12)}, "test", tell_claims, "evidence.csv"),
 }

@@ -91,10 +91,12 @@ class World(Defaults, kw_only=True, omit_defaults=True):
     # is the place in a list of their own.
     given: list[Name] = []
     given_to_rate: list[Name] = []
-    # The toy world alone: its size, its seed, its raters' noise as a factor.
+    # The toy world alone: its size, its seed, its raters' noise as a factor, and how many slight
+    # faults they overlook.
     size: Text | None = None
     world_seed: Index | None = None
     rater_noise: Number | None = None
+    rater_overlooks: Index = 0
 
 
 class Run(World, kw_only=True, omit_defaults=True):

@@ -7,7 +7,9 @@ import types
 import evidence
 import numpy as np
 import pytest
-from conftest import files_of, write
+from conftest import files_of, read, write
+
+import common
 
 MADE = ("abc", "a CPU", 1.5)  # by which commit, on what, in how many CPU seconds
 
@@ -48,9 +50,10 @@ def results(tmp_path):
     more = {"base": (0, 0, 0), "flow_dpo": (1, 1.2, 1.4), "ddpo": (-1, 1, 0)}
     more["no_human"] = (2, 2, 2)
     rows = []
+    metrics = [name for name in evidence.METRICS if "twin" not in name]
     for arm, by in more.items():
         for w in range(3):
-            rows += [(str(w), arm, 0, 0, x, 10 * w + by[w], 5, *MADE) for x in evidence.METRICS]
+            rows += [(str(w), arm, 0, 0, x, 10 * w + by[w], 5, *MADE) for x in metrics]
     evidence.append(tmp_path / "e.csv", rows)
     return evidence.Results(evidence.read(tmp_path / "e.csv"))
 
@@ -144,6 +147,7 @@ def test_what_another_noise_or_round_made_is_an_arm_of_its_world():
     assert results.gaps("flow_dpo, noise 3", "flow_dpo, round 2", "fd") == [3]
     assert evidence.World(0, 3.0).name == "0 noise 3"
     assert evidence.World(0, round=2).name == "0 round 2"
+    assert evidence.World(0, given=True, overlooks=1).name == "0 given mild 1"
 
 
 def test_a_world_is_judged_and_never_made_again(finished, tmp_path, monkeypatch):
@@ -176,6 +180,8 @@ def test_a_world_is_judged_and_never_made_again(finished, tmp_path, monkeypatch)
     value = {(row["world"], row["arm"], row["metric"]): row["value"] for row in rows}
     assert value["0", "base", "pool_audios"] == 5 * 20
     assert value["0", "base", "pool_forwards"] == 2 * 8 * 5 * 20
+    assert 0 < value["0", "base", "p_good_largest"] < 1
+    assert 0 <= value["0", "base", "best_is_least_bad"] <= 1
     assert value["0", "base", "cpu_s_01"] == 7.5 and value["0", "base", "pool_rated"] == 5 * 8
     first = pytest.approx(value["0", "flow_dpo", "fd"], rel=1e-4)
     assert value["0 round 2", "base", "fd"] == first != value["0", "base", "fd"]  # begins there
@@ -196,3 +202,10 @@ def test_a_world_is_judged_and_never_made_again(finished, tmp_path, monkeypatch)
     assert files_of(twin, "01_audio", "01_samples") == files_of(own, "01_audio", "01_samples")
     for scores in (own / "03_scores").glob("*.pt"):
         assert (twin / "03_scores" / scores.name).samefile(scores)  # nothing is scored twice
+    evidence.make_world((args, evidence.World(0, overlooks=1)))  # people who are easily pleased
+    rated = {}
+    for folder in (own, tmp_path / "tiny_0_mild_1"):
+        rated[folder.name] = [row["rating"] for row in read(folder / "02_ratings.jsonl")]
+    usual, mild = rated.values()
+    better = [common.RATINGS.index(a) - common.RATINGS.index(b) for a, b in zip(usual, mild)]
+    assert min(better) == 0 and mild.count("Good") > usual.count("Good")
