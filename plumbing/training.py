@@ -557,11 +557,11 @@ def load_checkpoint(file, model, optimizer, average, steps, made_from):
         stop(f"{file}: of another training than {settings}; {advice}")
     other = f"is not of this model; {advice}"
     moments = state["optimizer"].get("state")
-    if state["model"].keys() != trained_state(model).keys() or not fits_moments(moments, model):
+    names = trained_state(model).keys()
+    are_there = state["model"].keys() == names and fits_moments(moments, model)
+    if not are_there or state["average"].keys() not in (average.keys(), names):
         stop(f"{file}: {other}")
     if average:
-        if state["average"].keys() != average.keys():
-            stop(f"{file}: {other}")
         files.load_weights(model, model.state_dict() | state["average"], file, other)
         average.update(copy.deepcopy(trained_state(model)))
     files.load_weights(model, model.state_dict() | state["model"], file, other)

@@ -70,7 +70,7 @@ def test_it_is_the_other_runs_to_the_bit_and_no_accuracy_is_claimed(unrated, fin
 
 def test_every_clip_is_mined_by_it_and_nobody_is_asked_to_choose(unrated, finished):
     run, printed = unrated
-    said(printed["03"], f"clips: {TRAIN} in", "none of this run's own is rated")
+    said(printed["03"], f"clips: {TRAIN} in", "none of this run's own clips is rated")
     assert "rated by people" not in printed["03"] and cells(run / "03_to_choose.csv") == []
     samples = inputs.read_samples(run)
     scorers = common.scorers_of(run, "weights")
@@ -160,5 +160,5 @@ def test_own_ratings_may_take_its_place_and_rated_clips_are_then_not_mined(
     call("02", prepared, *own, "--redo")
     capsys.readouterr()
     call("03", prepared)
-    assert "2 rated by people" in capsys.readouterr().out
+    assert "2 are set aside, since people rated them" in capsys.readouterr().out
     record.follow(prepared, ["02_audioscore.pt"])
