@@ -71,7 +71,7 @@ def test_it_is_the_other_runs_to_the_bit_and_no_accuracy_is_claimed(unrated, fin
 def test_every_clip_is_mined_by_it_and_nobody_is_asked_to_choose(unrated, finished):
     run, printed = unrated
     said(printed["03"], f"clips: {TRAIN} in", "none of this run's own clips is rated")
-    assert "rated by people" not in printed["03"] and cells(run / "03_to_choose.csv") == []
+    assert "people rated" not in printed["03"] and cells(run / "03_to_choose.csv") == []
     samples = inputs.read_samples(run)
     scorers = common.scorers_of(run, "weights")
     blocks = inputs.shard_blocks(run, samples, inputs.read_clips(run, "train"))
