@@ -17,7 +17,8 @@ Writes, in <run>/<--out>:
     policy.pt        the tuned network in its upstream's own format, nothing else
     policy.json      model, digest of the base checkpoint, method, steps, commit of this code (null
                      outside of git), the CPU, and the kernels that were asked for (docs/toy.md)
-    checkpoint.pt    step, trained weights, optimizer: the same command resumes from here, exactly
+    checkpoint.pt    step, trained weights, optimizer, with --ema the average, which policy.pt then
+                     holds: the same command resumes from here, exactly
     log.jsonl        a line per step: rows.FlowDpoStep; `pair_loss` measures it
     settings.json    the settings that this folder was made with
 Takes: toy 20 s on 2 cores.
