@@ -44,34 +44,33 @@ def of_people(pair):
     return rows.SplitPair(pair.clip, pair.winner, pair.loser, 0.0, "human")
 
 
-def paper_threshold(mined):
-    """The threshold that makes Table 2's 81 % of these pairs easy, of as many digits as are
-    printed. mined: rows.SplitPair, at least one."""
-    score_c = torch.tensor([pair.score_c for pair in mined])
+def paper_threshold(score_c):
+    """The threshold that makes Table 2's 81 % of the pairs easy, of as many digits as are printed.
+    score_c: (n,) of the mined pairs, n at least 1."""
     return round(score_c.quantile(1 - PAPER_SHARES[0.7] / 100).clamp(min=0).item(), 3)
 
 
-def print_shares(mined, num_human):
+def print_shares(score_c, num_human):
     """Shares of easy pairs beside Table 2's, and a warning where winners are the worse audios.
-    mined: rows.SplitPair, at least one."""
-    score_c = torch.tensor([pair.score_c for pair in mined])
+    score_c: (n,) of the mined pairs, n at least 1."""
     for delta, paper in PAPER_SHARES.items():
         percent = 100 * (score_c > delta).double().mean().item()
-        of_all = percent * len(mined) / (len(mined) + num_human)
+        of_all = percent * len(score_c) / (len(score_c) + num_human)
         print(
             f"score_c above {delta}: {percent:.1f} % of the mined pairs, {of_all:.1f} % of all; "
             f"Table 2: {paper} %"
         )
-    threshold = paper_threshold(mined)
+    threshold = paper_threshold(score_c)
     print(f"  --threshold {threshold:.3f} would make 81 % of the mined pairs easy, as in the paper")
     # On pairs whose winner is the worse audio Flow-DPO learns what nobody wants, and its curves
     # look healthy.
     negative = int((score_c < 0).sum())
     if negative:
         print(
-            f"warning: {negative} of {len(mined)} mined pairs have a negative score_c: AudioScore "
-            "likes their winner less than their loser; 03 was given a negative --min-score-c, or "
-            "another program has exchanged them; rerun 03_mine_pairs.py --redo --min-score-c 0"
+            f"warning: {negative} of {len(score_c)} mined pairs have a negative score_c: "
+            "AudioScore likes their winner less than their loser; 03 was given a negative "
+            "--min-score-c, or another program has exchanged them; rerun 03_mine_pairs.py --redo "
+            "--min-score-c 0"
         )
 
 
@@ -95,15 +94,16 @@ def main(args):
         f"pairs: {len(mined) + len(human)} in; stage 1: {len(stage1)} easy; stage 2: "
         f"{len(stage2) - len(human)} hard + {len(human)} human"
     )
+    score_c = torch.tensor([pair.score_c for pair in mined])
     if mined:
-        print_shares(mined, len(human))
+        print_shares(score_c, len(human))
     if not stage1:
         print(
             f"stage 1 is empty: no score_c is above the threshold {args.threshold}, so 05 trains "
             "on stage 2 alone, without a curriculum"
         )
-        if mined and max(pair.score_c for pair in mined) > paper_threshold(mined):
-            flags = f"--redo --threshold {paper_threshold(mined):.3f}"
+        if mined and score_c.max() > paper_threshold(score_c):
+            flags = f"--redo --threshold {paper_threshold(score_c):.3f}"
             print("for 81 % of the mined pairs in stage 1, as in the paper:")
             print(f"      python 04_curriculum_split.py --run-dir {run} {flags}")
     print(f"next: python 05_train_flow_dpo.py --run-dir {run}")
