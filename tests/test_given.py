@@ -163,7 +163,7 @@ def test_adding_to_a_finished_run_leaves_the_models_shards_alone_and_later_stage
     assert seen.stat().st_mtime_ns == time  # the videos are not seen again
     said = capsys.readouterr().out
     for source, count in (("model", 100), ("noise", 20), ("ground_truth", 20)):
-        assert f"  {source}: {count} audios, wins " in said
+        assert f"  {source}: {count} audios, which win " in said
     assert "made with mine=all, now model; use --redo" in refused("03", run, "--mine", "model")
     call("03", run, "--mine", "model", "--redo")
     mined = read(run / "03_pairs.jsonl")
