@@ -319,6 +319,8 @@ def check_flags(run, world, is_toy, given, args):
         stop(f"--run-dir {run} is new: give --model (or run stage 00 first for the toy world)")
     if not is_toy and not args.videos:
         stop("--videos: name the videos' folder, also when you run a command again")
+    if args.checkpoint and not Path(args.checkpoint).is_file():
+        stop(f"--checkpoint {args.checkpoint}: no such file")
     if args.videos and not Path(args.videos).is_dir():
         stop(f"--videos {args.videos}: no such folder")
     if (args.cavp is None) == (args.model == "frieren"):
@@ -825,6 +827,7 @@ def main(args):
             gather_clips(args)
         if common.print_all_missing(args.model, args.checkpoint, args.weights):
             stop("files of weights are missing, see above; get them, then run the command again")
+        print("no file of weights is missing; run the command without --dry-run")
         return
     if args.max_clips == 0:  # all that any stage will ask for, said at once
         common.print_all_missing(args.model, args.checkpoint, args.weights)

@@ -546,7 +546,7 @@ def sheet_questions(run, mode):
             audios[column] = wav_of[line["clip"], k]
         questions.append(Question(line, audios))
     if not questions:
-        stop(f"{sheet}: asks nothing; run {mode.stage} --run-dir {run} again")
+        stop(f"{sheet}: asks nothing, and needs no answers; go on with the next stage")
     return questions
 
 

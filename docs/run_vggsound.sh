@@ -14,6 +14,7 @@
 #         FLAGS_05="--steps 1200 --warmup 100" FLAGS_06="--steps 1200" bash docs/run_vggsound.sh
 set -euo pipefail
 shopt -s nullglob
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # Relative paths are below this repository.
@@ -27,7 +28,7 @@ CHOOSE=${CHOOSE:-yes}      # no: do not wait for choices; without any, 05 trains
 GPUS=${GPUS:-gpu}          # their number, 1, 2, 4 or 8; gpu: as many as there are
 PYTHON=${PYTHON:-python3}  # 3.11 or 3.12; for .venv, which is made where packages are missing
 export UPSTREAM_DIR=${UPSTREAM_DIR:-$PWD/upstream}
-# FLAGS_01 to FLAGS_07: further flags of that stage
+# FLAGS_01 to FLAGS_07: further flags of that stage, but --out
 
 on_gpus() { # 01_generate.py FLAG...
     local more=FLAGS_${1:0:2}
@@ -52,6 +53,15 @@ if ! python -c "import mmaudio, iopath, omegaconf, msgspec, krippendorff, pesq" 
     source .venv/bin/activate
     pip install -r requirements.txt
     pip install -c requirements.txt "$UPSTREAM_DIR/MMAudio" timm ftfy regex iopath omegaconf
+fi
+
+# The 8 pairs of a step are divided over them.
+if [ "$GPUS" = gpu ]; then
+    GPUS=$(python -c "import torch; print(torch.cuda.device_count())")
+fi
+if [[ ! $GPUS =~ ^[1248]$ ]]; then
+    echo "GPUS=$GPUS: give 1, 2, 4 or 8" >&2
+    exit 2
 fi
 
 # Candidates
@@ -79,7 +89,8 @@ if [ ! -e "$RUN/05_flow_dpo/settings.json" ]; then
         choices=(--choices "${choices[@]}")
     fi
     on_gpus 03_mine_pairs.py "${choices[@]}" --redo
-    if [ ! -e "$RUN/03_human_choices.jsonl" ] && [ "$CHOOSE" = yes ]; then
+    asked=$(tail -n +2 "$RUN/03_to_choose.csv" | wc -l)
+    if [ ! -e "$RUN/03_human_choices.jsonl" ] && [ "$CHOOSE" = yes ] && ((asked > 0)); then
         python 08_listen.py choose --run-dir "$RUN"
         echo "Have the pages in $RUN/08_choose answered, put what they save into $ANSWERS/, then give this command" \
             "again; or, to train without human pairs, with CHOOSE=no."

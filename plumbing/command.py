@@ -111,7 +111,7 @@ def training_flags(parser, out):
         default=0.0,
         metavar="WIDTH",
         help="policy.pt holds an average of the weights over the last steps, this wide relative to "
-        "all steps, as .2; paper silent; 0: the last weights",
+        "all steps, to .28; paper silent; 0: the last weights",
     )
     compile_flag(parser)
 

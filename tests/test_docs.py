@@ -213,6 +213,7 @@ SCRIPT = ROOT / "docs" / "run_vggsound.sh"
 # Stands for git, pip, python and torchrun: notes the command, and leaves what the script looks for.
 NOTE = """#!/bin/bash
 case "$*" in
+    *device_count*) echo "${CARDS:-8}"; exit ;;
     -c*) exit "${PACKAGES_ARE_MISSING:-0}" ;;
 esac
 echo "${0##*/} $*" >> commands
@@ -220,6 +221,7 @@ case "$*" in
     clone*) mkdir -p "${@: -1}" ;;
     "-m venv .venv") mkdir -p .venv/bin && touch .venv/bin/activate ;;
     *--ratings*) touch runs/vgg/02_audioscore.pt ;;
+    *03_*) printf "clip\\n${QUESTIONS-train0\\n}" > runs/vgg/03_to_choose.csv ;;&
     *--choices*) touch runs/vgg/03_human_choices.jsonl ;;
     *05_*) mkdir -p runs/vgg/05_flow_dpo && touch runs/vgg/05_flow_dpo/settings.json ;;
 esac
@@ -243,10 +245,11 @@ def script(tmp_path):
     def run_script(**variables):
         (tmp_path / "commands").write_text("")
         environment = {"PATH": path, "FAILS": "nothing", **variables}
-        options = dict(capture_output=True, text=True, env=environment)
-        done = subprocess.run(["bash", tmp_path / "docs" / SCRIPT.name], **options)
+        options = dict(capture_output=True, text=True, env=environment, cwd=tmp_path)
+        done = subprocess.run(["bash", f"docs/{SCRIPT.name}"], **options)
         commands = (tmp_path / "commands").read_text().splitlines()
-        return done.returncode, ["", *done.stdout.splitlines()][-1], commands
+        printed = (done.stdout + done.stderr).splitlines()
+        return done.returncode, ["", *printed][-1], commands
 
     run_script.folder = tmp_path
     return run_script
@@ -296,6 +299,26 @@ def test_without_choices_the_script_trains_where_it_is_told_to(script):
     assert code == 0
     assert stages_of(commands) == [*PREPARED, *WITH_RATINGS, "04 again", *TRAINED]
     assert "--choices" not in " ".join(commands)
+
+
+def test_the_script_goes_on_where_nobody_is_asked_to_choose(script):
+    (script.folder / "packs/rate_00001_ann.csv").touch()
+    code, _, commands = script(QUESTIONS="")
+    assert code == 0 and stages_of(commands)[-4:] == TRAINED
+
+
+@pytest.mark.parametrize("variables", [{"GPUS": "3"}, {"CARDS": "6"}, {"CARDS": "0"}])
+def test_the_script_refuses_gpus_that_do_not_divide_a_step_before_it_computes(script, variables):
+    code, line, commands = script(**variables)
+    assert code == 2 and line == f"GPUS={[*variables.values()][0]}: give 1, 2, 4 or 8"
+    assert stages_of(commands) == []
+
+
+def test_the_script_finds_its_folder_whatever_cdpath_says(script, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "docs").mkdir()
+    code, _, commands = script(CDPATH=str(elsewhere))
+    assert code == 0 and stages_of(commands) == [*PREPARED, "02", "08 rate"]
 
 
 @pytest.mark.parametrize("failing, count", [("--dry-run", 1), ("02_fit", 3), ("06_ddpo", 7)])
