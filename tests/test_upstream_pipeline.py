@@ -302,7 +302,7 @@ def script(mmaudio, weights, tmp_path):
     source = mmaudio.run.parent
     environment = os.environ | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "ASKED": str(tmp_path / "asked"),
-        "RUN": str(tmp_path / "run"), "ANSWERS": str(tmp_path / "packs"),
+        "RUN": str(tmp_path / "run"), "ANSWERS": str(tmp_path / "packs"), "GPUS": "1",
         "CLIPS": str(source / "vggsound.csv"), "VIDEOS": str(source / "videos"),
         "WEIGHTS": str(weights), "MODEL": "mmaudio:small_16k",
         "FLAGS_01": "--num-samples 2 --sampling-steps 2", "FLAGS_02": "--num-rated-clips 2",
