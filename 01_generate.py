@@ -552,7 +552,7 @@ def generate(run, model, shards, todo, here, args):
 
 def sample_shards(run, model, shards, todo, encoded, bar, args):
     """encoded: an iterator of what `encode_all` yields."""
-    shard_of = {}  # {clip id: of the clips at work}
+    at_work = {}  # {clip id: its shard, the seeds of its audios}
 
     def batches():
         """Of clips of one shard, so that audios never depend on which shards were left to do."""
@@ -566,20 +566,19 @@ def sample_shards(run, model, shards, todo, encoded, bar, args):
                 continue
             to_sample = []
             for clip in shard.clips:
-                shard_of[clip.id] = shard
                 seeds = [common.seed_of(args.seed, clip.id, k) for k in range(args.num_samples)]
+                at_work[clip.id] = shard, seeds
                 to_sample.append((clip, shard.features[clip.id], seeds))
             for start in range(0, len(to_sample), size):
                 yield to_sample[start : start + size]
 
     sampler = rows.Sampler(steps=args.sampling_steps, guidance=args.guidance)
     for clip, latents, waves in common.sample_clips(model, batches(), sampler):
-        shard = shard_of.pop(clip.id)
-        for k in range(args.num_samples):
+        shard, seeds = at_work.pop(clip.id)
+        for k, seed in enumerate(seeds):
             wav = f"01_audio/{clip.id}_{k}.wav"
             written = media.write_audio(run / wav, waves[k], model.sample_rate_hz)
             written["finite"] = written["finite"] and bool(latents[k].isfinite().all())
-            seed = common.seed_of(args.seed, clip.id, k)
             row = len(shard.samples)
             about = {"clip": clip.id, "k": k, "seed": seed, "wav": wav, "row": row}
             shard.samples.append(rows.Sample(**about, **written))

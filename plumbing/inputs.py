@@ -183,8 +183,10 @@ def read_source(run, shards, source, numbers, samples, wanted):
         without = rows.read_if_there(file.with_suffix(".skipped.jsonl"), rows.SkippedClip, hint)
         found = rows.read_if_there(file, FoundSample, hint)
         add_samples(samples, found, file, source, numbers, hint)
-        skipped |= {row.clip for row in without}
-        told |= {sample.clip for sample in found}
+        for row in without:
+            skipped.add(row.clip)
+        for sample in found:
+            told.add(sample.clip)
     for clip in wanted:
         if numbers and clip not in told and clip not in skipped:
             stop(f"{run / '01_samples'}: clip {clip} is not there; rerun {again(source)}")
