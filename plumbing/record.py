@@ -134,9 +134,9 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
         return files.digest_of(made.settings, made.inputs)
 
     def __exit__(self, kind, error, trace):
-        if kind is None and self.claimed and self.part is None:
-            ranks.barrier()  # another rank may still fail
-            if ranks.is_first():
+        if kind is None:
+            ranks.barrier()  # another rank may still be at work, or fail
+            if self.claimed and self.part is None and ranks.is_first():
                 made = rows.read_json(self.file, rows.Record)
                 made.outputs = {name: digest(self.run / name) for name in self.outputs}
                 rows.write_json(self.file, made)

@@ -647,6 +647,18 @@ for number, *flags in json.loads(sys.argv[2]):
 """
 
 
+SECOND_RANK_IS_SLOW = """
+import os, time
+first_stage = stage("01")
+first_stage.SHARD_CLIPS = 4
+write_shard = first_stage.write_shard
+def write_late(*given):
+    time.sleep(4 * int(os.environ["RANK"]))
+    write_shard(*given)
+first_stage.write_shard = write_late
+"""
+
+
 def in_two_ranks(run, code, *jobs):
     """A line of code, then stages one after the other, each with its flags, in the same two ranks;
     returns the exit code."""
@@ -675,7 +687,7 @@ def test_two_ranks_divide_01_02_03_and_07_and_give_the_bytes_of_one(fresh, small
     jobs += [("02", "--num-rated-clips", 4), ("03",), ("07", "--systems", "ground_truth", "base")]
     for number, *flags in jobs:
         call(number, fresh, *flags)
-    assert in_two_ranks(two, "stage('01').SHARD_CLIPS = 4", *jobs) == 0
+    assert in_two_ranks(two, SECOND_RANK_IS_SLOW, *jobs) == 0
     ours, theirs = (files_of(place, *STAGES) for place in (two, fresh))
     assert len([name for name in theirs if name.startswith("03_scores/")]) == 3 * 3
     assert {x: ours[x].replace(bytes(two), bytes(fresh)) for x in ours} == theirs
