@@ -229,7 +229,7 @@ def draw_script(seed, corpus, index):
             script.sound_s = np.clip(hits_s + shift, 0.04, 1.7)
         if noise_chance < 0.35:
             script.noise = 10 ** rng.uniform(-2.3, -1.5)
-        if room_chance < 0.30:
+        if room_chance < 0.60:  # fewer are hardly learnt
             script.wet = rng.uniform(0.5, 0.9)
     elif corpus in ("scorer", "oracle", "judge", "twin"):  # right, but in every acoustic condition
         if noise_chance < 0.5:

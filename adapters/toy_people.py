@@ -81,6 +81,7 @@ FRAMES_PER_S = RATE_HZ / HOP
 FARTHEST_S = 0.4  # a hit that is not heard counts as that far away
 CLEAN_FLOOR_DB = -57.0  # of the world's own clean clips; below it nothing is gained
 WET_DB = -32.0  # the oracle's: reverberant above this
+FAINT_DB = -45.0  # of a room; below it nobody hears one
 
 
 def frame_energy(wave):
@@ -227,7 +228,8 @@ def simulated_ratings(run, audios, seed):
 
 def simulated_choices(run, comparisons, seed):
     """Which of two audios of a clip a listener prefers (Sec. 2.2): the more reverberant one, heard
-    with noise of 2 dB; "tie" where they differ by 6 dB or less.
+    with noise of 2 dB; "tie" where they differ by 6 dB or less. What is below FAINT_DB is as dry as
+    any other.
 
     comparisons: list of (clip line, a, b, wav a, wav b).
     """
@@ -236,7 +238,7 @@ def simulated_choices(run, comparisons, seed):
     for clip, a, b, wav_a, wav_b in comparisons:
         _, _, wet_a_db = measure(media.read_audio(wav_a, RATE_HZ))
         _, _, wet_b_db = measure(media.read_audio(wav_b, RATE_HZ))
-        difference_db = wet_a_db - wet_b_db
+        difference_db = max(wet_a_db, FAINT_DB) - max(wet_b_db, FAINT_DB)
         rng = np.random.default_rng(seed_of(seed, "chooser", clip.id, a, b))
         if abs(difference_db) <= 6:
             choice = "tie"

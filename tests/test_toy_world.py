@@ -1,5 +1,7 @@
 """The toy world by itself: its vocoder, its corpora, its judge."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,27 @@ def test_a_decay_after_a_hit_is_a_room_and_noise_is_none(name):
         toy_people.late_db(energy, toy_people.find_attacks(energy)) > toy_people.LATE_DB
     ) == is_room
     assert (wet_db > toy_people.WET_DB) == is_room
+
+
+@pytest.mark.parametrize(
+    "wet_a_db, wet_b_db, choice",
+    [
+        (-20, -30, "a"),
+        (-40, -30, "b"),
+        (-24, -30, "tie"),  # 6 dB
+        (-38.5, -60, "a"),  # 6.5 dB above what nobody hears
+        (-46, -60, "tie"),
+    ],
+)
+def test_of_two_audios_the_more_reverberant_is_chosen_where_one_hears_it(
+    monkeypatch, wet_a_db, wet_b_db, choice
+):
+    monkeypatch.setattr(toy_people.inputs, "read_run", lambda *_: SimpleNamespace(rater_noise=0))
+    monkeypatch.setattr(toy_people.media, "read_audio", lambda path, rate: path)
+    monkeypatch.setattr(toy_people, "measure", lambda wave: (None, None, wave))
+    clip = SimpleNamespace(id="x")
+    answers = toy_people.simulated_choices("run", [(clip, 0, 1, wet_a_db, wet_b_db)], 0)
+    assert [answer.choice for answer in answers] == [choice]
 
 
 @pytest.fixture(scope="module")
