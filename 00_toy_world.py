@@ -1,36 +1,38 @@
 """Builds the toy world: a small audio-visual world, with a flow model and scorers trained on it.
 
 Stands in for what the paper takes from elsewhere: VGGSound (Sec. 2.1), a pre-trained V2A model
-(Sec. 3.1), the frozen scorers of AudioScore and the human raters. Here its clips are drawn and its
-networks trained; the networks themselves, and what the other stages need of them, are in
-adapters/toy.py, its people and judges in adapters/toy_people.py.
+(Sec. 3.1), the frozen scorers of AudioScore and the human raters. This stage draws the clips and
+trains the networks. The networks themselves, as the other stages use them, are in adapters/toy.py;
+the simulated people and the judges are in adapters/toy_people.py.
 
 Run:   python 00_toy_world.py
        python 00_toy_world.py --run-dir runs/small --size tiny       (for the tests)
-Takes: 112 s on 2 cores in two processes, no GPU. Tiny: about 20 s in one.
+Takes: 112 s on 2 cores in two processes, no GPU; --size tiny about 20 s in one process.
 Writes, in --run-dir:
   run.json         model "toy", checkpoint, its digest, size, world_seed, rater_noise, scorers,
                    video_root, clip_s (seconds), and `defaults`: this world's replacements for the
                    paper's numbers, by stage
   clips.jsonl      id, video, caption (or null), label, split (train, val, test)
-  00_truth.jsonl   id, class, hits_s (seconds): read only by people and judges
+  00_truth.jsonl   id, class, hits_s (seconds): read only by the simulated people and the judges
   00_base.pt       net (the velocity network), encoder, codec, vocabulary
   00_scorers.pt    imagebind, clap, synchformer, panns (state dicts), codec, vocabulary
-  00_twin.pt       tagger: a second one, outside AudioScore, read by stage 07 alone
-  00_oracle.pt     the oracle's classifier; read only by people and oracle
-  00_judge.pt      the second judge's: mean of each class and precision
+  00_twin.pt       tagger: a second tagger that is no part of AudioScore; only stage 07 reads it
+  00_oracle.pt     the oracle's classifier; only the simulated people and the oracle read it
+  00_judge.pt      the judge's classifier: the mean of each class and the precision matrix
   00_videos/*.mp4  64 x 64, 25 frames per second, 2 s, H.264 (yuv420p) and AAC
-  00_settings.json what the folder was made with
+  00_settings.json the settings that the folder was made with
 
-The world (docs/toy.md). An object bounces; every time it touches the ground it sounds. Outline and
-colour together decide which of eight sounds: a model must look (semantic match), and at the right
-moment (synchrony). All randomness of a clip comes from (seed, corpus, index). The pre-training data
-are imperfect: a tenth of their sounds belongs to another class, a third comes too early or too
-late, a third is noisy. A model that fits them makes the same errors, at random, in its own samples;
-a preference can tell. Some clips are reverberant, the hidden axis: the simulated raters like that,
-no scorer is meant to hear it, so only the pairs chosen by people carry it (Sec. 2.2).
+The world (docs/toy.md). An object bounces, and every time it touches the ground it makes a sound.
+Its outline and colour together decide which of eight sounds that is, so a model must see what the
+object is (semantic consistency) and when it hits (temporal alignment). All randomness of a clip
+comes from (seed, corpus, index). The pre-training data are imperfect: a tenth of their sounds
+belongs to another class, a third comes too early or too late, a third is noisy. A model that fits
+them makes the same errors at random in its own samples, and preferences can tell these samples
+apart. Some clips are reverberant. Reverberation stands for the aesthetic appeal of Sec. 2.2: the
+simulated people like it, and no scorer is built to hear it, so the human pairs must teach it.
 
-All pictures, also those that only train networks, go through one encoder and one reader.
+All pictures, including those that only train networks, are written as H.264 and read back by the
+same reader.
 """
 
 import math
@@ -84,7 +86,7 @@ from adapters.toy import (
 from adapters.toy_people import Truth, attack_shape, band_energy, find_attacks
 from common import ahead, command, files, media, record, rows, stop
 
-# Clips and optimizer steps of each size; processes besides the main one.
+# For each size: how many clips, optimizer steps, and processes besides the main one.
 SIZES = {
     "default": dict(
         train=720,
@@ -160,8 +162,8 @@ DEFAULTS["large"] = DEFAULTS["default"] | {
     "06": DEFAULTS["default"]["06"] | dict(steps=250),
 }
 
-# Those of `rows.SPLITS` become files; the others train networks. The place here is part of every
-# clip's seed.
+# The clips of `rows.SPLITS` become files; those of the other corpora only train networks. The place
+# of a corpus in this list is part of its clips' seeds, so the order must stay.
 CORPORA = ("train", "val", "test", "pretrain", "scorer", "oracle", "judge", "twin")
 NETWORKS = ("00_base.pt", "00_scorers.pt", "00_oracle.pt", "00_judge.pt", "00_twin.pt")
 
@@ -169,8 +171,8 @@ NETWORKS = ("00_base.pt", "00_scorers.pt", "00_oracle.pt", "00_judge.pt", "00_tw
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
     add = parser.engineering.add_argument
-    add("--seed", type=command.whole(0), default=0, help="of every clip and network")
-    add("--size", choices=list(SIZES), default="default", help="tiny: 20 s, for tests")
+    add("--seed", type=command.whole(0), default=0, help="seed of every clip and network")
+    add("--size", choices=list(SIZES), default="default", help="tiny: for tests, takes 20 s")
     return parser.parse_args(argv)
 
 
@@ -194,7 +196,7 @@ class Script:
 
 
 def draw_script(seed, corpus, index):
-    """All of a clip but its samples and pixels."""
+    """Everything that happens in a clip; its samples and pixels are drawn from this."""
     rng = np.random.default_rng([seed, CORPORA.index(corpus), index])
     kind = int(rng.integers(len(LABELS)))
     count = int(rng.choice([2, 3, 4], p=[0.6, 0.3, 0.1]))
@@ -229,14 +231,14 @@ def draw_script(seed, corpus, index):
             script.sound_s = np.clip(hits_s + shift, 0.04, 1.7)
         if noise_chance < 0.35:
             script.noise = 10 ** rng.uniform(-2.3, -1.5)
-        if room_chance < 0.60:  # fewer are hardly learnt
+        if room_chance < 0.60:  # of fewer reverberant clips the base model hardly learns
             script.wet = rng.uniform(0.5, 0.9)
-    elif corpus in ("scorer", "oracle", "judge", "twin"):  # right, but in every acoustic condition
+    elif corpus in ("scorer", "oracle", "judge", "twin"):  # right class and time, any acoustics
         if noise_chance < 0.5:
             script.noise = 10 ** rng.uniform(-3.2, -1.5)
         if room_chance < 0.5:
             script.wet = rng.uniform(0.3, 1.0)
-    elif room_chance < 0.5:  # train, val, test: right and clean, half of them in a room
+    elif room_chance < 0.5:  # train, val, test: right and clean, half of them reverberant
         script.wet = rng.uniform(0.5, 0.9)
     return script
 
@@ -265,7 +267,7 @@ def draw_syllable(phase):
 def draw_event(kind, pitch, rng):
     """One hit of a class: (5600,) samples, peak 1. pitch: a factor on all frequencies."""
     t = EVENT_S
-    phase = 2 * np.pi * pitch * t  # of 1 Hz
+    phase = 2 * np.pi * pitch * t  # of a tone of 1 Hz
 
     def tone(hz, time_constant_s, gain=1.0):
         return gain * np.sin(hz * phase) * decay(time_constant_s)
@@ -278,7 +280,7 @@ def draw_event(kind, pitch, rng):
         y[:32] += 0.5 * rng.standard_normal(32)
     elif label == "snare drum":
         y = rng.standard_normal(len(t)) * decay(0.03) + tone(190, 0.04)
-    elif label == "water dripping":  # ever higher
+    elif label == "water dripping":  # its pitch rises
         y = np.sin(700 * phase * (1 + 9 * t)) * decay(0.035)
     elif label == "synthesizer":  # frequency modulation
         modulation = 6 * decay(0.05) * np.sin(1150 * phase)
@@ -286,7 +288,7 @@ def draw_event(kind, pitch, rng):
     elif label == "person speaking":
         y = draw_syllable(phase)
     elif label == "bass drum":
-        cycles = 55 * t + 3.2 * (1 - decay(0.025))  # so far: from 183 Hz down to 55 Hz
+        cycles = 55 * t + 3.2 * (1 - decay(0.025))  # up to time t; from 183 Hz down to 55 Hz
         y = np.sin(2 * np.pi * cycles * pitch) * decay(0.05)
     else:  # hi-hat
         y = np.diff(rng.standard_normal(len(t) + 2), n=2) * decay(0.012)
@@ -299,7 +301,7 @@ def draw_sound(script):
     rng = script.rng
     semitones = rng.uniform(-2, 2)
     if script.sound_kind == SPEECH:
-        semitones *= 0.1  # one speaker: PESQ compares
+        semitones *= 0.1  # one speaker, since PESQ compares with the clip's own sound
     pitch = 2 ** (semitones / 12)
     wave = np.zeros(SAMPLES + len(EVENT_S))
     for hit_s in script.sound_s:
@@ -311,7 +313,7 @@ def draw_sound(script):
         wave = wave + reverberation(wave, script.wet, rng)
     wave = wave + script.noise * rng.standard_normal(SAMPLES)
     wave = wave / max(1.0, np.abs(wave).max() / 0.95)  # what is too loud is turned down
-    # Of 16 bits: below them sin and exp differ between CPUs.
+    # Rounded to 16 bits, because the finer digits of sin and exp differ between CPUs.
     return np.round(wave * 2**15).astype(np.float32) / 2**15
 
 
@@ -329,7 +331,8 @@ def draw_picture(script):
     """(50, 64, 64, 3) uint8. The object flies in parabolas, whose lowest points are the hits."""
     rng = script.rng
     t = np.arange(FRAMES) / FPS
-    # The first flight begins and the last one ends outside the clip: no lowest point is silent.
+    # The first flight begins before the clip and the last one ends after it, so that every lowest
+    # point in the clip is a hit.
     touches = np.concatenate([[-0.2], script.hits_s, [CLIP_S + 0.2]])
     flight = np.searchsorted(touches, t, side="right") - 1
     gap = touches[flight + 1] - touches[flight]
@@ -346,7 +349,7 @@ def draw_picture(script):
     ground = np.float32(255 * rng.uniform(0.1, 0.35))
     grain = np.frombuffer(rng.bytes(inside.size), np.uint8).reshape(inside.shape) >> 4
     picture = np.empty((*inside.shape, 3), np.uint8)
-    for channel in range(3):  # in half the time of all three at once
+    for channel in range(3):  # takes half the time of all three channels at once
         contrast = np.float32(colour[channel] - ground)
         picture[..., channel] = (ground + inside * contrast).astype(np.uint8) + grain
     return picture
@@ -370,7 +373,8 @@ def object_mask(outline, centre_x, centre_y, radius):
 
 
 def write_mp4(path, picture, sound=None):
-    """H.264 and AAC in one file. One encoder thread: bytes must not depend on the cores."""
+    """H.264 and AAC in one file, by one encoder thread: the bytes must not depend on the number of
+    cores."""
     with av.open(str(path), "w", format="mp4") as container:
         options = {"preset": "ultrafast", "crf": "23", "threads": "1"}
         video = container.add_stream("libx264", rate=FPS, options=options)
@@ -420,9 +424,9 @@ def write_clip(job):
 def corpus_clip(job):
     """Pool job: one clip that only trains networks. Returns a dict of arrays.
 
-    Of the judge's corpus: kind, wave (32000,). Of the oracle's: kind, mel (100, 64). Of the twin's
-    also: noisiness (0 to 1). Of all others also: moments (50, 10), text (V,), strike (50,), 1 at a
-    hit.
+    The judge's corpus has kind and wave (32000,). The oracle's has kind and mel (100, 64). The
+    twin's has these two and noisiness (0 to 1). All others have these three and moments (50, 10),
+    text (V,) and strike (50,), which is 1 at a hit.
     """
     seed, corpus, index = job
     script = draw_script(seed, corpus, index)
@@ -437,7 +441,7 @@ def corpus_clip(job):
     clip["noisiness"] = np.float32(noisiness)
     if corpus == "twin":
         return clip
-    with tempfile.TemporaryDirectory() as folder:  # through H.264, as the stages see theirs
+    with tempfile.TemporaryDirectory() as folder:  # through H.264, as the stages see their videos
         path = Path(folder) / "clip.mp4"
         write_mp4(path, draw_picture(script))
         (frames,) = media.read_frames(path, [(FPS, frame_transform)], CLIP_S)
@@ -450,8 +454,8 @@ def corpus_clip(job):
 
 
 # --------------------------------------------------------------------------------------------------
-# Training. `clips` are a corpus: the tensors of `corpus_clip`, stacked. A loss is of a network, a
-# random generator, and the same rows of some tensors
+# Training. `clips` is a whole corpus: the arrays of `corpus_clip`, stacked. A loss takes a network,
+# a random generator, and a batch: the same rows of each of some tensors
 # --------------------------------------------------------------------------------------------------
 
 
@@ -460,8 +464,9 @@ def fit(title, net, loss, data, steps, batch, seed, bar_line=0):
     are clipped at norm 1.
 
     data: tensors with a row for each clip; loss(net, generator, *their rows) -> scalar; bar_line:
-    where the progress bar stands, since two processes train side by side. Returns {name: weight},
-    means over the steps in which step k of n counts as (k / n)^9: about the last tenth of them.
+    the terminal's line for the progress bar, since two processes train side by side. Returns {name:
+    average weight} over the steps, in which step k of n counts as (k / n)^9, so that about the last
+    tenth of the steps matters.
     """
     lr = 2e-3
     count = len(data[0])
@@ -469,7 +474,7 @@ def fit(title, net, loss, data, steps, batch, seed, bar_line=0):
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
     averages = {key: value.clone() for key, value in net.state_dict().items()}
     for step in tqdm(range(steps), title, position=bar_line, disable=None, mininterval=1):
-        if signal.SIGINT in signal.sigpending():  # waits in a process of `start_pool`
+        if signal.SIGINT in signal.sigpending():  # held back in the processes of `start_pool`
             stop(f"{title}: interrupted")
         warmup = min(1, (step + 1) / 20)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -488,9 +493,9 @@ def fit(title, net, loss, data, steps, batch, seed, bar_line=0):
 def fit_codec(mel):
     """PCA of patches. mel: (N, 100, 64).
 
-    Half-whitened: a component is divided by the square root of its deviation, a compromise between
-    whitening (the network would spend itself on inaudible ones) and none; `deviation.mean()` makes
-    the latent's overall variance 1.
+    Half-whitened: each component is divided by the square root of its deviation. That is a
+    compromise between no whitening and full whitening, which would make the network spend its
+    capacity on inaudible components. `deviation.mean()` makes the latent's overall variance 1.
     """
     codec = Codec()
     patches = mel.reshape(-1, PATCH * MELS).double()
@@ -505,31 +510,31 @@ def fit_codec(mel):
 
 
 def half_as_generated(mel, codec):
-    """mel: (N, 100, 64), of which every second row becomes what it would be of generated audio:
-    through latents, Griffin-Lim and the analysis again. Networks that never met the phases it
-    invents mistake bells for synthesizers."""
+    """mel: (N, 100, 64). Every second row is passed through latents, Griffin-Lim and the analysis,
+    as generated audio would be. Networks that never met the phases that Griffin-Lim invents mistake
+    bells for synthesizers."""
     mel = mel.clone()
     mel[::2] = log_mel(codec.decode(codec.encode(mel[::2])))
     return mel
 
 
 def encoder_loss(encoder, generator, moments, strike, kind):
-    """Of the video encoder, which marks the hits and names the class."""
+    """The video encoder's loss: it is to mark the frames with a hit and to name the class."""
     per_frame, pooled = encoder(moments)
     marks = encoder.strike(per_frame)[..., 0]
-    weight = torch.tensor(4.0)  # of the few frames with a hit
+    weight = torch.tensor(4.0)  # of frames with a hit, which are few
     mark_loss = F.binary_cross_entropy_with_logits(marks, strike, pos_weight=weight)
     return mark_loss + F.cross_entropy(encoder.kind(pooled), kind)
 
 
 def flow_loss(net, generator, a_0, per_token, pooled, text):
-    """Of the velocity network."""
+    """The velocity network's loss."""
     # Logit-normal, as MMAudio was pre-trained; Flow-DPO draws t uniformly.
     t = torch.sigmoid(torch.randn(len(a_0), generator=generator))
     eps = torch.randn(a_0.shape, generator=generator)
     a_t, v = common.interpolate(a_0, eps, t)
-    # A tenth go without conditions, so that there is something to guide away from, and a tenth
-    # without text.
+    # A tenth of the clips are seen without conditions, which teaches the unconditional velocity
+    # that guidance needs, and a tenth without text.
     drop, drop_text = torch.rand(2, len(a_0), 1, generator=generator) < 0.1
     given = net.condition(per_token, pooled, text * ~drop_text)
     null = net.null(given)
@@ -566,12 +571,12 @@ def train_base(run, clips, codec, size, seed):
 
 
 def match_loss(match, generator, mel, other, kind):
-    """Contrastive, of a `Match` on B pairs of sounds (rows) and what belongs to them (columns). All
-    of one class are each other's positives: it asks what sounds, not when."""
+    """The contrastive loss of a `Match`, on B sounds (rows) and their videos or captions (columns).
+    All clips of one class are positives of each other: a Match learns what sounds, not when."""
     sound = match.sound(mel)[:, None]
     cosine = F.cosine_similarity(sound, match.other(other)[None], dim=-1)
     same = (kind[:, None] == kind).float()
-    same = same / same.sum(1, keepdim=True)  # of columns too, since it is symmetric
+    same = same / same.sum(1, keepdim=True)  # columns sum to 1 as well: the matrix is symmetric
     both = (10 * cosine).log_softmax(0) + (10 * cosine).log_softmax(1)
     return -(same * both).sum(1).mean()
 
@@ -581,14 +586,14 @@ def tag_loss(tower, generator, mel, tags):
 
 
 def doubtful_tags(clips):
-    """What a tagger is to say of clips, (N, 8): it is less sure of a noisy sound. Hard labels would
-    make it deaf to noise, and score_4 with it."""
+    """A tagger's targets, (N, 8): it is to be less sure of a noisier sound. With hard labels it
+    would not react to noise, and neither would score_4."""
     doubt = 0.9 * clips["noisiness"][:, None]
     return F.one_hot(clips["kind"], len(LABELS)) * (1 - doubt) + doubt / len(LABELS)
 
 
 def lag_loss(synchformer, generator, mel, moments, quiet):
-    """Of a `SyncNet`, which is to say by how many frames each sound was made late."""
+    """The loss of a `SyncNet`: it is to say by how many video frames each sound was delayed."""
     most = SyncNet.LAGS
     lag = torch.randint(-most, most + 1, (len(mel),), generator=generator)
     late = shifted(mel, lag, quiet)
@@ -597,8 +602,8 @@ def lag_loss(synchformer, generator, mel, moments, quiet):
 
 
 def shifted(mel, lag, quiet):
-    """Each row of mel (B, 100, 64) made late by lag (B,) video frames; what is uncovered is filled
-    with quiet (B, 1, 64)."""
+    """Each row of mel (B, 100, 64) delayed by lag (B,) video frames; the gap is filled with quiet
+    (B, 1, 64)."""
     place = torch.arange(MEL_FRAMES) - MEL_FRAMES // FRAMES * lag[:, None]
     index = place.clamp(0, MEL_FRAMES - 1)[..., None].expand_as(mel)
     inside = (place >= 0) & (place < MEL_FRAMES)
@@ -606,7 +611,7 @@ def shifted(mel, lag, quiet):
 
 
 def train_scorers(run, clips, oracle_clips, codec, size, seed):
-    """The four learned scorers, then the oracle's classifier, on clips of its own."""
+    """The four learned scorers, then the oracle's classifier, which has clips of its own."""
     torch.manual_seed(seed + 2)
     networks = scorer_networks()
     oracle = AudioTower(len(LABELS))
@@ -641,7 +646,7 @@ def train_scorers(run, clips, oracle_clips, codec, size, seed):
 
 
 def train_twin(run, clips, codec, size, seed):
-    """The tagger's twin: the same network and task, other clips, another beginning."""
+    """The tagger's twin: the same network and task, other clips and other initial weights."""
     torch.manual_seed(seed + 3)
     twin = AudioTower(len(LABELS))
     data = (half_as_generated(clips["mel"], codec), doubtful_tags(clips))
@@ -654,7 +659,7 @@ def train_judge(run, clips, codec):
     covariance."""
     waves = clips["wave"].clone()
     kind = clips["kind"].numpy()
-    waves[::2] = codec.decode(codec.encode(log_mel(waves[::2])))  # half as generated audio arrives
+    waves[::2] = codec.decode(codec.encode(log_mel(waves[::2])))  # as in `half_as_generated`
     shapes = []
     for wave in waves:
         energy = band_energy(wave)
@@ -680,11 +685,12 @@ def train_judge(run, clips, codec):
 
 @contextmanager
 def start_pool(processes):
-    """So many processes for clips and trainings, or None: then this one does all.
+    """Yields a pool of this many processes for clips and trainings; None for 0 of them: then this
+    process does everything.
 
-    Ctrl-C in a terminal reaches every process, of which this one alone is to answer: the others
-    let it wait (`in_pool`). When this process is interrupted or fails, it sends one to each, and a
-    training ends when `fit` finds it waiting.
+    Ctrl-C in a terminal reaches every process, but only this one is to answer it: the others hold
+    it back (`in_pool`). When this process is interrupted or fails, it sends an interrupt to each of
+    them, and `fit` ends a training as soon as it finds one held back.
     """
     if not processes:
         yield None
@@ -722,8 +728,8 @@ def draw_corpus(pool, corpus, size, seed):
 
 
 def start_trainings(pool, run, size, seed):
-    """Trains all networks, the longest training first. Returns the futures of those that go on
-    beside this process."""
+    """Trains all networks, the longest training first. Returns the futures of the trainings that
+    run in other processes."""
     trainings = []
 
     def start(training, *given):

@@ -10,9 +10,10 @@ Run:
 Reads:
     clips        the toy's clips.jsonl; or a .jsonl (id, and if known video, caption, label, split);
                  VGGSound's csv (youtube id, start second, label, split; no header); MMAudio's tsv
-                 (header id, label; its split is the last word of its name, as in vgg-test.tsv, else
-                 train); or all videos of a folder, for training. The split is train, val, test, or
-                 rate: clips whose given audio is rated, and nothing else (docs/people.md)
+                 (header id, label; its split is the last word of the file's name, as in
+                 vgg-test.tsv, else train); or all videos of a folder, for training. The splits are
+                 train, val, test, and rate: clips that are used only to have given audio rated
+                 (docs/people.md)
     videos       below --videos, named by `video` or `<id>.mp4` (.mkv, .webm, .mov, .avi)
     --given      folders of audio that the model did not make, `<id>.wav` (.flac, .mp3, .ogg, .m4a,
                  .mp4, .opus); ground_truth: the clips' own sound (docs/candidates.md)
@@ -21,20 +22,21 @@ Writes:
                                 video root, given (their names)
     clips.jsonl                 id, video, caption or null, label or null, split
     01_missing.jsonl            clips whose video does not exist: id, split, reason
-    01_to_rate.jsonl            as clips.jsonl, of the split rate; may be added to a finished run
+    01_to_rate.jsonl            the clips of the split rate, with the fields of clips.jsonl; they
+                                may be added to a finished run
     01_samples/00012.jsonl      one line per audio: clip, k, seed, wav, row (of the latents), digest
                                 of the wav, finite, peak (of full scale), clipped (share of samples
                                 at full scale), source (model)
     01_samples/00012.pt         latents (rows, T, C) float32 normalised; features: dict of
-                                (clips, ...) float32; clips: their ids; digests: those of the rows,
-                                which bind the two files; crc32: by name, of the bytes of each row
-                                of latents and of each feature, checked whenever a row is read
+                                (clips, ...) float32; clips: their ids; digests: the rows' digests
+                                from the .jsonl, which bind the two files; crc32: {name: a checksum
+                                for each row} of latents and features, compared at every reading
     01_samples/00012.skipped.jsonl   clips of the shard that could not be used: clip, reason
-    01_samples/00012.NAME.*     the same of the audios that were given as NAME, with their latents
-                                alone; k is N and the place of NAME in run.json
-    01_samples/rate_00000.NAME.jsonl   the same of clips to rate, without latents; k is the place of
-                                NAME alone
-    01_audio/<clip>_<k>.wav     what a person listens to
+    01_samples/00012.NAME.*     the same for the audios that were given as NAME, with latents but
+                                without features; k is N plus the place of NAME in run.json
+    01_samples/rate_00000.NAME.jsonl   the same for clips of the split rate, without latents; k is
+                                the place of NAME in run.json
+    01_audio/<clip>_<k>.wav     the audio that people hear and scorers judge
 Takes: toy 48 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in
 all.
 """
@@ -75,32 +77,36 @@ NO_FILE = "no such file"  # why a clip has no audio of a source
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
     flag = parser.io.add_argument
-    flag(
-        "--model", help="toy, mmaudio:small_16k ... mmaudio:large_44k, frieren; a toy run knows its"
-    )
-    flag("--checkpoint", help="weights of the velocity network, if not upstream's below --weights")
-    flag("--weights", default="weights", help="folder of downloaded files")
-    flag("--clips", help=".jsonl, VGGSound's .csv or MMAudio's .tsv")
+    described = "for a new run: toy, mmaudio:small_16k ... mmaudio:large_44k, or frieren"
+    flag("--model", help=described)
+    described = "weights of the velocity network; without it, upstream's file below --weights"
+    flag("--checkpoint", help=described)
+    flag("--weights", default="weights", help="folder of the downloaded weights")
+    described = ".jsonl, VGGSound's .csv or MMAudio's .tsv; without it, every video of --videos"
+    flag("--clips", help=described)
     flag("--test-list", help="MMAudio's sets/vgg-test.tsv: the test split is exactly these clips")
     flag("--videos", help="folder of videos")
     flag("--cavp", help="Frieren only: folder of CAVP features, <id>.npz or <id>.npy")
-    flag("--strict", action="store_true", help="stop at a video that cannot be used")
-    described = "check the list, its videos and the files of weights of all stages, and end"
+    described = "stop where a video is missing or cannot be used, instead of leaving it out"
+    flag("--strict", action="store_true", help=described)
+    described = "only check the list, its videos and the weights that all stages need, then end"
     flag("--dry-run", action="store_true", help=described)
-    described = (
-        "candidates that the model did not make: ground_truth, the clips' own sound, or NAME=DIR"
-    )
+    described = "candidates that the model did not make: ground_truth (the clips' own sound), or "
+    described += "NAME=DIR (a folder of audio)"
     flag("--given", nargs="+", action="extend", default=[], metavar="NAME", help=described)
     flag = parser.paper.add_argument
-    described = "train clips, a seeded random subset; 0 only prepares the run, for 07 [Sec. 2.2]"
+    described = "train clips at most, drawn at random; 0 only prepares the run for 07 [Sec. 2.2]"
     flag("--max-clips", type=command.whole(0), default=50_000, help=described)
-    flag("--num-samples", type=command.whole(0), default=5, help="audios per clip [Sec. 3.1]")
+    described = "N, audios that the model makes of each clip [Sec. 3.1]"
+    flag("--num-samples", type=command.whole(0), default=5, help=described)
     flag("--guidance", type=command.number(0), default=4.5, help="scale gamma [Sec. 3.1]")
-    flag("--sampling-steps", type=command.whole(1), default=25, help="Euler steps; upstream's")
+    described = "Euler steps of one audio; paper silent, upstream's number"
+    flag("--sampling-steps", type=command.whole(1), default=25, help=described)
     flag = parser.engineering.add_argument
-    described = "clips sampled together; 0: 4, or 16 of the small Frieren"
+    described = "clips sampled together; 0: the model's own number, 16 for Frieren, else 4"
     flag("--batch-clips", type=command.whole(0), default=0, help=described)
-    flag("--seed", type=command.whole(0), default=0, help="of the clips' draw and all noise")
+    described = "seed of the draw of clips and of all noise"
+    flag("--seed", type=command.whole(0), default=0, help=described)
     command.compile_flag(parser)
     command.workers_flag(parser)
     command.part_flag(parser)
@@ -108,7 +114,7 @@ def parse_args(argv=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Clips in: rows.ListedClip of what --clips or --videos name
+# Clips in: a rows.ListedClip for each clip that --clips or --videos names
 # --------------------------------------------------------------------------------------------------
 
 
@@ -122,7 +128,8 @@ def clips_of_file(path):
 
 
 def clips_of_tsv(path):
-    """MMAudio's: its split is the last word of the file's name, as in vgg-test.tsv, else train."""
+    """MMAudio's table: all its clips have the split that is the last word of the file's name, as in
+    vgg-test.tsv, else train."""
     split = re.split(r"[-_. ]", path.stem)[-1].lower()
     if split not in (*rows.SPLITS, rows.TO_RATE):
         split = "train"
@@ -136,7 +143,8 @@ def clips_of_tsv(path):
 
 
 def clips_of_csv(path):
-    """VGGSound's: ids in upstream's form, `<youtube id>_<start second, 6 digits>`."""
+    """VGGSound's table: a clip gets the id `<youtube id>_<start second, 6 digits>`, as upstream
+    names it."""
     clips = []
     columns = ("youtube id", "start second", "label", "split")
     for line, clip in files.read_csv(path, columns, header=False):
@@ -157,7 +165,7 @@ def clips_of_csv(path):
 
 
 def clips_of_jsonl(path):
-    """A user's own list. Texts are stripped; fields that nobody reads are said."""
+    """A user's own list. Texts are stripped; fields that no stage reads are reported."""
     known = rows.ListedClip.__struct_fields__
     unread = Counter()
     clips = []
@@ -175,7 +183,7 @@ def clips_of_jsonl(path):
 
 def files_below(root):
     """Paths relative to root, sorted, without hidden ones. A folder that cannot be read stops the
-    stage: pathlib would leave it out."""
+    stage; pathlib would silently leave it out."""
 
     def refuse(error):
         raise error
@@ -190,8 +198,8 @@ def files_below(root):
 
 
 def clips_of_folder(root, strict):
-    """Every video of a folder, for training. Those whose name cannot name a clip are said, or with
-    `strict` refused."""
+    """Every video of a folder, for training. Videos whose name cannot be a clip's id are reported,
+    or with `strict` refused."""
     clips = []
     odd = []
     for path in files_below(root):
@@ -214,8 +222,8 @@ def clips_of_folder(root, strict):
 
 
 def with_test_list(clips, path):
-    """The test split becomes exactly the clips of MMAudio's list; what --clips says of them is
-    kept."""
+    """The test split becomes exactly the clips of MMAudio's list. Of those that --clips lists too,
+    caption, label and video stay as they are there."""
     listed = {clip.id: clip for clip in clips}
     test = [listed.get(clip.id, clip) for clip in clips_of_file(path)]
     for clip in test:
@@ -224,8 +232,8 @@ def with_test_list(clips, path):
 
 
 def check_clips(clips, where):
-    """Ids are unique, one split each. Says which YouTube ids recur across splits, since one video's
-    clips sound alike, and how many clips PESQ will apply to."""
+    """Stops where an id occurs twice. Prints which YouTube ids occur in several splits, since clips
+    of one video sound alike, and how many clips are of human speech, to which PESQ applies."""
     split_of = {}
     splits_of_video = defaultdict(set)
     for i, clip in enumerate(clips, 1):
@@ -260,7 +268,8 @@ def find_video(clip, root, where):
 
 
 def gather_clips(args):
-    """From the user's list: the lines of clips.jsonl (videos that exist), of 01_missing.jsonl."""
+    """From the user's list: the clips whose video exists, for clips.jsonl, and the others, for
+    01_missing.jsonl."""
     where = args.clips or args.videos
     root = Path(args.videos).resolve()
     if args.clips is None:
@@ -307,8 +316,9 @@ def gather_clips(args):
 
 
 def check_flags(run, world, is_toy, given, args):
-    """Flags that do not fit together or to this run. world: its run.json, if there is one; is_toy:
-    stage 00 made the run, with its clips.jsonl; given: see `files_given`."""
+    """Stops at flags that do not fit together or do not fit this run. world: its run.json, if there
+    is one; is_toy: whether stage 00 made the run, with its clips.jsonl; given: see
+    `files_given`."""
     if is_toy and world is None:
         stop(f"{run}: stage 00 has not finished; run it again with --run-dir {run}")
     if is_toy and not (run / "clips.jsonl").exists():
@@ -336,8 +346,8 @@ def check_flags(run, world, is_toy, given, args):
 
 
 def places(args):
-    """Fields of run.json that say where things lie, as the flags do. They are no part of the
-    record: what has moved is still the same."""
+    """Fields of run.json that say where things lie, taken from the flags. They are no part of the
+    record: a folder that was moved has the same content."""
     found = {}
     if args.videos:
         found["video_root"] = str(Path(args.videos).resolve())
@@ -351,8 +361,8 @@ def places(args):
 
 
 def inherited(checkpoint):
-    """Fields of the run.json beside a world's model, which keeps its scorers and its replacements
-    for the paper's numbers."""
+    """Fields that a run takes over from a run.json beside its --checkpoint. A toy world's model
+    brings that world's scorers and its replacements for the paper's numbers."""
     file = checkpoint.with_name("run.json")
     if not file.is_file():
         return {}
@@ -365,8 +375,8 @@ def inherited(checkpoint):
 
 
 def is_only_prepared(stage, settings, model):
-    """Whether the run was made by --max-clips 0, with these settings otherwise, and may get its
-    train clips now."""
+    """Whether the run was made with --max-clips 0 and otherwise these settings, so that it may get
+    its train clips now."""
     if not stage.file.exists():
         return False
     before = rows.read_json(stage.file, rows.Record).settings
@@ -382,8 +392,8 @@ def is_only_prepared(stage, settings, model):
 
 
 def prepare_run(run, stage, is_toy, model, args):
-    """run.json, clips.jsonl and 01_missing.jsonl, or the proof that those of this run are of the
-    same settings."""
+    """Writes run.json, clips.jsonl and 01_missing.jsonl, or checks that those of this run were made
+    with the same settings."""
     settings = {
         "model": args.model,
         "checkpoint_digest": model.checkpoint_digest,
@@ -411,8 +421,9 @@ def prepare_run(run, stage, is_toy, model, args):
 
 
 def list_clips(run, anew, args):
-    """clips.jsonl and 01_missing.jsonl from the user's list. A run keeps the list that its audios
-    were made from, unless it is to be made anew. Returns the clips to rate, which may be added."""
+    """Writes clips.jsonl and 01_missing.jsonl from the user's list. A run keeps the list that its
+    audios were made from, unless `anew`. Returns the listed clips of the split rate, which may also
+    be added later."""
     file = run / "clips.jsonl"
     found, missing = gather_clips(args)
     clips = [clip for clip in found if clip.split != rows.TO_RATE]
@@ -423,7 +434,7 @@ def list_clips(run, anew, args):
         rows.write(run / "01_missing.jsonl", missing)
         rows.write(file, clips)
         return to_rate
-    if not clips:  # a list of clips to rate, for a run that has its others
+    if not clips:  # the list only adds clips to rate to a run that has its other clips
         return to_rate
     before = {clip.id: clip for clip in rows.read(file, rows.Clip)}
     now = {clip.id: clip for clip in clips}
@@ -439,8 +450,8 @@ def list_clips(run, anew, args):
 
 
 def list_to_rate(run, to_rate):
-    """01_to_rate.jsonl: these clips to rate after those that the run has, without any whose video
-    is mined or tested."""
+    """01_to_rate.jsonl: the clips to rate that the run has, then these, without any whose video the
+    run mines or tests on."""
     file = run / "01_to_rate.jsonl"
     mined = set()
     ids = set()
@@ -474,8 +485,9 @@ def list_to_rate(run, to_rate):
 
 
 def is_whole(run, name, clips, numbers, wavs):
-    """Whether each clip of a shard is skipped or has these numbers k, their wavs and latents there.
-    name: 00012, or 00012.NAME of what was given; wavs: names of the run's wavs."""
+    """Whether every clip of a shard is either skipped or has exactly the audios with these k, and
+    their wavs and latents are there. name: 00012, or 00012.NAME of given audios; wavs: the names of
+    the run's wavs."""
     file = run / "01_samples" / f"{name}.jsonl"
     if not file.exists():
         return False
@@ -483,10 +495,10 @@ def is_whole(run, name, clips, numbers, wavs):
     skipped = {row.clip for row in read_skipped(run, name)}
     used = [clip.id for clip in clips if clip.id not in skipped]
     expected = [(clip, k) for clip in used for k in numbers]
-    is_to_rate = name.startswith(rows.TO_RATE)  # which needs no latents
+    is_to_rate = name.startswith(rows.TO_RATE)  # such a shard has no latents
     has_wavs = wavs.issuperset(Path(sample.wav).name for sample in samples)
     digests = [sample.digest for sample in samples]
-    of_features = [] if "." in name else used  # what was given has none
+    of_features = [] if "." in name else used  # the shard of a given source has no features
     return (
         [(sample.clip, sample.k) for sample in samples] == expected
         and has_wavs
@@ -500,12 +512,12 @@ def read_skipped(run, name):
 
 def rows_of(file):
     """What the rows of a shard's .pt belong to: the clips of its features, the digests of its
-    latents' wavs. None of a file that is not there or, since its directory is at its end, that was
-    cut. Its rows are checked when they are read (training.Shards)."""
+    latents' wavs. None where the file is absent or was cut short, which shows because its directory
+    is at its end. The rows themselves are checked when they are read (training.Shards)."""
     if not file.exists():
         return None
     try:
-        saved = files.load_pt(file, {"clips": list, "digests": list}, mmap=True)  # 3 ms
+        saved = files.load_pt(file, {"clips": list, "digests": list}, mmap=True)  # takes 3 ms
     except common.Stop:
         return None
     return saved["clips"], saved["digests"]
@@ -521,27 +533,28 @@ def encode_all(model, clips, workers):
 
 @dataclass
 class Shard:
-    """A shard, or a source's part of one, that is being made."""
+    """A shard that is being made, or the part of it that one given source makes."""
 
     name: str
     clips: list  # those that can be used
-    features: dict  # {clip id: their features}; {} of what was given
+    features: dict  # {clip id: its features}; {} for a given source
     skipped: list  # rows.SkippedClip
-    samples: list  # rows.Sample, of the audios that are there
+    samples: list  # rows.Sample of the audios made so far
     latents: list  # (N, T, C), of each clip
 
 
 def generate(run, model, shards, todo, here, args):
-    """The audios of these shards, names of `shards`, {name: clips}. While a batch of clips is
-    sampled, threads encode the next shard and decode the batch before."""
+    """Makes the audios of the shards in `todo`, names of `shards`, {name: clips}. While a batch of
+    clips is sampled, threads encode the next shard's clips and decode the batch before."""
     clips = []
     for name in todo:
         clips += shards[name]
     if clips:
-        # A missing codec is said now, not after the first shard.
+        # So that a missing codec is reported now, not after the first shard.
         model.decode(torch.zeros(1, *model.latent_shape))
     with closing(encode_all(model, clips, args.workers)) as encoder:
-        # The thread itself waits for the videos; zipped with the clips, this one would.
+        # next(encoder) is called in the thread, so that the thread waits for the videos and this
+        # one goes on sampling.
         encoded = ahead.in_threads(
             lambda _: next(encoder), clips, threads=1, in_advance=SHARD_CLIPS
         )
@@ -555,7 +568,8 @@ def sample_shards(run, model, shards, todo, encoded, bar, args):
     at_work = {}  # {clip id: its shard, the seeds of its audios}
 
     def batches():
-        """Of clips of one shard, so that audios never depend on which shards were left to do."""
+        """Each batch is of clips of one shard, so that audios never depend on which shards were
+        left to do."""
         size = args.batch_clips or model.batch_clips
         for name in todo:
             shard = gather(name, shards[name], encoded, args)
@@ -614,9 +628,9 @@ def gather(name, clips, encoded, args):
 
 
 def write_shard(run, shard):
-    """Its .jsonl comes last, so that a shard that has one is whole."""
+    """The .jsonl is written last, so that a shard that has one is whole."""
     folder = run / "01_samples"
-    if shard.clips and shard.latents:  # of clips to rate there are none
+    if shard.clips and shard.latents:  # clips to rate have no latents
         features = {}
         if shard.features:
             features = common.stack_features(list(shard.features.values()), "cpu")
@@ -625,7 +639,7 @@ def write_shard(run, shard):
         file = folder / f"{shard.name}.pt"
         training.save_shard(file, latents, digests, features, clips=shard.features)
     unused = folder / f"{shard.name}.skipped.jsonl"
-    if shard.skipped or unused.exists():  # of an earlier, damaged shard
+    if shard.skipped or unused.exists():  # an earlier, damaged shard may have left one
         rows.write(unused, shard.skipped)
     rows.write(folder / f"{shard.name}.jsonl", shard.samples)
 
@@ -636,7 +650,8 @@ def write_shard(run, shard):
 
 
 def files_given(given):
-    """{source: {clip id: file}} of --given; None of the clips' own sound."""
+    """What --given names: {source: {clip id: file}}, with None in place of the files for
+    ground_truth, the clips' own sound."""
     found = {}
     reserved = (inputs.MODEL, inputs.GROUND_TRUTH, "skipped")  # the last is a suffix of files
     for text in given:
@@ -658,8 +673,8 @@ def files_given(given):
 
 
 def name_sources(run, given, train, to_rate):
-    """Adds new sources to run.json, if their folders are of this run's clips. train: those that
-    audio was drawn for; to_rate: those to rate."""
+    """Adds new sources to run.json, after checking that their files are named by clips of this run.
+    train: the train clips that were drawn; to_rate: the clips to rate."""
     run_json = inputs.read_run(run)
     ids = {clip.id for clip in train}
     ids_to_rate = {clip.id for clip in to_rate}
@@ -679,7 +694,8 @@ def name_sources(run, given, train, to_rate):
 
 
 def forget_sources(run, given):
-    """Takes from run.json the last sources of which nothing was made, if they are not given now."""
+    """Removes from the end of run.json's lists the sources of which no audio was made and which are
+    not given now."""
     run_json = inputs.read_run(run)
     for sources, shards in ((run_json.given, "[0-9]*"), (run_json.given_to_rate, "rate_*")):
         while sources and sources[-1] not in given:
@@ -690,8 +706,8 @@ def forget_sources(run, given):
 
 
 def read_given(item, given, model, samples):
-    """[(S,) float32] in [-1, 1]: a clip's audio, cut or padded to so many samples. item: (source,
-    clip). Raises SkipClip."""
+    """[(S,) float32] in [-1, 1]: a clip's audio, cut or padded to this many samples. item: (source,
+    clip). Raises SkipClip where the clip has none that can be used."""
     source, clip = item
     path = clip.path
     if given[source] is not None:
@@ -712,8 +728,9 @@ def read_given(item, given, model, samples):
 
 
 def add_given(run, model, shards, numbers, given, wavs, here, args):
-    """The audios of --given of the clips that can be used: written and encoded, a source's part of
-    a shard after the other, while files are read ahead. numbers: {source: the k of its audios}."""
+    """Writes and encodes the audios of --given, for the clips that can be used: one shard of one
+    source after another, while worker processes read the next files. numbers: {source: the k of its
+    audios}."""
     todo = []
     for source in [source for source in given if source in numbers]:
         for shard, of_shard in shards.items():
@@ -724,7 +741,7 @@ def add_given(run, model, shards, numbers, given, wavs, here, args):
             is_there_now = given[source] is not None and not lacked.isdisjoint(given[source])
             if is_there_now or not is_whole(run, name, clips, numbers[source], wavs):
                 todo.append((source, name, clips))
-    ranks.barrier()  # every rank has seen the same
+    ranks.barrier()  # all ranks have looked at the files before one writes
     todo = here.share(todo)
     if not todo:
         return
@@ -739,7 +756,7 @@ def add_given(run, model, shards, numbers, given, wavs, here, args):
 
 
 def encode_given(run, model, source, name, k, clips, waves):
-    """The Shard of a source's audios of these clips. waves: an iterator of what `read_given`
+    """The Shard of one source's audios for these clips. waves: an iterator of what `read_given`
     returns, or of the SkipClip that it raises."""
     shard, read = begin_shard(name, clips, waves)
     heard = [wave for (wave,) in read.values()]
@@ -762,7 +779,7 @@ def encode_given(run, model, source, name, k, clips, waves):
 
 
 def skipped_by(run, source, shards):
-    """rows.SkippedClip of a source, of these shards."""
+    """A rows.SkippedClip for each clip of these shards that has no audio of a source."""
     skipped = []
     for shard in shards:
         skipped += read_skipped(run, inputs.shard_file(shard, source))
@@ -828,7 +845,7 @@ def main(args):
             stop("files of weights are missing, see above; get them, then run the command again")
         print("no file of weights is missing; run the command without --dry-run")
         return
-    if args.max_clips == 0:  # all that any stage will ask for, said at once
+    if args.max_clips == 0:  # lists at once all files that any later stage will ask for
         common.print_all_missing(args.model, args.checkpoint, args.weights)
     checkpoint = args.checkpoint
     if is_toy and checkpoint is None:
@@ -836,7 +853,8 @@ def main(args):
     model = common.load_model(args.model, checkpoint, here.device, args.weights)
     training.only_sample(model, args.compile)
 
-    # Nothing is claimed and sealed, as by other stages: shards are added, and vouch for themselves.
+    # Other stages claim their settings and seal their outputs. Here shards may be added later, and
+    # each is checked by the digests that it holds.
     with record.stage(run, "01", advice=ADVICE, part=here.part) as stage:
         # -- clips
         with stage.one_at_a_time():
@@ -855,7 +873,7 @@ def main(args):
         wavs = {wav.name for wav in (run / "01_audio").glob("*.wav")}
         numbers = range(args.num_samples)
         todo = [name for name in shards if not is_whole(run, name, shards[name], numbers, wavs)]
-        ranks.barrier()  # every rank has seen the same
+        ranks.barrier()  # all ranks have looked at the files before one writes
         generate(run, model, shards, here.share(todo), here, args)
         if given:
             to_rate = dict(here.part_of([*inputs.shards_to_rate(run).items()]))

@@ -6,7 +6,7 @@ Run:
     python 02_fit_audioscore.py --run-dir runs/vgg --ratings ann.csv packs/rate_*.csv
     torchrun --standalone --nproc_per_node 8 02_fit_audioscore.py ...  # scoring, over the GPUs
     python 02_fit_audioscore.py --run-dir runs/mine --audioscore runs/vgg/02_audioscore.pt
-                                                   # another run's, where nobody has rated
+                                                   # nobody has rated: takes another run's AudioScore
 
 The five scores of an audio (networks: adapters/scorers.py; the toy world's own: adapters/toy.py):
 
@@ -15,32 +15,33 @@ The five scores of an audio (networks: adapters/scorers.py; the toy world's own:
     score_3  desync_s  Synchformer's |audio-video offset| in seconds
     score_4  is_nats   KL(p(y|a) || p(y)) in nats, y: PANNs' tags; the audio's part of the inception
                        score
-    score_5  pesq      PESQ against the clip's own sound, MOS-LQO; only of human speech, and not of
-                       that sound itself
+    score_5  pesq      PESQ against the clip's own sound, MOS-LQO; only for clips of human speech,
+                       and not for that sound itself
 
-AudioScore (common.py) standardises them, takes one that does not apply for the mean, and maps them
-by Linear(5, 32), ReLU, Linear(32, 3), softmax to p = (Good, Medium, Bad).
+AudioScore (common.py) standardises them, replaces a score that does not apply by the mean, and maps
+them by Linear(5, 32), ReLU, Linear(32, 3), softmax to p = (Good, Medium, Bad).
 
 Reads:
     01_samples/, 01_audio/  stage 01's audios
-    --ratings or 02_ratings.jsonl   clip, k, rating (Good, Medium or Bad; an empty cell in a csv is
-                            not rated), rater; if known repeat (1: asked once more, to see how
-                            steady the rater is), seconds, comment; k may be the name that an
-                            audio was given by
-    --audioscore FILE       instead of ratings, another run's 02_audioscore.pt, whose scorers had
-                            the same weights; which audios people rated there is not known here, so
-                            that 03 mines all clips
+    --ratings or 02_ratings.jsonl   clip, k, rating (Good, Medium or Bad; a row without one is left
+                            out), rater; if known repeat (1: the question was asked again, to see
+                            how steady the rater is), seconds, comment; for an audio of 01 --given,
+                            k may be its NAME
+    --audioscore FILE       instead of ratings, the 02_audioscore.pt of another run, whose scorers
+                            must have had the same weights. Which clips were rated there is not
+                            known here, so stage 03 mines all clips
 Writes:
     02_to_rate.csv          the audios of --num-rated-clips random train clips, and of all clips of
                             the split `rate`: clip, k, wav, video, caption, rating
     02_ratings.jsonl        the answers, validated
-    02_scores/*.pt          what every scorer said, by block of 32 clips of that draw
-    02_scores.jsonl         clip, k, the five scores (null where one does not apply), rating (of the
-                            majority, the worse of a tie); with --audioscore none
-    02_audioscore.pt        audioscore: the state dict of common.AudioScore (MLP, standardiser,
-                            marginal p(y)); weights: {scorer: digest of its files}; heldout: p
-                            (n, 3) float32 and rating (n,) int64 of the cross-validated report, not
+    02_scores/*.pt          what every scorer said, one file for each block of 32 drawn clips
+    02_scores.jsonl         a line for each rated audio: clip, k, the five scores (null where one
+                            does not apply), rating (the majority's; of a tie the worse); empty
                             with --audioscore
+    02_audioscore.pt        audioscore: the state dict of common.AudioScore (MLP, mean and std,
+                            marginal p(y)); weights: {scorer: digest of its files}; heldout: p
+                            (n, 3) float32 and rating (n,) int64 of the cross-validated report,
+                            which is absent with --audioscore
 Takes: toy 20 s on 2 cores.
 """
 
@@ -73,15 +74,19 @@ FOLDS = 5
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
     flag = parser.io.add_argument
-    flag("--ratings", nargs="+", help="answers (.csv, .jsonl); else 02_ratings.jsonl")
-    flag("--exclude-rater", nargs="+", action="extend", default=[], help="who does not count")
+    described = "files with people's ratings (.csv, .jsonl); without it, 02_ratings.jsonl"
+    flag("--ratings", nargs="+", help=described)
+    described = "names of raters whose ratings do not count"
+    flag("--exclude-rater", nargs="+", action="extend", default=[], help=described)
     flag("--audioscore", metavar="FILE", help="another run's 02_audioscore.pt, instead of ratings")
-    flag("--weights", default="weights", help="folder of downloaded files")
-    flag("--redo", action="store_true", help="replace the outputs; what is scored stays")
+    flag("--weights", default="weights", help="folder of the downloaded weights")
+    described = "replace this stage's results; scores that are still valid are kept"
+    flag("--redo", action="store_true", help=described)
     flag = parser.paper.add_argument
     flag("--num-rated-clips", type=command.whole(2), default=2000, help="clips to rate [Sec. 2.1]")
     flag = parser.engineering.add_argument
-    flag("--seed", type=command.whole(0), default=0, help="of the draw, the folds and the fit")
+    described = "seed of the draw of clips, the folds and the fit"
+    flag("--seed", type=command.whole(0), default=0, help=described)
     command.workers_flag(parser)
     command.part_flag(parser)
     return command.parse(parser, argv, "02")
@@ -93,22 +98,22 @@ def parse_args(argv=None):
 
 
 def fit(said, target, seed, steps=200):
-    """AudioScore fitted on n audios: standardiser, marginal p(y), then cross entropy on the raters'
-    shares.
+    """An AudioScore fitted on n audios: first marginal p(y), mean and std, then the MLP by cross
+    entropy with the shares of the raters' answers.
 
     said: what the scorers said, {ib, clap, desync_s, pesq: (n,), logits: (n, tags)}; target:
-    (n, 3). Paper silent: the optimizer. Full-batch AdamW, lr 3e-3, weight decay 0.3, 200 steps: of
-    six settings the best cross-validated log-loss in the toy world.
+    (n, 3). Paper silent: the optimizer. Full-batch AdamW, lr 3e-3, weight decay 0.3, 200 steps had
+    the best cross-validated log-loss of six settings in the toy world.
     """
     torch.manual_seed(seed)
     audioscore = AudioScore(tags=said["logits"].shape[1])
-    # Over tags that PANNs was trained to tell one by one, with sigmoids: as av-benchmark's IS.
+    # PANNs was trained with a sigmoid for each tag. We take a softmax, as av-benchmark's IS does.
     audioscore.p_y.copy_(said["logits"].softmax(dim=-1).mean(dim=0))
     scores = audioscore.five_scores(said)
     mean = scores.nanmean(dim=0).nan_to_num(nan=0.0)
     std = (scores - mean).square().nanmean(dim=0).sqrt()
     audioscore.mean.copy_(mean)
-    audioscore.std.copy_(torch.where(std > 1e-6, std, 1.0))  # a score without spread stays unscaled
+    audioscore.std.copy_(torch.where(std > 1e-6, std, 1.0))  # never divides by almost 0
     optimizer = torch.optim.AdamW(audioscore.parameters(), lr=3e-3, weight_decay=0.3)
     for _ in range(steps):
         loss = F.cross_entropy(audioscore.logits(scores), target)
@@ -119,13 +124,13 @@ def fit(said, target, seed, steps=200):
 
 
 def select(said, chosen):
-    """Of what the scorers said, these audios: a mask (n,), or a list of rows."""
+    """What the scorers said of some audios only. chosen: a mask (n,), or a list of rows."""
     return {name: value[chosen] for name, value in said.items()}
 
 
 def cross_validate(said, target, videos, seed):
-    """p (n, 3) of every audio from a fit that saw no other of the same video; videos: the name of
-    each audio's."""
+    """p (n, 3) of every audio, from an AudioScore that was fitted without any audio of the same
+    video. videos: the name of each audio's video."""
     names = sorted(set(videos))
     random.Random(seed).shuffle(names)
     fold_of = {name: i % FOLDS for i, name in enumerate(names)}
@@ -168,8 +173,8 @@ def print_heldout(p, truth):
 
 
 def drawn_order(samples, seed):
-    """All clips with audio in a random order. The first --num-rated-clips are to be rated, so that
-    those of a smaller number are among those of a larger one."""
+    """All clips with audio, in random order. The first --num-rated-clips of them are to be rated,
+    so that a larger number only adds clips."""
     names = sorted(samples)
     random.Random(seed).shuffle(names)
     return names
@@ -188,9 +193,9 @@ def write_rating_sheet(run, to_rate, samples, clips):
 
 
 def take_ratings(run, samples, clips, to_rate, args):
-    """Writes the sheet, which simulated people answer. Returns every answer, a list of
-    rows.RatingAnswer, each proved to be about an audio of this run; [] where nobody has answered
-    yet."""
+    """Writes the sheet. In the toy world simulated people answer it. Returns all answers, a list of
+    rows.RatingAnswer, after checking that each is about an audio of this run; [] where nobody has
+    answered yet."""
     file = run / "02_ratings.jsonl"
     if ranks.is_first():
         write_rating_sheet(run, to_rate, samples, clips)
@@ -226,7 +231,8 @@ def print_how_to_rate(run, to_rate, samples, is_all_rated):
 
 
 def rated_video(clip):
-    """Which video a clip is of, whatever its caption: of those to rate, several may be of one."""
+    """The name of the video that a clip is cut from. Several clips of the split rate may be of one
+    video, with different captions."""
     if clip.split != rows.TO_RATE:
         return inputs.video_of(clip.id)
     return inputs.video_of(str(clip.path.with_suffix("")))
@@ -237,7 +243,7 @@ def class_of(answer):
 
 
 def shares_of(answers):
-    """{(clip, k): (3,) share of its raters who said Good, Medium, Bad}, in order of the names."""
+    """{(clip, k): (3,) shares of its raters who said Good, Medium, Bad}, sorted by (clip, k)."""
     votes = defaultdict(list)
     for answer in answers:
         votes[answer.clip, answer.k].append(class_of(answer))
@@ -249,7 +255,7 @@ def shares_of(answers):
 
 
 def majority(target):
-    """(n, 3) shares -> (n,) class index; of a tie, the worse."""
+    """(n, 3) shares -> (n,) the class with the largest share; of a tie the worse class."""
     is_most = target == target.amax(dim=-1, keepdim=True)
     return (is_most * torch.arange(len(RATINGS))).amax(dim=-1)
 
@@ -260,8 +266,8 @@ def majority(target):
 
 
 def rated_blocks(run, order, samples, clips, answers):
-    """Blocks of 32 clips, those of which any audio is rated: train clips in the order of the draw,
-    then clips to rate in theirs. samples: of both."""
+    """The blocks of 32 clips in which any audio is rated: first of train clips, in the order of the
+    draw, then of clips of the split rate, in their own order. samples: the audios of both."""
     rated = {answer.clip for answer in answers}
     train = set(order)
     to_rate = [name for name in samples if name not in train]
@@ -276,8 +282,8 @@ def rated_blocks(run, order, samples, clips, answers):
 
 
 def rated_block(run, name, part, samples, clips):
-    """A block is always of the same clips, `part`, and scored whole: one more rating leaves the
-    other scores as they are."""
+    """A block always has the same clips, `part`, and is scored as a whole, so that one more rating
+    changes no score of the other audios."""
     folder = run / "02_scores"
     block = scoring.Block(name, folder, folder, [], [])
     for clip in part:
@@ -287,8 +293,8 @@ def rated_block(run, name, part, samples, clips):
 
 
 def read_said(rated, blocks, scorers):
-    """What the five scorers said of the rated audios, in their order, as `fit` wants it. rated:
-    (clip, k) of each."""
+    """What the scorers said of the rated audios, in the form that `fit` takes. rated: the (clip, k)
+    of each, whose order is kept."""
     said = scorers.for_audioscore(scoring.read_scores(blocks, scorers, scorers.of_audioscore))
     scored = [(audio.clip.id, audio.k) for block in blocks for audio in block.audios]
     row_of = {audio: row for row, audio in enumerate(scored)}
@@ -310,8 +316,8 @@ def write_scores(run, rated, scores, truth):
 
 
 def take_audioscore(run, outputs, here, args):
-    """02_audioscore.pt from --audioscore FILE, and no ratings, after the proof that the scorers
-    here are those that it was fitted on."""
+    """Takes 02_audioscore.pt from --audioscore FILE, without ratings, after checking that this
+    run's scorers have the weights that it was fitted with."""
     file = Path(args.audioscore)
     if args.ratings or args.exclude_rater or here.part:
         stop("--audioscore: not with --ratings, --exclude-rater or --part, since nothing is fitted")
@@ -329,7 +335,8 @@ def take_audioscore(run, outputs, here, args):
                 f"{file}: fitted on other scorers, the weights of {name} are {fitted} there and "
                 f"{found} here; put those into {scorers.root}, or have audios of this run rated"
             )
-    # Not from 01_samples: it serves whatever audio there is, also in a run without train clips.
+    # 01_samples is no input: this AudioScore depends on no audio of this run, and also serves a run
+    # without train clips.
     with record.stage(run, "02", [], outputs, args.redo) as stage:
         stage.claim({"audioscore": list(SCORES), "audioscore_file": files.digest(file)})
         if here.first:
@@ -344,7 +351,7 @@ def take_audioscore(run, outputs, here, args):
 
 
 def weights_of(file):
-    """{scorer: digest of its files} that an AudioScore was fitted on."""
+    """{scorer: digest of its files} for the scorers that an AudioScore was fitted on."""
     weights = files.load_pt(file).get("weights")
     if isinstance(weights, dict) and all(isinstance(held, str) for held in weights.values()):
         return weights
@@ -386,12 +393,12 @@ def main(args):
         counted = [answer for answer in kept if not answer.repeat]
         if len({rated_video(clips[answer.clip]) for answer in counted}) < 2:
             source = people.names_of(args.ratings or [run / "02_ratings.jsonl"])
-            needed = "at least 2 are needed, AudioScore is fitted on some, checked on others"
-            stop(f"{source}: ratings of one video; {needed}")
+            needed = "rate clips of at least 2, since AudioScore is fitted on some, checked on others"
+            stop(f"{source}: all ratings are of one video; {needed}")
         settings = {
             "num_rated_clips": args.num_rated_clips,
             "seed": args.seed,
-            "audioscore": list(SCORES),  # whoever adds a score gets another AudioScore
+            "audioscore": list(SCORES),  # so that a changed list of scores needs --redo
             "exclude_rater": sorted(args.exclude_rater),
         }
         stage.claim(settings, ["02_ratings.jsonl"])
@@ -400,7 +407,7 @@ def main(args):
         blocks = rated_blocks(run, order, samples, clips, counted)
         part = here.part_of(blocks)
         scoring.score(part, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
-        if not here.first or here.ends_part():  # the others wait where the stage ends
+        if not here.first or here.ends_part():  # the other ranks wait at the end of the stage
             return
         shares = shares_of(counted)
         said = read_said(shares, blocks, scorers)

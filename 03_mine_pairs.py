@@ -10,18 +10,18 @@ Reads:
     01_samples/, 01_audio/      stage 01's audios, the model's and those that were given
     02_audioscore.pt, 02_scores.jsonl    AudioScore; the rated clips, which are not mined, and their
                                 ratings
-    --choices or 03_human_choices.jsonl   clip, a, b (two k of the clip), choice (a, b or tie),
-                                rater; if known repeat (1: asked once more, to see how steady the
-                                rater is), seconds, comment
+    --choices or 03_human_choices.jsonl   clip, a, b (the k of two audios of the clip), choice (a, b
+                                or tie), rater; if known repeat (1: the question was asked again, to
+                                see how steady the rater is), seconds, comment
 Writes:
-    03_scores/00012.*.pt        what every scorer said, by shard of stage 01
+    03_scores/00012.*.pt        what every scorer said, one file for each shard of stage 01
     03_scores/00012.jsonl       clip, k, the five scores (null where one does not apply), p: [Good,
                                 Medium, Bad]
     03_pairs.jsonl              clip, winner, loser (k), p_winner, p_loser: [Good, Medium, Bad]
     03_to_choose.csv            pairs of equally rated audios for people: clip, a, b, wav_a, wav_b,
                                 video, choice
-    03_human_choices.jsonl, 03_human_pairs.jsonl   the answers, validated; the pairs they make, as
-                                03_pairs.jsonl
+    03_human_choices.jsonl, 03_human_pairs.jsonl   the answers, validated; the pairs that they make,
+                                with the fields of 03_pairs.jsonl
 Takes: toy 43 s on 2 cores.
 """
 
@@ -35,23 +35,28 @@ import torch
 import common
 from common import SCORES, AudioScore, command, inputs, people, ranks, record, rows, scoring, stop
 
-CLIPPED_SHARE = 0.01  # of samples at full scale: from here on an audio is clipped, and may not win
+CLIPPED_SHARE = 0.01  # an audio with this share of its samples at full scale may not win
 
 
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
     flag = parser.io.add_argument
-    flag("--choices", nargs="+", help="answers (.csv, .jsonl); else 03_human_choices.jsonl")
-    flag("--exclude-rater", nargs="+", action="extend", default=[], help="who does not count")
-    flag("--weights", default="weights", help="folder of downloaded files")
-    flag("--redo", action="store_true", help="replace the outputs; what is scored stays")
-    described = "whose audios make the mined pairs: the model's alone, or all, given ones too"
+    described = "files with people's choices (.csv, .jsonl); without it, 03_human_choices.jsonl"
+    flag("--choices", nargs="+", help=described)
+    described = "names of raters whose choices do not count"
+    flag("--exclude-rater", nargs="+", action="extend", default=[], help=described)
+    flag("--weights", default="weights", help="folder of the downloaded weights")
+    described = "replace this stage's results; scores that are still valid are kept"
+    flag("--redo", action="store_true", help=described)
+    described = "mine pairs of the model's audios only, or of all audios, those of 01 --given too"
     flag("--mine", choices=("model", "all"), default="all", help=described)
     flag = parser.paper.add_argument
-    flag("--num-human-pairs", type=command.whole(0), default=2000, help="for people [Sec. 2.2]")
-    flag("--min-score-c", type=command.number(-1, 1), default=0.0, help="drop pairs below it")
+    described = "comparisons that people are asked to make; a tie makes no pair [Sec. 2.2]"
+    flag("--num-human-pairs", type=command.whole(0), default=2000, help=described)
+    described = "drop mined pairs whose score_c is below this; paper silent"
+    flag("--min-score-c", type=command.number(-1, 1), default=0.0, help=described)
     flag = parser.engineering.add_argument
-    flag("--seed", type=command.whole(0), default=0, help="of the draw of comparisons")
+    flag("--seed", type=command.whole(0), default=0, help="seed of the draw of comparisons")
     command.workers_flag(parser)
     command.part_flag(parser)
     return command.parse(parser, argv, "03")
@@ -85,15 +90,16 @@ def apply_audioscore(blocks, scorers, audioscore):
 
 
 def may_win(audio):
-    """Paper silent: silent and clipped audio may lose, but not win. audio: rows.Sample."""
+    """Paper silent: which audio may win. Ours must be finite, not silent and not clipped; silent
+    and clipped audio may still lose. audio: rows.Sample."""
     return audio.finite and audio.peak >= common.SILENT_PEAK and audio.clipped < CLIPPED_SHARE
 
 
 def select_pair(p, winners, losers):
     """Eq. 2: winner = argmax P(Good), loser = argmax P(Bad).
 
-    p: {k: (Good, Medium, Bad)} of one clip's audios; winners, losers: the k that may be one.
-    Returns (winner, loser), or the reason why the clip makes no pair.
+    p: {k: (Good, Medium, Bad)} of one clip's audios; winners, losers: the k of the audios that may
+    win and that may lose. Returns (winner, loser), or the reason why the clip makes no pair.
     """
     if len(losers) < 2:
         return "fewer than two audios can be used"
@@ -109,20 +115,20 @@ def select_pair(p, winners, losers):
 
 
 def argmax(values):
-    """The key of the largest value; None where two are. Paper silent: ties. An audio that ties with
-    another is not the best or the worst."""
+    """The key of the largest value; None where two keys have it. Paper silent: ties. Where two
+    audios tie, we take neither for the best or the worst."""
     first, *others = sorted(values, key=values.get, reverse=True)
     return None if others and values[others[0]] == values[first] else first
 
 
 def mine(samples, p_of, rated, min_score_c):
-    """Pairs of all clips that were not rated, and a count of the clips that make none, by
-    reason."""
+    """The pairs of all clips that nobody has rated; and, by reason, how many clips make none."""
     pairs = []
     dropped = Counter()
     for clip, audios in samples.items():
         if clip in rated:
-            # Paper silent: AudioScore was fitted on these clips.
+            # Paper silent: whether rated clips are mined. Ours are not: AudioScore was fitted on
+            # them.
             dropped["are set aside, since people rated them"] += 1
             continue
         winners = [audio.k for audio in audios if may_win(audio)]
@@ -140,7 +146,7 @@ def mine(samples, p_of, rated, min_score_c):
 
 
 def of_model(samples):
-    """The audios that the model made, of every clip."""
+    """The audios of every clip, without those that were given."""
     found = {}
     for clip, audios in samples.items():
         found[clip] = [audio for audio in audios if audio.source == inputs.MODEL]
@@ -158,11 +164,11 @@ def pair_of(clip, winner, loser, p_of):
 
 
 def comparisons(samples, ratings, count, seed):
-    """[(clip, a, b), ...], sorted: pairs of one rated clip's audios with the same rating, of as
-    many clips as possible. ratings: of rows.RatedScore.
+    """[(clip, a, b), ...], sorted: two audios of one rated clip that have the same rating, from as
+    many clips as possible. ratings: a list of rows.RatedScore.
 
-    Paper silent: what people compare. AudioScore's classes cannot tell such audios apart, so that
-    what is left to prefer is the aesthetic appeal.
+    Paper silent: what people compare. The ratings that AudioScore is fitted to do not tell these
+    two audios apart, so that what is left to prefer is mainly the aesthetic appeal.
     """
     rating_of = defaultdict(dict)
     for row in ratings:
@@ -195,9 +201,9 @@ def write_choice_sheet(run, asked, samples, clips):
 
 
 def take_choices(run, samples, clips, ratings, args):
-    """Writes the sheet, which simulated people answer. Returns every answer, a list of
-    rows.ChoiceAnswer, each proved to be about two audios of a clip of this run; [] where nobody has
-    chosen."""
+    """Writes the sheet. In the toy world simulated people answer it. Returns all answers, a list of
+    rows.ChoiceAnswer, after checking that each is about two audios of one clip of this run; []
+    where nobody has chosen yet."""
     file = run / "03_human_choices.jsonl"
     if ranks.is_first():
         asked = comparisons(samples, ratings, args.num_human_pairs, args.seed)
@@ -223,13 +229,13 @@ def take_choices(run, samples, clips, ratings, args):
 
 
 def preference(answer):
-    """1 where the audio of smaller k is preferred, -1 where the other is, 0 for a tie."""
+    """1 where the audio with the smaller k is preferred, -1 where the other is, 0 for a tie."""
     of_a = {"a": 1, "b": -1, "tie": 0}[answer.choice]
     return of_a if answer.a < answer.b else -of_a
 
 
 def human_pairs(answers, p_of):
-    """The majority's pairs; a tie of votes makes none."""
+    """The pairs that a majority of the raters prefers; a tie of votes makes no pair."""
     votes = Counter()
     for answer in answers:
         votes[people.question_of(answer)] += preference(answer)
@@ -276,7 +282,7 @@ def print_mined(run, samples, pairs, dropped):
 
 
 def print_sources(samples, pairs):
-    """How often the audios of each source win and lose, where some were given."""
+    """How often the audios of each source win and lose; nothing where all are the model's."""
     wins = Counter()
     losses = Counter()
     for pair in pairs:
@@ -326,7 +332,7 @@ def main(args):
         ratings = rows.read(
             run / "02_scores.jsonl", rows.RatedScore, "; rerun 02_fit_audioscore.py --redo"
         )
-        ratings = [row for row in ratings if row.clip in samples]  # less the clips to rate
+        ratings = [row for row in ratings if row.clip in samples]  # without the split rate
         audioscore = AudioScore.load(run / "02_audioscore.pt")
         scorers = common.scorers_of(run, args.weights)
 
@@ -348,7 +354,7 @@ def main(args):
         blocks = inputs.shard_blocks(run, samples, clips.values())
         part = here.part_of(blocks)
         scoring.score(part, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
-        if not here.first or here.ends_part():  # the others wait where the stage ends
+        if not here.first or here.ends_part():  # the other ranks wait at the end of the stage
             return
         p_of = apply_audioscore(blocks, scorers, audioscore)
         rated = {row.clip for row in ratings}

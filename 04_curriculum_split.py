@@ -26,27 +26,31 @@ PAPER_SHARES = {0.9: 8, 0.8: 45, 0.7: 81, 0.6: 89}  # threshold: % of simple pai
 
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
-    parser.io.add_argument("--redo", action="store_true", help="replace this stage's outputs")
+    parser.io.add_argument("--redo", action="store_true", help="replace this stage's results")
     parser.paper.add_argument(
-        "--threshold", type=command.number(0, 1), default=0.7, help="score_delta [Sec. 3.1, Tab. 2]"
+        "--threshold",
+        type=command.number(0, 1),
+        default=0.7,
+        help="score_delta: pairs with a higher score_c are easy, stage 1 [Sec. 3.1, Tab. 2]",
     )
     return command.parse(parser, argv, "04")
 
 
 def with_score_c(pair):
-    """A mined pair with Eq. 3's score_c. rows.Pair -> rows.SplitPair."""
+    """A mined pair, rows.Pair, with the score_c of Eq. 3, as rows.SplitPair."""
     score_c = round(common.score_c(pair.p_winner, pair.p_loser), 6)
     return rows.SplitPair(pair.clip, pair.winner, pair.loser, score_c, "auto")
 
 
 def of_people(pair):
-    """A human pair: its score_c is 0, so that it is in stage 2 at any threshold."""
+    """A human pair, whose score_c the paper sets to 0, so that it is in stage 2 at any
+    threshold."""
     return rows.SplitPair(pair.clip, pair.winner, pair.loser, 0.0, "human")
 
 
 def paper_threshold(score_c):
-    """The threshold that makes Table 2's 81 % of the pairs easy, of as many digits as are printed.
-    score_c: (n,) of the mined pairs, n at least 1."""
+    """The threshold that makes 81 % of the mined pairs easy, as in Table 2, with as many digits as
+    are printed. score_c: (n,) of the mined pairs, n at least 1."""
     return round(score_c.quantile(1 - PAPER_SHARES[0.7] / 100).clamp(min=0).item(), 3)
 
 
@@ -62,8 +66,8 @@ def print_shares(score_c, num_human):
         )
     threshold = paper_threshold(score_c)
     print(f"  --threshold {threshold:.3f} would make 81 % of the mined pairs easy, as in the paper")
-    # On pairs whose winner is the worse audio Flow-DPO learns what nobody wants, and its curves
-    # look healthy.
+    # From pairs whose winner is the worse audio Flow-DPO learns to make worse audio, and its curves
+    # still look healthy.
     negative = int((score_c < 0).sum())
     if negative:
         print(

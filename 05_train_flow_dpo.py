@@ -6,9 +6,9 @@ Run:
     torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py --run-dir runs/vgg
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
         05_train_flow_dpo.py --run-dir runs/vgg                # two nodes, a shared run folder
-Without --standalone torchrun waits at port 29500, which one job of a node can have. The global
-batch is the same on any number of GPUs that divides it, and so are the batches, times and noise.
-A finished training that is run again leaves its policy as it is.
+Without --standalone torchrun uses port 29500, which only one job of a node can have. The number of
+GPUs must divide the global batch; pairs, times and noise of every step are the same on any such
+number. Running the command of a finished training again leaves its policy as it is.
 
 Reads:
     01_samples/                        latents and features, memory-mapped
@@ -17,9 +17,10 @@ Writes, in <run>/<--out>:
     policy.pt        the tuned network in its upstream's own format, nothing else
     policy.json      model, digest of the base checkpoint, method, steps, commit of this code (null
                      outside of git), the CPU, and the kernels that were asked for (docs/toy.md)
-    checkpoint.pt    step, trained weights, optimizer, with --ema the average, which policy.pt then
-                     holds: the same command resumes from here, exactly
-    log.jsonl        a line per step: rows.FlowDpoStep; `pair_loss` measures it
+    checkpoint.pt    step, trained weights, optimizer, and with --ema the average of the weights,
+                     which policy.pt then holds; the same command resumes exactly from here
+    log.jsonl        a line per step, rows.FlowDpoStep, measured in `pair_loss`; docs/results.md
+                     explains its fields
     settings.json    the settings that this folder was made with
 Takes: toy 20 s on 2 cores.
 """
@@ -35,8 +36,8 @@ import torch
 import common
 from common import command, inputs, ranks, rows, stop, training
 
-T_BINS = 4  # the log shows error gaps by quarter of t
-SATURATED = 5.0  # a logit: beyond it a pair's gradient is below 1 % of its largest
+T_BINS = 4  # the log shows error gaps for each quarter of t
+SATURATED = 5.0  # a logit; above it a pair's gradient is below 1 % of its largest possible
 
 
 def parse_args(argv=None):
@@ -47,22 +48,30 @@ def parse_args(argv=None):
         "--beta", type=command.number(0), default=600.0, help="KL strength [Sec. 3.1, Tab. 2]"
     )
     paper.add_argument(
-        "--lr", type=command.number(0), default=5e-6, help="after the warm-up [Sec. 3.1]"
+        "--lr",
+        type=command.number(0),
+        default=5e-6,
+        help="learning rate after the warm-up [Sec. 3.1]",
     )
     paper.add_argument(
         "--warmup", type=command.whole(0), default=1000, help="linear warm-up steps [Sec. 3.1]"
     )
     paper.add_argument(
-        "--steps", type=command.whole(1), default=12_000, help="of both stages [Sec. 3.1]"
+        "--steps",
+        type=command.whole(1),
+        default=12_000,
+        help="optimizer steps of both stages together [Sec. 3.1]",
     )
     paper.add_argument(
         "--global-batch",
         type=command.whole(1),
         default=8,
-        help="pairs per step, all GPUs [Sec. 3.1]",
+        help="pairs per step on all GPUs together [Sec. 3.1]",
     )
     paper.add_argument(
-        "--threshold", type=command.number(0, 1), help="score_delta: split anew [Tab. 2]"
+        "--threshold",
+        type=command.number(0, 1),
+        help="score_delta, to split the pairs by another one than stage 04's [Tab. 2]",
     )
     paper.add_argument("--hard-first", action="store_true", help="ablation: stage 2 before stage 1")
     paper.add_argument("--no-human", action="store_true", help="ablation: without the human pairs")
@@ -75,17 +84,22 @@ def parse_args(argv=None):
         "--sft-weight",
         type=command.number(0),
         default=0.0,
-        help="weight of the winner's own error; paper: 0; with --beta 0: SFT on the winners",
+        help="adds the winner's own error to the loss with this weight; paper: 0; with --beta 0 "
+        "this is SFT on the winners",
     )
     paper.add_argument(
         "--stratified-t",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="the n times t of a step in n equal parts of [0, 1], each still uniform; paper silent",
+        help="draw the n times t of a step from n equal parts of [0, 1], one from each; each pair's "
+        "t is still uniform; paper silent",
     )
     engineering = parser.engineering
     engineering.add_argument(
-        "--micro-batch", type=command.whole(1), default=32, help="pairs per forward on one GPU"
+        "--micro-batch",
+        type=command.whole(1),
+        default=32,
+        help="pairs per forward pass on one GPU; fewer need less memory",
     )
     engineering.add_argument(
         "--save-every", type=command.whole(1), default=500, help="steps between checkpoints"
@@ -99,7 +113,7 @@ def parse_args(argv=None):
 
 
 def read_stages(run, shards, args):
-    """The pairs of stage 1 and stage 2, in training order."""
+    """The pairs of the two stages, in the order in which the stages are trained."""
     hint = "; rerun 04_curriculum_split.py --redo"
     easy = inputs.read_pairs(run / "04_stage1.jsonl", rows.SplitPair, hint)
     hard = inputs.read_pairs(run / "04_stage2.jsonl", rows.SplitPair, hint)
@@ -117,13 +131,14 @@ def read_stages(run, shards, args):
 
 
 def divide_steps(stages, steps):
-    """Paper silent: steps per stage. In proportion to the pairs: all are seen equally often."""
+    """Paper silent: how many steps each stage has. Ours are in proportion to the pairs, so that all
+    pairs are seen equally often."""
     first = round(steps * len(stages[0]) / sum(map(len, stages)))
     return [first, steps - first]
 
 
 def batch_at(step, stages, stage_steps, args):
-    """The stage of a step, 0 or 1, and its pairs; a function of the seed and the step alone."""
+    """The stage of a step, 0 or 1, and its pairs. They depend on the seed and the step alone."""
     stage = 0
     if step >= stage_steps[0]:
         stage = 1
@@ -135,8 +150,8 @@ def batch_at(step, stages, stage_steps, args):
 def draw_t_and_noise(step, model, args):
     """One t (B,) and one eps (B, T, C) per pair of the global batch, shared by winner and loser.
 
-    t ~ U(0, 1) as under Eq. 5, not the backbones' own training laws; moved to a time that the
-    network knows (Frieren has 1000).
+    t ~ U(0, 1) as below Eq. 5, not as the backbones were pre-trained. It is then moved to a time
+    that the network knows (Frieren knows 1000).
     """
     pairs = args.global_batch
     generator = torch.Generator().manual_seed(common.seed_of(args.seed, "step", step))
@@ -165,7 +180,7 @@ class Batch:
 
 
 def read_batches(done, stages, stage_steps, shards, model, here, args):
-    """A generator of the steps' batches, from step `done` on."""
+    """Yields the batch of every step from step `done` on."""
     for step in range(done, args.steps):
         stage, pairs = batch_at(step, stages, stage_steps, args)
         a_0, features = load_pairs(here.share(pairs), shards)
@@ -176,7 +191,8 @@ def read_batches(done, stages, stage_steps, shards, model, here, args):
 
 
 def load_pairs(pairs, shards):
-    """Latents (2, B, T, C) of the winners, then the losers; features of their clips, B rows."""
+    """The latents (2, B, T, C) of the winners, then of the losers, and their clips' features, B
+    rows."""
     winners = shards.latents([(pair.clip, pair.winner) for pair in pairs])
     losers = shards.latents([(pair.clip, pair.loser) for pair in pairs])
     return torch.stack([winners, losers]), shards.features([pair.clip for pair in pairs])
@@ -188,7 +204,7 @@ def load_pairs(pairs, shards):
 
 
 def pair_errors(network, features, a_0, eps, t):
-    """Errors of winners and losers in one forward, the conditions projected once per pair.
+    """Errors of winners and losers from one forward pass; conditions are projected once per pair.
 
     a_0: (2, B, T, C), winners, then losers; eps: (B, T, C); t: (B,) -> err_w, err_l: (B,) float32.
     """
@@ -200,8 +216,8 @@ def pair_errors(network, features, a_0, eps, t):
 
 
 def pair_loss(policy, reference, features, a_0, eps, t, args):
-    """Eq. 5 of B pairs, as `pair_errors` takes them. Returns loss (B,), and what is logged of each
-    pair, {name: (B,)}."""
+    """Eq. 5 for B pairs, in the form that `pair_errors` takes. Returns the loss (B,), and what is
+    logged of each pair, {name: (B,)}."""
     with training.autocast(t.device, args.precision):
         with torch.no_grad():
             ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps, t)
@@ -212,7 +228,7 @@ def pair_loss(policy, reference, features, a_0, eps, t, args):
     loss = loss + args.sft_weight * err_w
 
     with torch.no_grad():
-        weight = torch.sigmoid(-logits)  # of the pair's gradient
+        weight = torch.sigmoid(-logits)  # the factor of the pair's gradient
         logged = {
             "pairs": torch.ones_like(loss),
             "loss": loss,
@@ -229,9 +245,9 @@ def pair_loss(policy, reference, features, a_0, eps, t, args):
 
 
 def train_step(policy, reference, batch, args):
-    """Accumulates the gradient of this rank's share of the global batch. Returns sums over its
-    pairs for the log, by quarter of t, {name: (T_BINS,) float64}, left on the device, so that the
-    host need not wait for it."""
+    """Accumulates the gradient over this rank's share of the global batch. Returns sums over its
+    pairs for the log, {name: (T_BINS,) float64}, one for each quarter of t; they stay on the
+    device, so that the host need not wait for them."""
     pairs = len(batch.t)
     sums = {}
     for start in range(0, pairs, args.micro_batch):
@@ -242,7 +258,7 @@ def train_step(policy, reference, batch, args):
         loss, logged = pair_loss(
             policy, reference, features, batch.a_0[:, micro], batch.eps[micro], t, args
         )
-        (loss.sum() / pairs).backward()  # DDP averages over ranks, each with as many pairs
+        (loss.sum() / pairs).backward()  # DDP averages over ranks, which have equally many pairs
         for name, value in sum_by_quarter(logged, t).items():
             sums[name] = sums.get(name, 0) + value
     return sums
@@ -250,7 +266,7 @@ def train_step(policy, reference, batch, args):
 
 @torch.no_grad()
 def sum_by_quarter(measured, t):
-    """{name: (B,)} -> {name: (T_BINS,) float64}, sums over the pairs of each quarter of t."""
+    """{name: (B,)} -> {name: (T_BINS,) float64}: for each quarter of t the sum over its pairs."""
     quarter = (t * T_BINS).long().clamp(max=T_BINS - 1)
     stacked = torch.stack([value.double() for value in measured.values()])
     sums = torch.zeros(len(measured), T_BINS, dtype=torch.float64, device=t.device)
@@ -258,8 +274,8 @@ def sum_by_quarter(measured, t):
 
 
 def means_of(sums):
-    """What is logged of the global batch. sums: {name: (T_BINS,)}; by quarter of t, None where it
-    has no pair."""
+    """The means over the global batch that are logged. sums: {name: (T_BINS,)}. gap_w_t and gap_l_t
+    are lists of the means in each quarter of t, None for a quarter without a pair."""
     pairs = sums.pop("pairs")
     means = {name: (value.sum() / pairs.sum()).item() for name, value in sums.items()}
     for name in ("gap_w", "gap_l"):
@@ -274,23 +290,24 @@ def means_of(sums):
 
 
 def share_backwards(stages):
-    """Of the pairs that AudioScore chose, the share whose winner it likes less than their loser."""
+    """The share of the mined pairs whose winner AudioScore likes less than their loser."""
     mined = [pair.score_c for pair in stages[0] + stages[1] if pair.source == "auto"]
     return sum(score_c < 0 for score_c in mined) / max(1, len(mined))
 
 
 def diagnosis(accuracy, saturated, rise, wrong, backwards):
-    """The first case that fits, and what to do. The limits separate the six trainings of
-    docs/curves.md, where its table stands too.
+    """What may be wrong with a training, the first case that fits, and what to do. The limits are
+    set so that they separate the six trainings of docs/curves.md, which also has a table of the
+    cases.
 
     accuracy, saturated: as logged; rise: the winner's error gap as a share of the reference's
-    error; wrong: the share of the gradient's weight on wrongly ordered pairs; backwards: see
+    error; wrong: the share of the gradient's weight that wrongly ordered pairs have; backwards: see
     `share_backwards`.
     """
     negative = f"score_c is negative for {backwards:.0%} of the mined pairs"
     negative += ", whose winner is the worse audio"
     again = "mine them anew: 03 with --redo --min-score-c 0, then 04 --redo, then 05 --out NAME"
-    if backwards > 0.5:  # then the better the curves, the worse the policy
+    if backwards > 0.5:  # then good curves mean that the policy has learned worse audio
         return "pairs are backwards", f"{negative}; {again}"
     if accuracy < 0.6:
         return "has hardly learned", "give more --steps or a higher --lr"
@@ -310,7 +327,8 @@ def diagnosis(accuracy, saturated, rise, wrong, backwards):
 
 
 def reading(log, backwards):
-    """What the last 50 steps of the longer stage show, in one line. log: of rows.FlowDpoStep."""
+    """What the last 50 steps of the longer stage show, in one line. log: a list of
+    rows.FlowDpoStep."""
     stages = [[step for step in log if step.stage == stage] for stage in (1, 2)]
     last = max(stages, key=len)[-50:]
     mean = {}

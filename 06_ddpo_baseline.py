@@ -3,24 +3,26 @@
 Run:
     python 06_ddpo_baseline.py                                             # toy world, CPU
     torchrun --standalone --nproc_per_node 8 06_ddpo_baseline.py --run-dir runs/vgg
-Each round draws --prompts clips, samples --group-size audios of each with an SDE whose marginals
-are the ODE's, scores them, and makes --updates optimizer steps on the stored transitions; one step
-= one optimizer update, as in stage 05.
 
-Paper silent: which DDPO. Ours is DDPO-IS (arXiv 2305.13301: PPO's clipped ratio), for a flow as in
-Flow-GRPO (arXiv 2505.05470): its SDE, and advantages within a prompt's audios; no KL term, and no
-warm-up, as in DDPO's code. All that we chose is in docs/choices.md.
+Each round draws --prompts clips, samples --group-size audios of each with an SDE whose marginals
+are the ODE's, scores them, and makes --updates optimizer steps on the stored transitions. --steps
+counts these optimizer steps, as in stage 05.
+
+Paper silent: which form of DDPO. Ours is DDPO-IS (arXiv 2305.13301), which has PPO's clipped ratio.
+From Flow-GRPO (arXiv 2505.05470) we take the SDE of a flow, and advantages among the audios of one
+prompt. There is no KL term and no warm-up, as in DDPO's code. docs/choices.md lists all choices.
 
 Reads:
     01_samples/           features of the train clips
     02_audioscore.pt      the reward model, on top of the five scorers
     02_scores.jsonl       the rated clips, which are no prompts: AudioScore was fitted on them
-    03_scores/            what the scorers saw of the prompts' videos; each file names what it is of
-    clips.jsonl           and the prompts' own sound, for PESQ
+    03_scores/            the scorers' embeddings of the prompts' videos, checked by their keys
+    clips.jsonl           the prompts' captions and labels, and the videos with their own sound,
+                          against which PESQ compares
 Writes, in <run>/<--out>:
     policy.pt, policy.json, checkpoint.pt, settings.json
-                          as stage 05; a rerun resumes at the last whole round
-    log.jsonl             a line per step: rows.DdpoStep
+                          as of stage 05; the same command resumes at the last whole round
+    log.jsonl             a line per step, rows.DdpoStep; docs/results.md explains its fields
 Takes: toy 45 s on 2 cores.
 """
 
@@ -50,8 +52,9 @@ from common import (
     training,
 )
 
-# Rewards of a prompt with a smaller standard deviation are equal: rounding alone moves P(Good) by
-# up to 2e-5 (measured in the toy world), and divided by its own deviation would become advantages.
+# Where the rewards of a prompt have a smaller standard deviation, we treat them as equal. Rounding
+# alone moves P(Good) by up to 2e-5 (measured in the toy world); divided by its own standard
+# deviation, such rounding would become large advantages.
 MIN_SPREAD = 1e-4
 
 
@@ -59,12 +62,17 @@ def parse_args(argv=None):
     parser = command.Parser(__doc__)
     command.training_flags(parser, out="06_ddpo")
     paper = parser.paper
-    paper.description = "Silent on DDPO's settings: as many steps and the same lr as stage 05."
-    paper.add_argument("--lr", type=command.number(0), default=5e-6, help="after the warm-up")
+    paper.description = "The paper gives no settings of DDPO: steps and lr are those of stage 05."
+    paper.add_argument(
+        "--lr", type=command.number(0), default=5e-6, help="learning rate after the warm-up"
+    )
     paper.add_argument("--warmup", type=command.whole(0), default=0, help="linear warm-up steps")
     paper.add_argument("--steps", type=command.whole(1), default=12_000, help="optimizer updates")
     paper.add_argument(
-        "--prompts", type=command.whole(1), default=8, help="clips per round over all GPUs"
+        "--prompts",
+        type=command.whole(1),
+        default=8,
+        help="clips per round on all GPUs together",
     )
     paper.add_argument(
         "--group-size", type=command.whole(2), default=8, help="audios per clip and round"
@@ -79,11 +87,17 @@ def parse_args(argv=None):
         "--eta", type=command.number(1e-3), default=0.7, help="SDE noise, s = eta sqrt(t / (1 - t))"
     )
     paper.add_argument(
-        "--clip-range", type=command.number(0), default=1e-3, help="bounds the ratio to 1 +- this"
+        "--clip-range",
+        type=command.number(0),
+        default=1e-3,
+        help="PPO clips the ratio to 1 plus or minus this",
     )
     engineering = parser.engineering
     engineering.add_argument(
-        "--micro-batch", type=command.whole(1), default=16, help="audios per backward pass, one GPU"
+        "--micro-batch",
+        type=command.whole(1),
+        default=16,
+        help="audios per backward pass on one GPU; fewer need less memory",
     )
     engineering.add_argument(
         "--save-every", type=command.whole(1), default=20, help="rounds between checkpoints"
@@ -110,27 +124,28 @@ def sde_step(a_t, u, t, t_next, eta):
 
     eps_hat = a_t + (1 - t) u is the expected noise, so that -eps_hat / t is the marginal's score.
     a_t, u: (B, T, C); t, t_next: (B,), t > t_next > 0. Returns mean (B, T, C) and std (B, 1, 1) of
-    a_next given a_t. At t = 1 std is sqrt(t_next) of that in flow_grpo's code, .949 in 10 steps.
+    a_next given a_t. At t = 1 std is sqrt(t_next) times that of flow_grpo's code: .949 times with
+    10 steps.
     """
     t = t[:, None, None]
     t_next = t_next[:, None, None]
     dt = t - t_next
-    finite = torch.where(t == 1, t_next, t)  # at t = 1 s is infinite: take that of the next time
+    finite = torch.where(t == 1, t_next, t)  # s is infinite at t = 1: we take s at t_next there
     s = eta * (finite / (1 - finite)).sqrt()
     mean = a_t - (u + s**2 / (2 * t) * (a_t + (1 - t) * u)) * dt
     return mean, s * dt.sqrt()
 
 
 def log_prob(a_next, mean, std):
-    """Gaussian log-density, averaged over the latent (B,), as in DDPO's code. The noise of a ratio
-    falls with the square root of the latent's size: one --clip-range is 3.7 times looser for 13,800
-    values (MMAudio at 44.1 kHz) than for the toy's 1,000."""
+    """Gaussian log-density, averaged over the latent as in DDPO's code, (B,). The noise of a ratio
+    falls with the square root of the latent's size, so that the same --clip-range is 3.7 times
+    looser for 13,800 values (MMAudio at 44.1 kHz) than for the toy's 1,000."""
     density = -0.5 * ((a_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
     return density.mean(dim=(1, 2))
 
 
 def draw_steps(seeds, args):
-    """The noisy step that each update trains, of every trajectory, without repetition: (updates,
+    """Which noisy step of each trajectory each update trains, none of them twice: (updates,
     R * B)."""
     drawn = []
     for seed in seeds:
@@ -140,30 +155,30 @@ def draw_steps(seeds, args):
 
 @dataclass
 class Batch:
-    """Of R trajectories of each of B prompts the transitions that a round trains: one in each
-    update."""
+    """The transitions that a round trains, of R trajectories of each of B prompts: each update
+    trains one transition of every trajectory."""
 
     features: dict  # B rows
     a_t: torch.Tensor  # (updates, R * B, T, C)
     a_next: torch.Tensor  # (updates, R * B, T, C)
     t: torch.Tensor  # (updates, R * B)
     t_next: torch.Tensor  # (updates, R * B)
-    log_probs: torch.Tensor  # (updates, R * B), when they were sampled
-    advantages: torch.Tensor | None = None  # (R * B,), when their rewards are known
+    log_probs: torch.Tensor  # (updates, R * B), under the policy that sampled them
+    advantages: torch.Tensor | None = None  # (R * B,), filled in when the rewards are known
 
 
 @torch.no_grad()
 def rollout(model, features, seeds, guidance, args):
-    """Samples trajectories: S - 1 noisy steps, then one to t = 0 without noise. features: B rows;
-    seeds: R * B. Returns a Batch, and a_0 (R * B, T, C)."""
+    """Samples trajectories of S steps: S - 1 with noise, and a last one to t = 0 without. features:
+    B rows; seeds: R * B. Returns a Batch, and a_0 (R * B, T, C)."""
     times = model.snap_t(torch.linspace(1, 0, args.sampling_steps + 1)[:-1])  # (S,)
     times = training.send(times, model.device)
     generators = [torch.Generator().manual_seed(common.seed_of(seed, "sde", 0)) for seed in seeds]
     a_t = common.initial_noise(model, seeds)
     states = [a_t]
     log_probs = []
-    # As in training: in another precision, or through a compiled graph without gradients, u would
-    # round otherwise, and the ratio would not start at 1.
+    # Computed as in training: in another precision, or in a compiled graph without gradients, u
+    # would be rounded differently, and the ratio would not start at 1.
     with training.autocast(model.device, args.precision), torch.set_grad_enabled(model.compiled):
         conditions = model.project(features)
         for t, t_next in pairwise(times[:, None].repeat(1, len(seeds))):
@@ -173,7 +188,7 @@ def rollout(model, features, seeds, guidance, args):
             a_t = mean + std * training.send(z, model.device)
             states.append(a_t)
             log_probs.append(log_prob(a_t, mean, std))
-        # t_next is the last time at which the network is asked.
+        # t_next is now the last time at which the network is evaluated.
         u = model.velocity(a_t, t_next, conditions, guidance).float().detach()
     a_0 = a_t - times[-1] * u
 
@@ -198,10 +213,10 @@ def rollout(model, features, seeds, guidance, args):
 
 
 class Reward:
-    """P(Good) of generated audio. The scorers' audio networks stay loaded; what they saw of the
-    videos is stage 03's.
+    """P(Good) of generated audio. The scorers' audio networks stay loaded; their embeddings of the
+    videos are those that stage 03 stored.
 
-    blocks: those of stage 03.
+    blocks: the blocks of stage 03.
     """
 
     def __init__(self, run, scorers, blocks, device, workers):
@@ -211,7 +226,8 @@ class Reward:
         self.scorers = {name: scorers.load(name, device, workers) for name in scorers.of_audioscore}
 
     def videos(self, name, clips):
-        """{clip id: what this scorer saw of its video}, also of other clips of their blocks."""
+        """{clip id: this scorer's embeddings of its video} for these clips, and for all others in
+        the same blocks."""
         seen = {}
         for clip in clips:
             if clip.id in seen:
@@ -242,8 +258,8 @@ class Reward:
 
 
 def group_advantages(rewards, group_size):
-    """How much better an audio is than the others of its prompt, in standard deviations of their
-    rewards.
+    """How much better an audio is than the mean of its prompt's audios, in standard deviations of
+    their rewards.
 
     rewards: (R * B,) float64, R = group_size. Returns advantages (R * B,), (r - mean) / std, 0
     where std is below MIN_SPREAD; and std (B,).
@@ -255,8 +271,8 @@ def group_advantages(rewards, group_size):
 
 
 def ppo_loss(ratio, advantage, clip_range):
-    """The clipped surrogate of PPO for each transition, (B,) -> (B,): DDPO-IS, of the two forms of
-    DDPO (arXiv 2305.13301) the one that takes several updates per round."""
+    """The clipped surrogate of PPO for each transition, (B,) -> (B,). This is DDPO-IS, the one of
+    DDPO's two forms (arXiv 2305.13301) that makes several updates per round."""
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
@@ -275,8 +291,8 @@ def collect(model, reward, shards, clips, round_, guidance, args):
     per_batch = max(1, args.micro_batch // args.group_size)
     batches = []
     futures = []
-    # In a thread, while the next prompts are sampled. It ends with the round: beside an idle thread
-    # torch's own would take longer to wake up.
+    # Audios are scored in a thread while the next prompts are sampled. The thread ends with the
+    # round: while it idled, torch's own threads would take longer to wake up.
     with ThreadPoolExecutor(1) as scoring_thread:
         for start in range(0, len(clips), per_batch):
             prompts = clips[start : start + per_batch]
@@ -298,18 +314,19 @@ def collect(model, reward, shards, clips, round_, guidance, args):
 
 
 def add_sums(sums, measured):
-    """Adds the sum of every tensor to the one of its name, in float64."""
+    """Adds the sum over every tensor of `measured`, in float64, to the entry of that name."""
     for name, value in measured.items():
         sums[name] = sums.get(name, 0) + value.double().sum()
 
 
 def train_step(policy, batches, update, guidance, args):
-    """Accumulates the gradient of one update: one transition of every trajectory of this rank's
-    round. Returns sums over them for the log, {name: () float64}, left on the device, so that the
-    host need not wait for it."""
+    """Accumulates the gradient of one update, over one transition of every trajectory that this
+    rank sampled. Returns sums over them for the log, {name: () float64}; they stay on the device,
+    so that the host need not wait for them."""
     parts = []
     for batch in batches:
-        # Several parts where --micro-batch is below --group-size; then it is of one prompt.
+        # A batch has several parts only where --micro-batch is below --group-size; it then holds
+        # the audios of one prompt, whose one row of features serves them all.
         for start in range(0, len(batch.advantages), args.micro_batch):
             parts.append((batch, slice(start, start + args.micro_batch)))
     audios = sum(len(batch.advantages) for batch in batches)
@@ -325,7 +342,7 @@ def train_step(policy, batches, update, guidance, args):
         log_ratio = log_prob_now - batch.log_probs[update, part]
         ratio = log_ratio.exp()
         loss = ppo_loss(ratio, batch.advantages[part], args.clip_range)
-        (loss.sum() / audios).backward()  # DDP averages over ranks, each with as many audios
+        (loss.sum() / audios).backward()  # DDP averages over ranks, which have equally many audios
 
         with torch.no_grad():
             measured = {
@@ -343,7 +360,7 @@ def train_step(policy, batches, update, guidance, args):
 
 
 def find_prompts(run, clips, samples):
-    """The train clips that may be drawn: sampled by stage 01, and not rated in 02."""
+    """The train clips that may be prompts: stage 01 has sampled them and nobody has rated them."""
     rated = {row.clip for row in rows.read(run / "02_scores.jsonl", rows.RatedScore)}
     prompts = [clip for clip in clips if clip.id in samples and clip.id not in rated]
     if not prompts:
@@ -355,7 +372,7 @@ def find_prompts(run, clips, samples):
 
 
 def draw_prompts(clips, round_, args):
-    """The clips of a round, a function of the seed and the round alone."""
+    """The clips of a round, which depend on the seed and the round alone."""
     return training.drawn(clips, round_ * args.prompts, args.prompts, args.seed)
 
 
@@ -403,11 +420,11 @@ def main(args):
         args.compile = training.compiles(model, args)  # what settings.json will say
         if args.compile:
             speed.compile_models(model)
-        save_every = args.save_every * args.updates  # steps: a round is resumed whole
+        save_every = args.save_every * args.updates  # steps; a training resumes at whole rounds
         trainer = training.Trainer(output, model, rows.DdpoStep, save_every, here, args)
         guidance = run_json.sampler.guidance  # the policy is the guided velocity
         audios = args.prompts * args.group_size
-        rows_per_pass = audios if guidance == 1 else 2 * audios  # of the network
+        rows_per_pass = audios if guidance == 1 else 2 * audios  # guidance doubles them
         print(
             f"a round: {args.group_size} audios of each of {args.prompts} clips at guidance "
             f"{guidance}, then {args.updates} updates"
@@ -427,14 +444,14 @@ def main(args):
             sums = train_step(trainer.policy, batches, update, guidance, args)
             sums, grad_norm = training.clip_gradient(model, step, sums, trainer.folder)
             means = {name: value.item() / audios for name, value in sums.items()}
-            if step == trainer.done and means["clipped"]:  # it is still the network that sampled
+            if step == trainer.done and means["clipped"]:  # before any update the ratio is 1
                 tqdm.write(
                     f"warning: rounding alone clips {means['clipped']:.0%} of the ratios; give "
                     "--no-compile or --precision fp32"
                 )
             lr = training.lr_at(step, args)
-            # Without any spread all gradients are 0, but AdamW's momentum and weight decay would
-            # still move weights.
+            # Where no prompt has any spread, all gradients are 0, but AdamW's momentum and weight
+            # decay would still move the weights.
             if rewards["no_spread"] < args.prompts:
                 training.take_step(trainer.optimizer, lr)
             mean_reward = rewards["reward"].item() / audios
@@ -448,7 +465,7 @@ def main(args):
                 **means,
                 grad_norm=grad_norm,
                 lr=lr,
-                # A pass in each update, and --sampling-steps of them in each round.
+                # One pass in each update, and --sampling-steps passes in each round.
                 forwards=rows_per_pass * (step + 1 + (round_ + 1) * args.sampling_steps),
                 forwards_grad=rows_per_pass * (step + 1),
             )

@@ -3,27 +3,30 @@
 Run:
     python 07_evaluate.py                            # ground truth, base, Flow-DPO, DDPO: Table 1
     python 07_evaluate.py --systems ground_truth base 05_beta200 05_beta1000     # Table 2
-    python 07_evaluate.py --split val --systems base no_human=05_no_human        # your own choices
+    python 07_evaluate.py --split val --systems base no_human=05_no_human  # to choose settings by
     python 07_evaluate.py --run-dir runs/vgg --systems ground_truth thinksound=DIR     # audio files
     torchrun --standalone --nproc_per_node 8 07_evaluate.py --run-dir runs/vgg
 
 Reads:
     run.json, clips.jsonl, 01_missing.jsonl, 02_audioscore.pt, the clips' videos and own sound
     policy folders of the run, and folders of audio named by clip id (any common format)
-    00_truth.jsonl, 00_oracle.pt, 00_judge.pt    toy world: what audios are measured against
+    00_truth.jsonl, 00_oracle.pt, 00_judge.pt    toy world only, for the oracle's and judge's rows
 Writes:
-    07_clips/<split>_00003.*.pt    what encoders and scorers saw of the videos, once for all systems
-    07_audio/<system>/<clip>.wav   one audio per clip, from the clip's own seed: systems share their
-                                   noise; <system>@4.5 at another guidance than the run's
-    07_audio/<system>/settings.json    what that audio was sampled from
-    07_scores/<system>/<split>_00003.*.pt    what every scorer said, by block of 32 clips, and peaks
+    07_clips/<split>_00003.*.pt    embeddings of the videos by encoders and scorers, which all
+                                   systems share
+    07_audio/<system>/<clip>.wav   one audio per clip, from the clip's own seed, so that all systems
+                                   start from the same noise; in <system>@4.5 where the guidance is
+                                   4.5 and the run's is another
+    07_audio/<system>/settings.json    policy, guidance, steps and seed of that audio
+    07_scores/<system>/<split>_00003.*.pt    what every scorer said, and the audios' peaks, one file
+                                   for each block of 32 clips
     07_results.jsonl    system, metric, better (higher or lower), n (clips that count), value, low,
-                        high (95 %), and the same of the difference to base (--against: another),
-                        paired, its sign as it is: diff, diff_low, diff_high, null for itself;
+                        high (95 % interval); diff, diff_low, diff_high: the system's value minus
+                        that of base (or of --against), over the same clips, null for base itself;
                         verdict: better or worse where the interval of diff excludes 0
-    07_systems.json     what was evaluated: split, guidance, steps; of each system its folder and
-                        the audio of each clip; how metrics are shown, in the table's order; the
-                        file of CLAP; Table 1's rows
+    07_systems.json     what was evaluated: split, guidance, steps; each system's folder and its
+                        audio of each clip; how metrics are shown, in the table's order; the file of
+                        CLAP; the rows of Table 1
 The last two are called 07_results[_val][_NAME].jsonl and 07_systems[_val][_NAME].json: _val with
 --split val (without Table 1, which is of the test split), _NAME with --against NAME.
 Takes: toy 36 s on 2 cores.
@@ -55,40 +58,42 @@ from common import (
 
 ShownMetric = rows.ShownMetric
 
-POLICIES = {"flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}  # evaluated where nobody asks for others
-TIE = 1e-6  # P(Good) of one audio in two blocks may differ by rounding
+POLICIES = {"flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}  # evaluated without --systems
+TIE = 1e-6  # the P(Good) of identical audio may differ by rounding where its blocks differ
 
 
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
     io = parser.io.add_argument
-    io("--split", choices=("val", "test"), default="test", help="val is for your own choices")
+    io("--split", choices=("val", "test"), default="test", help="choose settings on val only")
     io(
         "--systems",
         nargs="+",
         default=[],
         metavar="NAME[=DIR]",
-        help="exactly these: ground_truth, base, policy folders, folders of audio named by clip id",
+        help="evaluate exactly these: ground_truth, base, policy folders of the run, or folders of "
+        "audio named by clip id; without it, the first two, flow_dpo and ddpo",
     )
     io("--against", default="base", metavar="NAME", help="the system that others are compared with")
     io(
         "--allow-missing",
         action="store_true",
-        help="evaluate systems that lack some audio",
+        help="evaluate also systems that lack the audio of some clips, on the clips that they have",
     )
     io(
         "--judge",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="a scorer outside AudioScore, by which no policy was trained: audiobox",
+        help="also ask scorers that are no part of AudioScore, so no policy was trained by them: "
+        "audiobox",
     )
     io(
         "--dry-run",
         action="store_true",
-        help="check systems and the scorers' files, print what audio there is, and end",
+        help="only check the systems and the scorers' files, print what audio there is, then end",
     )
-    io("--weights", default="weights", help="folder of downloaded files")
+    io("--weights", default="weights", help="folder of the downloaded weights")
     paper = parser.paper.add_argument
     paper("--guidance", type=command.number(0), default=4.5, help="scale gamma [Sec. 3.1]")
     engineering = parser.engineering.add_argument
@@ -100,15 +105,16 @@ def parse_args(argv=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Metrics, to av-benchmark's definitions
+# Metrics, as av-benchmark defines them
 # --------------------------------------------------------------------------------------------------
 
 
 def frechet_distance(a, b):
-    """FD between Gaussians fitted to a (n, d) and b (m, d), in float64; None below two audios.
+    """FD between Gaussians fitted to a (n, d) and b (m, d), in float64; None where one of them has
+    fewer than two audios.
 
-    |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), unbiased covariances. With fewer audios than
-    dimensions it is defined, and biased upwards.
+    |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), with unbiased covariances. With fewer audios than
+    dimensions it still has a value, which is biased upwards.
     """
     a = torch.as_tensor(a).double()
     b = torch.as_tensor(b).double()
@@ -125,16 +131,16 @@ def frechet_distance(a, b):
 
 
 def kl_divergence(truth, generated):
-    """KL(ground truth || generated) of the softmax class distributions of each clip, in nats.
-    Logits (n, classes) -> (n,)."""
+    """KL(ground truth || generated) between the softmax class distributions of each clip's two
+    audios, in nats. Logits (n, classes) -> (n,)."""
     log_p = torch.as_tensor(truth).double().log_softmax(dim=1)
     log_q = torch.as_tensor(generated).double().log_softmax(dim=1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=1).numpy()
 
 
 def inception_score(logits, splits=10):
-    """exp of the mean KL(p(y|a) || p(y)) of each split, mean over splits; None below 10 audios.
-    logits: (n, classes), which av-benchmark shuffles (`shuffled`) before it splits them."""
+    """exp of the mean KL(p(y|a) || p(y)) over each split's audios, then the mean over splits; None
+    below 10 audios. logits: (n, classes), already in av-benchmark's order (`shuffled`)."""
     if len(logits) < splits:
         return None
     log_p = torch.as_tensor(logits).double().log_softmax(dim=1)
@@ -148,12 +154,12 @@ def inception_score(logits, splits=10):
 
 def shuffled(n):
     """av-benchmark's order of n audios."""
-    return np.random.RandomState(2020).permutation(n)  # noqa: NPY002, its generator
+    return np.random.RandomState(2020).permutation(n)  # noqa: NPY002, av-benchmark's generator
 
 
 def win_rate(p_good, against):
-    """1 where this system's P(Good) is higher, 1/2 for a tie; nan where one of the two is absent.
-    (clips,) each."""
+    """1 where this system's P(Good) is the higher one, 1/2 for a tie, 0 where it is the lower one;
+    nan where a system has no audio. All are (clips,)."""
     wins = (p_good > against + TIE) + 0.5 * (np.abs(p_good - against) <= TIE)
     return np.where(np.isfinite(p_good - against), wins, np.nan)
 
@@ -169,11 +175,11 @@ def win_rate(p_good, against):
 def clip_values(said, truth, how_of):
     """What each clip contributes to each metric of a system.
 
-    said, truth: what was said of the system's audios and of the clips' own sound, {metric:
-    (clips, ...)}; truth is empty where there is none to compare with. how_of: {metric: mean, kl, fd
-    or is}. Returns {metric: array}, whose shape says what it is: (clips,) of a metric that is a
-    mean, KL too; (clips, classes) of IS; (clips, 2, d) of FD, embeddings of the audio and of the
-    clip's own sound.
+    said, truth: what the scorers said of the system's audios and of the clips' own sound, {metric:
+    (clips, ...)}; truth is empty where there is no such sound to compare with. how_of: {metric:
+    mean, kl, fd or is}. Returns {metric: array}. The array's shape depends on the metric: (clips,)
+    where it is a mean over clips, as KL is; (clips, classes) for IS; (clips, 2, d) for FD, the
+    embeddings of the audio and of the clip's own sound.
     """
     values = {}
     for metric, ours in said.items():
@@ -197,14 +203,14 @@ def set_metric(values, chosen):
     `clip_values` returns them; chosen: (clips,) bool."""
     if values.ndim == 3:
         return frechet_distance(values[chosen, 0], values[chosen, 1])
-    # An order of all clips: where some are left out, the others keep theirs.
+    # All clips are shuffled, then some are left out, so that the others keep their order.
     order = [clip for clip in shuffled(len(values)) if chosen[clip]]
     return inception_score(values[order])
 
 
 def bootstrap(values, resamples=2000, seed=0):
     """The mean over clips and its 95 % percentile interval. values: (clips,). Returns value, low,
-    high; without any clip no value, below two, which have no spread, no interval."""
+    high; all are None without any clip, low and high are None with a single one."""
     finite = values[np.isfinite(values)]
     n = len(finite)
     if n == 0:
@@ -214,7 +220,7 @@ def bootstrap(values, resamples=2000, seed=0):
         return value, None, None
     rng = np.random.default_rng(seed)
     means = []
-    for _ in range(resamples // 100):  # 100 at a time: of 15,000 clips all would take 0.5 GB
+    for _ in range(resamples // 100):  # 100 at a time; with 15,000 clips all would take 0.5 GB
         drawn = rng.integers(0, n, (100, n))
         means.append(finite[drawn].mean(axis=1))
     low, high = np.percentile(means, (2.5, 97.5))
@@ -222,11 +228,12 @@ def bootstrap(values, resamples=2000, seed=0):
 
 
 def jackknife(statistic, n, blocks=20, seed=0):
-    """A metric of a set of n clips and its 95 % interval, by leaving out one of 20 blocks of clips
-    at a time (a bootstrap of FD would exclude its own value: resampled sets have fewer distinct
-    clips). Of IS it is wider than it need be (it covers .96 to .985 in simulation): clips that stay
-    change their split. statistic: (n,) bool, the chosen clips -> float or None. Returns value, low,
-    high."""
+    """A metric of a whole set of n clips and its 95 % interval, found by leaving out one of 20
+    blocks of clips at a time. (A bootstrap does not serve FD: resampled sets have fewer distinct
+    clips, which raises FD so much that the interval would exclude the value itself.) For IS the
+    interval is wider than it need be: leaving clips out moves others into another split. In
+    simulation it covers the true value in .96 to .985 of all cases. statistic: (n,) bool, the
+    chosen clips -> float or None. Returns value, low, high."""
     value = statistic(np.full(n, True))
     block = np.random.default_rng(seed).permutation(n) % blocks
     parts = [statistic(block != i) for i in range(min(blocks, n))]
@@ -247,7 +254,7 @@ def with_interval(values):
 
 
 def difference(values, against):
-    """The same of the difference to another system, over the clips that both have."""
+    """Value, low and high of the difference to another system, over the clips that both have."""
     if values.ndim == 1:
         return bootstrap(values - against)
     both = is_whole(values) & is_whole(against)
@@ -268,8 +275,8 @@ def verdict(better, diff, low, high):
 
 
 def results_of(values, metrics, against="base"):
-    """The rows of 07_results.jsonl. values: {system: its `clip_values`}; metrics: {metric:
-    ShownMetric}, in the table's order."""
+    """The rows of 07_results.jsonl. values: {system: what `clip_values` returns}; metrics: {metric:
+    ShownMetric}, in the order of the table."""
     results = []
     for system in values:
         for metric, shown in metrics.items():
@@ -351,7 +358,8 @@ ANOTHER_WORLD = (
 
 
 def text_of(shown, value, sign=""):
-    """A value as its column shows it. shown: ShownMetric; sign: + for a difference."""
+    """A value as its column shows it. shown: ShownMetric; sign: "+" for differences, which are
+    shown with their sign."""
     return "-" if value is None else f"{value * shown.times:{sign}.{shown.decimals}f}"
 
 
@@ -365,7 +373,8 @@ def difference_text(shown, row):
 
 
 def print_grid(head, lines):
-    """Columns as wide as what they hold. head and each of lines: (name, a text for each column)."""
+    """Prints columns as wide as the longest text. head and each of lines: (name, a text for each
+    column)."""
     lines = [head, *lines]
     name_width = max(len(name) for name, _ in lines)
     width = max(len(text) for _, texts in lines for text in texts)
@@ -378,8 +387,9 @@ def print_grid(head, lines):
 
 
 def print_table(results, systems, metrics, against="base"):
-    """Values, then differences to one of the systems with 95 % intervals; better and worse mark
-    intervals without 0. systems: names; metrics: {metric: ShownMetric} of all that have a value."""
+    """Prints all values, then the differences to one system with 95 % intervals; better and worse
+    mark intervals that exclude 0. systems: names; metrics: {metric: ShownMetric} of the metrics
+    that have a value."""
     row_of = {(row.metric, row.system): row for row in results}
     values = []
     differences = []
@@ -403,8 +413,9 @@ def print_table(results, systems, metrics, against="base"):
 
 
 def print_hacked(results, systems, measures, of_audioscore):
-    """A line for each system that gains on AudioScore and loses by a scorer outside of it, or by
-    the toy world's judge. measures: {metric: (how, scorer, tensor)}; of_audioscore: its scorers."""
+    """Prints a warning for each system that is better by AudioScore but worse by a scorer outside
+    of it or by the toy world's judge. measures: {metric: (how, scorer, tensor)}; of_audioscore: the
+    scorers of AudioScore."""
     independent = [metric for metric in METRICS if metric.startswith("judge_")]
     for metric, (_, scorer, _) in measures.items():
         if scorer not in of_audioscore:
@@ -420,8 +431,9 @@ def print_hacked(results, systems, measures, of_audioscore):
 
 
 def paper_twin(system, model):
-    """The row of Table 1 that a system repeats: base, flow_dpo and ddpo of the two models that the
-    paper tunes, and any system named like a row (mmaudio=DIR). None for others."""
+    """The name of the row of Table 1 that a system corresponds to: that of base, flow_dpo or ddpo
+    where the model is one of the two that the paper tunes, or the row that the system is named
+    after (mmaudio=DIR). None for other systems."""
     family = {"mmaudio:large_44k": "MMAudio", "frieren": "Frieren"}.get(model, "")
     ours = {"base": family, "flow_dpo": f"{family}-DPO", "ddpo": f"{family}-DDPO"}
     for name in PAPER:
@@ -431,13 +443,13 @@ def paper_twin(system, model):
 
 
 def letters(name):
-    """A name however it is written: v2amapper of V2A-Mapper."""
+    """A name reduced to its letters and digits in lower case: V2A-Mapper becomes v2amapper."""
     return re.sub(r"[\W_]", "", name).lower()
 
 
 def table_1(run_json, results, systems):
-    """The paper's rows, then ours, each with its difference to the paper's own; in the toy world
-    MMAudio's rows alone, of which only the signs of the differences compare."""
+    """The paper's rows, then ours, each with its difference to the paper's corresponding row. In
+    the toy world only the paper's rows of MMAudio, since only signs of differences compare."""
     shown = [METRICS[metric] for metric in PAPER_METRICS]
     columns = [metric.column for metric in shown]
     is_real = run_json.scorers == "real"
@@ -469,17 +481,18 @@ def table_1(run_json, results, systems):
 
 
 class System(NamedTuple):
-    """What is evaluated."""
+    """A system that is evaluated."""
 
     name: str
-    kind: str  # truth: the clips' own sound; policy: sampled here, base too; files: audio files
+    kind: str  # truth: the clips' own sound; policy: sampled here, as is base; files: audio files
     folder: Path | None  # of the policy or of the files; None for the truth and for base
-    audio: Path | None  # where its audio lies; None for the truth
+    audio: Path | None  # the folder of its audio; None for the truth
     made_from: rows.Record | None = None  # of a policy: the settings.json beside its audio
 
 
 def choose_systems(run, run_json, args):
-    """The systems that --systems names, or those that there are."""
+    """The systems that --systems names; without it ground truth, base and the policies that this
+    run has."""
     items = args.systems
     if not items:
         items = ["ground_truth", "base"]
@@ -499,7 +512,7 @@ def choose_systems(run, run_json, args):
             f"--against {args.against}: is none of the systems ({', '.join(systems)}); name it "
             "under --systems too"
         )
-    # Base is sampled before a policy replaces its weights.
+    # Base comes before the policies, which replace its weights in the model.
     first = {"ground_truth": 0, "base": 1}
     return sorted(systems.values(), key=lambda system: first.get(system.name, 2))
 
@@ -553,7 +566,7 @@ def system_of(run, run_json, item, guidance):
 
 
 def sampled_from(run_json, policy_digest, guidance):
-    """What a policy's audio is made from, the settings.json beside it."""
+    """What a policy's audio is made from; this is written to the settings.json beside it."""
     settings = {
         "policy": policy_digest,
         "guidance": guidance,
@@ -564,8 +577,8 @@ def sampled_from(run_json, policy_digest, guidance):
 
 
 def inputs_of(run, systems):
-    """Outputs of earlier stages that are evaluated, by which record.stage finds out whether all is
-    up to date."""
+    """The outputs of earlier stages that the evaluation uses; record.stage checks that they are up
+    to date."""
     sources = []
     for system in systems:
         folder = system.folder
@@ -578,8 +591,8 @@ def inputs_of(run, systems):
 
 
 def clip_blocks(run, split, clips):
-    """The clips of the split in blocks of 32, without audio; 07_clips/ holds what is seen of
-    them."""
+    """The clips of the split in blocks of 32, which have no audio yet; embeddings of their videos
+    go to 07_clips/."""
     blocks = []
     for start in range(0, len(clips), scoring.BLOCK_CLIPS):
         name = f"{split}_{start // scoring.BLOCK_CLIPS:05d}"
@@ -589,8 +602,8 @@ def clip_blocks(run, split, clips):
 
 
 def clip_features(run_json, model, blocks, scorers, scorer_names, here, args):
-    """{clip id: the model's features} of the clips whose video can be used. If the model sees the
-    videos, the scorers see them in the same decode."""
+    """{clip id: the model's features} of the clips whose video can be used. A model that reads
+    videos shares one decoding of each video with the scorers."""
     seers = scorer_names if model.reads_video else ()
     scoring.embed_videos(
         here.share(blocks), scorers, seers, run_json.clip_s, here.device, args.workers, model
@@ -607,7 +620,7 @@ def clip_features(run_json, model, blocks, scorers, scorer_names, here, args):
 
 
 def is_kept(system):
-    """Whether a policy's audio, what there is of it, was sampled as it would be now."""
+    """Whether the audio that a policy already has was sampled with the settings of now."""
     file = system.audio / "settings.json"
     if not file.exists() and media.audio_files(system.audio):
         stop(
@@ -618,7 +631,7 @@ def is_kept(system):
 
 
 def found_audio(system, clips):
-    """{clip id: file}: the audio of a system; of a policy what is kept."""
+    """{clip id: file}: the audio that a system has; for a policy only audio that is kept."""
     if system.kind == "truth":
         return {clip.id: clip.path for clip in clips}
     if system.kind == "policy" and not is_kept(system):
@@ -627,8 +640,8 @@ def found_audio(system, clips):
 
 
 def batches_to_sample(system, features, blocks, batch_clips):
-    """Batches of a block's clips of which any has no audio yet. Whole ones, always the same: in one
-    of another size an audio may round otherwise."""
+    """The batches in which any clip has no audio yet. A batch always has the same clips and is
+    sampled as a whole, because in a batch of another size an audio may be rounded differently."""
     kept = found_audio(system, [])
     batches = []
     for block in blocks:
@@ -641,11 +654,11 @@ def batches_to_sample(system, features, blocks, batch_clips):
 
 
 def sample_audio(run_json, system, model, features, blocks, stage, here, args):
-    """One audio per clip of a policy; what is there of the same policy is kept."""
+    """Samples a policy's audio, one per clip; audio of the same policy and settings is kept."""
     todo = batches_to_sample(system, features, blocks, args.batch_clips)
     if todo and system.folder is not None:
-        model.load_policy(system.folder / "policy.pt")  # stops, if it does not fit, with all kept
-    ranks.barrier()  # every rank has seen what is kept
+        model.load_policy(system.folder / "policy.pt")  # if it does not fit, stops before deleting
+    ranks.barrier()  # all ranks have looked at the files before one deletes any
     with stage.one_at_a_time():
         if here.first and not is_kept(system):
             if here.part and (system.audio / "settings.json").exists():
@@ -653,7 +666,7 @@ def sample_audio(run_json, system, model, features, blocks, stage, here, args):
                     f"{system.audio}: holds audio of another policy, guidance or seed, which a "
                     "part does not remove; remove it, or give the command without --part first"
                 )
-            for file in media.audio_files(system.audio).values():  # of another policy, or settings
+            for file in media.audio_files(system.audio).values():  # of another policy or settings
                 file.unlink()
             rows.write_json(system.audio / "settings.json", system.made_from)
     ranks.barrier()
@@ -671,7 +684,7 @@ def sample_audio(run_json, system, model, features, blocks, stage, here, args):
 
 
 def print_found(systems, clips, split):
-    """What audio each system has for the clips of the split, before any is made."""
+    """Prints what audio each system has for the clips of the split, before any is generated."""
     ids = {clip.id for clip in clips}
     for system in systems:
         found = found_audio(system, clips)
@@ -686,8 +699,7 @@ def print_found(systems, clips, split):
 
 
 def find_audio(run, run_json, system, clip_blocks, here, args):
-    """A system's audio that can be used, in the blocks of its clips; those without any are left
-    out."""
+    """A system's audio that can be used, in blocks; blocks without any are left out."""
     file_of = found_audio(system, [clip for block in clip_blocks for clip in block.clips])
     found = []
     for block in clip_blocks:
@@ -732,8 +744,8 @@ def find_audio(run, run_json, system, clip_blocks, here, args):
 
 
 def measures_asked(scorers, judges):
-    """{metric: (how, scorer, tensor)} without the judges that nobody asked, and the scorers that
-    these metrics and AudioScore need."""
+    """{metric: (how, scorer, tensor)} without those of judges that --judge does not name; and the
+    scorers that these metrics and AudioScore need."""
     for name in judges:
         if name not in scorers.judges:
             stop(
@@ -752,8 +764,8 @@ def measures_asked(scorers, judges):
 
 
 def metrics_said(by_scorer, measures, scorers, audioscore):
-    """{metric: (audios, ...)}, P(Good) of Eq. 1 among them. by_scorer: {scorer: {tensor: (audios,
-    ...)}}; audioscore: AudioScore, or None."""
+    """{metric: (audios, ...)}, with P(Good) of Eq. 1. by_scorer: {scorer: {tensor: (audios,
+    ...)}}; audioscore: AudioScore, or None, which leaves out P(Good)."""
     said = {}
     for metric, (_, scorer, tensor) in measures.items():
         said[metric] = by_scorer[scorer][tensor]
@@ -816,8 +828,8 @@ def main(args):
     systems = choose_systems(run, run_json, args)
     names = [system.name for system in systems]
 
-    # No 07_settings.json: audio and scores are known by what they were made from, and the numbers
-    # are computed anew every time.
+    # There is no 07_settings.json: audio and scores are stored with what they were made from, and
+    # the numbers are computed anew every time.
     with record.stage(run, "07", inputs_of(run, systems), part=here.part) as stage:
         print_found(systems, clips, args.split)
         if args.dry_run:
@@ -848,7 +860,7 @@ def main(args):
         audioscore = None
         if (run / "02_audioscore.pt").exists():
             audioscore = AudioScore.load(run / "02_audioscore.pt")
-        simulated = common.people_of(run)  # the toy world's, who know the truth
+        simulated = common.people_of(run)  # the toy world's oracle and judge, who know the truth
         usable = {}  # {system: {clip id: its audio}}
         said_of = {}
         for name in names:
@@ -872,7 +884,7 @@ def main(args):
                 values[name]["win_rate"] = win_rate(values[name]["p_good"], p_good)
         metrics = dict(METRICS)
         for metric in measures:
-            metrics.setdefault(metric, ShownMetric(metric))  # of a scorer of the user's
+            metrics.setdefault(metric, ShownMetric(metric))  # of a user's own scorer
         results = results_of(values, metrics, args.against)
 
         # -- save
@@ -896,8 +908,8 @@ def main(args):
     other = [system.name for system in policies if system.name not in ("base", *POLICIES)]
     if other and args.split == "test":
         print(
-            f"warning: {', '.join(other)} on the test split; choose on --split val, test is for "
-            "what is frozen"
+            f"warning: {', '.join(other)} on the test split; choose settings on --split val, and "
+            "use the test split once they are fixed"
         )
     if systems_json.paper is not None:
         table = systems_json.paper

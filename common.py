@@ -1,8 +1,8 @@
 """The paper in code: notation, Flow-DPO (Eq. 5, Eq. 3), AudioScore (Sec. 2.1), sampler, the
 interfaces of a backbone and of a scorer, their loaders.
 
-It is read from the first line to the last. What a reader of the paper need not open is in
-`plumbing/`, whose modules stages take from here by name: `from common import record, rows`.
+Read it from the first line to the last. The code that a reader of the paper need not open is in
+`plumbing/`; stages import its modules from here: `from common import record, rows`.
 
 Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 
@@ -20,8 +20,8 @@ Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 | p_i            | p        | (B, 3)    | (Good, Medium, Bad) |                    |              |
 | score_c        | score_c  | float     | [-1, 1], Eq. 3      |                    |              |
 
-Where R audios belong to each of B clips, row r * B + b is the r-th of clip b. A network's
-`conditions` are the features as it projects them, one row for each clip.
+Where each of B clips has R audios, row r * B + b is the r-th audio of clip b. A network's
+`conditions` are its own projections of the features, one row for each clip.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from plumbing import (  # noqa: F401, some of these are for stages and adapters alone
+from plumbing import (  # noqa: F401, some are imported here only for stages and adapters
     ahead,
     command,
     cores,
@@ -87,13 +87,14 @@ def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
     (B,), log 2 where policy equals reference, and logits (B,), positive where the policy already
     prefers the winner (the implicit reward's margin).
 
-    With W and L, the gaps of winner and loser, Eq. 5's brackets as printed and Eq. 4's are
+    W and L are the gaps of winner and loser, the policy's error minus the reference's. Eq. 5 as it
+    is printed sets its brackets in another way than Eq. 4:
 
-        printed: -log sigmoid(-beta/2 W - L)
-        Eq. 4's: -log sigmoid(-beta/2 (W - L))
+        Eq. 5 as printed: -log sigmoid(-beta/2 W - L)
+        as in Eq. 4:      -log sigmoid(-beta/2 (W - L))
 
-    The printed ones pull towards the loser too, which contradicts the paragraph below Eq. 5. We use
-    Eq. 4's; `printed` takes the others, to compare.
+    The printed brackets would lower the loser's error too, which contradicts the paragraph below
+    Eq. 5. We use those of Eq. 4; `printed` takes the printed ones, to compare.
     """
     gap_w = err_w - ref_err_w  # W; below 0 where the policy fits better than the reference does
     gap_l = err_l - ref_err_l  # L
@@ -104,16 +105,16 @@ def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
 
 
 def score_c(p_w, p_l):
-    """Eq. 3: a float in [-1, 1], high = an easy pair. p_w, p_l: (Good, Medium, Bad) of winner and
-    loser."""
+    """Eq. 3: a float in [-1, 1], high = an easy pair. p_w, p_l: the winner's and the loser's
+    probabilities (Good, Medium, Bad)."""
     good_w, _, bad_w = p_w
     good_l, _, bad_l = p_l
     return 0.5 * ((good_w - good_l) + (bad_l - bad_w))
 
 
 def split(pairs, threshold):
-    """The curriculum. Stage 1: easy pairs, score_c above the threshold; stage 2: the rest. pairs:
-    rows.SplitPair."""
+    """The curriculum's two stages. Stage 1: the easy pairs, whose score_c is above the threshold;
+    stage 2: the others. pairs: a list of rows.SplitPair."""
     easy = [pair for pair in pairs if pair.score_c > threshold]
     hard = [pair for pair in pairs if pair.score_c <= threshold]
     return easy, hard
@@ -129,9 +130,9 @@ HIDDEN = 32  # Paper silent: the width between AudioScore's two layers.
 class AudioScore(nn.Module):
     """S(.) of Eq. 1: five scores -> probabilities of (Good, Medium, Bad).
 
-    z-score, Linear(5, 32), ReLU, Linear(32, 3), softmax. Its buffers hold the standardiser (mean,
-    std: (5,)) and the tagger's marginal p(y) (p_y: (tags,)) over the fitting clips, so that score_4
-    means the same at every use.
+    z-score, Linear(5, 32), ReLU, Linear(32, 3), softmax. Its buffers hold the means and standard
+    deviations for the z-score (mean, std: (5,)) and the tagger's marginal p(y) (p_y: (tags,)), both
+    over the rated audios that it was fitted on, so that a score means the same at every use.
     """
 
     def __init__(self, tags):
@@ -148,12 +149,12 @@ class AudioScore(nn.Module):
         return self.mlp(torch.nan_to_num((scores - self.mean) / self.std, nan=0.0))
 
     def forward(self, scores):
-        """(B, 5) -> p (B, 3) float64, each row sums to 1. In float32 several bad audios would have
-        P(Bad) = 1 exactly, a tie."""
+        """(B, 5) -> p (B, 3) float64, each row sums to 1. In float32 several bad audios of a clip
+        would have P(Bad) = 1 exactly, and tie for the loser of Eq. 2."""
         return self.logits(scores).double().softmax(dim=-1)
 
     def five_scores(self, said):
-        """(n, 5) float32 in the order of SCORES, nan where one does not apply. said: what the
+        """(n, 5) float32 in the order of SCORES, nan where a score does not apply. said: what the
         scorers said of n audios, {ib, clap, desync_s, pesq: (n,), logits: (n, tags)}."""
         if said["logits"].shape[1:] != self.p_y.shape:
             stop(
@@ -168,8 +169,8 @@ class AudioScore(nn.Module):
     def inception(self, tag_logits):
         """score_4: KL(p(y|a) || p(y)) in nats for each audio; tag_logits (B, tags) -> (B,).
 
-        Paper silent: the inception score of one audio. This is its contribution to the usual IS,
-        exp of the mean.
+        Paper silent: what the inception score of a single audio is. This is an audio's contribution
+        to the usual IS, which is exp of the mean over audios.
         """
         log_p = tag_logits.float().log_softmax(dim=-1)
         return (log_p.exp() * (log_p - self.p_y.clamp_min(1e-12).log())).sum(dim=-1)
@@ -192,14 +193,14 @@ class AudioScore(nn.Module):
 
 
 def seed_of(*parts):
-    """A seed, a function of these parts alone: an audio's is of (seed, clip, k), never of rank,
-    shard or batch. 56 bits: torch's seeds have a sign."""
+    """A seed that depends on these parts alone. An audio's is made from (seed, clip, k), never from
+    rank, shard or batch. It has 56 bits, since torch's seeds are signed."""
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def initial_noise(model, seeds):
-    """eps at t = 1, (len(seeds), T, C), drawn on the CPU so that every device starts alike."""
+    """eps at t = 1, (len(seeds), T, C), drawn on the CPU so that it is the same on every device."""
     eps = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -212,13 +213,14 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
     """Euler's method from noise (t = 1) to data (t = 0), classifier-free guidance inside.
 
     features: dict of tensors with B rows; seeds: R * B integers. The conditions are projected once;
-    on CUDA the network runs in bf16. Steps are equal, as upstream's: only the time that the network
-    is told is one that it knows. Returns a_0 (R * B, T, C) float32 on the model's device.
+    on CUDA the network runs in bf16. All steps are equal, as upstream's are; where the network
+    knows only some times, it is given the nearest earlier one of them (`snap_t`). Returns a_0
+    (R * B, T, C) float32 on the model's device.
     """
     a_t = initial_noise(model, seeds)
     times = torch.linspace(1, 0, steps + 1)
     steps_down = (-times.diff()).tolist()
-    t_of_network = model.snap_t(times[:-1]).to(a_t)  # one copy to the device, not one a step
+    t_of_network = model.snap_t(times[:-1]).to(a_t)  # one copy to the device, not one each step
     with training.autocast(model.device.type):
         conditions = model.project(features)
         for t, dt in zip(t_of_network, steps_down):
@@ -228,7 +230,7 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
 
 
 def sample_clips(model, batches, sampler):
-    """Samples and decodes audio of clips; a batch of them is decoded while the next one is sampled.
+    """Samples and decodes audio for clips; one batch is decoded while the next one is sampled.
 
     batches: lists of (clip, its features, its N seeds); sampler: rows.Sampler. Yields for each clip
     (clip, latents (N, T, C), waves (N, S)), float32 on the CPU, in the order of the batches.
@@ -262,10 +264,10 @@ class FlowModel(nn.Module):
     """A V2A flow model in the paper's convention (t = 1 noise, v = eps - a_0); only adapters flip
     time and sign.
 
-    Registered parameters are those of the velocity network: everything that maps features and a_t
-    to u, condition projections included. Null-condition parameters are frozen. Encoders and codec
-    are loaded on first use and are no submodules, so that copying, training and saving never touch
-    them.
+    The registered parameters are those of the velocity network: everything that maps features and
+    a_t to u, including the projections of the conditions. Parameters of null conditions are frozen.
+    Encoders and codec are loaded when they are first used, and are no submodules, so that copying,
+    training and saving the model leave them alone.
     """
 
     name: str  # as given to load_model
@@ -276,43 +278,43 @@ class FlowModel(nn.Module):
     checkpoint: Path  # the file that the velocity network came from
     checkpoint_digest: str
     reads_video = False  # whether `read` decodes the clip's video
-    # A feature that a scorer would compute from the video exactly so, and need not compute again:
-    # {scorer: (feature, part of what the scorer sees, its shape)}.
+    # Features that a scorer would compute from the video in exactly the same way, and so need not
+    # compute again: {scorer: (feature, tensor of the scorer's embed_video, its shape)}.
     seen_as: dict = {}
-    batch_clips = 4  # that stage 01 samples together, if not told otherwise
-    compiles = True  # whether compiling is worth the minutes
-    compiled = False  # whether its blocks are, and its encoders and codec when they are loaded
+    batch_clips = 4  # clips that stage 01 samples together without --batch-clips
+    compiles = True  # whether compiling is worth the minutes that it takes
+    compiled = False  # whether blocks are compiled, and encoders and codec when they are loaded
 
     # What an adapter fills in -------------------------------------------------------------------
 
     @classmethod
     def files(cls, variant):
-        """Names below --weights of all that the stages will read of this model."""
+        """Names of all files below --weights that the stages will read for this model."""
         return []
 
     @classmethod
     def missing_elsewhere(cls):
-        """A line on files that the stages will read from another folder and that are not there;
-        None where there are none."""
+        """A line that names missing files which the stages read from another folder than --weights;
+        None where none is missing."""
         return None
 
     def read(self, clip, others=()):
-        """What `encode` needs of a clip's files, a list of CPU tensors: decoded and made small
-        here, where no GPU is used, in a process of its own (ahead.read_ahead).
+        """What `encode` needs of a clip's files, as a list of CPU tensors. This runs in a worker
+        process (ahead.read_ahead): it decodes and shrinks, and uses no GPU.
 
-        others: what else is wanted of the same video, which is decoded once: a list of (frames per
-        second, transform) as `Scorer.frames`, whose tensors come last. clip: inputs.FoundClip.
-        Raises SkipClip(reason) for a video that cannot be used.
+        others: what scorers want of the same video, so that it is decoded only once: a list of
+        (frames per second, transform) like `Scorer.frames`, whose tensors end the list. clip:
+        inputs.FoundClip. Raises SkipClip(reason) for a video that cannot be used.
         """
         return []
 
     def stamp_of(self, clip):
-        """Changes with the file that `read` reads."""
+        """A text that changes when the file that `read` reads has changed."""
         return scoring.stamp(clip.path)
 
     def encode(self, clip, tensors):
-        """Frozen encoders, once per clip: `read`'s tensors -> a dict of float32 CPU tensors without
-        batch dimension."""
+        """Runs the frozen encoders, once per clip: `read`'s tensors -> a dict of float32 CPU
+        tensors without batch dimension."""
         raise NotImplementedError
 
     def project(self, features):
@@ -332,25 +334,26 @@ class FlowModel(nn.Module):
         raise NotImplementedError
 
     def encode_audio(self, waves):
-        """The codec's encoder, without randomness: what `decode` returns, (B, S) float32 on the
-        CPU, -> (B, T, C) float32 normalised latents, on the CPU."""
+        """The codec's encoder, without randomness: waves as `decode` returns them, (B, S) float32
+        on the CPU -> (B, T, C) float32 normalised latents on the CPU."""
         stop(f"--given: {self.name} has no encoder of sound (encode_audio, docs/adapters.md)")
 
     def snap_t(self, t):
-        """The nearest earlier time that the network knows: t itself where it knows all."""
+        """The nearest earlier time that the network knows: t itself where it knows every time."""
         return t
 
     def blocks(self):
-        """The blocks that are compiled, and that gradient checkpointing recomputes."""
+        """The network's blocks, which --compile compiles and --gradient-checkpointing
+        recomputes."""
         return []
 
     def load_policy(self, path):
-        """Replaces the velocity network's weights, strictly, by those of `policy_state`'s file;
-        stops when it is another model's."""
+        """Replaces all weights of the velocity network by those of a file that holds what
+        `policy_state` returns; stops where the file is another model's."""
         raise NotImplementedError
 
     def policy_state(self):
-        """What policy.pt holds: the upstream's own format, for upstream's own loader."""
+        """What policy.pt holds: the weights in upstream's own format, for upstream's own loader."""
         raise NotImplementedError
 
     # What all adapters share --------------------------------------------------------------------
@@ -363,7 +366,7 @@ class FlowModel(nn.Module):
         """u with classifier-free guidance gamma: u_null + gamma (u_cond - u_null), both in one
         forward.
 
-        a_t: (R * B, T, C), t: (R * B,), conditions: B rows, each for R rows of a_t.
+        a_t: (R * B, T, C), t: (R * B,), conditions: B rows, each of which serves R rows of a_t.
         """
         conditions = tile(conditions, len(a_t))
         if guidance == 1.0:
@@ -374,7 +377,7 @@ class FlowModel(nn.Module):
         return u_null + guidance * (u_cond - u_null)
 
     def forward(self, a_t, t, features, guidance=1.0):
-        """`velocity` from features: what 05 and 06 train, through DistributedDataParallel."""
+        """`velocity` from features. 05 and 06 train this, through DistributedDataParallel."""
         return self.velocity(a_t, t, self.project(features), guidance)
 
     def trainable_parameters(self):
@@ -400,9 +403,9 @@ def stack_features(features, device):
 
 SILENT_PEAK = 1e-3  # of full scale, -60 dB
 
-# Paper silent: which classes are "the category of human speech" (Sec. 2.1). These are VGGSound's in
-# which people talk, spelled as among the 309 of MMAudio's sets/vgg-test.tsv; not singing, rapping,
-# shouting, babbling, crowds and radios.
+# Paper silent: which classes are "the category of human speech" (Sec. 2.1). We take the classes of
+# VGGSound in which people talk, spelled as in MMAudio's sets/vgg-test.tsv, and leave out singing,
+# rapping, shouting, babbling, crowds and radios.
 HUMAN_SPEECH_CLASSES = (
     "child speech, kid speaking",
     "female speech, woman speaking",
@@ -412,39 +415,40 @@ HUMAN_SPEECH_CLASSES = (
 
 
 class Scorer:
-    """One frozen scorer: what it says of an audio, as one or several tensors."""
+    """One frozen scorer, which describes each audio by one or several tensors."""
 
     sample_rate_hz: int
     files: tuple = ()  # below --weights
-    # What of a clip its scores depend on: "caption", "video", "reference" (the clip's own sound,
-    # and its label).
+    # What its scores depend on besides the audio: "caption", "video", "reference" (the clip's own
+    # sound, and its label).
     reads: tuple = ()
-    compared: tuple = ()  # tensors that compare with the reference: nan of that sound itself
-    # Of one that reads "video": (frames per second, transform of a (3, H, W) uint8 picture), and
-    # {name: shape} of what `embed_video` returns.
+    compared: tuple = ()  # tensors that compare with the reference; nan for the reference itself
+    # Only for a scorer that reads "video": (frames per second, transform of a (3, H, W) uint8
+    # picture), and {name: shape} of what `embed_video` returns.
     frames: tuple
     video_shapes: dict = {}
-    workers = 0  # processes that it may have
+    workers = 0  # how many processes it may start
 
     def __init__(self, weights, device):
         """weights: folder of `files`."""
 
     def embed_video(self, frames):
-        """Its video tower. frames: (n, ...), each transformed. Returns a dict of float32 tensors,
-        once per clip."""
+        """Runs its video tower, once per clip. frames: (n, ...), each transformed. Returns a dict
+        of float32 tensors."""
         raise NotImplementedError
 
     def score(self, waves, clips, videos):
         """A dict of (B, ...) tensors, nan where a score does not apply.
 
-        waves: (B, S) float32 at sample_rate_hz; clips: inputs.FoundClip of each; videos: what
-        `embed_video` returned, (B, ...) each, rows of nan where the video cannot be used.
+        waves: (B, S) float32 at sample_rate_hz; clips: the inputs.FoundClip of each wave; videos:
+        what `embed_video` returned, stacked to (B, ...), with rows of nan where a video cannot be
+        used.
         """
         raise NotImplementedError
 
 
 class ScorerSet:
-    """The frozen scorers that judge a run, by name; each is loaded when asked for."""
+    """The frozen scorers that judge a run, by name; each is loaded when it is asked for."""
 
     def __init__(self, run, name, root):
         self.run = Path(run)
@@ -468,25 +472,25 @@ class ScorerSet:
         return scorer
 
     def digest(self, name):
-        """Of a scorer's files."""
+        """The digest of a scorer's files."""
         if name not in self.digests:
             paths = [weight_file(self.root, file) for file in self.classes[name].files]
             self.digests[name] = scoring.digest_of_weights(self.run, paths)
         return self.digests[name]
 
     def tensors_of(self, name):
-        """What AudioScore and the metrics want of a scorer."""
+        """The names of a scorer's tensors that AudioScore and the metrics need."""
         wanted = [*self.audioscore.values(), *(measure[1:] for measure in self.measures.values())]
         return {tensor for scorer, tensor in wanted if scorer == name}
 
     def for_audioscore(self, said):
-        """AudioScore's part of what scorers said: {scorer: {tensor: values}} -> {ib, clap,
-        desync_s, logits, pesq: values}."""
+        """Picks what AudioScore needs from all that the scorers said: {scorer: {tensor: values}} ->
+        {ib, clap, desync_s, logits, pesq: values}."""
         return {name: said[scorer][tensor] for name, (scorer, tensor) in self.audioscore.items()}
 
 
 # --------------------------------------------------------------------------------------------------
-# Loaders: a backbone or a scorer is one file in adapters/ and one line here (docs/adapters.md)
+# Loaders. A new backbone or scorer is one file in adapters/ and one line here (docs/adapters.md)
 # --------------------------------------------------------------------------------------------------
 
 ADAPTERS = {"toy": "adapters.toy", "mmaudio": "adapters.mmaudio", "frieren": "adapters.frieren"}
@@ -494,7 +498,8 @@ SCORERS = {"toy": ("adapters.toy",), "real": ("adapters.scorers",)}  # run.json 
 
 
 def adapter_of(name):
-    """The class of a model, and its variant. name: `toy`, `mmaudio:<variant>` or `frieren`."""
+    """The class of a model and the name of its variant. name: `toy`, `mmaudio:<variant>` or
+    `frieren`."""
     family, _, variant = name.partition(":")
     if family not in ADAPTERS:
         stop(f"--model {name}: unknown; choose one of {', '.join(ADAPTERS)}")
@@ -502,8 +507,8 @@ def adapter_of(name):
 
 
 def print_all_missing(name, checkpoint, weights):
-    """Every file that some stage will miss with this model, its size, and where it is to be had.
-    Returns whether there are any besides those of judges, which 07 reads only where it is asked."""
+    """Prints every missing file that some stage needs with this model, its size and its source.
+    Returns whether any is missing besides those of judges, which 07 reads only with --judge."""
     adapter, variant = adapter_of(name)
     own = list(adapter.files(variant))
     if not own:  # the toy's lie in its run folder
@@ -525,8 +530,8 @@ def print_all_missing(name, checkpoint, weights):
 
 
 def load_model(name, checkpoint=None, device="cpu", weights="weights"):
-    """checkpoint: the velocity network's weights, None for the upstream file under `weights`.
-    Returns a FlowModel in eval mode."""
+    """A FlowModel in eval mode. checkpoint: the file of the velocity network's weights, None for
+    upstream's file below `weights`."""
     adapter, variant = adapter_of(name)
     model = adapter(variant, checkpoint, Path(weights))
     model.name = name
@@ -535,7 +540,7 @@ def load_model(name, checkpoint=None, device="cpu", weights="weights"):
 
 
 def load_base_model(run, device="cpu", weights="weights"):
-    """The model that stage 01 sampled from, its weights checked against run.json."""
+    """The model that stage 01 sampled from, after checking its weights against run.json."""
     run_json = inputs.read_run(run)
     checkpoint = None
     if run_json.checkpoint != "upstream":
@@ -562,8 +567,8 @@ def scorers_of(run, weights):
 
 
 def people_of(run):
-    """adapters.toy_people, whose simulated people answer and whose oracle judges, in a run of the
-    toy world, which holds its truth; None in others."""
+    """The module adapters.toy_people, with the simulated people, the oracle and the judge, where
+    the run is of the toy world and so holds its truth; None in other runs."""
     if (run / "00_truth.jsonl").exists():
         return importlib.import_module("adapters.toy_people")
     return None
