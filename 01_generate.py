@@ -177,7 +177,7 @@ def clips_of_jsonl(path):
                 fields[name] = value.strip()
         clips.append(rows.typed(fields, rows.ListedClip, f"{path}, line {line}"))
     for name, count in unread.items():
-        print(f"{path}: field {name!r} of {count} lines is not read (there are {', '.join(known)})")
+        print(f"{path}: field {name!r} of {count} lines is not read (known: {', '.join(known)})")
     return clips
 
 
@@ -467,8 +467,8 @@ def list_to_rate(run, to_rate):
     for clip in known.values():
         if clip.id in ids:
             stop(
-                f"clip {clip.id}: cannot be rated and nothing else, it is a clip of this run; give "
-                "it another id, or leave it out"
+                f"clip {clip.id}: cannot have the split rate, since it is a clip of this run "
+                "already; give it another id, or leave it out"
             )
         path = files.inside(root, clip.video, f"{file}, clip {clip.id}")
         if mined.isdisjoint(inputs.videos_of(clip.id, path)):
@@ -701,7 +701,7 @@ def forget_sources(run, given):
         while sources and sources[-1] not in given:
             if any((run / "01_samples").glob(f"{shards}.{sources[-1]}.jsonl")):
                 break
-            print(f"{sources.pop()}: nothing was made of it, and it is no source any more")
+            print(f"{sources.pop()}: no audio was made of it, so run.json no longer lists it")
     rows.write_json(run / "run.json", run_json)
 
 

@@ -359,8 +359,8 @@ def print_plan(model, stages, stage_steps, done, here, args):
     )
     size = model.latent_shape[0] * model.latent_shape[1]
     print(
-        f"beta {args.beta:g} multiplies an error that is a mean over {size} latent values; of the "
-        f"sum over them it would be beta {args.beta / size:g}"
+        f"beta {args.beta:g} multiplies an error that is a mean over {size} latent values; with "
+        f"the sum over them, the same strength would be beta {args.beta / size:g}"
     )
     trained = sum(p.numel() for p in model.trainable_parameters())
     print(

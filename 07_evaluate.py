@@ -71,8 +71,8 @@ def parse_args(argv=None):
         nargs="+",
         default=[],
         metavar="NAME[=DIR]",
-        help="evaluate exactly these: ground_truth, base, policy folders of the run, or folders of "
-        "audio named by clip id; without it, the first two, flow_dpo and ddpo",
+        help="exactly these: ground_truth, base, policy folders of the run, folders of audio named "
+        "by clip id; without it ground_truth, base, flow_dpo and ddpo",
     )
     io("--against", default="base", metavar="NAME", help="the system that others are compared with")
     io(
@@ -732,8 +732,8 @@ def find_audio(run, run_json, system, clip_blocks, here, args):
         print(line)
     if system.kind != "truth" and silent > 0.01 * count:
         print(
-            f"warning: {silent} of {count} audios of {system.name} are silent or broken, and "
-            "scored as that"
+            f"warning: {silent} of {count} audios of {system.name} are silent or broken; they are "
+            "scored as they are"
         )
     return usable
 

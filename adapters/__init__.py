@@ -1,2 +1,2 @@
-"""One file per upstream family, loaded late by `common.load_model` and `common.ScorerSet`
-(docs/adapters.md)."""
+"""One file for each backbone family and each set of scorers. `common.load_model` and
+`common.ScorerSet` import a file only when a run needs it (docs/adapters.md)."""

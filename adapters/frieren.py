@@ -21,7 +21,7 @@ GENERIC = ("cfm", "vocoder", "pytorch_lightning", "omegaconf")
 
 
 def pop_generic():
-    """Takes the modules of these names, and those below them, out of sys.modules:
+    """Removes the modules named in GENERIC, and all below them, from sys.modules. Returns
     {name: module}."""
     names = [name for name in sys.modules if name.partition(".")[0] in GENERIC]
     return {name: sys.modules.pop(name) for name in names}
@@ -31,9 +31,10 @@ def pop_generic():
 def upstream_classes():
     """Upstream's four classes.
 
-    Lightning and OmegaConf, which they import and do not need, are stood in for. Modules of such
-    generic names do not stay in sys.modules, where another `vocoder` would be taken for Frieren's;
-    they live on below `frieren_v2a`, since torch.compile looks a class's module up by its name.
+    They import Lightning and OmegaConf without needing them, so empty modules stand in for both.
+    Upstream's modules have such generic names that another package's `vocoder` could be mistaken
+    for Frieren's. So they do not keep these names in sys.modules; they get names below
+    `frieren_v2a`, since torch.compile looks up a class's module by its name.
     """
     others = pop_generic()
     sys.modules["pytorch_lightning"] = types.SimpleNamespace(LightningModule=nn.Module)
@@ -58,8 +59,9 @@ def upstream_classes():
 
 
 def fill(part, state, path, *prefixes, assign=False):
-    """Strictly loads what `state` holds under the prefixes, which the names of `part` have too.
-    assign: a part on meta takes the mapped tensors themselves."""
+    """Loads into `part`, strictly, the entries of `state` whose names begin with these prefixes;
+    the names in `part` have the same prefixes. assign: a part on the meta device takes over the
+    memory-mapped tensors themselves."""
     own = {name: value for name, value in state.items() if name.startswith(prefixes)}
     try:
         part.load_state_dict(own, assign=assign)
@@ -71,21 +73,22 @@ def fill(part, state, path, *prefixes, assign=False):
 
 
 def is_reflowed(path):
-    """Whether a path speaks of a reflowed or distilled model. `noreflow` and `no_reflow` do not."""
+    """Whether a file's path names a reflowed or distilled model; `noreflow` and `no_reflow` do
+    not."""
     trail = "/".join(Path(path).parts[-2:]).lower()
     return re.search("(?<!no)reflow|distill", re.sub("[ _-]", "", trail))
 
 
 @functools.cache
 def mel_filters():
-    """(513, 80)"""
+    """Mel filters (513, 80)."""
     scale = dict(norm="slaney", mel_scale="slaney")
     return torchaudio.functional.melscale_fbanks(513, 0.0, 8000.0, 80, 16000, **scale)
 
 
 def log_mel(waves):
-    """(B, 131072) -> (B, 80, 512), in log10 of the magnitude: as upstream's
-    script/data_preprocess/NAT_mel.py, which librosa has outgrown."""
+    """(B, 131072) -> (B, 80, 512), log10 of mel magnitudes, as in upstream's
+    script/data_preprocess/NAT_mel.py, which does not run with today's librosa."""
     padded = F.pad(waves.clamp(-1, 1), (384, 384), "reflect")
     window = torch.hann_window(1024, device=waves.device)
     spectrum = torch.stft(padded, 1024, 256, window=window, center=False, return_complex=True)
@@ -94,20 +97,20 @@ def log_mel(waves):
 
 
 class Frieren(FlowModel):
-    """Upstream's own classes (checked at 0c39692): Frieren without reflow, 159M, from CAVP
-    features.
+    """Frieren without reflow, 159M parameters, conditioned on CAVP features, by upstream's own
+    classes (checked at commit 0c39692).
 
-    Its time is k = 1000 (1 - t), 0 at noise, 999 at most. 32 frames, 8.000 s, drive 8.192 s of
-    audio. DiT and condition embedder are trained, and with them what is unconditional: the
-    embedder's output for zeros. A reflowed or distilled model learnt the guided velocity, which is
-    not Eq. 5's at guidance 1; its tensors have the same names, so only paths can tell
-    (docs/frieren.md).
+    Its time is k = 1000 (1 - t), from 0 at noise to 999. 32 frames, 8.000 s of video, condition
+    8.192 s of audio. DiT and condition embedder are trained. The null condition is the embedder's
+    output for zeros, so it is trained too. A reflowed or distilled Frieren has learned the guided
+    velocity, which at guidance 1 is not the velocity of Eq. 5; its tensors have the same names, so
+    it can be recognised by its path alone (docs/frieren.md).
     """
 
     latent_shape = (256, 20)
     sample_rate_hz = 16000
     clip_s = 8.0
-    batch_clips = 16  # four blocks: fewer rows leave a GPU waiting for launches
+    batch_clips = 16  # the network is so small that with fewer rows a GPU waits for kernel launches
     frames = 32
     cavp_width = 512
     latent_scale = 0.18215
@@ -144,37 +147,39 @@ class Frieren(FlowModel):
         super().__init__()
         names = self.files(variant)
         classes = upstream_classes()
-        # Upstream's parameter names.
+        # These attributes give the parameters upstream's names.
         self.model = nn.ModuleDict({"diffusion_model": classes.dit(**self.dit_config)})
         self.cond_stage_model = classes.embedder(self.cavp_width, self.dit_config["context_dim"])
-        # Of a transposed input torch computes a linear layer otherwise with gradients than without:
-        # in bf16 the policy would begin away from its reference. Upstream transposes inside.
+        # Upstream gives two linear layers a transposed input. For such an input torch computes
+        # another way with gradients than without, so that in bf16 the policy would not start equal
+        # to its reference.
         for layer in (self.model["diffusion_model"].x_proj, self.model["diffusion_model"].c_proj):
             layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         for module in self.model.modules():
-            # Upstream's own recomputation loses gradients; `blocks` offers ours.
+            # Upstream's own gradient checkpointing loses gradients; ours goes through `blocks`.
             module.checkpoint = False
         self.checkpoint = Path(checkpoint or weight_file(weights, names[0]))
         base, vae = self.load_policy(self.checkpoint)
-        # Functions are no submodules, and copies of the model share them.
+        # Functions are no submodules, and all copies of the model share them.
         self.base = lambda: base
         self.codec = functools.cache(functools.partial(self.load_codec, vae, weights))
 
     def load_policy(self, path):
-        """path: a file that save_policy, or upstream by Lightning 1.4, wrote. Returns, for the
-        constructor, its content and its VAE, both mapped: not read before they are used."""
-        # Lightning's callbacks are keyed by their class.
+        """path: a file written by save_policy, or by upstream with Lightning 1.4. Returns, for the
+        constructor, the file's content and its VAE. Both are memory-mapped, and so are read only
+        where they are used."""
+        # Lightning stores callbacks under their class.
         callbacks = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
         file = files.load_pt(path, mmap=True, ignore=[*files.NUMPY, callbacks])
         if not isinstance(file, dict) or not isinstance(file.get("state_dict"), dict):
             stop(f"{path}: no checkpoint of Frieren, which is a dict with a 'state_dict'")
-        # The folder that it was trained in, if a callback has kept that.
+        # A callback may have kept the folder in which the model was trained.
         kept = [callback.get("dirpath") or "" for callback in file.get("callbacks", {}).values()]
         if any(is_reflowed(place) for place in (path, *kept)):
-            told = "a reflowed or distilled Frieren by its path, now or in training"
-            stop(f"{path}: {told}; use the one without reflow")
+            told = "its path, or the folder that it was trained in, names a reflowed or distilled"
+            stop(f"{path}: {told} Frieren; use the one without reflow")
         state = file["state_dict"]
-        # The VAE prints its shapes.
+        # Redirected, since the VAE prints its shapes.
         with torch.device("meta"), contextlib.redirect_stdout(None):
             no_loss = {"target": "torch.nn.Identity"}
             vae = upstream_classes().vae(self.latent_shape[1], self.vae_config, no_loss)
@@ -184,8 +189,8 @@ class Frieren(FlowModel):
         return file, vae
 
     def policy_state(self):
-        """For upstream's generation script: the base checkpoint's 339 tensors, 127 of them replaced
-        by the trained."""
+        """For upstream's generation script: the 339 tensors of the base checkpoint, of which 127
+        are replaced by the trained ones."""
         base = self.base()
         trained = {name: value.cpu() for name, value in self.state_dict().items()}
         return {
@@ -194,7 +199,7 @@ class Frieren(FlowModel):
         }
 
     def cavp_file(self, clip):
-        for suffix in ("", ".npz", ".npy"):  # an id may end in its file's suffix
+        for suffix in ("", ".npz", ".npy"):  # "": an id may itself end in .npz or .npy
             file = Path(f"{clip.cavp}{suffix}")
             if file.suffix in (".npz", ".npy") and file.is_file():
                 return file
@@ -211,14 +216,14 @@ class Frieren(FlowModel):
         file = self.cavp_file(clip)
         if file is None:
             raise SkipClip("no CAVP features (.npz or .npy)")
-        # Whole, so that all that goes wrong below is wrong with the content.
+        # Read as a whole, so that any error below is about the content.
         with files.reading(file), open(file, "rb") as stream:
             content = io.BytesIO(stream.read())
         try:
             loaded = np.load(content, allow_pickle=False)
             values = loaded["feat"] if file.suffix == ".npz" else loaded
             cavp = torch.from_numpy(np.array(values, dtype=np.float32))
-        # numpy, zipfile and zlib have types of their own for a broken file.
+        # For a broken file numpy, zipfile and zlib each raise types of their own.
         except Exception as error:
             if isinstance(error, MemoryError):
                 files.raise_if_memory_is_short()
@@ -241,17 +246,17 @@ class Frieren(FlowModel):
         return {"context": self.cond_stage_model(zeros).expand_as(conditions["context"])}
 
     def predict(self, a_t, t, conditions):
-        # t is snapped, so that this is whole but for rounding.
+        # t is already snapped, so 1000 (1 - t) is a whole number up to rounding.
         k = (1000 * (1 - t.double())).round().clamp(0, 999).long()
         u = self.model["diffusion_model"](a_t.transpose(1, 2), k, conditions["context"])
         return -u.transpose(1, 2)
 
     def snap_t(self, t):
-        """1 - k/1000, k = 1000 (1 - t) cut, not rounded.
+        """1 - k/1000, where k is 1000 (1 - t) rounded down.
 
-        Upstream cuts in float32, which at its own 25 steps makes 199, 359 and 399 of 200, 360 and
-        400: there k is upstream's (`grid`). With other numbers of steps a few k may differ from
-        upstream's by one.
+        Upstream rounds down in float32. At its own 25 steps this turns 200, 360 and 400 into 199,
+        359 and 399, so there we take upstream's k from `grid`. With another number of steps a few k
+        may differ from upstream's by one.
         """
         passed = 1 - t.double()
         step = (25 * passed).round()
@@ -268,14 +273,14 @@ class Frieren(FlowModel):
         vae, vocoder = self.codec()
         waves = []
         for part in latents.to(self.device).float().split(8):
-            # (B, 80, 512), 256 samples each
+            # (B, 80, 512): 512 mel frames of 256 samples each
             mels = vae.decode(part.transpose(1, 2) / self.latent_scale)
             waves.append(vocoder(mels)[:, 0].cpu())
         return torch.cat(waves)
 
     @torch.no_grad()
     def encode_audio(self, waves):
-        """The mean of upstream's distribution."""
+        """The mean of the distribution that upstream's VAE returns."""
         vae, _ = self.codec()
         latents = []
         for part in waves.to(self.device).float().split(8):
@@ -290,7 +295,7 @@ class Frieren(FlowModel):
         sizes = types.SimpleNamespace(**yaml.safe_load(shape.read_text()))
         vocoder = upstream_classes().vocoder(sizes)
         fill(vocoder, files.load_pt(file).get("generator", {}), file, "")
-        with contextlib.redirect_stdout(None):  # it says that it does
+        with contextlib.redirect_stdout(None):  # it prints what it does
             vocoder.remove_weight_norm()
         activations = speed.slice_activations(vocoder)
         if self.compiled:

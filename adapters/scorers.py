@@ -1,9 +1,9 @@
 """The real scorers: AudioScore's five, and the networks behind FD, KL and IS (docs/adapters.md).
 
-Numbers follow av-benchmark (github.com/hkchengrex/av-benchmark), the code behind the metrics of
-MMAudio, "the same metrics in [8]" (Sec. 3.1). Every network judges the first 8 s of the audio as
-stage 01 writes it, where what is not finite is silence: a silent or broken audio has an ordinary
-finite value everywhere, and never raises.
+All numbers are computed as in av-benchmark (github.com/hkchengrex/av-benchmark), the code behind
+the metrics of MMAudio, which the paper uses: "the same metrics in [8]" (Sec. 3.1). Every network
+judges the first 8 s of an audio file. Samples that are not finite count as silence, so that a
+silent or broken audio gets ordinary finite scores and raises no error.
 """
 
 import contextlib
@@ -22,14 +22,15 @@ from torchvision.transforms import InterpolationMode, v2
 
 from common import HUMAN_SPEECH_CLASSES, Scorer, files, media, stop, upstream, weight_file
 
-# What upstream's networks are made for: Synchformer sees 24 segments in it, ImageBind 4 frames.
+# The length that upstream's networks are used with: Synchformer sees 24 segments, ImageBind 4
+# frames.
 JUDGED_S = 8.0
 
 
 def judged(waves, sample_rate_hz, centred=False):
-    """(B, S) waves -> (B, 8 s), cut or padded with silence; `centred` takes off the whole wave's
-    mean first, as av-benchmark's loader does for CLAP, PANNs and PaSST."""
-    # Resampling may overshoot 1; a float file of others' may hold 1e30, which would overflow.
+    """(B, S) waves -> (B, 8 s), cut or padded with silence; `centred` first subtracts the mean of
+    the whole wave, as av-benchmark's loader does for CLAP, PANNs and PaSST."""
+    # Resampling may overshoot 1; a float file from elsewhere may hold 1e30, which would overflow.
     waves = torch.nan_to_num(waves.float(), 0, 0, 0).clamp(-2, 2)
     if centred:
         waves = waves - waves.mean(dim=-1, keepdim=True)
@@ -37,7 +38,7 @@ def judged(waves, sample_rate_hz, centred=False):
 
 
 def in_batches(network, device, *tensors, size=16):
-    """network(*tensors) on the device, a few rows at a time -> float32 on the CPU."""
+    """network(*tensors), computed on the device for a few rows at a time; float32 on the CPU."""
     found = []
     for parts in zip(*[tensor.split(size) for tensor in tensors]):
         found.append(network(*[part.to(device) for part in parts]).float().cpu())
@@ -46,8 +47,9 @@ def in_batches(network, device, *tensors, size=16):
 
 @contextlib.contextmanager
 def without_init(package):
-    """While it lasts, modules of a package are imported without its __init__: panns_inference's and
-    laion_clap's reach for the network, imagebind's needs packages that its networks do not."""
+    """In this context, modules of a package are imported without its __init__.py. Those of
+    panns_inference and laion_clap download files, and that of imagebind imports packages which its
+    networks do not need."""
     if package in sys.modules:
         yield
         return
@@ -63,8 +65,8 @@ def without_init(package):
 
 
 def frozen(net, state, path, device, **options):
-    """The network with these weights, in eval mode, on the device; a file of another network ends
-    in one line."""
+    """The network with these weights, in eval mode, on the device; stops in one line where the file
+    is another network's."""
     other = f"not the weights of {type(net).__name__}; download it again"
     files.load_weights(net, state, path, other, finite=False, **options)
     return net.to(device).eval().requires_grad_(False)
@@ -75,8 +77,8 @@ class ImageBindScorer(Scorer):
 
     Video: 4 frames (0.5 a second), 3 pairs of neighbours, 3 crops of each along the longer side.
     Audio: windows of 2 s at 0, 3 and 6 s (av-benchmark spreads them over the whole file if it
-    exceeds 8 s). ImageBind itself averages the unit embeddings of the 9 clips, and of the 3
-    windows: as in av-benchmark, this is Sec. 2.1's "average cosine similarity".
+    exceeds 8 s). ImageBind itself averages the unit embeddings of the 9 crops and of the 3 windows.
+    We take this average for that of Sec. 2.1's "average cosine similarity", as av-benchmark does.
     """
 
     sample_rate_hz = 16000
@@ -88,7 +90,8 @@ class ImageBindScorer(Scorer):
         path = weight_file(weights, self.files[0])
         with upstream("ImageBind"), without_init("imagebind"):
             from imagebind.models import imagebind_model
-        # 4.8 GB, mapped and never copied; 2 GB of it, of text and other senses, are left out.
+        # The file of 4.8 GB is memory-mapped, not copied. 2 GB of it, for text and other
+        # modalities, are dropped.
         net = imagebind_model.imagebind_huge(pretrained=False)
         net = frozen(net, files.load_pt(path, mmap=True), path, "cpu", assign=True)
         for name in ("preprocessors", "trunks", "heads", "postprocessors"):
@@ -130,8 +133,9 @@ class ImageBindScorer(Scorer):
     def spectrograms(windows):
         """(B, 3, 32000) -> (B, 3, 1, 128, 204): Kaldi's log mel filter bank, padded with 0, then
         normalised."""
-        # In one call, windows end to end: a frame of 400 samples begins every 160, so that 200
-        # begin in a window. The last two reach into the next window, and are not used.
+        # One call for all windows, laid end to end. A frame of 400 samples begins every 160
+        # samples, so 200 begin in each window; the last two reach into the next window and are
+        # dropped.
         line = (windows - windows.mean(dim=-1, keepdim=True)).reshape(1, -1)
         fbank = torchaudio.compliance.kaldi.fbank(
             line, sample_frequency=16000, num_mel_bins=128, frame_length=25, frame_shift=10,
@@ -152,10 +156,11 @@ class ImageBindScorer(Scorer):
 
 class ClapScorer(Scorer):
     """score_2, `clap`: cosine of LAION-CLAP's caption and audio embeddings, in [-1, 1]; nan without
-    a caption. Differs: the paper's CLAP [10] is Microsoft's; av-benchmark reports both.
+    a caption. Differs from the paper, whose CLAP [10] is Microsoft's; av-benchmark reports both.
 
-    laion_clap's own network, built and loaded by our lines: its package downloads three tokenizers
-    when imported and RoBERTa's weights when built; its load_ckpt unpickles.
+    The network is laion_clap's own, but built and loaded here: the package would download three
+    tokenizers when it is imported and RoBERTa's weights when the network is built, and its
+    load_ckpt unpickles, which could run code.
     """
 
     sample_rate_hz = 48000
@@ -174,7 +179,7 @@ class ClapScorer(Scorer):
 
         path, vocab, merges = (weight_file(weights, name) for name in self.files)
         tokens = len(files.parse_json(files.read_text(vocab), vocab))
-        # Too few would silently map every caption to the same ids.
+        # With too few tokens every caption would silently get the same ids.
         if tokens != self.roberta["vocab_size"]:
             stop(
                 f"{vocab}: {tokens} tokens instead of {self.roberta['vocab_size']}; download it "
@@ -183,7 +188,7 @@ class ClapScorer(Scorer):
         self.tokenizer = RobertaTokenizer(str(vocab), str(merges))
         with without_init("laion_clap"):
             from laion_clap.clap_module import factory, model
-        # Its constructor would download 500 MB of weights that its checkpoint replaces.
+        # The constructor would download 500 MB of RoBERTa's weights, which the checkpoint replaces.
         empty = RobertaModel(RobertaConfig(**self.roberta))
         model.RobertaModel = types.SimpleNamespace(from_pretrained=lambda name: empty)
         try:
@@ -194,7 +199,7 @@ class ClapScorer(Scorer):
             model.RobertaModel = RobertaModel
         content = files.load_pt(path, {"state_dict": dict}, ignore=files.NUMPY)
         state = {key.removeprefix("module."): x for key, x in content["state_dict"].items()}
-        # A constant that newer transformers do not store.
+        # A constant that newer versions of transformers do not store.
         state.pop("text_branch.embeddings.position_ids", None)
         self.device = device
         self.net = frozen(net, state, path, device)
@@ -223,9 +228,9 @@ class ClapScorer(Scorer):
 
 
 class SynchformerScorer(Scorer):
-    """score_3, `desync_s`: |audio-video offset| in seconds that Synchformer predicts, in [0, 2],
-    lower is better; the mean of the first and the last 4.8 s. An offset is the most probable of 21
-    classes, -2 to 2 s in steps of 0.2 s."""
+    """score_3, `desync_s`: the |audio-video offset| in seconds that Synchformer predicts, in
+    [0, 2], lower is better; the mean of two predictions, for the first and for the last 4.8 s. A
+    prediction is the most probable of 21 classes, from -2 to 2 s in steps of 0.2 s."""
 
     sample_rate_hz = 16000
     files = ("synchformer_state_dict.pth",)
@@ -245,7 +250,7 @@ class SynchformerScorer(Scorer):
         self.mel = mel.to(device)
         resize = v2.Resize(224, InterpolationMode.BICUBIC)
         self.frames = (25, v2.Compose([resize, v2.CenterCrop(224)]))
-        # On the device: uint8 is a quarter of the bytes.
+        # Applied on the device, since copying uint8 takes a quarter of the bytes.
         scale = v2.ToDtype(torch.float32, scale=True)
         self.to_float = v2.Compose([scale, v2.Normalize([0.5] * 3, [0.5] * 3, inplace=True)])
 
@@ -272,15 +277,15 @@ class SynchformerScorer(Scorer):
             compare = self.net.compare_v_a
             logits = in_batches(compare, self.device, video[:, part], audio[:, part])  # (B, 21)
             offsets.append(self.offset_s[logits.argmax(dim=-1)].abs())
-        unseen = video.flatten(1).isnan().any(dim=1)  # argmax would name an offset all the same
+        unseen = video.flatten(1).isnan().any(dim=1)  # for these argmax would still give an offset
         desync_s = torch.stack(offsets).mean(dim=0)
         return {"desync_s": desync_s.masked_fill(unseen, math.nan)}
 
 
 class PannsScorer(Scorer):
     """The tagger of score_4, PANNs' Cnn14 at 32 kHz: `logits` (B, 527) over AudioSet's classes,
-    before the sigmoid. Paper silent: which of PANNs' taggers. This is panns-inference's default;
-    stage 07's IS and KL are av-benchmark's, by another, at 16 kHz."""
+    before the sigmoid. Paper silent: which of PANNs' taggers. This is the default of
+    panns-inference. Stage 07's IS and KL_PANNs use the one at 16 kHz, as av-benchmark does."""
 
     sample_rate_hz = 32000
     files = ("Cnn14_mAP=0.431.pth",)
@@ -304,7 +309,7 @@ class PannsScorer(Scorer):
 
 
 class Panns16kScorer(PannsScorer):
-    """The variant of av-benchmark's KL_PANNs and IS."""
+    """The tagger of stage 07's KL_PANNs and IS: Cnn14 at 16 kHz, as in av-benchmark."""
 
     sample_rate_hz = 16000
     files = ("Cnn14_16k_mAP=0.438.pth",)
@@ -312,8 +317,8 @@ class Panns16kScorer(PannsScorer):
 
 
 class PasstScorer(Scorer):
-    """`logits` (B, 527) and `embedding` (B, 768) of PaSST at 32 kHz, for FD_PaSST and KL_PaSST: 8
-    s, padded to 10 s."""
+    """`logits` (B, 527) and `embedding` (B, 768) of PaSST at 32 kHz, for FD_PaSST and KL_PaSST. It
+    gets 8 s of audio, padded to 10 s."""
 
     sample_rate_hz = 32000
     files = ("passt-s-f128-p16-s10-ap.476-swa.pt",)
@@ -333,7 +338,7 @@ class PasstScorer(Scorer):
     @staticmethod
     @contextlib.contextmanager
     def quiet():
-        """hear21passt prints its shapes, and warns about 998 frames of its 1000."""
+        """hear21passt prints shapes, and warns that it gets 998 frames instead of 1000."""
         silent = contextlib.redirect_stdout(io.StringIO())
         with silent, warnings.catch_warnings(action="ignore"):
             yield
@@ -352,8 +357,8 @@ class PasstScorer(Scorer):
 
 class PesqScorer(Scorer):
     """score_5, `pesq`: wide-band PESQ at 16 kHz against the clip's own audio, both cut to the
-    shorter, at most 8 s. nan where it does not apply: another class, no audio track, a reference
-    without utterance."""
+    shorter one, at most 8 s. nan where it does not apply: the clip's class is not human speech, it
+    has no audio track, or PESQ finds no utterance in it."""
 
     sample_rate_hz = 16000
     reads = ("reference",)
@@ -373,8 +378,9 @@ class PesqScorer(Scorer):
 
 class AudioboxScorer(Scorer):
     """AudioBox-Aesthetics, a judge that is no part of AudioScore: `pq` production quality, `pc`
-    production complexity, `ce` content enjoyment and `cu` content usefulness, each (B,), on its
-    raters' scale of 1 to 10. 8 s, padded to the 10 s of its windows under its own mask."""
+    production complexity, `ce` content enjoyment and `cu` content usefulness, each (B,), on the
+    scale of its raters, 1 to 10. It gets 8 s of audio, padded to its windows of 10 s, and a mask
+    for the padding."""
 
     sample_rate_hz = 16000
     files = ("audiobox_aesthetics.pt",)
@@ -400,8 +406,8 @@ class AudioboxScorer(Scorer):
         self.net = frozen(net, state, path, device)
 
     def standardised(self, waves, mask):
-        """(B, 1, 160000), 1 where a wave is -> (B, 4), the axes as the network was trained on
-        them."""
+        """waves, mask: (B, 1, 160000); the mask is 1 where there is audio and 0 in the padding.
+        Returns (B, 4), the four axes as the network was trained on them: standardised."""
         found = self.net({"wav": waves, "mask": mask > 0})
         return torch.stack([found[axis].float() for axis in self.axes], dim=1)
 
@@ -424,8 +430,8 @@ SCORERS = {
     "audiobox": AudioboxScorer,
 }
 
-# What stage 07 makes of them: {metric: (how, scorer, key)}; `mean` over clips, or a formula over
-# the set of audios.
+# The metrics of stage 07: {metric: (how, scorer, tensor)}. How is `mean` over clips, or the name of
+# a formula over all audios.
 MEASURES = {
     "fd_passt": ("fd", "passt", "embedding"),
     "kl_panns": ("kl", "panns_16k", "logits"),
@@ -438,7 +444,7 @@ MEASURES = {
 }
 JUDGES = ("audiobox",)  # scorers that stage 07 asks only when told to
 
-# Where AudioScore's five are said: {name: (scorer, tensor)}.
+# Where AudioScore's five scores come from: {name: (scorer, tensor)}.
 AUDIOSCORE = {
     "ib": ("imagebind", "ib"),
     "clap": ("clap", "clap"),

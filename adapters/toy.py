@@ -1,8 +1,8 @@
 """The toy world's model and scorers (docs/toy.md): every stage runs on a CPU in minutes.
 
-00_toy_world.py draws the world's clips and trains the networks. Here is what the other stages need
-of them, in the same form as of MMAudio and the real scorers: a codec, encoders of picture and
-caption, the velocity network, and scorers.
+00_toy_world.py draws the world's clips and trains the networks. This file defines the networks and
+offers them to the other stages through the same interfaces as MMAudio and the real scorers: a
+codec, encoders of picture and caption, the velocity network, and scorers.
 """
 
 import functools
@@ -16,8 +16,8 @@ import torchaudio
 
 from common import SILENT_PEAK, FlowModel, Scorer, files, media, stop, weight_file
 
-# Networks so small that a second thread pays in training alone (`Toy.velocity`), where no other
-# work waits for the cores. The number is the whole process's.
+# The networks are so small that a second thread is worth it only in training (`Toy.velocity`),
+# where no other work needs the cores. torch has one such number for the whole process.
 TRAINING_THREADS = min(2, torch.get_num_threads())
 torch.set_num_threads(1)
 
@@ -26,7 +26,7 @@ CLIP_S = 2.0
 FPS = 25
 SAMPLES = int(RATE_HZ * CLIP_S)
 FRAMES = int(FPS * CLIP_S)
-PIXELS = 64  # on file; moments are taken at half of it, where yuv420p has kept all colour
+PIXELS = 64  # of a stored frame; moments are taken from 32 x 32, the resolution of yuv420p's colour
 
 N_FFT = 1024
 HOP = 320  # samples: a mel frame is 20 ms, two per video frame
@@ -40,8 +40,9 @@ CHANNELS = 40  # numbers of a token
 MOMENTS = 10  # numbers that describe a picture
 EMBED = 32  # width of all embeddings of picture and caption
 
-# {label: caption} of each class of sound. A class is known by its place here: its `kind`, 0 to 7.
-# The object that makes it has outline kind // 2 and colour kind % 2 (00_toy_world.py draws it).
+# {label: caption} of each class of sound. The place of a class in this dict is its `kind`, 0 to 7.
+# The object that makes the sound has outline kind // 2 and colour kind % 2 (00_toy_world.py draws
+# it).
 CAPTIONS = {
     "bell ringing": "a bell ringing",
     "wood block knocking": "knocking on a wood block",
@@ -61,7 +62,7 @@ OTHER_VERSION = "is of another version of 00_toy_world.py; make the run folder a
 
 
 def load_parts(parts, state, path):
-    """Fills {name: network} from what stage 00 wrote, `state` of the file `path`."""
+    """Loads the networks, {name: network}, from `state`, the content of stage 00's file `path`."""
     if state.get("vocabulary") != VOCABULARY:
         stop(f"{path}: {OTHER_VERSION}")
     for name, network in parts.items():
@@ -84,7 +85,7 @@ def mel_filters():
 def log_mel(waves):
     """(B, S) -> (B, 100, 64), about zero mean and unit standard deviation.
 
-    S is cut or padded to 2 s; what is not finite is silence.
+    Waves are cut or padded to 2 s; samples that are not finite count as silence.
     """
     waves = torch.nan_to_num(waves.float(), 0, 0, 0)
     waves = media.fit_length(waves, SAMPLES)
@@ -92,7 +93,7 @@ def log_mel(waves):
     window = torch.hann_window(N_FFT)
     filters, _ = mel_filters()
     mels = []
-    for part in padded.split(4):  # what fits the cache
+    for part in padded.split(4):  # as many as fit into the CPU's cache
         frames = part.unfold(1, N_FFT, HOP)[:, :MEL_FRAMES]
         spectrum = torch.fft.rfft(frames * window)
         power = torch.view_as_real(spectrum).square().sum(-1)
@@ -102,7 +103,8 @@ def log_mel(waves):
 
 
 def magnitudes(mel):
-    """`log_mel` backwards: (B, 100, 64) -> (B, 101, 513), a frame every 20 ms, the last at 2 s."""
+    """The inverse of `log_mel` without phases: (B, 100, 64) -> magnitudes (B, 101, 513), a frame
+    every 20 ms, the last at 2 s."""
     _, inverse_filters = mel_filters()
     level = 4 * mel.clamp(max=3.5) - 2.5
     power = (level.exp() - 1e-4).clamp(min=0) @ inverse_filters
@@ -111,16 +113,18 @@ def magnitudes(mel):
 
 
 def overlap_add(frames):
-    """(B, F, 1024), one every 320 samples -> (B, (F - 1) * 320 + 1024)."""
+    """Adds up overlapping frames (B, F, 1024), one every 320 samples -> (B, (F - 1) * 320 +
+    1024)."""
     length = (frames.shape[1] - 1) * HOP + N_FFT
     return F.fold(frames.mT, (1, length), (1, N_FFT), stride=(1, HOP)).flatten(1)
 
 
 def griffin_lim(magnitude, steps=4, momentum=0.5):
-    """(B, 101, 513) magnitudes -> (B, 32000), from zero phase.
+    """(B, 101, 513) magnitudes -> (B, 32000), starting from zero phase.
 
-    torchaudio's, in less than half of its time: without angles, frames side by side. After 4 steps
-    the oracle hears what it hears after 8, within 2 ms and 0.1 dB.
+    The same algorithm as torchaudio's, in less than half of its time, since it computes no angles
+    and treats frames side by side. After 4 steps the oracle's measures are within 2 ms and 0.1 dB
+    of those after 8.
     """
     window = torch.hann_window(N_FFT)
     windows = window.square().expand(1, magnitude.shape[1], N_FFT)
@@ -139,7 +143,7 @@ def griffin_lim(magnitude, steps=4, momentum=0.5):
         previous = analysed
         power = torch.view_as_real(hurried).square().sum(-1)
         scale = magnitude * (power + 1e-12).rsqrt()
-        spectrum = hurried * scale  # its phase alone
+        spectrum = hurried * scale  # keeps the phase of `hurried`, takes the given magnitude
     wave = synthesise(spectrum)
     return wave[:, N_FFT // 2 :][:, :SAMPLES]
 
@@ -159,7 +163,7 @@ class Codec(nn.Module):
         return (patches - self.mean) @ self.down
 
     def mel(self, latents):
-        """(B, 25, 40) -> (B, 100, 64)."""
+        """Latents (B, 25, 40) -> log-mel (B, 100, 64)."""
         patches = latents @ self.up + self.mean
         return patches.reshape(len(latents), MEL_FRAMES, MELS)
 
@@ -167,7 +171,7 @@ class Codec(nn.Module):
     def decode(self, latents):
         """(B, 25, 40) -> (B, 32000) on the CPU, by Griffin-Lim without randomness."""
         waves = []
-        for part in latents.float().cpu().split(4):  # what fits the cache
+        for part in latents.float().cpu().split(4):  # as many as fit into the CPU's cache
             waves.append(griffin_lim(magnitudes(self.mel(part))))
         return torch.cat(waves)
 
@@ -192,8 +196,9 @@ def frame_transform(frame):
 def picture_moments(frames):
     """(50, 64, 64, 3) uint8 -> (50, 10) float32: where the object is, and what it looks like.
 
-    The object is what differs from the ground, the median colour. Of it: mass, place (2), extent
-    (2), solidity, whether it is there, colour (3), each scaled to about 1.
+    The object is what differs from the background, whose colour is the median. The ten numbers are
+    its mass, place (2), extent (2), solidity, whether it is there, and colour (3), each scaled to
+    about 1.
     """
     # Every second pixel and its diagonal neighbour, averaged: (50, 32, 32, 3) in [0, 1].
     frames = (frames[:, ::2, ::2].float() + frames[:, 1::2, 1::2]) / 510
@@ -201,12 +206,13 @@ def picture_moments(frames):
     difference = frames - ground
     weight = (difference.abs().sum(-1) - 0.25).clamp(min=0)
     mass = weight.sum((1, 2))
-    # What share of the object's mass is in each pixel, (50, 32, 32): time, y, x.
+    # The share of the object's mass that each pixel has, (50, 32, 32): time, y, x.
     share = weight / mass.clamp(min=1e-3)[:, None, None]
     grid = (torch.arange(PIXELS // 2) + 0.5) / (PIXELS // 2)
 
     def along(share):
-        """Of shares (50, 32) along an axis: their centre, extent, and squared distances from it."""
+        """For shares (50, 32) along an axis: their centre, their extent, and each pixel's squared
+        distance from the centre."""
         centre = (share * grid).sum(-1)
         squares = (grid - centre[:, None]) ** 2
         return centre, (share * squares).sum(-1).sqrt(), squares
@@ -231,7 +237,7 @@ def picture_moments(frames):
 
 
 def words(caption):
-    """Bag of words (V,) float32. Unknown words vanish; no caption is all zeros."""
+    """Bag of words (V,) float32. Unknown words are dropped; without a caption it is all zeros."""
     said = (caption or "").lower().split()
     return torch.tensor([float(word in said) for word in VOCABULARY])
 
@@ -246,7 +252,7 @@ class VideoTower(nn.Module):
         self.pool = nn.Linear(2 * EMBED, EMBED)
 
     def both(self, moments):
-        """-> an embedding of every frame (B, 50, 32), and of the video (B, 32)."""
+        """Returns an embedding of every frame (B, 50, 32), and one of the video (B, 32)."""
         x = F.relu(self.one(moments.transpose(1, 2)))
         x = F.relu(self.two(x))
         per_frame = x.transpose(1, 2)
@@ -279,7 +285,7 @@ class VideoEncoder(nn.Module):
 
 
 def zero_linear(inputs, outputs):
-    """A layer that begins at zero: it adds nothing before it has learnt."""
+    """A linear layer that starts with zero weights, so that it adds nothing before training."""
     layer = nn.Linear(inputs, outputs)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -296,7 +302,7 @@ class Block(nn.Module):
         self.query = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
-        # A key bias has no true gradient: Adam would amplify rounding.
+        # A bias of the keys has a true gradient of 0, and Adam would amplify its rounding errors.
         self.key = nn.Linear(width, width, bias=False)
         self.mlp = nn.Sequential(
             nn.Linear(width, 3 * width),
@@ -348,14 +354,15 @@ class ToyNet(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def condition(self, frames, pooled, text):
-        """-> `tokens` (B, 25, width), one for each token, and `vector` (B, width)."""
+        """Returns `tokens` (B, 25, width), one for each token of the latent, and `vector`
+        (B, width)."""
         return {
             "tokens": self.frames_in(frames),
             "vector": self.pooled_in(pooled) + self.text_in(text),
         }
 
     def null(self, conditions):
-        """The unconditional counterpart, with as many rows."""
+        """The unconditional counterpart of `conditions`, with as many rows."""
         return {
             "tokens": self.null_tokens.expand_as(conditions["tokens"]),
             "vector": self.null_vector.expand_as(conditions["vector"]),
@@ -375,7 +382,7 @@ class ToyNet(nn.Module):
 class Toy(FlowModel):
     """The pre-trained toy model: `net` is trainable, encoder and codec are frozen.
 
-    Its time is the paper's already.
+    Its network already uses the paper's time and sign.
     """
 
     sample_rate_hz = RATE_HZ
@@ -387,7 +394,7 @@ class Toy(FlowModel):
         "text": (len(VOCABULARY),),
     }
     reads_video = True
-    compiles = False  # so small that it would take longer than it saves
+    compiles = False  # the network is so small that compiling takes longer than it saves
 
     def __init__(self, variant, checkpoint, weights):
         super().__init__()
@@ -401,7 +408,7 @@ class Toy(FlowModel):
         if not isinstance(state, dict) or state.get("kind") != "toy base":
             advice = "give the 00_base.pt that 00_toy_world.py writes"
             stop(f"{checkpoint}: is not a toy base model; {advice}")
-        # What stage 01 takes from beside it, for those that follow.
+        # Stage 01 takes over these files' content for the later stages.
         for name in ("00_scorers.pt", "run.json"):
             if not self.checkpoint.with_name(name).is_file():
                 stop(f"--checkpoint {checkpoint}: {name} of stage 00 must lie beside it")
@@ -411,13 +418,14 @@ class Toy(FlowModel):
         # model copies them too, which costs nothing at this size.
         self.frozen = {"encoder": VideoEncoder(), "codec": Codec()}
         load_parts(self.frozen, state, checkpoint)
-        # A net that a training has broken is no reason to stop: what it samples is counted as such.
+        # finite=False: a network that a training has broken may be evaluated; its audio is counted
+        # as broken.
         files.load_weights(self.net, state.get("net"), checkpoint, OTHER_VERSION, finite=False)
         self.net.null_tokens.requires_grad_(False)
         self.net.null_vector.requires_grad_(False)
 
     def read(self, clip, others=()):
-        """Moments (50, 10), then what `others` want of the video."""
+        """Moments (50, 10), then the frames that `others` ask for."""
         wanted = [(FPS, frame_transform), *others]
         frames, *for_others = media.read_frames(clip.path, wanted, CLIP_S)
         return [picture_moments(frames), *for_others]
@@ -489,7 +497,7 @@ class AudioTower(nn.Module):
         x = F.relu(self.one(mel.transpose(1, 2)))
         x = F.relu(self.two(x))
         x = F.relu(self.three(x))
-        # The minimum hears noise, but no tails.
+        # The minimum over time reacts to constant noise, but not to reverberant tails.
         pooled = torch.cat([x.mean(-1), x.amax(-1), x.amin(-1)], dim=-1)
         return self.mix(pooled)
 
@@ -501,7 +509,8 @@ class AudioTower(nn.Module):
 
 
 class Match(nn.Module):
-    """Towers for sound and for something else, video or caption, to be compared by cosine."""
+    """Two towers, one for sound and one for video or caption, whose embeddings are compared by
+    their cosine."""
 
     def __init__(self, other):
         super().__init__()
@@ -521,9 +530,8 @@ def channels(width, stride):
 
 
 class SyncNet(nn.Module):
-    """Offset of sound against picture.
-
-    The correlation of eight learned channels at 21 lags of 40 ms, then softmax.
+    """The offset of sound against picture: a softmax over the correlation of eight learned channels
+    at 21 lags of 40 ms.
     """
 
     LAGS = 10  # video frames, to either side
@@ -571,12 +579,12 @@ def scorer_networks():
 
 
 class ToyScorer(Scorer):
-    """One scorer that says all of AudioScore's five, and what stage 07 needs besides: its networks
-    are so small that they hear an audio together.
+    """One scorer for all five scores of AudioScore and for most metrics of stage 07: its networks
+    are so small that they are all run at once.
 
-    ib: cosine of video and sound; clap: of caption and sound, nan without caption; desync_s:
-    expected |offset| of sound against picture in seconds; logits (B, 8) and embedding (B, 64) of
-    the tagger, for score_4 and for FD, KL, IS; pesq: the real package's.
+    ib: cosine of video and sound; clap: cosine of caption and sound, nan without a caption;
+    desync_s: expected |offset| of sound against picture in seconds; logits (B, 8) and embedding
+    (B, 64) of the tagger, for score_4 and for FD, KL, IS; pesq: by the real package.
     """
 
     sample_rate_hz = RATE_HZ
@@ -613,7 +621,7 @@ class ToyScorer(Scorer):
                 captions[row] = clap.other(words(clip.caption)[None])[0]
         references = {}
         for clip in clips:
-            if clip.id not in references:  # several audios of a clip have one
+            if clip.id not in references:  # the audios of a clip share one
                 references[clip.id] = self.reference(clip)
         return {
             "ib": F.cosine_similarity(imagebind.sound(mel), videos["ib"]),
@@ -625,10 +633,11 @@ class ToyScorer(Scorer):
         }
 
     def reference(self, clip):
-        """The clip's own sound, (32000,); None where PESQ does not apply: no speech, no sound.
+        """The clip's own sound, (32000,); None where PESQ does not apply: the clip is not of speech
+        or has no sound.
 
-        It goes through the codec: against the untouched original, Griffin-Lim's phases alone cost
-        so much that nothing else would be heard.
+        The sound goes through the codec. Compared with the original, Griffin-Lim's phases alone
+        would lower PESQ so much that it would react to nothing else.
         """
         if clip.label != LABELS[SPEECH]:
             return None
@@ -641,8 +650,8 @@ class ToyScorer(Scorer):
 
 
 class TwinScorer(Scorer):
-    """The tagger's twin: another training on other clips, and no part of AudioScore, as PaSST is
-    none of the paper's. `logits` (B, 8) and `embedding` (B, 64)."""
+    """The tagger's twin: the same network, trained on other clips. Like PaSST in the paper, it is
+    no part of AudioScore. `logits` (B, 8) and `embedding` (B, 64)."""
 
     sample_rate_hz = RATE_HZ
     files = ("00_twin.pt",)
@@ -660,11 +669,11 @@ class TwinScorer(Scorer):
 
 SCORERS = {"toy": ToyScorer, "twin": TwinScorer}
 
-# Where AudioScore's five are said: {name: (scorer, tensor)}.
+# Where AudioScore's five scores come from: {name: (scorer, tensor)}.
 AUDIOSCORE = {name: ("toy", name) for name in ("ib", "clap", "desync_s", "logits", "pesq")}
 
-# What stage 07 makes of them: {metric: (how, scorer, tensor)}; `mean` over clips, or a formula over
-# the set of audios.
+# The metrics of stage 07: {metric: (how, scorer, tensor)}. How is `mean` over clips, or the name of
+# a formula over all audios.
 MEASURES = {
     "fd": ("fd", "toy", "embedding"),
     "kl": ("kl", "toy", "logits"),

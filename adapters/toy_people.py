@@ -1,16 +1,17 @@
 """The toy world's simulated people, its oracle and its judge (docs/toy.md).
 
-Raters answer in stage 02 and choosers in stage 03; in stage 07 oracle and judge measure audios
-against the truth, and 08 marks the true hits. Only this file reads 00_truth.jsonl, 00_oracle.pt and
-00_judge.pt.
+Simulated raters answer in stage 02, simulated choosers in stage 03. In stage 07 the oracle and the
+judge measure audios against the truth, and 08 marks the true hits. Only this file reads
+00_truth.jsonl, 00_oracle.pt and 00_judge.pt.
 
-The oracle's classifier is trained on clips that no scorer saw, but the people answer by its
-measures: what learns from them learns from it. The judge is for stage 07 alone: another kind of
-classifier, other measures, clips of its own.
+The oracle's classifier is trained on clips that no scorer saw. But the simulated people answer by
+the oracle's measures, so that whatever learns from the people also learns from the oracle. The
+judge is used in stage 07 alone; it has another kind of classifier, other measures and clips of its
+own.
 
-Rooms: the oracle measures how reverberant an audio is as `wet_db`, the judge as `late_db`; what is
-above a limit counts as reverberant, which stage 07 calls `aesthetic`. Both ask that the sound after
-a hit dies away: noise that stays and a faint late hit are no room.
+Reverberation (a room): the oracle measures it as `wet_db`, the judge as `late_db`. An audio above a
+limit counts as reverberant, which stage 07 calls `aesthetic`. Both measures require that the sound
+after a hit dies away, so that constant noise or a faint late hit does not count as a room.
 """
 
 import functools
@@ -49,7 +50,7 @@ class Truth(rows.Row, kw_only=True, rename={"kind": "class"}):
 
 
 def truth_of(run, clips=()):
-    """{clip id: line of 00_truth.jsonl}; those of `clips` must be there."""
+    """{clip id: line of 00_truth.jsonl}; stops where one of `clips` has no line."""
     file = Path(run) / "00_truth.jsonl"
     truth = {line.id: line for line in rows.read(file, Truth, f"; it {OTHER_VERSION}")}
     for clip in clips:
@@ -59,7 +60,8 @@ def truth_of(run, clips=()):
 
 
 def measure_audios(run, audios, measure_one):
-    """audios: list of (clip line, wav path) -> a list of what measure_one(wave, truth) returns."""
+    """A list of what measure_one(wave, truth) returns for each audio. audios: list of (clip line,
+    wav path)."""
     truth = truth_of(run, [clip for clip, _ in audios])
     measured = []
     for clip, path in audios:
@@ -68,7 +70,8 @@ def measure_audios(run, audios, measure_one):
 
 
 def judged_samples(wave):
-    """(S,) tensor -> (32000,) float64 array, cut or padded; what is not finite is silence."""
+    """(S,) tensor -> (32000,) float64 array, cut or padded; samples that are not finite become
+    silence."""
     wave = torch.nan_to_num(wave, 0, 0, 0)
     return media.fit_length(wave, SAMPLES).numpy().astype(np.float64)
 
@@ -78,10 +81,10 @@ def judged_samples(wave):
 # --------------------------------------------------------------------------------------------------
 
 FRAMES_PER_S = RATE_HZ / HOP
-FARTHEST_S = 0.4  # a hit that is not heard counts as that far away
-CLEAN_FLOOR_DB = -57.0  # of the world's own clean clips; below it nothing is gained
-WET_DB = -32.0  # the oracle's: reverberant above this
-FAINT_DB = -45.0  # of a room; below it nobody hears one
+FARTHEST_S = 0.4  # a hit without an onset counts as this far away
+CLEAN_FLOOR_DB = -57.0  # noise floor of the world's own clean clips; lower floors count as this
+WET_DB = -32.0  # the oracle calls an audio reverberant above this
+FAINT_DB = -45.0  # choosers hear no reverberation below this
 
 
 def frame_energy(wave):
@@ -92,7 +95,8 @@ def frame_energy(wave):
 
 
 def find_onsets(level_db):
-    """Seconds at which a level rises by 5 dB, to within 18 dB of its loudest: (n,).
+    """The times in seconds at which a level rises by 5 dB or more and comes within 18 dB of its
+    maximum: (n,).
 
     level_db: (100,), one number each 20 ms.
     """
@@ -111,7 +115,8 @@ def find_onsets(level_db):
 
 
 def onsets_to_hits_s(onsets, hits):
-    """Mean distance of onsets to the nearest hit, and of hits to the nearest onset, in seconds."""
+    """The mean distance of onsets to the nearest hit and that of hits to the nearest onset,
+    averaged, in seconds."""
     if len(onsets) == 0:
         return FARTHEST_S
     distance = np.minimum(np.abs(onsets[:, None] - hits), FARTHEST_S)
@@ -119,16 +124,17 @@ def onsets_to_hits_s(onsets, hits):
 
 
 def dies_away(stretches, seconds):
-    """Whether energy falls from each stretch to the next, which begins so many seconds later, by 20
-    dB a second or more. That of the world's rooms falls by 67."""
+    """Whether energy falls by 20 dB a second or more from each stretch to the next, which begins
+    this many seconds later. In the world's rooms it falls by 67 dB a second."""
     factor = 10 ** (20 * seconds / 10)
     return all(early > factor * late for early, late in zip(stretches, stretches[1:]))
 
 
 def tail_energy(energy, onsets, floor):
-    """Median energy 280 to 400 ms after an onset that no other follows within 420 ms, less the
-    floor, and 0 where it has not died away since 160 to 280 ms; mean of these onsets, 0 without
-    any: the audio counts as dry."""
+    """The energy of a room's tail: the median 280 to 400 ms after an onset, minus the floor, and 0
+    where the energy has not died away since 160 to 280 ms after it. Only onsets that no other
+    follows within 420 ms count; this is the mean over them, 0 without any: the audio counts as
+    dry."""
     tails = []
     for onset, following in zip(onsets, np.append(onsets[1:], CLIP_S)):
         if following - onset < 0.42:
@@ -137,20 +143,21 @@ def tail_energy(energy, onsets, floor):
         before = energy[frame + 8 : frame + 14]
         late = energy[frame + 14 : frame + 20]
         tail = np.median(late)
-        # What is no louder than three floors is a noisy floor's own ripple, no room.
+        # A tail below three times the floor may be a fluctuation of a noisy floor, so it is no
+        # room.
         is_room = tail > 3 * floor and dies_away([before.mean() - floor, late.mean() - floor], 0.12)
         tails.append(tail - floor if is_room else 0.0)
     return np.mean(tails) if tails else 0.0
 
 
 def measure(wave):
-    """What is heard of an audio (S,) without a network: its onsets in seconds, (n,); its noise
-    floor and the tail of a room, both in dB of the loudest."""
+    """What the oracle measures of an audio (S,) without a network: its onsets in seconds, (n,); its
+    noise floor and the tail of a room, both in dB relative to its loudest frames."""
     energy = frame_energy(wave)
     onsets = find_onsets(10 * np.log10(energy))
     ordered = np.sort(energy)
     peak = ordered[-4:].mean()
-    floor = ordered[2:8].mean()  # a minimum that two odd frames cannot move
+    floor = ordered[2:8].mean()  # leaves out the two quietest frames, which may be outliers
     tail = tail_energy(energy, onsets, floor)
     floor_db = max(CLEAN_FLOOR_DB, 10 * np.log10(floor / peak))
     wet_db = 10 * np.log10(max(tail / peak, 1e-6))
@@ -160,7 +167,7 @@ def measure(wave):
 @torch.inference_mode()
 def ask_oracle(run, audios):
     """audios: list of (clip line, wav path) -> list of dicts: semantic, the probability of the true
-    class; sync_s, from onsets to hits and back, 0 to 0.4 s; floor_db and wet_db of `measure`."""
+    class; sync_s, `onsets_to_hits_s`, 0 to 0.4 s; floor_db and wet_db, from `measure`."""
     file = Path(run) / "00_oracle.pt"
     state = files.load_pt(file, {"classifier": dict})
     classifier = AudioTower(len(LABELS))
@@ -190,14 +197,14 @@ def severity(value, slight, grave):
 
 
 def simulated_ratings(run, audios, seed):
-    """What a listener says (Sec. 2.1): one with three faults to look for, unsteady thresholds, and
-    a taste for rooms.
+    """The ratings of a simulated listener (Sec. 2.1), who looks for three faults, has unsteady
+    thresholds and likes rooms.
 
     audios: list of (clip line, k, wav path). A rating depends on (seed, clip, k) and the audio, not
-    on the order.
+    on the order of the audios.
     """
     world = inputs.read_run(run, rows.World)
-    noise = world.rater_noise  # 1: usual, 0: steady people
+    noise = world.rater_noise  # 1 is usual; with 0 the listener is perfectly steady
     measured = ask_oracle(run, [(clip, path) for clip, _, path in audios])
     answers = []
     for (clip, k, _), said in zip(audios, measured):
@@ -216,9 +223,9 @@ def simulated_ratings(run, audios, seed):
         slight = max(0, sum(faults) - world.rater_overlooks)
         if max(faults) == 2:
             rating = "Bad"
-        elif slight == 0:  # about a third of the dry ones are not liked
+        elif slight == 0:  # about a third of the dry audios are only Medium
             rating = "Medium" if wet_db < WET_DB and chance < 0.35 else "Good"
-        elif slight == 1:  # forgiven now and then where the room is clearly heard
+        elif slight == 1:  # sometimes forgiven where the room is clearly heard
             rating = "Good" if wet_db > WET_DB + 4 and chance < 0.3 else "Medium"
         else:
             rating = "Medium"
@@ -227,9 +234,9 @@ def simulated_ratings(run, audios, seed):
 
 
 def simulated_choices(run, comparisons, seed):
-    """Which of two audios of a clip a listener prefers (Sec. 2.2): the more reverberant one, heard
-    with noise of 2 dB; "tie" where they differ by 6 dB or less. What is below FAINT_DB is as dry as
-    any other.
+    """Which of two audios of a clip a simulated listener prefers (Sec. 2.2): the more reverberant
+    one, by a difference that is heard with noise of 2 dB; "tie" where they differ by 6 dB or less.
+    All audios below FAINT_DB sound equally dry.
 
     comparisons: list of (clip line, a, b, wav a, wav b).
     """
@@ -251,15 +258,15 @@ def simulated_choices(run, comparisons, seed):
 
 
 # --------------------------------------------------------------------------------------------------
-# The judge, for stage 07 alone: it shares no network, no clip and no measure with raters, scorers
-# and oracle
+# The judge, used in stage 07 alone: it shares no network, no clip and no measure with the raters,
+# the scorers and the oracle
 # --------------------------------------------------------------------------------------------------
 
-# Spectra of windows; all numbers of windows below count steps of 8 ms.
+# The judge works on spectra of windows. All numbers of windows below count steps of 8 ms.
 SPAN = 512  # samples of a window, 32 ms
 STRIDE = 128  # samples from a window to the next, 8 ms
 BANDS = 20
-LATE_DB = -29.0  # reverberant above this; 2 % errors on the judge's own corpus
+LATE_DB = -29.0  # reverberant above this, which is wrong for 2 % of the judge's own corpus
 
 
 @functools.cache
@@ -283,8 +290,8 @@ def band_energy(wave):
 
 
 def find_attacks(energy):
-    """energy: (251, 20). Windows in which all bands together rise most in 24 ms, 160 ms apart and
-    within 20 dB of the loudest: (n,) int."""
+    """The windows in which all bands together rise most within 24 ms, at least 160 ms apart and
+    within 20 dB of the loudest window: (n,) int. energy: (251, 20)."""
     from scipy.signal import find_peaks
 
     total = energy.sum(1)
@@ -299,9 +306,10 @@ def find_attacks(energy):
 
 
 def attack_shape(energy, attacks):
-    """-> (60,): the spectrum of an attack in three stretches, 224 ms in all, in dB of the first.
+    """(60,): the spectrum of an attack in three successive stretches, 224 ms in all, in dB relative
+    to the first stretch's total.
 
-    The mean of all attacks; without any, of the loudest window.
+    It is the mean over all attacks, or, without any, the spectrum from the loudest window on.
     """
     if len(attacks) == 0:
         attacks = [energy.sum(1).argmax()]
@@ -317,12 +325,12 @@ def attack_shape(energy, attacks):
 
 
 def late_db(energy, attacks):
-    """Energy later than 288 ms after an attack over what came before, in dB, less the floor; none
-    where it does not die away: from as long a stretch before it to its first half, and on to its
-    second.
+    """The energy from 288 ms after an attack on, relative to the energy before, in dB, both minus
+    the floor. It counts as 0 where it does not die away, which needs a fall from the stretch before
+    to the first half of the late energy, and from there to its second half.
 
-    Mean of the attacks that no other follows within 416 ms; -50 where nothing is left. The mirror
-    of the oracle's `tail_energy`, in windows of 8 ms.
+    This is the mean over the attacks that no other follows within 416 ms; -50 where there is none.
+    It is the counterpart of the oracle's `tail_energy`, in windows of 8 ms.
     """
     total = energy.sum(1)
     floor = np.convolve(total, np.full(16, 1 / 16), "valid").min()  # the quietest 128 ms
@@ -331,31 +339,33 @@ def late_db(energy, attacks):
         if following - attack < 52:  # 416 ms
             continue
         tail_start = attack + 36  # 288 ms
-        tail_end = min(following - 3, attack + 62)  # 496 ms, or 24 ms before the next rises
+        tail_end = min(following - 3, attack + 62)  # 496 ms, or 24 ms before the next attack
         early = total[attack:tail_start] - floor
         late = total[tail_start:tail_end] - floor
         half = len(late) // 2
         stretches = [early[-half:].mean(), late[:half].mean(), late[half : 2 * half].mean()]
-        # Less is the floor's own ripple.
+        # Less than a tenth of the floor may be a fluctuation of the floor.
         is_room = late.mean() > 0.1 * floor and dies_away(stretches, half * STRIDE / RATE_HZ)
         shares.append(late.sum() / max(early.sum(), 1e-9) if is_room else 0.0)
     return 10 * np.log10(max(np.mean(shares), 1e-5)) if shares else -50.0
 
 
 def matched_sync_s(attacks_s, hits_s):
-    """Mean distance of attacks and hits matched one to one; 0.4 s for each without a partner."""
+    """The mean distance of attacks and hits that are matched one to one, in seconds; each one
+    without a partner counts 0.4 s."""
     from scipy.optimize import linear_sum_assignment
 
     distance = np.minimum(np.abs(attacks_s[:, None] - hits_s), FARTHEST_S)
-    matched = distance[linear_sum_assignment(distance)]  # as many pairs as the fewer have
+    matched = distance[linear_sum_assignment(distance)]  # as many pairs as the smaller side has
     count = max(distance.shape)
     alone = count - len(matched)
     return (matched.sum() + FARTHEST_S * alone) / count
 
 
 def ask_judge(run, audios):
-    """audios: list of (clip line, wav path) -> list of dicts: semantic, whether the class is
-    recognised; sync_s, `matched_sync_s` of attacks and hits; aesthetic, whether reverberant."""
+    """audios: list of (clip line, wav path) -> list of dicts: semantic, whether the judge names the
+    true class; sync_s, `matched_sync_s` of attacks and hits; aesthetic, whether the audio is
+    reverberant."""
     fields = {"mean": torch.Tensor, "precision": torch.Tensor}
     state = files.load_pt(Path(run) / "00_judge.pt", fields)
     mean = state["mean"].numpy()
@@ -378,7 +388,7 @@ def ask_judge(run, audios):
 
 
 def compared_with_truth(run, audios):
-    """audios: list of (clip line, wav path) -> dict of (n,) float arrays: stage 07's columns
+    """audios: list of (clip line, wav path) -> dict of (n,) float arrays: stage 07's metrics
     `oracle_...` and `judge_...`."""
     columns = defaultdict(list)
     for said in ask_oracle(run, audios):

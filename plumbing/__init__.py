@@ -1,1 +1,1 @@
-"""What a reader of the paper need not open. Stages take its modules by name from `common`."""
+"""Code that a reader of the paper need not open. Stages import its modules from `common`."""

@@ -199,7 +199,7 @@ def less_memory(args):
         can.append("give --gradient-checkpointing")
     if given.get("lora") == 0:
         can.append("give --lora 16")
-    return " or ".join(can) or "nothing to change here: it takes a larger one"
+    return " or ".join(can) or "no flag of this command lowers that; use a larger GPU"
 
 
 def one_line(error, args):

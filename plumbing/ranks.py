@@ -39,7 +39,7 @@ class Ranks(NamedTuple):
         """Whether the stage ends here, since the rest is of all parts together. Says so."""
         if self.part is not None:
             i, n = self.part
-            print(f"part {i} of {n} is done; when all are, the command without --part goes on")
+            print(f"part {i} of {n} is done; after all parts, run the command without --part")
         return self.part is not None
 
 

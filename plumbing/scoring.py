@@ -73,8 +73,8 @@ def read_tensors(file, key, count):
     tensors = files.load_pt(file, {"key": str}, mmap=True)
     if tensors.pop("key") != key:
         stop(
-            f"{file}: of other audio, videos or weights than there are now; run the stage that "
-            "writes it again"
+            f"{file}: was made from other audio, videos or weights than there are now; run the "
+            "stage that writes it again"
         )
     for name, value in tensors.items():
         is_whole = torch.is_tensor(value) and value.is_floating_point() and not value.isinf().any()

@@ -157,7 +157,8 @@ def call_or_give_up(function, *inputs, **named):
         return function(*inputs, **named)
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = " ".join(str(error).split())[:200]
-        print(f"not compiled, but slower, as with --no-compile: {type(error).__name__}: {reason}")
+        name = type(error).__name__
+        print(f"cannot be compiled, so it runs slower, as with --no-compile: {name}: {reason}")
         torch.compiler.set_stance("force_eager")
         return function(*inputs, **named)
 

@@ -111,7 +111,7 @@ class Shards:
             if "." not in file:  # what was given has no features
                 wanted |= self.feature_shapes
             if saved["digests"] != self.digests[file] or shapes != wanted:
-                self.refuse(file, f"not of the audios in {file}.jsonl")
+                self.refuse(file, f"does not belong to the audios in {file}.jsonl")
             try:
                 row_of_clip = {clip: row for row, clip in enumerate(saved["clips"])}
             except TypeError:  # no ids
@@ -554,7 +554,7 @@ def load_checkpoint(file, model, optimizer, average, steps, made_from):
     state = files.load_pt(file, kinds, mmap=True)
     if state["settings"] != made_from or not 0 <= state["step"] <= steps:
         settings = file.with_name("settings.json")
-        stop(f"{file}: of another training than {settings}; {advice}")
+        stop(f"{file}: belongs to another training than {settings}; {advice}")
     other = f"is not of this model; {advice}"
     moments = state["optimizer"].get("state")
     names = trained_state(model).keys()

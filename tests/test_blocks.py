@@ -175,7 +175,7 @@ def test_a_block_of_another_key_is_never_read(run, blocks):
     score(run, blocks)
     shutil.copy(run / "scores/b0.toy.pt", run / "scores/b1.toy.pt")
     line = stopped(values, run, blocks)
-    assert "b1.toy.pt: of other audio, videos or weights than there are now" in line
+    assert "b1.toy.pt: was made from other audio, videos or weights than there are now" in line
 
 
 def test_a_clip_may_have_any_number_of_audios(run, blocks):

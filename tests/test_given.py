@@ -423,7 +423,7 @@ def test_a_clip_of_the_run_is_not_one_to_rate_and_a_part_without_ratings_says_so
     run, flags, folder = rated
     clip = read(run / "clips.jsonl")[0]
     write(folder / "to_rate.jsonl", [clip | {"split": "rate"}])
-    assert f"clip {clip['id']}: cannot be rated and nothing else" in refused("01", run, *flags)
+    assert f"clip {clip['id']}: cannot have the split rate" in refused("01", run, *flags)
     assert "nobody has rated yet" in refused("02", run, "--part", "1/2")
 
 

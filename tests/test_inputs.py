@@ -534,7 +534,7 @@ def scenes():
     named = ("clips.jsonl", "line 1", "'video'", "../00_base.pt")
     yield "06", (), lines("clips.jsonl", "clips.jsonl", outside), named
     edit = lambda run: os.utime(run / "00_videos/train00003.mp4")  # noqa: E731
-    named = ("03_scores/00000.toy_video.pt: of other audio, videos or weights",)
+    named = ("03_scores/00000.toy_video.pt: was made from other audio, videos or weights",)
     yield "06", (*OUT, "--steps", "2"), edit, named
     yield "06", OUT, malicious("02_audioscore.pt"), ("02_audioscore.pt", "not the file")
     for name in ("00_base.pt", "05_flow_dpo/checkpoint.pt", "01_samples/00000.pt"):
@@ -548,7 +548,7 @@ def scenes():
     of_06 = lambda run: shutil.copy(run / "06_ddpo/checkpoint.pt", run / state)  # noqa: E731
     other = changed(state, "settings", "0123456789abcdef")
     for edit in (of_06, other, changed(state, "step", 1_000_000)):
-        yield "05", (), edit, (f"{state}: of another training",)
+        yield "05", (), edit, (f"{state}: belongs to another training",)
     for start, end in ((0.1, 0.35), (0.4, 0.65), (0.65, 0.9)):
         named = ("00000.pt", "of clip train", "remove both 00000.pt and 00000.jsonl, rerun 01_gen")
         yield "05", OUT, zeroed("01_samples/00000.pt", start, end), named

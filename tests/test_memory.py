@@ -97,7 +97,7 @@ def test_adapters_and_full_training_never_go_on_from_each_other(tuned, refused):
         kept = here.read_bytes()
         shutil.copy(tuned / source / "checkpoint.pt", here)
         line = refused("05", tuned, *flags, "--out", out)
-        assert f"{out}/checkpoint.pt: of another training" in line
+        assert f"{out}/checkpoint.pt: belongs to another training" in line
         made = rows.read_json(tuned / out / "settings.json", rows.Record)
         own = {"settings": files.digest_of(made.settings, made.inputs), "step": 1}
         files.save_pt(here, files.load_pt(here) | own)

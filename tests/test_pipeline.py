@@ -322,7 +322,7 @@ def test_a_policy_beyond_the_two_that_is_judged_on_test_is_warned_of(run, capsys
     assert "warning" not in said and "Table 1" not in said and "next:" not in said
     call("07", run, "--systems", "base", "other")
     said = capsys.readouterr().out
-    assert "warning: other on the test split; choose on --split val" in said
+    assert "warning: other on the test split; choose settings on --split val" in said
     assert "Table 1, VGGSound test" in said and "next: python 08_listen.py" in said
 
 
@@ -1036,7 +1036,7 @@ def test_a_deleted_audio_or_shard_is_made_again_and_nothing_reads_less_or_anothe
     shutil.copy(fresh / "01_samples/00001.pt", fresh / "01_samples/00000.pt")
     assert shards_of(fresh).latents([("train00004", 0)]).isfinite().all()
     line = stopped(shards_of(fresh).latents, [("train00000", 0)])
-    assert "00000.pt: not of the audios in 00000.jsonl" in line
+    assert "00000.pt: does not belong to the audios in 00000.jsonl" in line
 
 
 def test_a_cut_last_line_of_a_log_is_dropped_and_the_rest_kept(run):
