@@ -6,7 +6,7 @@ Run:
     python 02_fit_audioscore.py --run-dir runs/vgg --ratings ann.csv packs/rate_*.csv
     torchrun --standalone --nproc_per_node 8 02_fit_audioscore.py ...  # scoring, over the GPUs
     python 02_fit_audioscore.py --run-dir runs/mine --audioscore runs/vgg/02_audioscore.pt
-                                                   # nobody has rated: takes another run's AudioScore
+                                                   # nobody has rated: another run's AudioScore
 
 The five scores of an audio (networks: adapters/scorers.py; the toy world's own: adapters/toy.py):
 
@@ -393,7 +393,7 @@ def main(args):
         counted = [answer for answer in kept if not answer.repeat]
         if len({rated_video(clips[answer.clip]) for answer in counted}) < 2:
             source = people.names_of(args.ratings or [run / "02_ratings.jsonl"])
-            needed = "rate clips of at least 2, since AudioScore is fitted on some, checked on others"
+            needed = "at least 2 are needed, to fit AudioScore on some and check it on others"
             stop(f"{source}: all ratings are of one video; {needed}")
         settings = {
             "num_rated_clips": args.num_rated_clips,

@@ -91,8 +91,8 @@ def parse_args(argv=None):
         "--stratified-t",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="draw the n times t of a step from n equal parts of [0, 1], one from each; each pair's "
-        "t is still uniform; paper silent",
+        help="draw the n times t of a step from n equal parts of [0, 1], one from each; the t of "
+        "each pair is still uniform; paper silent",
     )
     engineering = parser.engineering
     engineering.add_argument(

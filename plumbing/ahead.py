@@ -1,5 +1,5 @@
-"""Work beside the main thread: processes that decode video or compute PESQ, threads that read
-audio."""
+"""Work that is done beside the main thread: by processes that decode video or compute PESQ, and by
+threads that read audio."""
 
 import functools
 import itertools
@@ -18,7 +18,8 @@ from plumbing.files import SkipClip, Stop
 
 
 def end_with(parent):
-    """In a worker: ends it soon after this process is gone, which a kill keeps from ending it."""
+    """Runs in a worker: ends the worker soon after its parent is gone. A parent that is killed
+    cannot end it."""
 
     def watch():
         while os.getppid() == parent:
@@ -30,9 +31,9 @@ def end_with(parent):
 
 @contextmanager
 def deaf_to_ctrl_c():
-    """Around the start of processes. A terminal sends Ctrl-C to all of them, and each would answer
-    with a traceback: these inherit that it waits, and are ended by the process that started them,
-    which alone says so."""
+    """Used around the start of processes. A terminal sends Ctrl-C to all processes, and each would
+    print a traceback. Those started here inherit that Ctrl-C is held back; the process that started
+    them ends them, and it alone reports the interruption."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -41,12 +42,13 @@ def deaf_to_ctrl_c():
 
 
 def read_ahead(read, items, workers):
-    """A generator of read(item), a list of CPU tensors, or the SkipClip that it raised, in the
-    order of the items. Each of so many worker processes has one ready or at work; with 0 workers
-    they are read when asked for. Who has asked for it closes it, which ends the workers.
+    """Yields read(item), a list of CPU tensors, or the SkipClip that it raised, in the order of the
+    items. Each worker process has one result ready or at work; with 0 workers an item is read when
+    it is asked for. The caller must close this generator, which ends the workers.
 
-    No DataLoader: the garbage collector may close its queues a second time, of which a thread then
-    complains. No ProcessPoolExecutor: forked beside other threads, as here, it has hung.
+    This is no DataLoader, because the garbage collector may close a DataLoader's queues a second
+    time, and a thread of it then complains. It is no ProcessPoolExecutor, which has hung when it
+    was forked beside other threads, as happens here.
     """
     workers = min(workers, len(items))
     if workers == 0:
@@ -84,14 +86,15 @@ def read_or_skip(read, item):
 
 
 def send_all(read, items, sender, parent):
-    """In a worker: what it reads goes through its pipe, which holds it until the parent asks."""
+    """Runs in a worker: sends what it reads through its pipe, which blocks until the parent takes
+    it."""
     end_with(parent)
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     for item in items:
         try:
             found = read_or_skip(read, item)
             if not isinstance(found, SkipClip):
-                # As bytes: tensors would need as much of /dev/shm.
+                # As numpy arrays, which the pipe carries; tensors would go through /dev/shm.
                 found = [tensor.numpy() for tensor in found]
         except (Stop, OSError, MemoryError) as error:
             found = error
@@ -102,7 +105,7 @@ def receive(pipe, process):
     """What a worker has read."""
     try:
         found = pipe.recv()
-    except (EOFError, OSError):  # it ended before it wrote, or while it did
+    except (EOFError, OSError):  # the worker ended before or while it wrote
         process.join()
         raise RuntimeError(
             f"a worker process ended unexpectedly (exit code {process.exitcode})"
@@ -113,8 +116,9 @@ def receive(pipe, process):
 
 
 def in_threads(function, items, threads, in_advance=None):
-    """function(item) for each item, in order. So many are begun before they are asked for, by
-    default two for each thread. Closed early, it ends when those at work are done."""
+    """Yields function(item) for each item, in order. `in_advance` of them are begun before they are
+    asked for, by default two for each thread. If it is closed early, it waits for those that are
+    being computed."""
     in_advance = in_advance or 2 * threads
     queue = deque()
     pool = ThreadPoolExecutor(threads)
@@ -131,15 +135,15 @@ def in_threads(function, items, threads, in_advance=None):
 
 @functools.cache
 def pool_of(workers):
-    """The processes of `in_processes`, eight at most, kept for its next call."""
+    """The processes of `in_processes`, at most eight, which are kept for its next call."""
     fork = multiprocessing.get_context("fork")
     return ProcessPoolExecutor(min(workers, 8), fork, end_with, (os.getpid(),))
 
 
 def in_processes(function, jobs, workers):
-    """[function(*job) for job in jobs] by so many processes, or by this one without any: for what
-    holds Python's lock, so that threads would wait for each other. jobs: tuples of numpy arrays and
-    the like; no torch, whose threads do not survive a fork."""
+    """[function(*job) for job in jobs], by this many processes, or by this process if it is 0. It
+    is for functions that hold Python's lock, with which threads would wait for each other. jobs:
+    tuples of numpy arrays and the like; nothing of torch, whose threads do not survive a fork."""
     if not workers:
         return list(itertools.starmap(function, jobs))
     with deaf_to_ctrl_c():  # the pool's processes start with its first job

@@ -21,8 +21,8 @@ from plumbing.files import Stop, stop
 
 
 class Parser(argparse.ArgumentParser):
-    """A stage's parser: its docstring's first line and defaults in --help, three groups of flags,
-    --run-dir, a bad flag as a user error."""
+    """A stage's parser. --help shows the first line of the stage's docstring, three groups of flags
+    and their defaults; every stage has --run-dir; a bad flag ends as a user error."""
 
     def __init__(self, doc):
         super().__init__(
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults in --help, where there are any."""
+    """Shows a flag's default in --help where it has one."""
 
     def _get_help_string(self, action):
         none = action.default in (None, []) or action.default is False
@@ -54,8 +54,8 @@ def workers_flag(parser):
         "--workers",
         type=whole(0),
         default=share,
-        help="processes that decode video or compute PESQ, by default the cores per rank, at most "
-        f"{cores.MOST_WORKERS}; 0: none besides this one",
+        help="further processes, to decode video or compute PESQ; by default one for each core of "
+        f"this rank, at most {cores.MOST_WORKERS}; 0: the stage's own process does it",
     )
 
 
@@ -64,8 +64,8 @@ def compile_flag(parser):
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=speed.can_compile(),
-        help="compile blocks, which takes minutes once; not with --lora, not the toy; by default "
-        "where there is CUDA and a C compiler",
+        help="compile the networks' blocks, which takes some minutes at first; on by default where "
+        "there is CUDA and a C compiler; without effect with --lora and on the toy model",
     )
 
 
@@ -74,13 +74,13 @@ def part_flag(parser):
         "--part",
         type=part,
         metavar="I/N",
-        help="make the I-th of N parts and wait for no other; when all are made, the same command "
-        "without it ends the stage (docs/cluster.md)",
+        help="make only the I-th of N parts, without waiting for other parts; when all are made, "
+        "the same command without --part finishes the stage (docs/cluster.md)",
     )
 
 
 def part(text):
-    """I/N as (I, N)."""
+    """The type of --part: the text I/N as (I, N)."""
     numbers = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
     if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2]):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} must be I/N, I from 1 to N, as in 1/4")
@@ -88,30 +88,37 @@ def part(text):
 
 
 def training_flags(parser, out):
-    """Of stages 05 and 06: where a policy is trained, and how, whatever its loss."""
+    """The flags that stages 05 and 06 share: those of a training that do not depend on its loss."""
     parser.io.add_argument("--out", default=out, help="name of the output folder inside the run")
-    parser.io.add_argument("--weights", default="weights", help="folder of downloaded files")
+    parser.io.add_argument("--weights", default="weights", help="folder of the downloaded weights")
     engineering = parser.engineering
-    engineering.add_argument("--seed", type=whole(0), default=0, help="of all that is drawn")
     engineering.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
+        "--seed", type=whole(0), default=0, help="seed of everything that is drawn at random"
     )
     engineering.add_argument(
-        "--gradient-checkpointing", action="store_true", help="recompute blocks, saves memory"
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto: bf16 on CUDA, fp32 elsewhere",
+    )
+    engineering.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute blocks in the backward pass: slower, but needs less memory",
     )
     engineering.add_argument(
         "--lora",
         type=whole(0, 4096),
         default=0,
-        help="rank of the matrices that are trained instead of the weights; 0: the weights",
+        help="train LoRA matrices of this rank instead of the weights; 0: train the weights",
     )
     parser.paper.add_argument(
         "--ema",
         type=number(0, 0.28),
         default=0.0,
         metavar="WIDTH",
-        help="policy.pt holds an average of the weights over the last steps, this wide relative to "
-        "all steps, to .28; paper silent; 0: the last weights",
+        help="let policy.pt hold an average of the weights over the training; WIDTH, up to .28, is "
+        "its spread as a share of all steps; 0: the last weights; paper silent",
     )
     compile_flag(parser)
 
@@ -124,7 +131,7 @@ def number(least, most=1e9, kind=float, named="a number"):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value <= most:  # nan is not
+        if not least <= value <= most:  # also refuses nan
             raise argparse.ArgumentTypeError(
                 f"{text[:40]!r} must be {named} from {least} to {most}"
             )
@@ -138,8 +145,9 @@ def whole(least, most=2**31 - 1):
 
 
 def parse(parser, argv, stage):
-    """parser.parse_args. A run's `defaults` (of run.json, or of the one beside --checkpoint)
-    replace the paper's numbers, which is said; an explicit flag wins over both."""
+    """parser.parse_args. The `defaults` in the run's run.json, or in the one beside --checkpoint,
+    replace the paper's numbers, and what is replaced is printed. An explicit flag wins over
+    both."""
     before = parser.parse_args(argv)
     if not files.is_text(before.run_dir):
         stop(
@@ -162,8 +170,8 @@ def parse(parser, argv, stage):
 
 
 def own_defaults(args, stage):
-    """The file that replaces the paper's numbers, and its numbers for this stage, {flag: text}, as
-    argparse takes them."""
+    """The file that replaces the paper's numbers, and its numbers for this stage, {flag: text}, in
+    the form that argparse takes."""
     folders = [Path(args.run_dir)]
     if getattr(args, "checkpoint", None):
         folders.append(Path(args.checkpoint).parent)
@@ -189,7 +197,7 @@ def own_defaults(args, stage):
 
 
 def less_memory(args):
-    """What the command can still change to need less of a GPU."""
+    """Which flags the command can still change to need less memory of a GPU."""
     given = vars(args)
     can = []
     for name in ("micro_batch", "batch_clips"):
@@ -203,7 +211,8 @@ def less_memory(args):
 
 
 def one_line(error, args):
-    """An error of the user's or of the system as a line for people; None for one of this code."""
+    """An error of the user or of the system as one line for people; None for an error of this
+    code, which is to end in a traceback."""
     said = " ".join(str(error).split())
     if isinstance(error, Stop):
         return str(error)
@@ -219,7 +228,7 @@ def one_line(error, args):
         )
     if isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in said:
         return f"{said[:80]} ...: more than the GPU has; {less_memory(args)}"
-    if getattr(args, "lora", 0) and "does not require grad" in said:  # no weight has a part in it
+    if getattr(args, "lora", 0) and "does not require grad" in said:  # no trained weight is used
         return f"--lora: {training.nothing_is_trained()}"
     if re.match(r"a worker process ended unexpectedly|A process in the process pool was", said):
         advice = "lower --workers, then run the command again"
@@ -228,16 +237,16 @@ def one_line(error, args):
 
 
 def was_interrupted(error):
-    """Whether it is Ctrl-C, or what failed while that ended threads and workers."""
+    """Whether an error is Ctrl-C itself, or came up while Ctrl-C was ending threads and workers."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
 
 
 def start_in_utf8():
-    """Starts this program again, with names of files in UTF-8, as the run's own files have them.
-    Python reads them in the terminal's encoding where it is told to (latin-1, LC_ALL=C with
-    PYTHONUTF8=0), and cannot change that later."""
+    """Starts this program again with file names in UTF-8, as in the run's own files. Where the
+    environment asks for it (a latin-1 locale, or LC_ALL=C with PYTHONUTF8=0), Python reads file
+    names in the terminal's encoding, and cannot change that once it runs."""
     if os.environ.get("PYTHONUTF8") != "1":
         environment = dict(os.environ, PYTHONUTF8="1")
         environment["PYTHONIOENCODING"] = sys.stdout.encoding  # the terminal's stays
@@ -245,14 +254,14 @@ def start_in_utf8():
 
 
 def launch(main, parse_args):
-    """A stage's entry. A user error, or one of the system, ends in one line and exit code 2, Ctrl-C
-    in a line; what is written is kept."""
+    """A stage's entry. An error of the user or of the system ends in one line and exit code 2,
+    Ctrl-C in one line and exit code 130; files that are written are kept."""
     if main.__module__ == "__main__" and sys.getfilesystemencoding() != "utf-8":
         start_in_utf8()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show ends no stage
+        stream.reconfigure(errors="backslashreplace")  # so that no character ends a stage
     if torch.get_num_threads() > cores.cores():
-        torch.set_num_threads(cores.cores())  # torch knows nothing of a container's share
+        torch.set_num_threads(cores.cores())  # torch does not see a container's limit
     args = None
     try:
         args = parse_args()
@@ -265,9 +274,10 @@ def launch(main, parse_args):
         if line is None:
             raise
         if int(os.environ.get("RANK", 0)) > 0:
-            # What rank 0 has met too, it has said by then, and torchrun has ended this process.
+            # Where rank 0 has met the same error, it prints it within this time, and torchrun ends
+            # this process before it prints it again.
             time.sleep(5)
-        tqdm.write(f"error: {line}", file=sys.stderr)  # a line of its own, also beside a bar
+        tqdm.write(f"error: {line}", file=sys.stderr)  # on a line of its own, also beside a bar
         raise SystemExit(2) from None
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 SYSTEM = Path("/")
-MOST_WORKERS = 16  # of one process, unless a flag asks for more: each takes memory
+MOST_WORKERS = 16  # of one process without --workers, since each takes memory
 
 
 def cores():
-    """The cores that the system lends this process: those it is bound to, or fewer where a
-    container's share of the processor's time is smaller."""
+    """How many cores this process may use: those it is bound to, or fewer where its container has a
+    smaller share of the processor's time."""
     bound_to = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         bound_to = len(os.sched_getaffinity(0))
@@ -18,7 +18,7 @@ def cores():
 
 
 def quotas():
-    """The limit of this process's control group and of every group above it, in cores, rounded
+    """The limits of this process's control group and of every group above it, in cores, rounded
     up."""
     try:
         groups = (SYSTEM / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
@@ -33,9 +33,9 @@ def quotas():
 
 
 def group_folders(controllers, group):
-    """Where the files of a control group and its parents may lie. A container sees its own group as
-    the top one, often while /proc still names it by the path that it has outside: then only the
-    last of these folders is there."""
+    """Folders in which the files of a control group and its parents may lie. A container sees its
+    own group as the top one, while /proc often still gives the path that the group has outside. In
+    that case only the last of these folders exists."""
     if controllers == "":  # version 2
         mounts = ["", "unified"]
     elif "cpu" in controllers.split(","):  # version 1
@@ -49,7 +49,8 @@ def group_folders(controllers, group):
 
 
 def quota_of(folder):
-    """Cores by the quota of one control group, rounded up; None where it has no limit."""
+    """How many cores the quota of one control group allows, rounded up; None where it has no
+    limit."""
     try:
         if (folder / "cpu.max").exists():  # version 2: quota and period in one line
             quota, period = (folder / "cpu.max").read_text().split()
@@ -59,4 +60,4 @@ def quota_of(folder):
         share = int(quota) / int(period)
     except (OSError, ValueError):  # no such group, or `max`, which is no number
         return None
-    return math.ceil(share) if share > 0 else None  # -1 is version 1's word for no limit
+    return math.ceil(share) if share > 0 else None  # version 1 writes -1 for no limit

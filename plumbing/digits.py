@@ -1,11 +1,10 @@
-"""Which kernels compute: the same ones on every CPU with AVX2, so that the toy world has the same
-digits there.
+"""Makes every CPU with AVX2 use the same kernels, so that the toy world has the same digits there.
 
-MKL, oneDNN and torch choose their kernels by the CPU that they find, and each rounds in its own
-way. With AVX2, MKL's results depend even on where an array lies in memory: one computation, done
-twice, gives two results, and an exact resume would not be exact. STRICT mends that. On CPUs of
-other vendors MKL knows no branch but COMPATIBLE that does. docs/toy.md says what this costs, and
-where it does not hold.
+MKL, oneDNN and torch choose their kernels by the CPU that they find, and each kernel rounds in its
+own way. With AVX2, MKL's results even depend on where an array lies in memory, so that the same
+computation done twice can give two results, and a resumed training would not equal an
+uninterrupted one. MKL's setting STRICT prevents that. On CPUs of other vendors than Intel only
+MKL's branch COMPATIBLE does. docs/toy.md says what this costs, and where it does not hold.
 """
 
 import os
@@ -20,14 +19,14 @@ def same_on_every_cpu():
     """Sets VARIABLES where nobody has set them. The libraries read them when they first compute."""
     cpu = about_cpu()
     if "avx2" not in cpu.get("flags", "").split():
-        return  # torch would believe the variable and call instructions that this CPU lacks
+        return  # torch would follow the variable and use instructions that this CPU lacks
     branch = "AVX2,STRICT" if cpu.get("vendor_id") == "GenuineIntel" else "COMPATIBLE"
     for name, value in zip(VARIABLES, (branch, "avx2", "AVX2")):
         os.environ.setdefault(name, value)
 
 
 def about_cpu():
-    """What Linux says of the first core, {field: text}; nothing elsewhere."""
+    """What Linux says of the first core, {field: text}; {} on other systems."""
     about = {}
     if CPUINFO.exists():
         for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""What others have made and people fetch: files of weights, and clones of upstream code."""
+"""What a user downloads: files of weights, and clones of upstream code."""
 
 import os
 import re
@@ -12,8 +12,8 @@ from plumbing.files import stop
 
 @contextmanager
 def upstream(repository, folder=""):
-    """Around an import of upstream code: the clone $UPSTREAM_DIR/<repository>/<folder> is first on
-    sys.path; without that variable the installed package is used."""
+    """Used around an import of upstream code. It puts the clone $UPSTREAM_DIR/<repository>/<folder>
+    first on sys.path; without that variable the installed package is imported."""
     root = os.environ.get("UPSTREAM_DIR")
     path = str(Path(root) / repository / folder) if root else None
     if path:
@@ -31,8 +31,8 @@ def upstream(repository, folder=""):
 
 
 def weight_file(weights, name):
-    """weights / name, or one line that says what is missing and where it comes from: its row of
-    docs/weights.md."""
+    """The path weights / name. Stops where it does not exist, in one line that says by its row of
+    docs/weights.md what it is and where it comes from."""
     path = Path(weights) / name
     if not path.exists():
         source, size, use = weight_row(name)
@@ -43,7 +43,7 @@ def weight_file(weights, name):
 
 
 def weight_row(name):
-    """Source, size and use of a file, from docs/weights.md."""
+    """The source, size and use of a file, from its row of docs/weights.md."""
     table = (files.ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
     for line in table.splitlines():
         if line.startswith(f"| `{name}` |"):
@@ -52,8 +52,8 @@ def weight_row(name):
 
 
 def print_missing(weights, names):
-    """The files among these that are not below --weights, with what docs/weights.md says of them,
-    and how much there is to download. Returns their names."""
+    """Prints which of these files are not below --weights, with what docs/weights.md says of them,
+    and how much there is to download. Returns the names of the missing files."""
     in_gb = {"kB": 1e-6, "KB": 1e-6, "MB": 1e-3, "GB": 1, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}
     missing = [name for name in dict.fromkeys(names) if not (Path(weights) / name).exists()]
     gb = 0.0

@@ -1,7 +1,7 @@
-"""Files: read, checked and written whole. What is wrong with one that a person or another run
-brings ends in one line.
+"""Reads and checks files, and writes them whole. A fault in a file that a person or another run has
+made stops the stage in one line.
 
-What a line of a .jsonl must hold is in `rows`, what a stage's files were made from in `record`.
+`rows` says what a line of a .jsonl must hold; `record` keeps what a stage's files were made from.
 """
 
 import csv
@@ -29,15 +29,16 @@ class Stop(Exception):
 
 
 class SkipClip(Exception):
-    """A video or audio that cannot be used. Stage 01 counts and lists the text, its reason."""
+    """A video or audio cannot be used. The text is the reason, which stage 01 counts and lists."""
 
 
 class NoFile(SkipClip):
-    """A file that is not there: stage 01 skips it, later stages stop (`gone`)."""
+    """A file does not exist. Stage 01 skips its clip, later stages stop (`gone`)."""
 
 
 class NoAudio(SkipClip):
-    """A film without an audio stream. Any other SkipClip is of sound that cannot be read."""
+    """A file has no audio stream. Where sound is read, any other SkipClip means that the sound
+    cannot be read."""
 
 
 def stop(message):
@@ -45,8 +46,8 @@ def stop(message):
 
 
 def gone(path):
-    """A file that stage 01 found is there no longer. That is no reason to skip the clip: it
-    would be stored, and still stand when the file is back."""
+    """Stops because a file that stage 01 found no longer exists. The clip is not skipped, since
+    that would be stored, and the clip would stay skipped when the file is back."""
     stop(f"{path}: gone, though stage 01 found it; put it back and run the same command again")
 
 
@@ -56,7 +57,7 @@ def gone(path):
 
 
 TEXT = r"[^\0\ud800-\udfff]*"  # no NUL, no half of a surrogate pair
-NAME = r"(?!\.)[^\0\ud800-\udfff/\\\n\r]{1,200}"  # a name that a file can have
+NAME = r"(?!\.)[^\0\ud800-\udfff/\\\n\r]{1,200}"  # a name that a file may have
 LONGEST_NAME = 200  # bytes
 
 
@@ -65,13 +66,13 @@ def is_text(x):
 
 
 def is_name(x):
-    """A name that a file can have, also with some more bytes (`<clip>_<k>.wav`)."""
+    """Whether x is a name that a file can have, also with a suffix added (`<clip>_<k>.wav`)."""
     return is_text(x) and re.fullmatch(NAME, x) is not None and len(x.encode()) <= LONGEST_NAME
 
 
 def is_path(x):
-    """A path that a file can have: bytes. Python carries those that are no UTF-8 as lone
-    surrogates."""
+    """Whether x is a path that a file can have. A path consists of bytes; Python holds bytes that
+    are not UTF-8 as lone surrogates."""
     try:
         path = os.fsencode(x)
     except (TypeError, UnicodeEncodeError):
@@ -81,7 +82,8 @@ def is_path(x):
 
 
 class Ignored:
-    """Stands in for what a third-party file holds beside its tensors, which is never built."""
+    """Stands in for objects that a third-party file holds beside its tensors, so that these objects
+    are never built."""
 
     def __init__(self, *_):
         pass
@@ -91,8 +93,8 @@ class Ignored:
 
 
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # as torch words it, in a RuntimeError
-# Types of numbers that PANNs', CLAP's and Frieren's training left in their checkpoints and nobody
-# needs, by their names in numpy 1 and in numpy 2.
+# Types of numbers that the trainings of PANNs, CLAP and Frieren left in their checkpoints and that
+# nobody needs, by their names in numpy 1 and in numpy 2.
 NUMPY = ["numpy.dtype", "numpy.ndarray"]
 for core in ("core", "_core"):
     NUMPY += [f"numpy.{core}.multiarray.scalar", f"numpy.{core}.multiarray._reconstruct"]
@@ -100,9 +102,9 @@ for core in ("core", "_core"):
 
 @contextmanager
 def reading(path):
-    """Around what reads `path`: an error of the system names the file, as Python does only where
-    it opens one. No reader takes such an error for what is wrong with the file's content: it ends
-    the stage (`command.launch`)."""
+    """Used around code that reads `path`. It adds the file's name to an error of the system, which
+    Python does only for errors in opening a file. Such an error ends the stage (`command.launch`);
+    no reader may take it for a fault in the file's content."""
     try:
         yield
     except OSError as error:
@@ -112,23 +114,24 @@ def reading(path):
 
 
 def of_system(error):
-    """Whether what went wrong in a reader is the system's (a disk, a right, memory), not the
-    file's content. EINVAL is the content's: a damaged file sends its reader to before its start."""
+    """Whether an error in a reader is a fault of the system (disk, rights, memory), not of the
+    file's content. EINVAL counts as a fault of the content: a damaged file makes its reader seek to
+    before the file's start."""
     if isinstance(error, OSError):
         return error.errno not in (None, errno.EINVAL)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error)
 
 
 def raise_if_memory_is_short():
-    """Raises a MemoryError if 256 MB cannot be had. If they can, a MemoryError that a reader has
-    met is its file's fault: damaged, it asks for far more than there is."""
+    """Raises a MemoryError if 256 MB cannot be allocated. If they can, a MemoryError that a reader
+    has met is the fault of its file, which is damaged and asks for far more than there is."""
     bytearray(2**28)
 
 
 def load_pt(path, fields=None, mmap=False, ignore=()):
-    """The only torch.load of this repository. path: a .pt of plain tensors, numbers, strings,
-    lists, dicts; fields: {name: type} that it must hold; ignore: names of types that may occur in
-    it, and are left out."""
+    """The content of a .pt file of plain tensors, numbers, strings, lists and dicts. This is the
+    only torch.load of this repository. fields: {name: type} that the file must hold; ignore: names
+    of further types that may occur in it, whose objects are left out."""
     path = Path(path)
     if not path.is_file():
         stop(f"{path}: no such file")
@@ -139,12 +142,13 @@ def load_pt(path, fields=None, mmap=False, ignore=()):
         if of_system(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        # A file that it cannot open or map torch reports in words, the system's with their number:
+        # Where torch cannot open or map a file, the text of its error ends with the system's
+        # message and number:
         # "unable to mmap 9 bytes from file <a.pt>: Cannot allocate memory (12)".
         number = re.search(r"\((\d+)\)$", reason)
         if number and os.strerror(int(number[1])) in reason:
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-        refused = re.search(r"GLOBAL (\S+)", reason)  # a type that is no plain one: it may run code
+        refused = re.search(r"GLOBAL (\S+)", reason)  # a type that is not plain, so may run code
         if refused:
             reason = f"it holds {refused[1]}"
         advice = "make it anew or copy it again"
@@ -158,8 +162,9 @@ def load_pt(path, fields=None, mmap=False, ignore=()):
 
 
 def load_weights(module, state, path, otherwise, finite=True, **options):
-    """Fills a module strictly; stops with `<path>: <otherwise>` where the state is another's, or
-    not finite if it must be. options: of the module's load_state_dict."""
+    """Loads a state dict into a module, strictly. Stops with `<path>: <otherwise>` where it is
+    another module's, or, with `finite`, holds numbers that are not finite. options: further
+    arguments of the module's load_state_dict."""
     try:
         module.load_state_dict(state, **options)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
@@ -170,8 +175,8 @@ def load_weights(module, state, path, otherwise, finite=True, **options):
 
 @contextmanager
 def writing(path):
-    """Around what writes `path`, and nothing else: a full disk or a missing right, for which torch
-    and libsndfile have a RuntimeError, ends in one line."""
+    """Used around code that writes `path` and does nothing else: a full disk or a missing right
+    stops the stage in one line. (torch and libsndfile raise a RuntimeError for these.)"""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -193,8 +198,8 @@ def sync(path):
 
 @contextmanager
 def replacing(path):
-    """Yields a temporary name beside `path` and renames it on success: a file is either whole or
-    absent, even after a power failure."""
+    """Yields a temporary name beside `path`, and renames the file to `path` on success, so that a
+    file is either whole or absent, even after a power failure."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -203,8 +208,8 @@ def replacing(path):
             yield temporary
             sync(temporary)
             os.replace(temporary, path)
-            # SMB, shared folders of virtual machines and Windows' drives under WSL cannot be asked
-            # to keep a folder's list of names; the files in it are whole all the same.
+            # SMB, shared folders of virtual machines and Windows' drives under WSL cannot write a
+            # folder's list of names to disk on demand; the files in it are whole all the same.
             with suppress(OSError):
                 sync(path.parent)
     finally:
@@ -214,19 +219,20 @@ def replacing(path):
 
 def save_pt(path, value):
     with replacing(path) as temporary, open(temporary, "wb") as stream:
-        # Given a path, torch would write its temporary name, and equal content would differ.
+        # Given a path, torch would store the temporary name in the file, so that files with equal
+        # content would differ.
         torch.save(value, stream)
 
 
 def write_text(path, text):
-    """In UTF-8; what has no UTF-8, a byte in the name of a file, is written as JSON writes it,
-    \\udcXX."""
+    """Writes text in UTF-8. Bytes of a file's name that are not UTF-8 are written as JSON writes
+    them, \\udcXX."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_text(path, hint=""):
-    """A file as text; what is not UTF-8 is named, with the program that likely wrote it."""
+    """A file as text. Stops where it is not UTF-8, and says what it seems to be instead."""
     path = Path(path)
     if not path.is_file():
         stop(f"{path}: no such file{hint}")
@@ -245,7 +251,8 @@ def read_text(path, hint=""):
 
 
 def unique(pairs):
-    """The fields of a JSON object. Of two with one name, the second would silently win."""
+    """The fields of a JSON object. Refuses two fields of the same name, of which Python would
+    silently take the second."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a field occurs twice")
@@ -265,13 +272,14 @@ def parse_json(text, where, hint=""):
 
 def lines_of(path, hint=""):
     """The lines of a text file."""
-    # splitlines would also cut at a U+2028 within a caption.
+    # splitlines would also split at a U+2028 within a caption.
     lines = read_text(path, hint).rstrip("\r\n").split("\n")
     return [] if lines == [""] else lines
 
 
 def read_jsonl(path, hint=""):
-    """[(line number, dict), ...]: lines of people or other programs, not yet typed."""
+    """[(line number, dict), ...] of a file by people or other programs; the fields are not yet
+    checked."""
     found = []
     for number, line in enumerate(lines_of(path, hint), 1):
         where = f"{path}, line {number}"
@@ -283,16 +291,17 @@ def read_jsonl(path, hint=""):
 
 
 def read_csv(path, columns, delimiter=",", header=True):
-    """[(line number, {column: text}), ...] of a table with these columns and perhaps others, which
-    its first line names, or, without such a line, of just these. Texts are stripped, blank lines
-    skipped. Strict: a stray quote is named, not allowed to swallow lines."""
+    """[(line number, {column: text}), ...] of a table. Its first line names its columns: these and
+    perhaps others; with header=False there is no such line, and the table has exactly these
+    columns. Texts are stripped, blank lines skipped. A stray quote stops the stage, since it would
+    swallow lines."""
     stream = io.StringIO(read_text(path), newline="")
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     table = []
     line = 1  # where the next row begins
     try:
         for cells in reader:
-            if any("\n" in cell for cell in cells[:-1]):  # in the last column, a comment may go on
+            if any("\n" in cell for cell in cells[:-1]):  # the last column may have several lines
                 stop(f"{path}, line {line}: a quote opens here and does not close on this line")
             if any(cell.strip() for cell in cells):
                 table.append((line, [cell.strip() for cell in cells]))
@@ -315,7 +324,7 @@ def read_csv(path, columns, delimiter=",", header=True):
 
 
 def advice_on(cells, delimiter):
-    """What to do with a line that does not have the columns that it should."""
+    """The advice for a line that does not have the expected columns."""
     for mark in ";\t|,":
         if len(cells) == 1 and mark in cells[0]:
             return f"; its columns are separated by {mark!r}, save it with {delimiter!r}"
@@ -323,7 +332,7 @@ def advice_on(cells, delimiter):
 
 
 def inside(root, name, where):
-    """root / name, refused when it leaves root (.., absolute paths, links that point outside)."""
+    """The path root / name; stops where it leaves root (by .., an absolute path or a link)."""
     if not is_path(name):
         stop(f"{where}: {name!r:.60} is not a path that a file can have")
     # os.path is several times faster than pathlib, and a run asks this of every clip.
@@ -335,7 +344,7 @@ def inside(root, name, where):
 
 
 def below(root, path):
-    """A path as the files of a run name it: relative to the run folder if it lies in there, else
+    """A path as a run's files write it: relative to the run folder if it lies inside it, else
     absolute."""
     path = Path(path).resolve()
     root = Path(root).resolve()
@@ -343,13 +352,14 @@ def below(root, path):
 
 
 def digest_of(*parts):
-    """SHA-256 of some values, the first 16 hex digits: the key of what depends on all of them."""
+    """The first 16 hex digits of the SHA-256 of some values, as a key for what depends on them."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def digest(path):
-    """SHA-256 of a file, the first 16 hex digits; of a folder, that of its .jsonl files in order of
-    their names: stage 01's, whose lines hold the digests of the sounds, as do the .pt beside."""
+    """The first 16 hex digits of the SHA-256 of a file, or of all .jsonl files of a folder in the
+    order of their names. The only such folder is stage 01's; its lines hold the digests of the
+    wavs, and so do the .pt files beside them."""
     path = Path(path)
     total = hashlib.sha256()
     if not path.exists():

@@ -1,7 +1,7 @@
-"""What stages read of a run folder: run.json, its clips, stage 01's audios, pairs.
+"""Reads what stages need of a run folder: run.json, its clips, stage 01's audios, pairs.
 
-What no stage would have written ends in one line that says which to run again. run: the folder, a
-Path.
+Where a file holds what no stage would have written, one line says which stage to run again. `run`
+is always the folder, a Path.
 """
 
 import random
@@ -21,32 +21,33 @@ class FoundClip(rows.Clip):
 
 
 class FoundSample(rows.Sample):
-    """A line of stage 01 with its file."""
+    """A line of 01_samples with the name of its file."""
 
     file: str = ""  # 00012 or 00012.NAME, without suffix
 
     @property
     def shard(self):
-        """That of its clip, where the features are."""
+        """The shard of its clip, which holds the clip's features."""
         return self.file.partition(".")[0]
 
 
 def video_of(name):
-    """The YouTube id of `<youtube id>_<start second, 6 digits>`, the name of a clip or, in any
-    folder, of its video; any other name or path stands for itself."""
+    """The YouTube id in a name `<youtube id>_<start second, 6 digits>`, of a clip or of a video in
+    any folder; any other name or path is returned as it is."""
     youtube = re.fullmatch(r"(?:.*/)?([^/]{11})_\d{6}", name)
     return youtube[1] if youtube else name
 
 
 def videos_of(clip_id, path):
-    """What a clip's video is known by: its YouTube id, or the clip's id; its path without suffix,
-    or that YouTube id."""
+    """All names that a clip's video is known by: the YouTube id in the clip's id, or that id; its
+    path without suffix; and the YouTube id in that path."""
     name = str(path.with_suffix(""))
     return {video_of(clip_id), name, video_of(name)}
 
 
 def read_run(run, row_type=rows.Run):
-    """run.json of a run folder, completed by stage 01 unless row_type is rows.World."""
+    """run.json of a run folder. It must be complete, as stage 01 leaves it, unless row_type is
+    rows.World."""
     if not run.is_dir():
         stop(f"--run-dir {run}: no such folder; stage 01 (or 00 for the toy world) creates it")
     return rows.read_json(
@@ -55,8 +56,8 @@ def read_run(run, row_type=rows.Run):
 
 
 def read_clips(run, split=None):
-    """The lines of clips.jsonl, in order, with their files; of split `rate` (rows.TO_RATE), those
-    of 01_to_rate.jsonl."""
+    """The lines of clips.jsonl, in order, with their files; for the split `rate` (rows.TO_RATE) the
+    lines of 01_to_rate.jsonl."""
     run_json = read_run(run)
     file = run / "clips.jsonl"
     if split == rows.TO_RATE:
@@ -85,18 +86,18 @@ GROUND_TRUTH = "ground_truth"  # the source of the clips' own sound
 
 
 def shard_file(shard, source):
-    """The name in 01_samples, without suffix, of a source's part of a shard."""
+    """The name, without suffix, of the file in 01_samples with a source's part of a shard."""
     return shard if source == MODEL else f"{shard}.{source}"
 
 
 def shards_of(run):
-    """The names of the shards that the model's part is there of."""
+    """The names of the shards whose part by the model exists."""
     found = (run / "01_samples").glob("[0-9]*.jsonl")
     return sorted(file.stem for file in found if "." not in file.stem)
 
 
 def shards_to_rate(run):
-    """{name: its clips} of the shards of clips to rate."""
+    """The shards of clips of the split rate, {name: its clips}."""
     clips = read_clips(run, rows.TO_RATE)
     shards = {}
     for start in range(0, len(clips), scoring.BLOCK_CLIPS):
@@ -106,7 +107,7 @@ def shards_to_rate(run):
 
 
 def numbers_of(run_json):
-    """{source: the k of its audios} of train clips."""
+    """{source: the k of its audios} for train clips."""
     numbers = {MODEL: range(run_json.num_samples)}
     for place, source in enumerate(run_json.given, run_json.num_samples):
         numbers[source] = range(place, place + 1)
@@ -114,7 +115,7 @@ def numbers_of(run_json):
 
 
 def numbers_to_rate(run_json):
-    """{source: the k of its audios} of clips to rate."""
+    """{source: the k of its audios} for clips of the split rate."""
     numbers = {}
     for place, source in enumerate(run_json.given_to_rate):
         numbers[source] = range(place, place + 1)
@@ -122,8 +123,8 @@ def numbers_to_rate(run_json):
 
 
 def drawn(train, settings):
-    """The train clips that stage 01 draws, in their order: at most --max-clips. settings: with seed
-    and max_clips."""
+    """The train clips that stage 01 draws, at most --max-clips, in their order. settings: anything
+    with the attributes seed and max_clips."""
     if len(train) <= settings.max_clips:
         return train
     places = random.Random(settings.seed).sample(range(len(train)), settings.max_clips)
@@ -133,8 +134,9 @@ def drawn(train, settings):
 def read_samples(run):
     """Every audio of stage 01 that may be mined: {clip: [FoundSample, ...]} in order of k.
 
-    Every train clip that stage 01 drew must be there, with all audios of the model, or be skipped;
-    of a given source, every one of these with its audio, or with the reason why it has none.
+    Every train clip that stage 01 drew must have all audios of the model, or be skipped. Every clip
+    that is not skipped must also have the audio of each given source, or the reason why it has
+    none.
     """
     run_json = read_run(run)
     train = [clip.id for clip in rows.read(run / "clips.jsonl", rows.Clip) if clip.split == "train"]
@@ -145,7 +147,7 @@ def read_samples(run):
     samples = {clip: [] for clip in wanted}
     for source, numbers in numbers_of(run_json).items():
         skipped = read_source(run, shards, source, numbers, samples, wanted)
-        if source == MODEL:  # of these no source has an audio
+        if source == MODEL:  # for a skipped clip no source has an audio
             wanted = [clip for clip in wanted if clip not in skipped]
     samples = {clip: audios for clip, audios in samples.items() if audios}
     if not samples:
@@ -154,7 +156,7 @@ def read_samples(run):
 
 
 def read_to_rate(run):
-    """The audios of clips to rate, as `read_samples`; {} where there are none."""
+    """The audios of clips of the split rate, as of `read_samples`; {} where there are none."""
     shards = shards_to_rate(run)
     samples = {clip.id: [] for clips in shards.values() for clip in clips}
     for source, numbers in numbers_to_rate(read_run(run)).items():
@@ -163,7 +165,7 @@ def read_to_rate(run):
 
 
 def again(source):
-    """The command that makes what is missing of a source."""
+    """The command that makes the missing audios of a source."""
     if source == MODEL:
         return "01_generate.py"
     return (
@@ -173,8 +175,8 @@ def again(source):
 
 
 def read_source(run, shards, source, numbers, samples, wanted):
-    """Adds what a source's part of these shards holds to `samples`. Of every clip that is wanted it
-    must hold audio, or why there is none; returns the clips of which it says so."""
+    """Adds a source's audios of these shards to `samples`. For every clip in `wanted` there must be
+    audio, or a reason why there is none; returns the clips that have such a reason."""
     hint = f"; remove that shard and rerun {again(source)}"
     skipped = set()
     told = set()
@@ -194,8 +196,8 @@ def read_source(run, shards, source, numbers, samples, wanted):
 
 
 def add_samples(samples, found, file, source, numbers, hint):
-    """Adds what a file holds, after checking that it is in order: its rows, and for each clip these
-    numbers k."""
+    """Adds a file's audios to `samples`, after checking them: the rows must be numbered in order,
+    and each clip must have exactly these numbers k."""
     counts = Counter(sample.clip for sample in found)
     for i, sample in enumerate(found):
         audios = samples.get(sample.clip, [])
@@ -215,13 +217,13 @@ def add_samples(samples, found, file, source, numbers, hint):
 
 
 def audio_of(run, clip, sample):
-    """A line of stage 01 as an audio to score."""
+    """A line of 01_samples as an audio to score."""
     is_own = sample.source == GROUND_TRUTH
     return scoring.Audio(clip, sample.k, run / sample.wav, sample.digest, is_own)
 
 
 def find_sample(samples, clip, k):
-    """The audio of a clip with this k, which is there."""
+    """The audio of a clip with this k, which must exist."""
     return next(sample for sample in samples[clip] if sample.k == k)
 
 
@@ -242,7 +244,7 @@ def shard_blocks(run, samples, clips):
 
 
 def read_pairs(path, row_type, hint):
-    """Pairs of different audios, each once."""
+    """The pairs of a file; stops where a pair has two equal audios or occurs twice."""
     pairs = rows.read(path, row_type, hint)
     known = set()
     for line, pair in enumerate(pairs, 1):

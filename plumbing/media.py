@@ -1,4 +1,4 @@
-"""Video and audio through PyAV: one reader for every model, scorer and page."""
+"""Video and audio through PyAV. Every model, scorer and page reads through these functions."""
 
 import functools
 import math
@@ -20,15 +20,15 @@ from plumbing import files
 from plumbing.ahead import in_processes
 from plumbing.files import NoAudio, NoFile, SkipClip
 
-# The finest grid of any consumer, Synchformer's. By it alone a video is long enough or too short,
-# so that this is said to all or to none.
+# The highest frame rate that any reader wants, Synchformer's. It alone decides whether a video is
+# long enough, so that a video is too short for all readers or for none.
 FINEST_FPS = 25
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")  # of others' audios
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".opus")  # of given audio
 
 
 class Source:
-    """An open file as FFmpeg reads it. After an error it would try again, and PyAV, which raises
-    the first error, would print the others: to FFmpeg the file ends there."""
+    """An open file for FFmpeg to read. After a failed read FFmpeg would try again; PyAV raises the
+    first error and would print the others. So after the first error the file ends for FFmpeg."""
 
     def __init__(self, file):
         self.file = file
@@ -48,9 +48,9 @@ class Source:
 
 @contextmanager
 def open_media(path):
-    """A video or audio file through PyAV; a title in another encoding than UTF-8 is no reason to
-    refuse it. FFmpeg opens and reads nothing by itself: an error of the disk is raised as Python
-    words it, and an FFmpegError is about the content."""
+    """Opens a video or audio file with PyAV; metadata in another encoding than UTF-8 is ignored.
+    Python opens and reads the file for FFmpeg, so that an error of the disk is raised as Python's,
+    and an FFmpegError is always about the content."""
     with files.reading(path), open(path, "rb") as file:
         try:
             with av.open(Source(file), metadata_errors="ignore") as container:
@@ -64,11 +64,11 @@ def open_media(path):
 
 @contextmanager
 def skipping(kind, path):
-    """What is wrong with a file's content, or its absence, becomes the reason to skip it."""
+    """Turns a fault in a file's content, or its absence, into a SkipClip with the reason."""
     try:
         yield
     except FileNotFoundError:
-        if not Path(path).parent.is_dir():  # a whole folder is gone: a disk that is not mounted
+        if not Path(path).parent.is_dir():  # the whole folder is gone: perhaps an unmounted disk
             raise
         raise NoFile("no such file") from None
     except av.error.FFmpegError as error:
@@ -77,12 +77,12 @@ def skipping(kind, path):
         if files.of_system(error):
             raise
         raise SkipClip(f"unreadable {kind} ({error.strerror})") from None
-    except IndexError:  # PyAV's, where a packet is of none of the streams
+    except IndexError:  # PyAV raises this for a packet that belongs to none of the streams
         raise SkipClip(f"unreadable {kind} (a stream that its header does not name)") from None
 
 
 def film(container):
-    """The first video stream that is no cover picture, ready to decode."""
+    """A container's first video stream that is no cover picture, ready to decode."""
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
             break
@@ -91,7 +91,8 @@ def film(container):
     if stream.codec_context is None:
         raise SkipClip("unreadable video (no decoder for it)")
     stream.thread_type = "AUTO"
-    # A thread holds several frames, 12 MB each at 4K; with a small picture it gains nothing.
+    # Each thread holds several frames, of 12 MB at 4K; for small pictures a second one gains
+    # nothing.
     stream.codec_context.thread_count = 2 if stream.width * stream.height > 2**16 else 1
     return stream
 
@@ -114,9 +115,9 @@ def time_of(frame):
 
 
 class Grid:
-    """The pictures of one consumer, every 1 / fps s from the first frame on. The rule is that of
-    ffmpeg's fps filter: picture i is the last frame whose slot is at most i, counted from the first
-    frame's slot."""
+    """The pictures for one reader of a video, one every 1 / fps s from the first frame on, by the
+    rule of ffmpeg's fps filter: picture i is the last frame whose slot, counted from that of the
+    first frame, is at most i."""
 
     def __init__(self, fps, transform, start_s, duration_s):
         self.fps = fps
@@ -124,14 +125,14 @@ class Grid:
         self.first = slot(start_s, fps)
         self.count = round(duration_s * fps)
         self.done = 0
-        self.pictures = None  # (count, ...), of which so many are done
+        self.pictures = None  # (count, ...), of which the first `done` are filled in
 
     def ends_by(self, time_s):
         return slot(time_s, self.fps) - self.first >= self.count
 
     def hold(self, frame, picture_of, until_s=None):
-        """Fills the slots before that of until_s, or all that are left, with this frame. What no
-        slot shows is not converted."""
+        """Fills the empty slots before that of until_s, or all that are left, with this frame. A
+        frame that fills no slot is not converted."""
         end = self.count
         if until_s is not None:
             end = min(end, slot(until_s, self.fps) - self.first)
@@ -144,13 +145,14 @@ class Grid:
 
 
 def read_frames(path, wanted, duration_s):
-    """A video's first duration_s at several rates, decoded once. wanted: [(fps, transform), ...];
-    transform: (3, H, W) uint8 -> tensor. Returns a list of (duration_s * fps, ...) tensors. Raises
-    SkipClip.
+    """The pictures of a video's first duration_s at several frame rates, decoded once. wanted:
+    [(fps, transform), ...]; transform: (3, H, W) uint8 -> tensor. Returns a list of (duration_s *
+    fps, ...) tensors. Raises SkipClip.
 
-    Pictures are those of torio, with which MMAudio's data sets and av-benchmark read (`Grid`); the
-    last frame is held for its own duration; a display matrix turns nothing; a changed size is
-    scaled to the first. No frame is kept: a transform that shrinks bounds the memory."""
+    The pictures are those that torio would give, by which MMAudio's data sets and av-benchmark read
+    videos (`Grid`). The last frame is held for its own duration; a display matrix is ignored;
+    frames of another size are scaled to the first frame's. Frames are not kept, so that memory is
+    bounded where the transforms shrink them."""
     reformatter = av.video.reformatter.VideoReformatter()
     with skipping("video", path), open_media(path) as container:
         stream = film(container)
@@ -165,14 +167,14 @@ def read_frames(path, wanted, duration_s):
 
         @functools.lru_cache(maxsize=1)
         def picture_of(frame):
-            # One thread: the others have work of their own.
+            # One thread, since the other cores have work of their own.
             picture = reformatter.reformat(frame, *size, "rgb24", threads=1)
             return torch.from_numpy(picture.to_ndarray()).permute(2, 0, 1)
 
         for frame in frames:
             time_s = time_of(frame)
             if time_s < time_of(last):
-                # B-frames in AVI: ffmpeg itself shows them late or drops them.
+                # As of B-frames in AVI, which ffmpeg itself shows late or drops.
                 raise SkipClip("time stamps out of order")
             for grid in grids:
                 grid.hold(last, picture_of, time_s)
@@ -196,28 +198,29 @@ def read_frames(path, wanted, duration_s):
 
 
 def audio_files(folder):
-    """{name without suffix: file} of a folder's audio; of several of one name .wav."""
+    """{name without suffix: file} of the audio files in a folder. Where several have one name, the
+    .wav is taken."""
     found = {}
     for file in sorted(folder.glob("[!.]*"), key=lambda file: file.suffix.lower()):
-        # No folder, pipe, or link to what is gone.
+        # is_file() leaves out folders, pipes, and links whose target is gone.
         if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file():
-            found[file.stem] = file  # .wav is the last
+            found[file.stem] = file  # .wav comes last, and replaces others of its name
     return found
 
 
 def read_audio(path, sample_rate_hz, duration_s=None, pad=True):
     """The first audio stream of any container as mono (S,) float32 at sample_rate_hz, the mean of
-    its channels; with duration_s, cut and (`pad`) zero-padded to it. Beside a video, sample 0
-    belongs to the first frame: by its time stamps, sound is led by silence or cut. Raises SkipClip,
-    NoAudio where there is no stream."""
+    its channels. With duration_s it is cut to that and, with `pad`, zero-padded to it. In a file
+    with video, sample 0 belongs to the first frame: by its time stamps, later sound gets silence in
+    front and earlier sound is cut. Raises NoAudio where there is no stream, else SkipClip."""
     wave = resample(*decode_audio(path, duration_s), sample_rate_hz)
     samples = len(wave) if duration_s is None else round(duration_s * sample_rate_hz)
     return fit_length(wave, samples) if pad else wave[:samples]
 
 
 def decode_audio(path, duration_s=None):
-    """(S,) float32 mono and its rate; of a longer file duration_s, and 0.1 s more for the filter of
-    `resample`."""
+    """Mono sound (S,) float32 and its rate. Of a longer file only the first duration_s are read,
+    and 0.1 s more for the filter of `resample`."""
     need_s = math.inf if duration_s is None else duration_s + 0.1
     with skipping("audio", path):
         wave, rate = decode_wav(path, need_s) or decode_stream(path, need_s)
@@ -227,8 +230,8 @@ def decode_audio(path, duration_s=None):
 
 
 def decode_wav(path, need_s):
-    """A wav as `decode_stream` gives it, ten times faster; None of what is none, or is one that
-    soundfile does not know or cannot read, which FFmpeg may."""
+    """What `decode_stream` returns, but ten times faster, for a wav. None where the file is no wav,
+    or is one that soundfile cannot read and FFmpeg perhaps can."""
     with files.reading(path), open(path, "rb") as file:
         if file.read(4) != b"RIFF":
             return None
@@ -240,8 +243,8 @@ def decode_wav(path, need_s):
 
 
 def decode_stream(path, need_s):
-    """(S,) float32 array and its rate: the first audio stream from the first picture on, need_s of
-    it or all."""
+    """The first audio stream as an (S,) float32 array and its rate, from the first picture on, for
+    need_s or to its end."""
     with open_media(path) as container:
         if not container.streams.audio:
             raise NoAudio("no audio stream")
@@ -251,7 +254,7 @@ def decode_stream(path, need_s):
             raise SkipClip("unreadable audio (no decoder for it)")
         layout = codec.layout
         rate = codec.sample_rate
-        # PyAV 18 would free a custom order of channels twice; the mean needs no order.
+        # PyAV 18 would free a custom order of channels twice. We need no order, only the mean.
         if "(" in layout.name:
             codec.layout = f"{layout.nb_channels} channels"
         picture_s = first_picture_s(path) if container.streams.video else None
@@ -264,7 +267,8 @@ def decode_stream(path, need_s):
                 late = round((frame.time - picture_s) * rate)
                 pieces.append(np.zeros(int(min(max(0, late), need_s * rate)), np.float32))
             if kind != (frame.format.name, frame.layout.name, frame.sample_rate):
-                # Also in mid-stream. Packed: PyAV miscounts the planes of 8 channels and more.
+                # The format may change in mid-stream. Samples are packed, since PyAV miscounts the
+                # planes of 8 channels and more.
                 kind = (frame.format.name, frame.layout.name, frame.sample_rate)
                 packer = av.AudioResampler(format="flt", layout=frame.layout, rate=rate)
             for part in packer.resample(frame):
@@ -277,16 +281,17 @@ def decode_stream(path, need_s):
 
 
 def first_picture_s(path):
-    """When a file's first frame is shown; None where no video can be read."""
+    """The time in seconds of a file's first frame; None where no video can be read."""
     with suppress(SkipClip, av.error.FFmpegError), open_media(path) as container:
         return next((frame.time for frame in container.decode(film(container))), None)
     return None
 
 
 def resample(wave, rate, new_rate):
-    """torchaudio's windowed sinc, (S,) -> (ceil(S * new_rate / rate),). Its table of filters grows
-    with the product of both rates over their common divisor (44,099 to 16,000 Hz: 2.8 GB, and four
-    times that to make it); where it is large, FFmpeg's resampler."""
+    """(S,) -> (ceil(S * new_rate / rate),), by torchaudio's windowed sinc. Its table of filters
+    grows with the product of both rates, each divided by their common divisor: from 44,099 to
+    16,000 Hz it takes 2.8 GB, and four times that to make. Where it would be large, FFmpeg's
+    resampler is used instead."""
     divisor = math.gcd(rate, new_rate)
     if rate * new_rate < 2**20 * divisor**2:
         return torchaudio.functional.resample(wave, rate, new_rate)
@@ -299,11 +304,11 @@ def resample(wave, rate, new_rate):
 
 
 def clip_sound(path, sample_rate_hz, duration_s, pad=True):
-    """`read_audio` of a clip that stage 01 found, for PESQ to compare with; None where there is no
-    sound that can be read."""
+    """The sound of a clip that stage 01 found, by `read_audio`, for PESQ to compare with; None
+    where it has no sound that can be read."""
     try:
         return read_audio(path, sample_rate_hz, duration_s, pad)
-    except NoAudio:  # a silent film
+    except NoAudio:
         return None
     except NoFile:
         files.gone(path)
@@ -313,14 +318,14 @@ def clip_sound(path, sample_rate_hz, duration_s, pad=True):
 
 
 def fit_length(wave, samples):
-    """Cut or zero-padded along the last dimension."""
+    """The wave, cut or zero-padded along the last dimension to this many samples."""
     return F.pad(wave[..., :samples], (0, max(0, samples - wave.shape[-1])))
 
 
 def write_audio(path, wave, sample_rate_hz):
-    """wave: (S,) float32, clipped to [-1, 1] (what is not finite becomes 0) -> 16-bit wav. Returns
-    what need not be found out by opening it again: digest, finite, peak (of full scale), clipped
-    (share of samples at full scale)."""
+    """Writes a wave (S,) float32 as a 16-bit wav, clipped to [-1, 1]; values that are not finite
+    become 0. Returns what is stored about it, so that the file need not be opened again: digest,
+    finite, peak (of full scale), clipped (share of samples at full scale)."""
     heard = torch.nan_to_num(wave.float(), nan=0.0, posinf=0.0, neginf=0.0).clamp(-1, 1)
     level = heard.abs()
     with files.replacing(path) as temporary:
@@ -334,8 +339,8 @@ def write_audio(path, wave, sample_rate_hz):
 
 
 def encode_picture(container, stream, frames):
-    """frames: (n, H, W, 3) uint8 array, H and W even, into an H.264 stream of an open container, as
-    4:2:0, which every browser plays."""
+    """Writes frames, an (n, H, W, 3) uint8 array with even H and W, into an H.264 stream of an open
+    container, as 4:2:0, which every browser plays."""
     stream.height = frames.shape[1]
     stream.width = frames.shape[2]
     stream.pix_fmt = "yuv420p"
@@ -345,17 +350,17 @@ def encode_picture(container, stream, frames):
 
 
 def wide_band_pesq(reference, wave):
-    """P.862.2 at 16 kHz, 1.0 to 4.64, of two (S,) float32 arrays, cut to the shorter. nan where the
-    reference has no utterance; 1.0, the scale's floor, where the other is silent (below -80 dB of
-    full scale) or not finite."""
+    """PESQ by P.862.2 at 16 kHz, 1.0 to 4.64, of two (S,) float32 arrays, cut to the shorter one.
+    nan where the reference has no utterance; 1.0, the lowest value of the scale, where the wave is
+    silent (below -80 dB of full scale) or not finite."""
     from pesq import NoUtterancesError, PesqError, pesq  # a C extension, for this score alone
 
     samples = min(len(reference), len(wave))
     reference, wave = reference[:samples], wave[:samples]
     if samples < 4000 or np.abs(reference).max() < 1e-4:
         return math.nan
-    # The package fails at silence in one way, at infinity as if the reference had no utterance, and
-    # rates what is almost silent.
+    # The package fails for a silent wave, fails for infinity as if the reference had no utterance,
+    # and rates a wave that is almost silent.
     if not np.isfinite(wave).all() or np.abs(wave).max() < 1e-4:
         return 1.0
     try:
@@ -367,8 +372,8 @@ def wide_band_pesq(reference, wave):
 
 
 def pesq_scores(references, waves, workers):
-    """waves (B, S) at 16 kHz, each against its reference, (S,) or None, by so many processes ->
-    (B,), nan for None."""
+    """PESQ of waves (B, S) at 16 kHz, each against its reference, (S,) or None, by this many
+    processes -> (B,), nan where the reference is None."""
     rows = [i for i, reference in enumerate(references) if reference is not None]
     jobs = [(references[i].numpy(), waves[i].float().cpu().numpy()) for i in rows]
     scores = torch.full((len(waves),), math.nan)

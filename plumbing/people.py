@@ -1,4 +1,5 @@
-"""What people are asked and answer: sheets, files with answers, and how far the raters agree."""
+"""What people are asked and what they answer: sheets, files with answers, and the raters'
+agreement."""
 
 import csv
 from collections import defaultdict
@@ -12,8 +13,9 @@ import numpy as np
 from plumbing import files, ranks, rows
 from plumbing.files import Stop, stop
 
-# A rater is below the line whose answers agree less than this with the others', over so many pairs
-# of answers, or who answers a smaller share of the repeated questions alike, of so many.
+# A rater is reported as below the line in two cases: the alpha between the rater's answers and the
+# others' is below LEAST_ALPHA, over at least LEAST_PAIRS pairs of answers; or the rater answered a
+# smaller share than LEAST_ALIKE of the repeated questions alike, of at least LEAST_REPEATS.
 LEAST_ALPHA = 0.2
 LEAST_PAIRS = 20
 LEAST_ALIKE = 0.5
@@ -26,8 +28,8 @@ LEAST_REPEATS = 5
 
 
 def write_sheet(path, columns, lines, answer):
-    """A csv for people to fill in; the cells of the column `answer` are empty. Somebody's answers
-    are never written over: a sheet that holds any is left as it is, and said so."""
+    """Writes a csv for people to fill in; the cells of the column `answer` are empty. Answers are
+    never overwritten: a sheet that holds any is left as it is, and a line says so."""
     path = Path(path)
     if path.exists():
         for _, line in files.read_csv(path, (answer,)):
@@ -43,7 +45,7 @@ def write_sheet(path, columns, lines, answer):
 
 
 def as_cell(text):
-    """A caption as a cell that no spreadsheet takes for a formula, on one line."""
+    """A caption as a cell on one line, which no spreadsheet takes for a formula."""
     text = " ".join((text or "").split())
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
@@ -54,9 +56,9 @@ def as_cell(text):
 
 
 def to_simulate(file, asked, redo):
-    """Whether simulated people, where a run has such, answer: where nobody has, or, with --redo,
-    where only they have answered, and other questions. file: the answers; asked: [(clip, k), ...],
-    or [(clip, a, b), ...]."""
+    """Whether the simulated people of a run are to answer: where nobody has answered, or, with
+    --redo, where only simulated people have, and to other questions than those asked now. file: the
+    answers; asked: [(clip, k), ...], or [(clip, a, b), ...]."""
     if not asked:
         return False
     if not file.exists():
@@ -69,10 +71,10 @@ def to_simulate(file, asked, redo):
 
 
 def take_answers(file, paths, field, checked, redo):
-    """The answers of the files that --ratings or --choices name, which become the run's own, in
-    `file`; without such files those that the run has, [] where nobody has answered. field, checked:
-    as for read_answers."""
-    ranks.barrier()  # the first may just have written simulated ones
+    """The answers in the files that --ratings or --choices name, which are then stored as the run's
+    own, in `file`; without such files the answers that the run has, [] where nobody has answered.
+    field, checked: as for read_answers."""
+    ranks.barrier()  # the first rank may just have written simulated answers
     if not paths and not file.exists():
         return []
     answers = read_answers(paths or [file], field, checked)
@@ -82,12 +84,12 @@ def take_answers(file, paths, field, checked, redo):
 
 
 def read_answers(paths, field, checked):
-    """What people answered in .csv and .jsonl files, a list of rows; lines with nothing in `field`
-    are left out.
+    """The answers in .csv and .jsonl files, a list of rows; lines with nothing in `field` are left
+    out.
 
-    checked(line, where) returns a line as a row (rows.Answer) whose question is one of this run's,
-    or stops. Nobody answers a question twice, in one file or several, but where `repeat` says so.
-    What is wrong is listed, ten lines at a time.
+    checked(line, where) returns a line as a row (rows.Answer), or stops where its question is not
+    one of this run's. A rater may answer a question only once in all files, and once more with
+    `repeat`. Wrong lines are listed, ten at a time.
     """
     found = []
     wrong = []
@@ -123,21 +125,21 @@ def read_answers(paths, field, checked):
 
 
 def lines_of(path, field):
-    """[(line number, dict)] of a file with answers."""
+    """The lines of a file with answers, [(line number, dict), ...]."""
     if Path(path).suffix != ".jsonl":
         return files.read_csv(path, (field,))
     return files.read_jsonl(path)
 
 
 def question_of(answer):
-    """What was asked: an audio, or two in any order."""
+    """The question of an answer: one audio, or two audios in any order."""
     if isinstance(answer, rows.RatingAnswer):
         return answer.clip, answer.k
     return answer.clip, *sorted((answer.a, answer.b))
 
 
 def typed_answer(line, row_type, where):
-    """A line as an answer; in a csv numbers are texts, and what is empty is absent."""
+    """A line as an answer. Numbers may be texts, as in a csv, and empty fields count as absent."""
     line = {name: value for name, value in line.items() if value not in (None, "")}
     for name in ("repeat", "seconds"):
         if isinstance(line.get(name), str):
@@ -151,7 +153,7 @@ def typed_answer(line, row_type, where):
 
 
 def meant(value, words, where, field):
-    """The word of `words` that a person meant, whatever the capitals."""
+    """The word of `words` that a person wrote, in upper or lower case."""
     for word in words:
         if isinstance(value, str) and value.strip().lower() == word.lower():
             return word
@@ -159,8 +161,8 @@ def meant(value, words, where, field):
 
 
 def known_k(line, samples, where, field):
-    """The k in this field of an answer as an integer, after checking that stage 01 has the k-th
-    audio of its clip. An audio that was given may be called by its source."""
+    """The k in this field of an answer, as an integer, after checking that stage 01 has this audio
+    of the clip. For a given audio the answer may hold the name of its source instead."""
     for needed in ("clip", field):
         if line.get(needed) is None:
             stop(f"{where}: field '{needed}' is missing")
@@ -176,7 +178,7 @@ def known_k(line, samples, where, field):
 
 
 def without_raters(answers, excluded):
-    """The answers less those of --exclude-rater, which are counted."""
+    """The answers without those of raters whom --exclude-rater names; prints how many these are."""
     raters = sorted({answer.rater for answer in answers})
     for name in excluded:
         if name not in raters:
@@ -190,8 +192,8 @@ def without_raters(answers, excluded):
 
 
 def keep_answers(file, answers, paths, redo):
-    """The answers as the run's own; other ones that it has are replaced by --redo alone, and both
-    counts are said."""
+    """Stores the answers as the run's own. Where the run has other answers, they are replaced only
+    with --redo, and both counts are printed."""
     source = names_of(paths)
     if file.exists():
         old = rows.read(file, type(answers[0]))
@@ -206,7 +208,7 @@ def keep_answers(file, answers, paths, redo):
 
 
 def names_of(paths):
-    """Files by their names, or, where they are many, by their number."""
+    """The names of some files, or, where they are more than three, their number."""
     return ", ".join(map(str, paths)) if len(paths) <= 3 else f"{len(paths)} files"
 
 
@@ -216,8 +218,8 @@ def names_of(paths):
 
 
 def alpha(table, level):
-    """Krippendorff's alpha of (raters, questions), nan where one has not answered; nan without two
-    different answers."""
+    """Krippendorff's alpha of a table (raters, questions), which holds nan where a rater has not
+    answered. It is nan where all answers are the same."""
     table = np.array(table, dtype=float)
     several = table[:, np.isfinite(table).sum(axis=0) > 1]
     known = np.unique(several[np.isfinite(several)])
@@ -225,10 +227,11 @@ def alpha(table, level):
 
 
 def print_agreement(answers, as_number, level):
-    """How far the raters agree with one another, and each with an earlier self; names those below
-    the line. as_number(answer): what was answered; level: ordinal or nominal."""
+    """Prints how far the raters agree with one another, how far each answers repeated questions
+    alike, and who is below the line. as_number(answer): the answer as a number; level: ordinal or
+    nominal."""
     first = defaultdict(dict)  # {rater: {question: number}}
-    again = defaultdict(dict)  # the same of what was asked once more
+    again = defaultdict(dict)  # the same for questions that were repeated
     seconds = defaultdict(list)
     for answer in answers:
         said = again if answer.repeat else first
@@ -251,8 +254,8 @@ def print_agreement(answers, as_number, level):
 
 
 def print_rater(name, first, again, others, seconds, level):
-    """One rater against the others: alpha over the pairs of the rater's and another's answer to one
-    question."""
+    """Prints one rater's agreement: alpha over all pairs of this rater's answer and another rater's
+    answer to the same question."""
     pairs = []
     for other in others:
         pairs += [(first[question], other[question]) for question in first.keys() & other.keys()]

@@ -1,4 +1,4 @@
-"""Processes under torchrun or alone, and their devices."""
+"""The processes of a stage, under torchrun or alone, and their devices."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from plumbing.files import stop
 
 
 class Ranks(NamedTuple):
-    """Which of how many processes this is, and the device that it computes on."""
+    """The number of this process, how many there are, and the device that it computes on."""
 
     rank: int = 0
     world: int = 1
@@ -24,19 +24,20 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
     def share(self, items):
-        """The items that fall to this process."""
+        """The items that this process has to work on."""
         return items[self.rank :: self.world]
 
     def part_of(self, items):
-        """The items that this part makes, all of them without --part: its processes share them,
-        and wait for no process of another part."""
+        """The items that this part makes; without --part all of them. The processes of a part share
+        its items, and wait for no process of another part."""
         if self.part is None:
             return items
         i, n = self.part
         return items[i - 1 :: n]
 
     def ends_part(self):
-        """Whether the stage ends here, since the rest is of all parts together. Says so."""
+        """Whether the stage ends here, because the rest needs all parts together; then prints
+        this."""
         if self.part is not None:
             i, n = self.part
             print(f"part {i} of {n} is done; after all parts, run the command without --part")
@@ -44,8 +45,9 @@ class Ranks(NamedTuple):
 
 
 def setup(part=None):
-    """Joins the other processes of torchrun, by nccl on CUDA, by gloo elsewhere. What others than
-    the first print goes nowhere, but for errors. float32 products are TF32 on CUDA."""
+    """Joins the other processes of torchrun, by nccl on CUDA, by gloo elsewhere. Only the first
+    process prints to the terminal; the others show errors alone. On CUDA float32 matrix products
+    are computed in TF32."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -66,13 +68,14 @@ def setup(part=None):
 
 
 def join(rank, world, device):
-    """The process group. The others must come within 60 s, or torchrun would wait half an hour for
-    one that has ended; at work they may take 12 hours, for the slowest clip, scorer or encoder."""
+    """Makes the process group. All processes must join within 60 s; with the default, torchrun
+    would wait half an hour for one that has ended. Later they may wait 12 hours for one another,
+    for the slowest clip, scorer or encoder."""
     to_meet = timedelta(seconds=60)
     store, *_ = next(dist.rendezvous("env://", rank, world, timeout=to_meet))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # Restarted by torchrun, a process would find its predecessors' addresses, and wait for
-        # them.
+        # After a restart by torchrun, a process would otherwise find the addresses of the processes
+        # before the restart, and wait for them.
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     options = {"store": store, "rank": rank, "world_size": world, "timeout": to_meet}
     if device == "cpu":
@@ -83,7 +86,7 @@ def join(rank, world, device):
 
 
 def is_first():
-    """Whether this is the one process that prints and writes what all share."""
+    """Whether this is the process that prints, and that writes the files which all share."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

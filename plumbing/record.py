@@ -1,17 +1,18 @@
-"""What a stage's output was made from, and who may make it: one rule for all stages.
+"""Records what each stage's output was made from, and keeps two commands from making it at once.
 
     with record.stage(run, "03", inputs=[...], outputs=[...], redo=args.redo) as stage:
         ...  # where people answer: the sheet is written, their answers are taken
         stage.claim(settings)
         ...  # the work
 
-1. Entered, it locks the output and proves the inputs: nothing that they were made from has changed.
-2. `claim` writes the stage's record, its settings and the digests of its inputs, or stops where the
-   record that is there says otherwise.
-3. Left without an error on any rank, it adds the digests of the outputs to the record.
+1. When it is entered, it locks the output and checks the inputs: nothing that they were made from
+   may have changed.
+2. `claim` writes the stage's record, which is its settings and the digests of its inputs. Where
+   there is a record already, it stops if that one differs.
+3. When it is left without an error on any rank, it adds the digests of the outputs to the record.
 
-Of a stage that is made in parts (--part) each part does 1 and 2, but keeps out the whole stage and
-itself alone, and leaves 3 to the command that ends the stage.
+Where a stage is made in parts (--part), each part does 1 and 2. Its lock excludes only the whole
+stage and the same part, so that different parts run together. The command without --part does 3.
 
 The first two digits of a file's name say which stage wrote it. That stage's record is
 NN_settings.json, or settings.json in a policy's folder.
@@ -40,11 +41,11 @@ except ModuleNotFoundError:
 
 
 class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
-    """What this module's docstring says.
+    """The context that this module's docstring describes.
 
     name: the stage's two digits, or a policy's folder; inputs, outputs: names below the run folder;
-    advice: what to do where the record says otherwise; part: (I, N) of --part. Only processes that
-    see each other's POSIX locks are kept apart.
+    advice: what to do where the record differs; part: (I, N) of --part. Only processes that see
+    each other's POSIX locks are kept apart.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
         return self
 
     def take_locks(self):
-        """The whole stage has its lock alone; parts have it together, and each one of its own."""
+        """The whole stage takes its lock exclusively. Parts share that lock, and each takes another
+        one of its own exclusively."""
         if self.part is None:
             self.locks.append(take_lock(self.run, self.name))
             remove_temporaries(self.run, self.name)
@@ -90,18 +92,19 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
 
     @contextmanager
     def one_at_a_time(self):
-        """Parts that begin together come here one after the other: the first makes what all share,
-        and the others find it."""
+        """Lets parts that run at the same time through one after the other: the first one makes the
+        files that all share, and the others find them."""
         if self.part is None or not ranks.is_first():
             yield
             return
         with open(self.run / f".{self.name}.begin.lock", "a", encoding="utf-8") as stream:
-            with suppress(OSError):  # where locks do not work, all make the same
+            with suppress(OSError):  # where locks do not work, every part makes the same files
                 fcntl.lockf(stream, fcntl.LOCK_EX)
             yield
 
     def claim(self, settings, more_inputs=()):
-        """more_inputs: what was written since the stage was entered, people's answers."""
+        """Writes or compares the stage's record. more_inputs: files that were written since the
+        stage was entered, such as people's answers."""
         self.inputs += more_inputs
         if ranks.is_first():
             with self.one_at_a_time():
@@ -110,10 +113,10 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
         ranks.barrier()
 
     def write(self, settings, redo):
-        """With `redo` the old outputs go before the new record is there, which never vouches for
-        them, whenever this is killed."""
+        """Writes or compares the record. With `redo` the old outputs are removed before the new
+        record is written, so that it never stands beside them, even if this is killed."""
         digests = {name: digest(self.run / name) for name in self.inputs}
-        settings = json.loads(json.dumps(settings))  # as they will be read: a tuple is a list
+        settings = json.loads(json.dumps(settings))  # as they will be read: tuples become lists
         new = rows.Record(settings=settings, inputs=digests)
         if self.file.exists() and not redo:
             compare(self.file, new, self.advice)
@@ -123,13 +126,13 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
         rows.write_json(self.file, new)
 
     def is_sealed(self):
-        """Whether the outputs are there, and as this stage has left them."""
+        """Whether the outputs exist and are unchanged since this stage wrote them."""
         made = rows.read_json(self.file, rows.Record)
         there = all((self.run / name).exists() for name in self.outputs)
         return there and made.outputs == {name: digest(self.run / name) for name in self.outputs}
 
     def digest(self):
-        """Of the settings and inputs; a checkpoint is bound to it."""
+        """A digest of the settings and inputs, which is stored in checkpoints."""
         made = rows.read_json(self.file, rows.Record)
         return files.digest_of(made.settings, made.inputs)
 
@@ -148,10 +151,10 @@ def compare(file, new, advice):
     """Stops at the first setting or input that differs from those of the record in `file`."""
     old = rows.read_json(file, rows.Record)
     for key in sorted(old.settings.keys() | new.settings.keys()):
-        before = old.settings.get(key, False if key == "compile" else None)  # a younger flag
+        before = old.settings.get(key, False if key == "compile" else None)  # old records lack it
         now = new.settings.get(key)
         if before != now:
-            if key == "compile":  # its default is the machine's
+            if key == "compile":  # its default depends on the machine
                 advice = f"give --{'compile' if before else 'no-compile'}, or {advice}"
             stop(f"{file}: made with {key}={before}, now {now}; {advice}")
     for name in sorted(old.inputs.keys() | new.inputs.keys()):
@@ -161,8 +164,9 @@ def compare(file, new, advice):
 
 def follow(run, names, digests=None):
     """Stops unless these outputs of earlier stages exist and nothing that they were made from has
-    changed since, back to stage 01. The earliest change is named: it is the one to mend."""
-    digests = {} if digests is None else digests  # of the files that were looked at
+    changed since, back to stage 01. Where several files have changed, the one of the earliest stage
+    is named, since it must be mended first."""
+    digests = {} if digests is None else digests  # of the files that are checked so far
     for name in names:
         if name in digests:
             continue
@@ -180,7 +184,10 @@ def follow(run, names, digests=None):
         made = rows.read_json(file, rows.Record)
         digests[name] = digest(path)
         if made.outputs.get(name, digests[name]) != digests[name]:
-            stop(f"{path}: not the file that was written here, edited, or of another run; {again}")
+            stop(
+                f"{path}: not the file that was written here: it was edited, or comes from another "
+                f"run; {again}"
+            )
         for source in made.inputs:
             files.inside(run, source, file)
         follow(run, made.inputs, digests)
@@ -190,7 +197,8 @@ def follow(run, names, digests=None):
 
 
 def settings_file(run, name):
-    """The record of a stage, named by its two digits, or of a policy, named by its folder."""
+    """The file with the record of a stage, given by its two digits, or of a policy, given by its
+    folder."""
     if is_stage(name):
         return run / f"{name}_settings.json"
     return run / name / "settings.json"
@@ -201,7 +209,7 @@ def is_stage(name):
 
 
 def record_of(run, name):
-    """The record of the stage that wrote this file."""
+    """The file with the record of the stage that wrote the file of this name."""
     top = Path(name).parts[0]
     of_policy = settings_file(run, top)
     return of_policy if of_policy.exists() else settings_file(run, top[:2])
@@ -219,9 +227,10 @@ unlocked = set()  # run folders on whose disk locks do not work
 
 
 def take_lock(run, name, together=False):
-    """Locks an output, in a file whose text says who has it (not inherited by child processes), and
-    returns it open. together: others who say so may have it too. Where locks do not work (Lustre
-    without flock, some NFS), that is said once for a run, and the work goes on."""
+    """Locks an output through a lock file, whose text names the process that holds it, and returns
+    that file, open. Child processes do not inherit the lock. together: others that pass it may hold
+    the lock too. Where locks do not work (Lustre without flock, some NFS), a warning is printed
+    once for each run, and the work goes on."""
     stream = open(run / f".{name}.lock", "a+", encoding="utf-8")  # noqa: SIM115, until the end
     try:
         fcntl.lockf(stream, (fcntl.LOCK_SH if together else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -240,8 +249,8 @@ def take_lock(run, name, together=False):
 
 
 def remove_temporaries(run, name):
-    """What killed processes left half written of a stage's, or of a policy folder's, files. Where
-    locks do not work they stay: another process may be writing them."""
+    """Removes the half-written files that killed processes of a stage, or of a policy's training,
+    have left. Where locks do not work they stay, since another process may be writing them."""
     if run in unlocked:
         return
     folder = f"{name}_*" if is_stage(name) else name
@@ -259,8 +268,8 @@ def remove_temporaries(run, name):
 
 
 def commit():
-    """The commit of this code, `-dirty` where it has been changed since; None outside of a git
-    checkout."""
+    """The commit of this code, with `-dirty` where files have been changed since; None outside of a
+    git checkout."""
     asked = ("git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,10 +1,10 @@
-"""The rows of every file that stages pass on or people bring: what each field is called, its unit
-and its range.
+"""The rows of every file that stages pass on or people bring: the name of each field, its unit and
+its range.
 
-This is the contract between the stages. `read` gives a list of one of the types below, whose fields
-are attributes (`pair.winner`); what does not fit ends in one line that names the file, the line and
-the field. A field with a default may be missing in a file, or null. Lines may hold further fields,
-which nobody reads.
+This is the contract between the stages. `read` returns a list of one of the types below, whose
+fields are attributes (`pair.winner`). Where a line does not fit the type, the stage stops with one
+line that names file, line and field. A field with a default may be missing in a file, or null.
+Further fields in a file are ignored.
 """
 
 import json
@@ -25,8 +25,8 @@ from plumbing.files import stop
 
 
 def text(meaning, pattern):
-    """The type of texts that match a pattern. Its meaning, a comment in the pattern, is what a
-    person reads of one that does not."""
+    """The type of texts that match a pattern. `meaning` goes into the pattern as a comment, and a
+    person reads it in the message about a text that does not match."""
     return Annotated[str, Meta(pattern=rf"(?#{meaning})^(?:{pattern})\Z")]
 
 
@@ -36,7 +36,7 @@ def one_of(*words):
 
 Text = text("text", files.TEXT)
 Name = text("a name that a file can have, of at most 200 bytes", files.NAME)
-# Bytes that are no UTF-8 are lone surrogates; `files.inside` knows what else a path may not be.
+# Bytes that are not UTF-8 are lone surrogates; `files.inside` checks the rest of a path.
 FilePath = text("a path", r"[^\0\ud800-\udc7f\udd00-\udfff]{1,3999}")
 Index = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=1, le=10**9)]
@@ -48,7 +48,7 @@ ClipSeconds = Annotated[float, Meta(ge=0.1, le=3600)]
 Probabilities = tuple[Share, Share, Share]  # of Good, Medium, Bad
 
 SPLITS = ("train", "val", "test")
-TO_RATE = "rate"  # the split of clips whose given audio is rated, and nothing else
+TO_RATE = "rate"  # the split of clips that are used only to have their given audio rated
 Split = one_of(*SPLITS, TO_RATE)
 Rating = one_of("Good", "Medium", "Bad")
 
@@ -63,7 +63,7 @@ class Row(Struct):
 
 
 class Defaults(Row):
-    """The part of run.json that every stage reads first: {stage: {flag: a replacement for the
+    """The part of run.json that every stage reads first. defaults: {stage: {flag: what replaces the
     paper's number}}."""
 
     defaults: dict[str, dict[str, Number]] = {}
@@ -78,21 +78,21 @@ class World(Defaults, kw_only=True, omit_defaults=True):
     """run.json as stage 00 leaves it. Stage 01 completes it to a `Run`."""
 
     model: Text  # as given to --model
-    # For people: the velocity network's file, or `upstream` for the one under --weights.
+    # The velocity network's file, or `upstream` for the one below --weights.
     checkpoint: FilePath
-    checkpoint_digest: Text  # what counts
+    checkpoint_digest: Text  # identifies the network, wherever its file lies
     video_root: FilePath  # absolute, or relative to the run folder
     clip_s: ClipSeconds  # seconds of video that one audio belongs to
     scorers: one_of("real", "toy") = "real"  # the set of frozen scorers
     scorers_root: FilePath | None = None  # the folder of their files, if not --weights
-    cavp_root: FilePath | None = None  # Frieren alone: the folder of its features
-    # Sources of candidates that the model did not make, in the order in which stage 01 was given
-    # them: the k of such an audio is num_samples and the place of its source. Of clips to rate it
-    # is the place in a list of their own.
+    cavp_root: FilePath | None = None  # Frieren only: the folder of its features
+    # Sources of audio that the model did not make, in the order in which stage 01 was given them.
+    # For train clips, k is num_samples plus the place of the source in `given`; for clips of the
+    # split rate, k is its place in `given_to_rate`.
     given: list[Name] = []
     given_to_rate: list[Name] = []
-    # The toy world alone: its size, its seed, its raters' noise as a factor, and how many slight
-    # faults they overlook.
+    # Toy world only: its size, its seed, a factor on its raters' noise, and how many slight faults
+    # the raters overlook.
     size: Text | None = None
     world_seed: Index | None = None
     rater_noise: Number | None = None
@@ -125,13 +125,13 @@ class ListedClip(Row, kw_only=True):
     """A line of a user's --clips FILE.jsonl."""
 
     id: Name
-    video: FilePath | None = None  # below --videos; if not given, <id>.mp4 or another suffix
+    video: FilePath | None = None  # below --videos; without it <id>.mp4, or with another suffix
     caption: Text | None = None
     label: Text | None = None
     split: Split = "train"
 
     def __post_init__(self):
-        if not files.is_name(self.id):  # longer in bytes than in characters
+        if not files.is_name(self.id):  # the type counts characters, this counts bytes
             raise ValueError("field 'id': Expected a name of at most 200 bytes")
 
 
@@ -145,26 +145,26 @@ class MissingClip(Row):
 
 class SkippedClip(Row):
     """01_samples/00012.skipped.jsonl: a clip whose video cannot be used; 00012.NAME.skipped.jsonl:
-    one without an audio of that source."""
+    a clip without usable audio of that source."""
 
     clip: Name
     reason: Text
 
 
 class Sample(Row):
-    """01_samples/00012.jsonl: an audio that the model made; 00012.NAME.jsonl: one that was
+    """01_samples/00012.jsonl: an audio that the model made; 00012.NAME.jsonl: an audio that was
     given."""
 
     clip: Name
-    k: Index  # the k-th of its clip
-    seed: Index  # of its initial noise; 0 of one that was given
+    k: Index  # its number among the clip's audios
+    seed: Index  # of its initial noise; 0 for given audio
     wav: Text  # 01_audio/<clip>_<k>.wav
-    row: Index  # of the latents in the .pt beside
+    row: Index  # of its latent in the .pt beside
     digest: Text  # of the wav
-    finite: bool  # wave and latent; what is not is never in a pair
+    finite: bool  # whether wave and latent are; otherwise the audio is in no pair
     peak: Share  # of full scale
-    clipped: Share  # of the samples, at full scale
-    source: Name = "model"  # or the name that was given
+    clipped: Share  # of the samples are at full scale
+    source: Name = "model"  # or NAME of --given
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,17 +173,17 @@ class Sample(Row):
 
 
 class Answer(Row, kw_only=True, omit_defaults=True):
-    """What every answer of a person may hold."""
+    """The fields that every answer of a person may have."""
 
     rater: Text = ""
-    # 1: the same was asked once more, to see how steady the rater is.
+    # 1: the same question was asked again, to see how steady the rater is.
     repeat: Annotated[int, Meta(ge=0, le=1)] = 0
     seconds: Seconds | None = None  # that the answer took
     comment: Text | None = None
 
 
 class RatingAnswer(Answer, kw_only=True):
-    """02_ratings.jsonl: what one person said of one audio."""
+    """02_ratings.jsonl: one person's rating of one audio."""
 
     clip: Name
     k: Index
@@ -221,13 +221,14 @@ def score_fields(names, scores):
 
 
 class Score(FiveScores, kw_only=True):
-    """03_scores/00012.jsonl: of every audio, with p (Eq. 1)."""
+    """03_scores/00012.jsonl: the scores of every audio, with p (Eq. 1)."""
 
     p: Probabilities
 
 
 class RatedScore(FiveScores, kw_only=True):
-    """02_scores.jsonl: of a rated audio, with the raters' majority, the worse of a tie."""
+    """02_scores.jsonl: the scores of a rated audio, with the rating of the raters' majority; of a
+    tie the worse one."""
 
     rating: Rating
 
@@ -248,7 +249,7 @@ class Pair(Row):
 
 
 class SplitPair(Row):
-    """04_stage1.jsonl, 04_stage2.jsonl."""
+    """04_stage1.jsonl, 04_stage2.jsonl: a pair with its score_c."""
 
     clip: Name
     winner: Index
@@ -263,7 +264,7 @@ class SplitPair(Row):
 
 
 class Policy(Row):
-    """policy.json: whose policy.pt it is."""
+    """policy.json: what the policy.pt beside it was tuned from, and how."""
 
     model: Text
     base_digest: Text  # of the checkpoint that was tuned
@@ -274,44 +275,44 @@ class Policy(Row):
 
 
 class Step(Row, kw_only=True):
-    """log.jsonl of a policy's folder: an optimizer step. docs/curves.md reads them."""
+    """log.jsonl of a policy's folder: one optimizer step (docs/results.md, docs/curves.md)."""
 
     step: Index
     grad_norm: Number  # before it is clipped at 1
     lr: Number
     seconds: Number
-    forwards: Index  # rows through policy and reference so far
-    forwards_grad: Index  # those with a backward pass
-    peak_gb: Number | None = None  # of the GPU, GiB
+    forwards: Index  # rows that have gone through policy and reference so far
+    forwards_grad: Index  # those of them that had a backward pass
+    peak_gb: Number | None = None  # memory of the GPU, GiB
 
 
 class FlowDpoStep(Step, kw_only=True):
     """05_flow_dpo/log.jsonl; means over the global batch."""
 
     stage: Annotated[int, Meta(ge=1, le=2)]
-    loss: Number  # Eq. 5, log 2 at step 0; with --sft-weight also that part
-    accuracy: Share  # of the pairs whose winner the implicit reward prefers; 1/2 for a tie
+    loss: Number  # Eq. 5, log 2 at step 0; plus the term of --sft-weight
+    accuracy: Share  # of the pairs whose winner the implicit reward prefers; a tie counts 1/2
     gap_w: Number  # the winner's error minus the reference's
     gap_l: Number  # the loser's
     ref_w: Number  # the reference's error of the winner
-    saturated: Share  # logits above 5: their gradient is below 1 % of its largest
-    opposed: Share  # logits below -5: their gradient is full
-    weight: Share  # of a pair's gradient, sigmoid(-logit)
-    weight_wrong: Share  # that of pairs with a logit below 0, 0 for others
-    gap_w_t: list[Number | None]  # by quarter of t; null where a quarter has no pair
-    gap_l_t: list[Number | None]
+    saturated: Share  # of the pairs have a logit above 5: below 1 % of the largest gradient
+    opposed: Share  # of the pairs have a logit below -5: almost the largest gradient
+    weight: Share  # mean factor of a pair's gradient, sigmoid(-logit)
+    weight_wrong: Share  # the same, with 0 for pairs whose logit is not below 0
+    gap_w_t: list[Number | None]  # gap_w for each quarter of t; null for one without a pair
+    gap_l_t: list[Number | None]  # gap_l for each quarter of t
 
 
 class DdpoStep(Step, kw_only=True):
-    """06_ddpo/log.jsonl."""
+    """06_ddpo/log.jsonl; the last three are means over the round's audios."""
 
     round: Index
     reward: Number  # mean P(Good) of the round's audios
-    reward_std: Number  # within a prompt, mean over prompts
-    no_spread: Share  # of the round's prompts whose audios all have one reward, up to rounding
-    ratio: Number  # mean over the audios
-    clipped: Share
-    approx_kl: Number
+    reward_std: Number  # standard deviation within a prompt, mean over prompts
+    no_spread: Share  # of the round's prompts have equal rewards, up to rounding
+    ratio: Number  # of the policy's probability to that of the policy that sampled
+    clipped: Share  # of the ratios are outside 1 plus or minus --clip-range
+    approx_kl: Number  # half the squared log-ratio
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,11 +350,12 @@ class ShownMetric(Row):
     column: Text
     better: one_of("higher", "lower") = "higher"
     decimals: Index = 3
-    times: Count = 1  # shown times this
+    times: Count = 1  # the factor by which the value is multiplied for display
 
 
 class PaperTable(Row):
-    """Rows of the paper's Table 1 and, where they compare, ours and ours minus theirs, as text."""
+    """Table 1 as text: the paper's rows and, where they can be compared, ours and ours minus the
+    paper's."""
 
     columns: list[Text]
     rows: list[tuple[Text, list[Text]]]
@@ -368,12 +370,12 @@ class Systems(Row):
     steps: Count
     systems: list[System]
     metrics: dict[Text, ShownMetric]  # in the table's order
-    clap: Text | None = None  # the file of CLAP, of which there are several
-    paper: PaperTable | None = None  # null where the split is another than the paper's
+    clap: Text | None = None  # the file of CLAP's weights, of which several are published
+    paper: PaperTable | None = None  # null where the split is not the paper's
 
 
 class BlindResult(Row, kw_only=True):
-    """08_blind.jsonl: two systems, compared by people who did not know which was which."""
+    """08_blind.jsonl: two systems, compared by people who did not know which one they heard."""
 
     a: Name
     b: Name
@@ -392,7 +394,7 @@ class BlindResult(Row, kw_only=True):
 
 
 class Record(Row):
-    """NN_settings.json, or settings.json of a policy's folder (plumbing/record.py)."""
+    """NN_settings.json, or settings.json in a policy's folder (plumbing/record.py)."""
 
     settings: dict[str, Any]
     inputs: dict[FilePath, Text]  # {name below the run folder: digest}
@@ -405,7 +407,7 @@ class WeightFile(Row):
 
 
 class Weights(Row):
-    """weights.json: the scorers' files that were read, by path."""
+    """weights.json: the files of scorers that were read, {path: WeightFile}."""
 
     files: dict[FilePath, WeightFile]
 
@@ -416,8 +418,8 @@ class Weights(Row):
 
 
 def read(path, row_type, hint="", cut=False):
-    """A .jsonl as a list of rows. hint: what to do, the end of every refusal. cut: drops a last
-    line that a kill or a full disk has cut."""
+    """A .jsonl as a list of rows. hint: advice that ends every refusal. cut: drops the last line if
+    a kill or a full disk has cut it short."""
     found = []
     lines = files.lines_of(path, hint)
     if cut and lines and not lines[-1].endswith("}"):
@@ -433,18 +435,18 @@ def read_if_there(path, row_type, hint=""):
 
 
 def read_json(path, row_type, hint=""):
-    """A .json that is one row."""
+    """A .json as one row."""
     return typed(files.parse_json(files.read_text(path, hint), path, hint), row_type, path, hint)
 
 
 def typed(value, row_type, where, hint=""):
-    """value, as read from JSON, as a row; one line says where it does not fit. A field that is null
-    is absent."""
+    """A value that was read from JSON, as a row; stops in one line where it does not fit. A field
+    that is null counts as absent."""
     if isinstance(value, dict):
         value = {name: held for name, held in value.items() if held is not None}
     try:
         return msgspec.convert(value, row_type)
-    except UnicodeEncodeError as error:  # half of a surrogate pair where a word is looked for
+    except UnicodeEncodeError as error:  # half of a surrogate pair
         stop(f"{where}: {error.object[:60]!a} is not text{hint}")
     except msgspec.ValidationError as error:
         # "Expected `int`, got `str` - at `$.sampler.steps`" and "Object missing required field `x`"
@@ -459,7 +461,7 @@ def as_dict(row):
 
 
 def write(path, lines):
-    """lines: rows of one of the types above, or dicts (of a log)."""
+    """Writes a .jsonl. lines: rows of one of the types above, or dicts."""
     files.write_text(path, "".join(json_line(line) for line in lines))
 
 

@@ -1,14 +1,16 @@
-"""What frozen scorers said, kept in blocks: one file for each block of audios and each scorer,
+"""Stores what frozen scorers say in blocks: one file for each block of audios and each scorer,
 written whole.
 
-A block is some clips with their audios, always the same ones: a shard of stage 01, 32 rated clips,
-32 test clips of a system. Its file holds one scorer's tensors, row i = audio i, nan where a score
-does not apply, and one `key`: a digest of all that the scores depend on. A file of another key is
-made anew, never added to: a block is what is computed at once, so that a rerun gives the same bits.
-What networks saw of a block's videos lies in files of the same kind, a row for each clip.
+A block is a fixed group of clips with their audios: a shard of stage 01, 32 clips drawn for rating,
+or 32 test clips of a system. Its file holds one scorer's tensors, where row i belongs to audio i
+and nan means that a score does not apply; and one `key`, a digest of all that the scores depend on.
+A file with another key is made anew as a whole: a block is always computed at once, so that a rerun
+gives the same bits. The scorers' embeddings of a block's videos are stored in files of the same
+kind, with a row for each clip.
 
-A video that cannot be decoded is a row of nan; its size and time are in the key, so that another
-file is seen anew. A fault of the system (disk, rights, memory) stops the stage and leaves no file.
+A video that cannot be decoded gets a row of nan. Its size and time are part of the key, so that a
+replaced file is decoded again. A fault of the system (disk, rights, memory) stops the stage and
+leaves no file.
 """
 
 import functools
@@ -28,26 +30,26 @@ from plumbing.ahead import in_threads, read_ahead
 from plumbing.files import NoAudio, NoFile, SkipClip, digest_of, stop
 
 BLOCK_CLIPS = 32
-FEATURES = "features"  # the name of a backbone's encoders among those who see a video
-PEAK = "peak"  # the name of the one score that needs no network
+FEATURES = "features"  # stands for a backbone's encoders among the names of scorers
+PEAK = "peak"  # stands for the one measure that needs no network among the names of scorers
 
 
 class Audio(NamedTuple):
     """An audio to score."""
 
     clip: rows.Clip  # with its `path`
-    k: int  # the k-th of its clip
+    k: int  # its number among the clip's audios
     path: Path
     digest: str  # of that file
-    is_own: bool = False  # whether it is the clip's own sound, with which others are compared
+    is_own: bool = False  # whether it is the clip's own sound, with which scorers compare
 
 
 class Block(NamedTuple):
     """Audios that are scored together."""
 
     name: str  # the beginning of its files' names
-    scores: Path  # the folder of what was said of the audios
-    videos: Path  # the folder of what was seen of the clips
+    scores: Path  # the folder for the scores of the audios
+    videos: Path  # the folder for the embeddings of the clips' videos
     clips: list  # of rows.Clip with `path`
     audios: list  # of Audio; a clip may have several or none
 
@@ -64,12 +66,12 @@ class Block(NamedTuple):
 
 
 def is_made(file, key):
-    """Whether this file is there, made from what there is now. Reads no tensor."""
+    """Whether this file exists and was made from what there is now. Reads no tensor."""
     return file.exists() and files.load_pt(file, {"key": str}, mmap=True)["key"] == key
 
 
 def read_tensors(file, key, count):
-    """{name: (count, ...) float32, memory-mapped} of a file that must be there."""
+    """{name: (count, ...) float32, memory-mapped} from a file that must exist and have this key."""
     tensors = files.load_pt(file, {"key": str}, mmap=True)
     if tensors.pop("key") != key:
         stop(
@@ -84,8 +86,8 @@ def read_tensors(file, key, count):
 
 
 def stamp(path):
-    """Size and time of a file: enough to know it by, without opening it. One that is gone since it
-    was found stops the stage."""
+    """The size and time of a file, which identify its content without opening it. Stops where a
+    file that was found before is gone."""
     try:
         about = os.stat(path)
     except FileNotFoundError:
@@ -94,8 +96,8 @@ def stamp(path):
 
 
 def score_key(scorers, name, audios):
-    """A digest of all that one scorer's scores of these audios depend on, within a run, whose clips
-    have one length."""
+    """A digest of all that one scorer's scores of these audios depend on. It leaves out the length
+    of clips, which is the same throughout a run."""
     reads = scorers.classes[name].reads
     clips = {audio.clip.id: audio.clip for audio in audios}.values()
     parts = [name, scorers.digest(name), [(audio.clip.id, audio.digest) for audio in audios]]
@@ -133,11 +135,11 @@ def peak_key(block, clip_s):
 
 
 def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
-    """Writes what is missing of what is seen of these blocks' videos: by the scorers among `names`
-    that see, and, with a `model`, by its encoders. A video is decoded once for all of them; what
-    the encoders see as a scorer does (`seen_as`) is not computed again."""
+    """Writes the missing embeddings of these blocks' videos: those of the scorers among `names`
+    that read videos, and, with a `model`, its features. Each video is decoded once for all of them.
+    A feature that equals a scorer's embedding (`seen_as`) is not computed twice."""
     names = [name for name in names if "video" in scorers.classes[name].reads]
-    todo = []  # [(block, {who has not seen its videos: the key})]
+    todo = []  # [(block, {name whose embeddings of its videos are missing: the key})]
     asked = set()
     for block in blocks:
         lacking = {name: video_key(scorers, name, block.clips) for name in names}
@@ -181,9 +183,9 @@ def embed_videos(blocks, scorers, names, clip_s, device, workers, model=None):
 
 
 def see(clip, video, loaded, model, names):
-    """{name: {part: tensor}}: what these scorers and encoders see of a clip; {} where its video
-    cannot be used. video: what the model's encoders need, then what each of the `loaded` scorers
-    wants; or the SkipClip that says why not."""
+    """{name: {part: tensor}}: embeddings of a clip's video by these scorers and encoders; {} where
+    the video cannot be used. video: the tensors that the model's encoders need, then the frames for
+    each of the `loaded` scorers; or the SkipClip that says why the video cannot be used."""
     if isinstance(video, NoFile):
         files.gone(clip.path)
     if isinstance(video, SkipClip):
@@ -202,7 +204,8 @@ def see(clip, video, loaded, model, names):
 
 
 def encode(clip, tensors, model):
-    """{name: {part: tensor}}: a model's features of a clip, and what of them a scorer would see."""
+    """{name: {part: tensor}}: a model's features of a clip, and those of them that equal a scorer's
+    embeddings, under the scorer's name."""
     features = model.encode(clip, tensors)
     seen = {FEATURES: features}
     for name, (feature, part, shape) in model.seen_as.items():
@@ -211,8 +214,8 @@ def encode(clip, tensors, model):
 
 
 def stack(seen, name, shapes):
-    """{part: (clips, ...) float32} of one who has seen the videos, nan for one that cannot be used.
-    seen: what `see` returned for each clip."""
+    """{part: (clips, ...) float32}: one scorer's embeddings or a model's features, nan for a video
+    that cannot be used. seen: what `see` returned for each clip."""
     tensors = {}
     for part, shape in shapes.items():
         of_clips = []
@@ -224,8 +227,8 @@ def stack(seen, name, shapes):
 
 
 def read_videos(block, key, seer, shapes):
-    """{clip id: {part: tensor}} of a block whose videos were seen, memory-mapped. shapes: {part:
-    shape}."""
+    """{clip id: {part: tensor}}: the stored embeddings of a block's videos, memory-mapped. seer:
+    the scorer's name, or FEATURES; shapes: {part: shape}."""
     file = block.video_file(seer)
     tensors = read_tensors(file, key, len(block.clips))
     if {part: value.shape[1:] for part, value in tensors.items()} != shapes:
@@ -242,11 +245,12 @@ def read_videos(block, key, seer, shapes):
 
 
 def score(blocks, scorers, names, clip_s, here, workers):
-    """Writes what these blocks lack of these scorers, divided over the ranks. Those that see are
-    loaded together, to see the videos; then one at a time hears the audios."""
+    """Writes the scores that these blocks lack, divided over the ranks. The scorers that read
+    videos are loaded together to embed the videos; then all score the audios, one scorer at a
+    time."""
     for name in names:
-        scorers.digest(name)  # a file that is missing is said before any network works
-    # Systems share what is seen of the test clips: one block for each of these files.
+        scorers.digest(name)  # reports a missing file before any network works
+    # Systems share the embeddings of the test clips: one block is taken for each of their files.
     by_file = {block.videos / block.name: block for block in blocks}
     embed_videos(here.share(list(by_file.values())), scorers, names, clip_s, here.device, workers)
     ranks.barrier()
@@ -264,7 +268,7 @@ def score(blocks, scorers, names, clip_s, here, workers):
 
 
 def score_by(name, todo, scorers, clip_s, device, workers):
-    """Writes the scores of one scorer. todo: [(block, its key), ...]."""
+    """Writes the scores by one scorer. todo: [(block, its key), ...]."""
     scorer = scorers.load(name, device, workers)
 
     def read(item):
@@ -288,8 +292,8 @@ def score_by(name, todo, scorers, clip_s, device, workers):
 
 
 def score_waves(scorer, waves, clips, videos=None):
-    """{name: (B, ...) float32 on the CPU}: one scorer's word on waves (B, S) at its sample rate.
-    clips: the clip of each wave; videos: {clip id: {part: tensor}} of a scorer that sees."""
+    """{name: (B, ...) float32 on the CPU}: one scorer's scores of waves (B, S) at its sample rate.
+    clips: the clip of each wave; videos: {clip id: {part: tensor}}, if the scorer reads videos."""
     seen = None
     if videos is not None:
         seen = {}
@@ -315,8 +319,8 @@ def read_waves(audios, sample_rate_hz, clip_s):
 
 
 def find_peaks(blocks, clip_s):
-    """Writes the peak of every audio's first clip_s seconds, nan for one without a track that can
-    be decoded to there: a damaged packet stops no evaluation."""
+    """Writes the peak of every audio's first clip_s seconds, nan where these cannot be decoded, so
+    that a damaged file does not stop the evaluation."""
     todo = []
     for block in blocks:
         if not is_made(block.score_file(PEAK), peak_key(block, clip_s)):
@@ -333,10 +337,10 @@ def find_peaks(blocks, clip_s):
 
 
 def peak_of(audio, clip_s):
-    """Of full scale; nan where there is no sound to be read."""
+    """An audio's peak, 1 at full scale; nan where no sound can be read."""
     try:
         wave, _ = media.decode_audio(audio.path, clip_s)
-    except NoAudio:  # a silent film
+    except NoAudio:
         return math.nan
     except NoFile:
         files.gone(audio.path)
@@ -347,7 +351,7 @@ def peak_of(audio, clip_s):
 
 
 def read_peaks(blocks, clip_s):
-    """(n,) of all audios of the blocks, in order."""
+    """The peaks (n,) of all audios of the blocks, in order."""
     peaks = []
     for block in blocks:
         file = block.score_file(PEAK)
@@ -356,8 +360,8 @@ def read_peaks(blocks, clip_s):
 
 
 def read_scores(blocks, scorers, names):
-    """{scorer: {tensor: (n, ...) float32}} of all audios of the blocks, in order: what AudioScore
-    and the metrics want of these scorers."""
+    """{scorer: {tensor: (n, ...) float32}} of all audios of the blocks, in order: those tensors of
+    these scorers that AudioScore and the metrics need."""
     said = {}
     for name in names:
         parts = defaultdict(list)
@@ -378,8 +382,8 @@ def read_scores(blocks, scorers, names):
 
 
 def digest_of_weights(run, paths):
-    """Of a scorer's files. They are read once per run; <run>/weights.json remembers them by size
-    and time."""
+    """The digest of a scorer's files. Each is read once per run; <run>/weights.json keeps its
+    digest with its size and time."""
     memory = Path(run) / "weights.json"
     known = rows.read_json(memory, rows.Weights).files if memory.exists() else {}
     digests = []

@@ -1,7 +1,7 @@
-"""What makes both real backbones faster on a GPU and leaves what they compute: BigVGAN's activation
-without convolutions, convolutions that keep channels last, blocks that are compiled.
+"""Makes both real backbones faster on a GPU without changing what they compute: BigVGAN's
+activation without convolutions, convolutions that keep channels last, compiled blocks.
 
-Nothing here is a network: upstream's own modules stay, with their parameters and their names."""
+No network is defined here: upstream's own modules stay, with their parameters and their names."""
 
 import functools
 import importlib.util
@@ -29,12 +29,13 @@ def polyphase(x, taps, starts):
 
 
 def sliced_activation(act, up, down, x):
-    """Activation1d of BigVGAN, x: (B, C, T) -> (B, C, T): twice the samples, `act` on each, half of
-    them again, both filters of 12 taps and padded with the outermost samples.
+    """Activation1d of BigVGAN, x: (B, C, T) -> (B, C, T). It doubles the number of samples, applies
+    `act` to each, and halves the number again. Both filters have 12 taps, and their inputs are
+    padded with the outermost samples.
 
     Even and odd samples of the doubled signal are kept apart, so that each filter is two sums of
-    six slices: upstream's grouped convolutions, of which one is transposed, are slow. up, down: the
-    taps. Computed in float32 at least, whatever x is.
+    six slices. Upstream's grouped convolutions, of which one is transposed, are slow. up, down: the
+    taps. Computed in float32 at least, whatever the type of x.
     """
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     padded = F.pad(precise, (3, 3), mode="replicate")
@@ -51,7 +52,7 @@ def sliced_activation(act, up, down, x):
 
 @functools.cache
 def sliced_class(original):
-    """Upstream's class of an activation, computed by slices."""
+    """A subclass of upstream's activation that computes by slices."""
 
     class Sliced(original):
         def forward(self, x):
@@ -61,7 +62,8 @@ def sliced_class(original):
 
 
 def slice_activations(vocoder):
-    """Makes every activation of a BigVGAN, version 1 or 2, one of `sliced_class`; returns them."""
+    """Gives every activation of a BigVGAN, version 1 or 2, the class of `sliced_class`; returns
+    the activations."""
     found = [module for module in vocoder.modules() if hasattr(module, "downsample")]
     for module in found:
         up = module.upsample.filter.flatten()
@@ -81,9 +83,9 @@ def slice_activations(vocoder):
 
 @functools.cache
 def channels_last_class(original):
-    """Upstream's class of a Conv1d over (B, T, C), computed without turning anything around: a
-    two-dimensional convolution of height 1, whose layout of channels last is (B, T, C) itself. One
-    of three dimensions cuDNN would turn to channels first and back."""
+    """A subclass of upstream's Conv1d over (B, T, C) that computes without transposing in memory.
+    It is a two-dimensional convolution of height 1, whose channels-last layout is (B, T, C) itself.
+    For a one-dimensional convolution cuDNN would transpose to channels first and back."""
 
     class ChannelsLast(original):
         def forward(self, x):
@@ -105,8 +107,9 @@ def channels_last_class(original):
 
 
 def keep_channels_last(network, original):
-    """Makes every convolution of upstream's class one of `channels_last_class`. Weights keep shape,
-    names and values; in memory their channels are last too, as are then gradients and moments."""
+    """Gives every convolution of upstream's class `original` the class of `channels_last_class`.
+    Weights keep shape, names and values; in memory their channels are last too, and so are those of
+    gradients and moments."""
     for module in network.modules():
         if type(module) is original:
             module.__class__ = channels_last_class(original)
@@ -118,12 +121,13 @@ def keep_channels_last(network, original):
 # Compiling
 # --------------------------------------------------------------------------------------------------
 
-ONE_AT_A_TIME = threading.RLock()  # threads that encode, sample and decode would compile together
-MOST_GRAPHS = 64  # of one function: every shape and dtype has its own, and torch gives up after 8
+ONE_AT_A_TIME = threading.RLock()  # or threads that encode, sample and decode compile at once
+MOST_GRAPHS = 64  # of one function, one for each shape and dtype; torch's own limit is 8
 
 
 def can_compile():
-    """The default of --compile: whether there is a GPU, and what Triton needs."""
+    """The default of --compile: whether there is a GPU, Triton, and the C compiler that it
+    needs."""
     compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
     has_compiler = any(shutil.which(name) for name in compilers)
     return torch.cuda.is_available() and has_compiler and bool(importlib.util.find_spec("triton"))
@@ -131,13 +135,14 @@ def can_compile():
 
 def compile_blocks(blocks, *callers):
     """Compiles the forward of these modules, each at its first call. Blocks of one class share
-    their graphs, so that this takes as long as for one of them. callers: (owner, name) of the
-    methods that call the blocks.
+    their graphs, so that all of them take as long as one. callers: (owner, name) of the methods
+    that call the blocks.
 
-    Where a block cannot be compiled, that is said in a line, nothing is compiled from then on, and
-    the caller begins again: half compiled, it would round otherwise than the next call. A graph
-    with gradients rounds otherwise than one without: what must be equal to the bit is computed in
-    the same mode (training.compile_both, 06's rollout).
+    Where a block cannot be compiled, a line says so, nothing is compiled from then on, and the
+    calling method begins again: if it went on half compiled, its result would be rounded
+    differently from the next one's. A graph with gradients also rounds differently from one
+    without, so that results which must be equal to the bit are computed in the same mode
+    (training.compile_both, 06's rollout).
     """
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for block in blocks:
@@ -164,9 +169,9 @@ def call_or_give_up(function, *inputs, **named):
 
 
 def compile_models(*models):
-    """Compiles the blocks of models (common.FlowModel) of one class, and tells them to compile
-    encoders and codec when they load them. A model is copied before, since a copy's compiled blocks
-    would be the original's; training.checkpoint_blocks comes after."""
+    """Compiles the blocks of models (common.FlowModel) of one class, and tells the models to
+    compile encoders and codec when they load them. Copy a model before this, since the compiled
+    blocks of a later copy would be the original's; call training.checkpoint_blocks after it."""
     blocks = [block for model in models for block in model.blocks()]
     compile_blocks(blocks, *((model, "predict") for model in models))
     for model in models:

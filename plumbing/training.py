@@ -1,5 +1,5 @@
-"""What 05 and 06 share besides the method: stage 01's latents and features, precision and memory,
-LoRA, the optimizer, and a policy's folder with its checkpoint."""
+"""What 05 and 06 share apart from their methods: reading stage 01's latents and features, precision
+and memory, LoRA, the optimizer, and a policy's folder with its checkpoint."""
 
 import copy
 import functools
@@ -26,14 +26,14 @@ from plumbing.files import stop
 
 
 def crc32(row):
-    """Of a tensor's bytes, as an integer."""
+    """The CRC-32 of a tensor's bytes, as an integer."""
     return zlib.crc32(row.contiguous().view(torch.uint8).numpy())
 
 
 def save_shard(file, latents, digests, features=None, clips=()):
-    """latents: (rows, T, C); digests: of the rows' wavs; features: dict of (clips, ...), but none
-    of audios that were given; clips: their ids. Every row gets its CRC-32, since nobody reads such
-    a file as a whole."""
+    """Writes a shard's .pt. latents: (rows, T, C); digests: those of the rows' wavs; features: dict
+    of (clips, ...), {} for given audio; clips: their ids. Every row gets a CRC-32 of its own, since
+    such a file is never read as a whole."""
     features = features or {}
     checksums = {"latents": [crc32(row) for row in latents]}
     for name, values in features.items():
@@ -44,13 +44,14 @@ def save_shard(file, latents, digests, features=None, clips=()):
 
 class OpenShard(NamedTuple):
     tensors: dict  # by name
-    checksums: dict  # of their rows, by name
+    checksums: dict  # {name: a CRC-32 for each row}
     row_of_clip: dict  # {clip: row of its features}
 
 
 class Shards:
-    """Stage 01's latents and features, memory-mapped: memory does not grow with the data set. A row
-    is checked whenever it is read: a disk that loses a part of a file says nothing."""
+    """Stage 01's latents and features, memory-mapped, so that memory does not grow with the data
+    set. A row is checked whenever it is read, since a disk may lose a part of a file without an
+    error."""
 
     def __init__(self, run, samples, model):
         self.folder = Path(run) / "01_samples"
@@ -58,7 +59,7 @@ class Shards:
         self.latent_shape = model.latent_shape
         self.feature_shapes = model.feature_shapes
         self.opened = {}
-        self.digests = defaultdict(list)  # {file: of its audios, in order}
+        self.digests = defaultdict(list)  # {file: digests of its audios, in order}
         self.place_of_audio = {}  # {(clip, k): (clip, file, row of its latent)}
         self.shard_of_clip = {}  # {clip: the file of its features}
         for clip, audios in samples.items():
@@ -80,7 +81,7 @@ class Shards:
         return {name: self.rows(name, places) for name in self.feature_shapes}
 
     def rows(self, name, places):
-        """The latents, or one of the features, at these places, stacked."""
+        """The rows at these places, stacked. name: "latents", or the name of a feature."""
         found = []
         for clip, file, row in places:
             opened = self.open(file)
@@ -108,7 +109,7 @@ class Shards:
                 if torch.is_tensor(value):
                     shapes[name] = tuple(value.shape[1:])
             wanted = {"latents": self.latent_shape}
-            if "." not in file:  # what was given has no features
+            if "." not in file:  # a file of given audio has no features
                 wanted |= self.feature_shapes
             if saved["digests"] != self.digests[file] or shapes != wanted:
                 self.refuse(file, f"does not belong to the audios in {file}.jsonl")
@@ -127,15 +128,16 @@ class Shards:
 
 
 def send(tensor, device):
-    """A CPU tensor on the device. The host need not wait for a copy from pinned memory."""
+    """A CPU tensor, copied to the device. The copy is from pinned memory, so that the host need not
+    wait for it."""
     if torch.device(device).type != "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def drawn(items, start, count, seed):
-    """`count` items from `start` on, of an endless sequence: epoch after epoch, each a fresh
-    permutation of the items, a function of the seed."""
+    """`count` items from place `start` on, of an endless sequence. The sequence is one epoch after
+    another, each with all items in a new random order that depends on the seed."""
     found = []
     for i in range(start, start + count):
         epoch, place = divmod(i, len(items))
@@ -145,7 +147,7 @@ def drawn(items, start, count, seed):
 
 @functools.lru_cache(maxsize=4)  # one permutation serves a whole epoch
 def shuffled(seed, count):
-    """A permutation of range(count), a function of the seed."""
+    """A permutation of range(count), which depends on the seed."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     return order
@@ -159,7 +161,8 @@ ROUNDED = (nn.Linear, nn.Conv1d)  # the layers whose weights autocast rounds to 
 
 
 def in_bf16(device, precision):
-    """bf16 on CUDA, float32 elsewhere (TF32, where --precision fp32 asks for it on CUDA)."""
+    """Whether to compute in bf16: with `auto` on CUDA only. With fp32, CUDA's matrix products are
+    TF32."""
     if precision == "auto":
         return torch.device(device).type != "cpu"
     return precision == "bf16"
@@ -171,7 +174,8 @@ def autocast(device, precision="auto"):
 
 
 def frozen_copy(model, bf16):
-    """u_ref: a frozen copy, with bf16 of rounded weights: the same u, half the memory."""
+    """The reference u_ref: a frozen copy of the model. With bf16 its weights are rounded: it
+    computes the same u in half the memory."""
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     if bf16:
         round_weights(copied)
@@ -179,31 +183,33 @@ def frozen_copy(model, bf16):
 
 
 def round_weights(model):
-    """Keeps the `ROUNDED` layers' weights as autocast would round them."""
+    """Stores the weights of the `ROUNDED` layers as autocast would round them at every use."""
     for layer in model.modules():
         if isinstance(layer, ROUNDED):
             layer.to(torch.bfloat16)
 
 
 def only_sample(model, to_compile):
-    """For a process that samples and does not train: faster, the same numbers but for rounding."""
-    if in_bf16(model.device.type, "auto"):  # as `sample` computes
+    """Makes a model faster in a process that samples and does not train. Numbers stay the same up
+    to rounding."""
+    if in_bf16(model.device.type, "auto"):  # `sample` computes in bf16 then
         round_weights(model)
-        torch.backends.cudnn.benchmark = True  # its shapes recur for hours
+        torch.backends.cudnn.benchmark = True  # the same shapes recur for hours
     if to_compile and model.compiles:
         speed.compile_models(model)
 
 
 def compiles(model, args):
-    """Whether --compile does anything to this model. With LoRA it does not: the reference, which is
-    without, would go through another graph."""
+    """Whether --compile is used for this model. With LoRA it is not: the reference runs without the
+    LoRA matrices, so that it would be compiled to another graph."""
     return args.compile and model.compiles and not args.lora
 
 
 def compile_both(model, reference):
-    """Compiles policy and reference alike, so that u is equal to the bit while their weights are,
-    rounded to bf16 or not. A graph that needs gradients rounds otherwise than one that does not: so
-    the reference is computed as if it were trained, too, and keeps nothing for a backward pass."""
+    """Compiles policy and reference alike, so that both compute the same u to the bit while their
+    weights are equal, rounded to bf16 or not. A graph with gradients rounds differently from one
+    without. So the reference is computed with gradients too, but keeps nothing for a backward
+    pass."""
     speed.compile_models(model, reference)
     for copied, p in zip(reference.parameters(), model.parameters()):
         copied.requires_grad_(p.requires_grad)
@@ -211,14 +217,15 @@ def compile_both(model, reference):
 
 
 def without_backward(forward, *inputs):
-    """forward(*inputs), computed as where gradients are wanted."""
+    """forward(*inputs), computed in the same way as with gradients."""
     with torch.enable_grad():
         u = torch.utils.checkpoint.checkpoint(forward, *inputs, use_reentrant=False)
     return u.detach()
 
 
 def checkpoint_blocks(model):
-    """Trades time for memory: every block's activations are recomputed in the backward pass."""
+    """Gradient checkpointing: every block's activations are recomputed in the backward pass, which
+    takes more time and less memory."""
     for block in model.blocks():
         block.forward = functools.partial(
             torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
@@ -226,7 +233,8 @@ def checkpoint_blocks(model):
 
 
 def data_parallel(model, device):
-    """The module whose forward is trained: the model, or its DistributedDataParallel."""
+    """The module to call in training: the model, or, with several processes, its
+    DistributedDataParallel."""
     if not dist.is_initialized():
         return model
     devices = None if device == "cpu" else [device]
@@ -235,19 +243,19 @@ def data_parallel(model, device):
 
 
 def refuse_uneven(flag, count, world):
-    """Every process trains on as many items of a batch as every other."""
+    """Stops where a batch of `count` items cannot be divided evenly over the processes."""
     if count % world:
         stop(f"{flag} {count} cannot be divided over {world} processes; start as many as divide it")
 
 
 def sum_dict_over_ranks(sums, device):
-    """{name: tensor}, all of one shape -> their sums over the ranks, on the CPU."""
+    """{name: tensor}, all of one shape -> {name: sum over the ranks}, on the CPU."""
     stacked = send(torch.stack(list(sums.values())), device)
     return dict(zip(sums, ranks.sum_over_ranks(stacked).cpu()))
 
 
 def peak_gb(device):
-    """Of this process's GPU so far, in GiB; None on a CPU."""
+    """The most memory of the GPU that this process has used so far, in GiB; None on a CPU."""
     return None if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
 
 
@@ -257,9 +265,9 @@ def peak_gb(device):
 
 
 def add_lora(model, rank, seed, bf16):
-    """Freezes the network and adds LoRA of this rank to its linear and convolution layers. It
-    begins at zero: the network is what it was. With bf16 the weights below are rounded as in
-    `frozen_copy`; their float32 values wait on the CPU for `merge_lora`."""
+    """Freezes the network and adds LoRA of this rank to its linear and convolution layers. LoRA
+    starts at zero, so that the network's output is unchanged. With bf16 the frozen weights are
+    rounded as in `frozen_copy`; their float32 values stay on the CPU for `merge_lora`."""
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds
 
     model.requires_grad_(False)
@@ -282,7 +290,7 @@ def lora_layers(model):
 
 
 def lora_reference(model):
-    """u_ref: the network without its LoRA."""
+    """The reference u_ref: the same network with its LoRA switched off."""
     layers = lora_layers(model).values()
 
     def reference(*inputs):
@@ -297,10 +305,11 @@ def lora_reference(model):
 
 
 def merge_lora(model):
-    """Adds what was trained to the weights below: the network is of its upstream's form again."""
+    """Adds the trained LoRA to the frozen weights and removes it, so that the network has its
+    upstream's form again."""
     layers = lora_layers(model)
     if layers:
-        model.cpu()  # so that no GPU needs room for the float32 weights
+        model.cpu()  # so that the GPU needs no room for the float32 weights
     for name, layer in layers.items():
         base = layer.get_base_layer()
         base.float().load_state_dict(layer.float32_weights)
@@ -310,7 +319,7 @@ def merge_lora(model):
 
 
 def nothing_is_trained():
-    """What is said where LoRA does not learn: the usual reason is another version of peft than the
+    """The message where LoRA does not learn. The usual reason is another version of peft than the
     tested one."""
     import peft
 
@@ -326,7 +335,7 @@ def nothing_is_trained():
 
 
 def adamw(model, lr):
-    # Paper silent: betas, weight decay and the gradient's bound (below) are those of MMAudio.
+    # Paper silent: betas, weight decay and, below, the bound of the gradient. We take MMAudio's.
     options = {"betas": (0.9, 0.95), "weight_decay": 1e-6, "fused": model.device.type != "cpu"}
     return torch.optim.AdamW(model.trainable_parameters(), lr=lr, **options)
 
@@ -337,9 +346,10 @@ def lr_at(step, args):
 
 
 def clip_gradient(model, step, sums, folder):
-    """Bounds the gradient's norm by 1. Returns this step's sums over all ranks, on the CPU, and
-    what the norm was. Stops where one of these is not finite, before that reaches the weights. All
-    is copied at once: the host waits for the device here, and nowhere else in an update."""
+    """Clips the gradient to norm 1. Returns this step's sums over all ranks, on the CPU, and the
+    norm before clipping. Stops where one of these is not finite, before it reaches the weights. All
+    are copied to the CPU at once; this is the only place in an update where the host waits for the
+    device."""
     norm = nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
     stacked = ranks.sum_over_ranks(torch.stack(list(sums.values())))
     measured = torch.cat([stacked.flatten(), norm.to(stacked).view(1)]).cpu()
@@ -363,9 +373,10 @@ def take_step(optimizer, lr):
 
 
 def averaging_power(width):
-    """gamma of the power-function average (arXiv 2312.02696, Sec. 3.1; MMAudio trains with it), in
-    which the weights after update i count as i^gamma. width: the deviation of those i relative to
-    the last one, above 0 to 0.28. The wider, the smaller gamma: 16.97 at .05, 1.83 at .2."""
+    """The exponent gamma of a power-function average (arXiv 2312.02696, Sec. 3.1; MMAudio trains
+    with it), in which the weights after update i count as i^gamma. width: the standard deviation of
+    i under this weighting, relative to the last i; above 0, at most 0.28. A larger width means a
+    smaller gamma: 16.97 at .05, 1.83 at .2."""
 
     def excess(gamma):
         return (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) - width**2
@@ -375,8 +386,8 @@ def averaging_power(width):
 
 @torch.no_grad()
 def average_in(average, weights, update, power):
-    """Takes the weights after this update, counted from 1, into their average. average, weights:
-    dicts of float32 tensors, of the same names."""
+    """Includes the weights after this update into their average. update: its number, from 1 on;
+    average, weights: dicts of float32 tensors with the same names."""
     share = 1 - (1 - 1 / update) ** (power + 1)
     torch._foreach_lerp_(list(average.values()), list(weights.values()), share)
 
@@ -387,16 +398,16 @@ def average_in(average, weights, update, power):
 
 
 class Trainer:
-    """What 05 and 06 do beside their losses: the training of a network in a policy's folder, from
-    the step on that its checkpoint holds.
+    """What 05 and 06 do besides computing their losses: it trains a network in a policy's folder,
+    and goes on from the folder's checkpoint.
 
-    policy: what is called to be trained, the network or its DistributedDataParallel; done: the
-    number of steps in the checkpoint.
+    policy: the module that the losses call, the network or its DistributedDataParallel; done: the
+    number of steps that the checkpoint holds.
     """
 
     def __init__(self, stage, model, row_type, save_every, here, args):
-        """stage: of `output`, which gets its settings here; row_type: of the lines of log.jsonl;
-        save_every: steps between checkpoints; here: ranks.Ranks."""
+        """stage: what `output` returned; its settings are claimed here. row_type: the type of the
+        lines of log.jsonl; save_every: steps between checkpoints; here: ranks.Ranks."""
         given = vars(args).items()
         stage.claim({name: value for name, value in given if name not in MAY_CHANGE})
         self.stage = stage
@@ -407,7 +418,8 @@ class Trainer:
         self.args = args
         self.folder = stage.run / args.out
         self.made_from = stage.digest()
-        # Of the trained weights, which are the same in all processes: the first one's is enough.
+        # The average of the trained weights. These are the same in all processes, so that the first
+        # one alone keeps it.
         self.average = copy.deepcopy(trained_state(model)) if args.ema and here.first else {}
         if args.gradient_checkpointing:
             checkpoint_blocks(model)
@@ -416,8 +428,9 @@ class Trainer:
         self.policy = data_parallel(model, here.device)
 
     def resume(self):
-        """Loads checkpoint.pt if there is one, and cuts log.jsonl back to it: a kill between two
-        checkpoints leaves more lines than steps. Returns the number of steps done."""
+        """Loads checkpoint.pt if there is one, and removes the lines of log.jsonl that are later: a
+        training that was killed has usually logged more steps than its checkpoint holds. Returns
+        the number of steps done."""
         file = self.folder / "checkpoint.pt"
         done = 0
         if file.exists():
@@ -438,7 +451,7 @@ class Trainer:
         return done
 
     def steps(self):
-        """The steps that are left, under a bar."""
+        """Yields the steps that are left, and shows a progress bar."""
         self.bar = tqdm(
             range(self.done, self.args.steps),
             initial=self.done,
@@ -451,8 +464,8 @@ class Trainer:
             yield step
 
     def finish_step(self, step, **measured):
-        """Writes the line of the step, and a checkpoint when it is time. measured: the line's
-        fields that are not known here."""
+        """Writes the step's line of log.jsonl, and a checkpoint every save_every steps. measured:
+        the fields of the line that the Trainer does not know."""
         if not self.here.first:
             return
         if self.average:
@@ -471,11 +484,11 @@ class Trainer:
             )
 
     def save_policy(self, run_json, method):
-        """policy.pt in the upstream's own format; policy.json, by which stage 07 knows whose it is.
-        Those of a training that had ended before are left."""
+        """Writes policy.pt in the upstream's own format, and policy.json, which tells stage 07 what
+        it was tuned from. A training that had finished before keeps its files."""
         if self.done == self.args.steps and self.stage.is_sealed():
             return
-        self.model.load_state_dict(self.average, strict=False)  # where there is one
+        self.model.load_state_dict(self.average, strict=False)  # changes nothing without --ema
         merge_lora(self.model)
         file = self.folder / "policy.pt"
         files.save_pt(file, self.model.policy_state())
@@ -508,12 +521,13 @@ OTHER_STAGES = ("00", "01", "02", "03", "04", "07", "08")
 
 
 def systems_flag(out):
-    """What stage 07 has to be told of a policy in this folder."""
+    """The flag by which stage 07 evaluates a policy in this folder; "" where it does so anyway."""
     return "" if out in ("05_flow_dpo", "06_ddpo") else f" --systems ground_truth base {out}"
 
 
 def output(run, name, inputs):
-    """record.stage of a training into run / name, from --out: a folder inside the run."""
+    """The record.stage of a training into run / name, where name is --out, a folder inside the
+    run."""
     if not files.is_name(name) or name.startswith(OTHER_STAGES):
         stop(f"--out {name}: give a plain folder name, not one of another stage")
     if (run / name).is_file():
@@ -528,15 +542,15 @@ def trained_state(model):
 
 
 def save_checkpoint(folder, step, model, optimizer, average, made_from):
-    """checkpoint.pt: everything that the next step depends on besides the settings and inputs,
-    whose digest is made_from. average: of the trained weights, {} without --ema."""
+    """Writes checkpoint.pt: all that the next step depends on, except settings and inputs, of which
+    it holds the digest made_from. average: that of the trained weights, {} without --ema."""
     state = trained_state(model)
-    # Every lora_B begins at zero, and until one moves LoRA adds nothing.
+    # Every lora_B starts at zero; where all are still zero, LoRA has learned nothing.
     lora = [value for name, value in state.items() if "lora_B" in name]
     may_move = optimizer.state and optimizer.param_groups[0]["lr"] > 0
     if lora and may_move and not any(value.any() for value in lora):
         stop(f"--lora: {nothing_is_trained()}")
-    files.sync(folder / "log.jsonl")  # the log never lacks what the checkpoint has
+    files.sync(folder / "log.jsonl")  # so that the log never lacks a step of the checkpoint
     saved = {
         "step": step,
         "settings": made_from,
@@ -548,7 +562,7 @@ def save_checkpoint(folder, step, model, optimizer, average, made_from):
 
 
 def load_checkpoint(file, model, optimizer, average, steps, made_from):
-    """Fills in the weights, the optimizer's moments and the average. Returns its step."""
+    """Loads a checkpoint's weights, the optimizer's moments and the average. Returns its step."""
     advice = "remove it, or use another --out"
     kinds = {"step": int, "settings": str, "model": dict, "optimizer": dict, "average": dict}
     state = files.load_pt(file, kinds, mmap=True)
@@ -570,7 +584,8 @@ def load_checkpoint(file, model, optimizer, average, steps, made_from):
 
 
 def fits_moments(moments, model):
-    """Whether these are AdamW's moments of the trained weights, or {}, where no step was taken."""
+    """Whether these are AdamW's moments for the trained weights, or {}, as before the first
+    step."""
     wanted = {}
     for i, p in enumerate(model.trainable_parameters()):
         wanted[i] = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
