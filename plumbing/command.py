@@ -65,7 +65,7 @@ def compile_flag(parser):
         action=argparse.BooleanOptionalAction,
         default=speed.can_compile(),
         help="compile the networks' blocks, which takes some minutes at first; on by default where "
-        "there is CUDA and a C compiler; without effect with --lora and on the toy model",
+        "there is CUDA and a C compiler; no effect on the toy model or where LoRA is trained",
     )
 
 
