@@ -412,6 +412,29 @@ def test_every_required_package_is_explained():
             assert row and (pinned is None or f"{package} {pinned[1]}" in row[0]), line
 
 
+def test_the_toy_worlds_numbers_are_those_of_its_page():
+    """{(stage, flag): (default, of the size default, of large)}, of what 00 replaces and the page
+    says."""
+    replaced, said = {}, {}
+    sizes = [stage("00").DEFAULTS[size] for size in ("default", "large")]
+    for number in sizes[0]:
+        (script,) = [name for name in SCRIPTS if name.startswith(number)]
+        for name, here in sizes[0][number].items():
+            usual = parser_of(script).get_default(name)
+            if here != usual or sizes[1][number][name] != usual:
+                flag = "--" + name.replace("_", "-")
+                replaced[number, flag] = (usual, here, sizes[1][number][name])
+    page = PAGES[ROOT / "docs" / "toy.md"]
+    (section,) = re.findall(r"^## Replaced numbers\n(.*?)^## ", page, flags=re.M | re.S)
+    change = r"`(--[\w-]+)` ([\d.,e-]+) -> ([\d.e-]+)(?: \(large: ([\d.e-]+)\))?"
+    for numbers, cell in re.findall(r"^\| (0[\d, ]+) \| ([^|]+) \|", section, flags=re.M):
+        for flag, usual, here, large in re.findall(change, cell):
+            values = (usual.replace(",", ""), here, large or here)
+            for number in numbers.split(", "):
+                said[number, flag] = tuple(map(float, values))
+    assert said == replaced
+
+
 # The glossary
 
 
