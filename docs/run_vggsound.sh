@@ -3,14 +3,15 @@
 #
 #     bash docs/run_vggsound.sh
 #
-# VGGSound and the files of weights are yours to download (docs/mmaudio.md, docs/weights.md); what is missing is said
-# before anything is computed. The script ends twice where people have to answer pages, in 08_rate and in 08_choose: put
-# what the pages save into the folder ANSWERS, then give the same command again. It also goes on by the same command
-# after any interruption. Once stage 05 has begun, no more answers are read.
+# Download VGGSound and the weights yourself (docs/mmaudio.md, docs/weights.md). If weights are missing, the script
+# stops before it computes anything. It stops twice for people: first with pages to rate in 08_rate, then with pages to
+# choose in 08_choose. Put what the pages save into the folder ANSWERS and give the same command again, as after any
+# interruption. Once stage 05 has begun, no more answers are read.
 #
-# With other settings, each time that the command is given: a tenth of the paper's clips and steps on one GPU is
+# Give the same variables each time. A weekend on one GPU, a tenth of the paper's clips and steps (docs/mmaudio.md says
+# what it costs, what it gives up, and what to add on a card of 24 GB):
 #
-#     GPUS=1 FLAGS_01="--max-clips 5000" FLAGS_02="--num-rated-clips 200" FLAGS_03="--num-human-pairs 200" \
+#     GPUS=1 FLAGS_01="--max-clips 5000" FLAGS_02="--num-rated-clips 150" FLAGS_03="--num-human-pairs 200" \
 #         FLAGS_05="--steps 1200 --warmup 100" FLAGS_06="--steps 1200" bash docs/run_vggsound.sh
 set -euo pipefail
 shopt -s nullglob
