@@ -2,7 +2,7 @@
 agreement."""
 
 import csv
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,8 @@ LEAST_ALPHA = 0.2
 LEAST_PAIRS = 20
 LEAST_ALIKE = 0.5
 LEAST_REPEATS = 5
+
+CANNOT_PLAY = "cannot play"  # the answer to what a rater's browser does not play
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,7 +87,7 @@ def take_answers(file, paths, field, checked, redo):
 
 def read_answers(paths, field, checked):
     """The answers in .csv and .jsonl files, a list of rows; lines with nothing in `field` are left
-    out.
+    out, as are those that say "cannot play", whose number is printed.
 
     checked(line, where) returns a line as a row (rows.Answer), or stops where its question is not
     one of this run's. A rater may answer a question only once in all files, and once more with
@@ -94,6 +96,7 @@ def read_answers(paths, field, checked):
     found = []
     wrong = []
     first = {}
+    unplayed = Counter()
     total = 0
     for path in paths:
         for number, line in lines_of(path, field):
@@ -103,6 +106,9 @@ def read_answers(paths, field, checked):
                 if field not in line:
                     stop(f"{where}: field '{field}' is missing")
                 if line[field] in (None, ""):
+                    continue
+                if str(line[field]).strip().lower() == CANNOT_PLAY:
+                    unplayed[line.get("rater") or "anonymous"] += 1
                     continue
                 answer = checked(line, where)
                 key = (question_of(answer), answer.rater, answer.repeat)
@@ -121,6 +127,8 @@ def read_answers(paths, field, checked):
         stop(f"{len(wrong)} of {total} rows are wrong: {'; '.join(wrong[:10])}{more}")
     if not found:
         stop(f"{names_of(paths)}: no {field} in there")
+    for name, count in unplayed.items():
+        print(f"set aside: {count} questions to which {name} answered '{CANNOT_PLAY}'")
     return found
 
 

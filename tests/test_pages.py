@@ -337,6 +337,22 @@ def test_a_blind_pack_half_done_is_saved_and_counted(packed, browser):
     assert asked_for(browser, page) == ([page.as_uri()], [])
 
 
+def test_what_does_not_play_is_answered_so_and_counts_for_no_audio(packed, run, browser, capsys):
+    open_page(browser, packed / "08_rate" / "00001.html", "Zoë", hurry=False)
+    press(browser, "x")  # at once, nothing was heard
+    wait(browser, "done() == 1")
+    browser.execute_script("audio.defaultPlaybackRate = 16; play(sounds[at])")
+    heard(browser)
+    press(browser, "g")
+    wait(browser, "done() == 2")
+    file = saved(browser, "rate_00001_Zoë.csv")
+    assert sorted(row["rating"] for row in cells(file))[-2:] == ["Good", "cannot play"]
+    call("02", run, "--ratings", file, run / "02_ratings.jsonl", "--redo")
+    assert "set aside: 1 questions to which Zoë answered 'cannot play'" in capsys.readouterr().out
+    mine = [row for row in read(run / "02_ratings.jsonl") if row["rater"] == "Zoë"]
+    assert [row["rating"] for row in mine] == ["Good"]
+
+
 def test_what_was_skipped_is_asked_before_the_end_corrections_lead_back_a_reload_shows_the_end(
     packed, browser
 ):
