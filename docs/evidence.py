@@ -8,7 +8,8 @@ Run:
     python docs/evidence.py claims             # test split, twelve worlds: Tables 1 and 2 in miniature
     python docs/evidence.py asked              # val split, four worlds: the recording as a candidate, Eq. 5 as printed, mild raters
     python docs/evidence.py fresh              # test split, twelve other worlds, four seeds: Flow-DPO against DDPO
-    python docs/evidence.py claims --worlds 0  # the tables and figures again, from the csv, in seconds
+    python docs/evidence.py claims --worlds 0  # a study's tables and figures again, from its csv, in seconds
+    python docs/evidence.py tables > docs/tables.md    # the tables of all studies, from their csvs
     python docs/evidence.py curves             # trainings of Flow-DPO, well and ill, for docs/curves.md
     python docs/evidence.py claims --worlds 2 --size tiny --runs DIR --csv FILE      # a try, minutes
 A world is `00_toy_world.py --seed w --size large`: its clips, base model, scorers and people are its own, and what
@@ -28,7 +29,7 @@ Writes:
         every number, a world at a time: world, arm, seed, budget (rows through the network in training), metric, value,
         n (clips; 0: of the training); in newer ones the commit, the CPU, the CPU seconds of the training (base: of the
         world) too
-    docs/evidence.png, pilot.png, compute.png, curves.png  the figures; the tables are printed, for docs/*.md
+    docs/evidence.png, pilot.png, compute.png, curves.png  the figures; the tables are printed
 Takes: see docs/evidence.md.
 """
 
@@ -258,7 +259,7 @@ LOGGED = (
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("study", choices=(*STUDIES, "curves"))
+    parser.add_argument("study", choices=(*STUDIES, "tables", "curves"))
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/evidence"), help="folder of all runs"
     )
@@ -754,18 +755,19 @@ def mean_and_half(metric, values, sign="+"):
     return shown(metric, mean, half, sign)
 
 
-def difference_table(results, systems):
-    """Base's value, then every system minus base; a row for each metric."""
-    metrics = [metric for metric in METRICS if ("base", metric) in results.mean]
-    systems = [system for system in systems if (system, metrics[0]) in results.mean]
-    rows = []
+def difference_table(results, systems, metrics):
+    """Base's value, then every system minus base; a row for each system that is there."""
+    metrics = [metric for metric in metrics if ("base", metric) in results.mean]
+    base = ["base"]
     for metric in metrics:
-        base = list(results.mean["base", metric].values())
-        row = [heading(metric), mean_and_half(metric, base, sign="")]
-        for system in systems:
-            row.append(mean_and_half(metric, results.gaps(system, "base", metric)))
-        rows.append(row)
-    return table(["", "base", *systems], rows)
+        base.append(mean_and_half(metric, list(results.mean["base", metric].values()), sign=""))
+    rows = [base]
+    for system in systems:
+        if (system, metrics[0]) in results.mean:
+            gaps = [results.gaps(system, "base", metric) for metric in metrics]
+            cells = [mean_and_half(metric, gap) for metric, gap in zip(metrics, gaps)]
+            rows.append([system, *cells])
+    return table(["", *map(heading, metrics)], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -773,14 +775,29 @@ def difference_table(results, systems):
 # --------------------------------------------------------------------------------------------------
 
 
-def tell_claims(args, results):
-    worlds = results.mean["base", "fd"]
-    print(f"{len(worlds)} worlds, test split\n")
-    print(difference_table(results, [arm.name for arm in ARMS]), "\n")
+MEANS = "means over the worlds with 95 % intervals (Student's t)"
+
+
+def show(block):
+    """Prints a paragraph or a table, and an empty line."""
+    print(f"{block}\n")
+
+
+def show_differences(results, arms):
+    """In two tables: the metrics of stage 07, then those that know the truth."""
+    by_truth = [metric for metric in METRICS if metric.startswith(("judge", "oracle"))]
+    others = [metric for metric in METRICS if metric not in by_truth]
+    for metrics in (others, by_truth):
+        show(difference_table(results, [arm.name for arm in arms], metrics))
+
+
+def tell_claims(results):
+    """The claims, a table for each of the paper's, then all numbers."""
     for name, claims in CLAIMS.items():
-        print(f"{name}\n\n{claim_table(results, claims)}\n")
-    if len(worlds) > 1:
-        draw_claims(args, results)
+        show(f"{name} of the paper:\n\n{claim_table(results, claims)}")
+    worlds = len(results.mean["base", "fd"])
+    show(f"Base, and every arm minus base: {MEANS}, {worlds} worlds, test split.")
+    show_differences(results, ARMS)
 
 
 SHOWN = ("fd", "p_good", "judge_semantic", "judge_sync_s", "judge_aesthetic")
@@ -828,6 +845,10 @@ def head_and_base(results):
 
 
 LOGGED_CELLS = ("FD, seeds", "accuracy", "saturated", "gradient of wrong pairs")
+LAST_COLUMNS = """The last four columns: FD's
+deviation over training seeds; means over the last 50 steps, which are of stage 2; and, of Eq. 5's gradient at the
+trained policy on 128 pairs of stage 1, the norm of what the pairs with a negative logit give, over the sum of both
+norms."""
 
 
 def pilot_rows(results, arms, other=""):
@@ -846,56 +867,61 @@ def pilot_rows(results, arms, other=""):
     return rows
 
 
-def tell_pilot(args, results):
+def tell_pilot(results):
     """Tables of the worlds that have their rows so far."""
     head, base = head_and_base(results)
-    print(
-        "Minus base, mean over worlds with its 95 % interval; seeds: FD's deviation over training "
-        "seeds\n"
-    )
+    show(f"Minus base: {MEANS}. {LAST_COLUMNS}")
     base += [""] * len(LOGGED_CELLS)
-    print(table([*head, *LOGGED_CELLS], [base, *pilot_rows(results, GRID)]), "\n")
+    show(table([*head, *LOGGED_CELLS], [base, *pilot_rows(results, GRID)]))
     alone = pilot_rows(results, [*SCALED, *DDPO])
     for other in (", noise 0", ", noise 3"):
         alone += pilot_rows(results, NOISY, other)
-    print("World 0 alone: minus base, with the deviation over training seeds\n")
-    print(table(["", *head[1:], *LOGGED_CELLS], alone))
-    draw_pilot(args, results)
+    show(
+        "World 0 alone: minus base, with the deviation over training seeds; noise 0 are steady "
+        "people, noise 3\npeople three times as unsteady as usual."
+    )
+    show(table(["", *head[1:], *LOGGED_CELLS], alone))
 
 
-def tell_asked(args, results):
+def tell_asked(results):
     head, base = head_and_base(results)
+    show(f"Minus base: {MEANS}.")
     against_base = []
     for other in ("", ", given", ", mild 1"):
         for arm in ASKED_ARMS:
             cells = minus_base(results, arm.name + other, f"base{other}")
             if cells:
                 against_base.append([arm.name + other, *cells])
-    print(table(head, [base, *against_base]), "\n")
+    show(table(head, [base, *against_base]))
     spread_rows = []
     for other in ("", ", given", ", mild 1"):
         row = [f"worlds{other}"]
         for key in ("p_good_largest", "p_good_first", "best_is_least_bad"):
             row.append(logged(results, f"base{other}", key))
         spread_rows.append(row)
+    show("What AudioScore says of all candidates:")
     head = ["", "largest P(Good)", "Good most probable", "best is least bad, share of clips"]
-    print(table(head, spread_rows))
+    show(table(head, spread_rows))
 
 
-def tell_fresh(args, results):
+def tell_fresh(results):
     for text, (system, against) in FRESH_CLAIMS.items():
-        print(f"{text}\n\n{fresh_table(results, system, against)}\n")
-    print(difference_table(results, [arm.name for arm in FRESH]))
+        show(f"{text}:\n\n{fresh_table(results, system, against)}")
+    worlds = len(results.mean["base", "fd"])
+    show(f"Base, and every arm minus base: {MEANS}, {worlds} worlds, test split.")
+    show_differences(results, FRESH)
 
 
-def tell_recipe(args, results):
+def tell_recipe(results):
     head, base = head_and_base(results)
+    show(f"Minus base: {MEANS}. {LAST_COLUMNS}")
     base += [""] * len(LOGGED_CELLS)
-    print(table([*head, *LOGGED_CELLS], [base, *pilot_rows(results, RECIPE)]))
+    show(table([*head, *LOGGED_CELLS], [base, *pilot_rows(results, RECIPE)]))
 
 
-def tell_explored(args, results):
+def tell_explored(results):
     head, base = head_and_base(results)
+    show(f"Minus base: {MEANS}.")
     against_base = []
     against_flow_dpo = []
     for name, its_base in explored_arms():
@@ -905,13 +931,17 @@ def tell_explored(args, results):
         cells = minus_base(results, name, "flow_dpo")
         if cells and "noise" not in name and name != "flow_dpo":
             against_flow_dpo.append([name, *cells])
-    print(table(head, [base, *against_base]), "\n")
-    print("Minus flow_dpo\n")
-    print(table(head, against_flow_dpo), "\n")
-    print(table(head, guidance_rows(results)), "\n")
+    show(table(head, [base, *against_base]))
+    show("The same, minus `flow_dpo`:")
+    show(table(head, against_flow_dpo))
+    show("The same policies, trained at guidance 1.5, sampled at others:")
+    show(table(head, guidance_rows(results)))
     if ("flow_dpo_steps60", "fd") in results.mean:
-        print(compute_table(results), "\n")
-        draw_compute(args, results)
+        show(
+            "Against compute. Each row is a whole training of its own length. Flow-DPO and SFT are "
+            "charged for the whole\npool, DDPO for the audios that AudioScore was fitted on."
+        )
+        show(compute_table(results))
 
 
 def explored_arms():
@@ -997,6 +1027,8 @@ def compute_table(results):
 
 
 def draw_compute(args, results):
+    if ("flow_dpo_steps60", "fd") not in results.mean:
+        return
     figure, axes = canvas(2, 3, figsize=(11, 6), sharex=True)
     metrics = ("fd", "judge_semantic", "judge_sync_s", "p_good", "oracle_semantic", "oracle_sync_s")
     for axis, metric in zip(axes.flat, metrics):
@@ -1073,6 +1105,8 @@ def draw_rate(axis, results, metric, r):
 def draw_claims(args, results):
     """Every claim's difference in units of its deviation over worlds, up = as the paper says; a dot
     per world."""
+    if len(results.mean["base", "fd"]) < 2:
+        return
     tables = {}
     for name, claims in CLAIMS.items():
         tables[name] = [claim for claim in claims if len(results.gaps(*claim[1:])) > 1]
@@ -1174,32 +1208,83 @@ def curve_row(log, title):
 
 
 class Study(NamedTuple):
+    title: str
     worlds: dict  # {World: arms}
     split: str
-    tell: Callable
     csv: str
+    tell: Callable  # prints tables
+    draw: Callable | None = None  # a figure
 
 
 STUDIES = {
-    "pilot": Study(PILOT, "val", tell_pilot, "pilot.csv"),
-    "recipe": Study({World(seed): RECIPE for seed in range(4)}, "val", tell_recipe, "recipe.csv"),
-    "explore": Study(EXPLORED, "val", tell_explored, "explored.csv"),
-    "asked": Study(ASKED, "val", tell_asked, "asked.csv"),
-    "fresh": Study({World(seed): FRESH for seed in range(12, 24)}, "test", tell_fresh, "fresh.csv"),
-    "claims": Study({World(seed): ARMS for seed in range(12)}, "test", tell_claims, "evidence.csv"),
+    "fresh": Study(
+        "Fresh worlds: Flow-DPO against DDPO",
+        {World(seed): FRESH for seed in range(12, 24)},
+        "test",
+        "fresh.csv",
+        tell_fresh,
+    ),
+    "claims": Study(
+        "The claims",
+        {World(seed): ARMS for seed in range(12)},
+        "test",
+        "evidence.csv",
+        tell_claims,
+        draw_claims,
+    ),
+    "recipe": Study(
+        "The recipe",
+        {World(seed): RECIPE for seed in range(4)},
+        "val",
+        "recipe.csv",
+        tell_recipe,
+    ),
+    "asked": Study("What readers ask", ASKED, "val", "asked.csv", tell_asked),
+    "explore": Study(
+        "Budgets, guidance, adapters, noise, a second round",
+        EXPLORED,
+        "val",
+        "explored.csv",
+        tell_explored,
+        draw_compute,
+    ),
+    "pilot": Study("The pilot", PILOT, "val", "pilot.csv", tell_pilot, draw_pilot),
 }
+
+TABLES_HEAD = """# Tables
+
+All tables of [evidence.md](evidence.md), which says what they show: written by `python docs/evidence.py tables`, from
+the csvs beside this page. `sft` fine-tunes on the winners alone (`--beta 0 --sft-weight 1`), `dpo_sft` is Flow-DPO with
+`--sft-weight 2`, `no_human` leaves the human pairs out, which DDPO never sees either; `share81` moves score_delta to
+where 81 % of the mined pairs are easy, `share0` is plain shuffled DPO; `sum600` has beta 600 on the sum over the
+latent.
+"""
+
+
+def print_tables(folder):
+    """docs/tables.md: the tables of every study whose csv is there."""
+    print(TABLES_HEAD)
+    for name, study in STUDIES.items():
+        path = folder / study.csv
+        if path.exists():
+            show(f"## {study.title}\n\n`python docs/evidence.py {name}`, [csv]({path.name})")
+            study.tell(Results(read(path)))
 
 
 def main(args):
     args.runs = args.runs.resolve()
     if args.study == "curves":
         return draw_curves(args)
+    if args.study == "tables":
+        return print_tables(ROOT / "docs")
     study = STUDIES[args.study]
     make(args, dict(list(study.worlds.items())[: args.worlds]), study.split)
     rows = read(args.csv)
     if not rows:
         raise RuntimeError(f"{args.csv}: is not there yet; give --worlds 1 or more")
-    study.tell(args, Results(rows))
+    study.tell(Results(rows))
+    if study.draw:
+        study.draw(args, Results(rows))
 
 
 if __name__ == "__main__":
