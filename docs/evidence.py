@@ -127,7 +127,7 @@ RECIPE = [
     Arm("average", "05", "--ema 0.2 --no-stratified-t", FIVE),
     Arm("stratified", "05", "--ema 0 --stratified-t", FIVE),
     Arm("both", "05", "--ema 0.2 --stratified-t", FIVE),
-    Arm("both_lr3.5e-05", "05", "--ema 0.2 --stratified-t --lr 3.5e-5", FIVE),
+    Arm("both_low_lr", "05", "--ema 0.2 --stratified-t --lr 3.5e-5", FIVE),
     Arm("ddpo_last", "06", "--ema 0", FIVE[:2]),
     Arm("ddpo_average", "06", "--ema 0.2", FIVE[:2]),
 ]

@@ -1,6 +1,7 @@
 """docs/evidence.py: its intervals, verdicts and tables, on numbers worked out by hand."""
 
 import json
+import re
 import shutil
 import types
 
@@ -147,6 +148,12 @@ def test_every_claim_is_of_arms_that_are_made_and_of_one_metric_that_is_judged()
     for claims in evidence.CLAIMS.values():
         for text, system, against, metric in claims:
             assert {system, against} <= made and metric in evidence.METRICS, text
+
+
+def test_every_training_has_a_name_that_07_takes():
+    for study in evidence.STUDIES.values():
+        for arm in {arm for arms in study.worlds.values() for arm in arms}:
+            assert all(re.fullmatch(r"[\w-]+", arm.out(seed)) for seed in arm.seeds), arm
 
 
 def test_what_another_noise_or_round_made_is_an_arm_of_its_world():
