@@ -84,7 +84,16 @@ from adapters.toy import (
     words,
 )
 from adapters.toy_people import Truth, attack_shape, band_energy, find_attacks
-from common import ahead, command, files, media, record, rows, stop
+from common import (
+    ahead,
+    command,
+    files,
+    media,
+    record,
+    rows,
+    run_flag,
+    stop,
+)
 
 # For each size: how many clips, optimizer steps, and processes besides the main one.
 SIZES = {
@@ -785,7 +794,7 @@ def main(args):
             rows.write_json(run / "run.json", world)
     splits = ", ".join(f"{size[split]} {split}" for split in rows.SPLITS)
     print(f"toy world ({args.size}, seed {args.seed}): {len(built)} clips ({splits})")
-    print(f"next: python 01_generate.py --run-dir {run}")
+    print(f"next: python 01_generate.py {run_flag(run)}")
 
 
 if __name__ == "__main__":

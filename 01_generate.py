@@ -64,6 +64,7 @@ from common import (
     ranks,
     record,
     rows,
+    run_flag,
     stop,
     training,
 )
@@ -320,7 +321,7 @@ def check_flags(run, world, is_toy, given, args):
     is one; is_toy: whether stage 00 made the run, with its clips.jsonl; given: see
     `files_given`."""
     if is_toy and world is None:
-        stop(f"{run}: stage 00 has not finished; run it again with --run-dir {run}")
+        stop(f"{run}: stage 00 has not finished; run it again with {run_flag(run)}")
     if is_toy and not (run / "clips.jsonl").exists():
         stop(f"{run}/clips.jsonl: gone; run 00_toy_world.py again")
     if is_toy and (args.clips or args.videos):
@@ -825,7 +826,7 @@ def print_report(run, train):
             "warning: more than 1 % of the audios are broken or silent: look at the checkpoint, "
             "--guidance and precision"
         )
-    print(f"next: python 02_fit_audioscore.py --run-dir {run}")
+    print(f"next: python 02_fit_audioscore.py {run_flag(run)}")
 
 
 def main(args):
@@ -893,7 +894,7 @@ def main(args):
         print_report(run, train)
     else:
         print(f"prepared {run}, no train clips")
-        print(f"next: python 07_evaluate.py --run-dir {run} --systems NAME=DIR")
+        print(f"next: python 07_evaluate.py {run_flag(run)} --systems NAME=DIR")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ from common import (
     ranks,
     record,
     rows,
+    run_flag,
     scoring,
     stop,
 )
@@ -226,8 +227,8 @@ def print_how_to_rate(run, to_rate, samples, is_all_rated):
         )
     print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(to_rate)} clips")
     print(f"Fill in its column 'rating' ({', '.join(RATINGS)}), or make pages to rate on:")
-    print(f"      python 08_listen.py rate --run-dir {run}")
-    print(f"next: python 02_fit_audioscore.py --run-dir {run} --ratings FILE")
+    print(f"      python 08_listen.py rate {run_flag(run)}")
+    print(f"next: python 02_fit_audioscore.py {run_flag(run)} --ratings FILE")
 
 
 def rated_video(clip):
@@ -347,7 +348,7 @@ def take_audioscore(run, outputs, here, args):
     print("no held-out accuracy: no ratings of this run say how well it fits its audios")
     print(f"wrote {run / '02_audioscore.pt'}")
     following = "03_mine_pairs.py" if inputs.shards_of(run) else "07_evaluate.py"
-    print(f"next: python {following} --run-dir {run}")
+    print(f"next: python {following} {run_flag(run)}")
 
 
 def weights_of(file):
@@ -435,7 +436,7 @@ def main(args):
         }
         files.save_pt(run / "02_audioscore.pt", fitted)
     print(f"wrote {run / '02_audioscore.pt'}")
-    print(f"next: python 03_mine_pairs.py --run-dir {run}")
+    print(f"next: python 03_mine_pairs.py {run_flag(run)}")
 
 
 if __name__ == "__main__":

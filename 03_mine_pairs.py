@@ -33,7 +33,19 @@ from pathlib import Path
 import torch
 
 import common
-from common import SCORES, AudioScore, command, inputs, people, ranks, record, rows, scoring, stop
+from common import (
+    SCORES,
+    AudioScore,
+    command,
+    inputs,
+    people,
+    ranks,
+    record,
+    rows,
+    run_flag,
+    scoring,
+    stop,
+)
 
 CLIPPED_SHARE = 0.01  # an audio with this share of its samples at full scale may not win
 
@@ -310,8 +322,8 @@ def print_chosen(run, kept, counted, pairs, ratings):
             f"no human choices yet, so no human pairs. Fill in {run / '03_to_choose.csv'}, or make "
             "pages to choose on, and give the answers back:"
         )
-        print(f"      python 08_listen.py choose --run-dir {run}")
-        print(f"      python 03_mine_pairs.py --run-dir {run} --redo --choices FILE")
+        print(f"      python 08_listen.py choose {run_flag(run)}")
+        print(f"      python 03_mine_pairs.py {run_flag(run)} --redo --choices FILE")
     else:
         print(
             "no human choices: people compare two audios of a rated clip, and none of this run's "
@@ -367,7 +379,7 @@ def main(args):
     print_mined(run, samples, pairs, dropped)
     print_sources(samples, pairs)
     print_chosen(run, kept, counted, chosen, ratings)
-    print(f"next: python 04_curriculum_split.py --run-dir {run}")
+    print(f"next: python 04_curriculum_split.py {run_flag(run)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import common
-from common import command, inputs, record, rows
+from common import command, inputs, record, rows, run_flag
 
 PAPER_SHARES = {0.9: 8, 0.8: 45, 0.7: 81, 0.6: 89}  # threshold: % of simple pairs [Tab. 2]
 
@@ -109,9 +109,9 @@ def main(args):
         if mined and score_c.max() > paper_threshold(score_c):
             flags = f"--redo --threshold {paper_threshold(score_c):.3f}"
             print("for 81 % of the mined pairs in stage 1, as in the paper:")
-            print(f"      python 04_curriculum_split.py --run-dir {run} {flags}")
-    print(f"next: python 05_train_flow_dpo.py --run-dir {run}")
-    print(f"  or: torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py --run-dir {run}")
+            print(f"      python 04_curriculum_split.py {run_flag(run)} {flags}")
+    print(f"next: python 05_train_flow_dpo.py {run_flag(run)}")
+    print(f"  or: torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py {run_flag(run)}")
 
 
 if __name__ == "__main__":

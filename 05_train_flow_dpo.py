@@ -34,7 +34,7 @@ from statistics import fmean
 import torch
 
 import common
-from common import command, inputs, ranks, rows, stop, training
+from common import command, inputs, ranks, rows, run_flag, stop, training
 
 T_BINS = 4  # the log shows error gaps for each quarter of t
 SATURATED = 5.0  # a logit; above it a pair's gradient is below 1 % of its largest possible
@@ -430,8 +430,8 @@ def main(args):
             log = rows.read(trainer.folder / "log.jsonl", rows.FlowDpoStep)
             print(reading(log, share_backwards(stages)))
             trainer.save_policy(run_json, "flow_dpo")
-    print(f"next: python 06_ddpo_baseline.py --run-dir {run}  # the paper's baseline")
-    print(f"  or: python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
+    print(f"next: python 06_ddpo_baseline.py {run_flag(run)}  # the paper's baseline")
+    print(f"  or: python 07_evaluate.py {run_flag(run)}{training.systems_flag(args.out)}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from common import (
     media,
     ranks,
     rows,
+    run_flag,
     scoring,
     speed,
     stop,
@@ -474,7 +475,7 @@ def main(args):
         if here.first:
             print_rewards(rows.read(trainer.folder / "log.jsonl", rows.DdpoStep))
             trainer.save_policy(run_json, "ddpo")
-    print(f"next: python 07_evaluate.py --run-dir {run}{training.systems_flag(args.out)}")
+    print(f"next: python 07_evaluate.py {run_flag(run)}{training.systems_flag(args.out)}")
 
 
 if __name__ == "__main__":

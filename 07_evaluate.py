@@ -51,6 +51,7 @@ from common import (
     ranks,
     record,
     rows,
+    run_flag,
     scoring,
     stop,
     training,
@@ -918,7 +919,7 @@ def main(args):
     print(f"CLAP by {systems_json.clap}")
     print(f"\nwrote {run / f'07_results{suffix}.jsonl'}")
     if not suffix:
-        print(f"next: python 08_listen.py --run-dir {run}")
+        print(f"next: python 08_listen.py {run_flag(run)}")
 
 
 if __name__ == "__main__":

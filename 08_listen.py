@@ -69,6 +69,7 @@ from common import (
     people,
     record,
     rows,
+    run_flag,
     scoring,
     stop,
 )
@@ -375,20 +376,20 @@ def write_page(path, **parts):
 
 def read_systems(run):
     """07_systems.json."""
-    hint = f"; run 07_evaluate.py --run-dir {run} first"
+    hint = f"; run 07_evaluate.py {run_flag(run)} first"
     return rows.read_json(run / "07_systems.json", rows.Systems, hint)
 
 
 def read_results(run):
     """07_results.jsonl and 07_systems.json, which must be of one evaluation."""
-    hint = f"; run 07_evaluate.py --run-dir {run} first"
+    hint = f"; run 07_evaluate.py {run_flag(run)} first"
     results = rows.read(run / "07_results.jsonl", rows.Result, hint)
     evaluated = read_systems(run)
     same_systems = {row.system for row in results} == {system.name for system in evaluated.systems}
     if not same_systems or not {row.metric for row in results} <= evaluated.metrics.keys():
         stop(
-            f"{run}/07_systems.json: not of 07_results.jsonl; run 07_evaluate.py --run-dir {run} "
-            "again"
+            f"{run}/07_systems.json: not of 07_results.jsonl; run 07_evaluate.py "
+            f"{run_flag(run)} again"
         )
     return results, evaluated
 
@@ -533,7 +534,7 @@ def sheet_questions(run, mode):
     sheet = run / mode.sheet
     samples = inputs.read_samples(run) | inputs.read_to_rate(run)
     if not sheet.exists():
-        stop(f"{sheet}: no such file; run {mode.stage} --run-dir {run} first")
+        stop(f"{sheet}: no such file; run {mode.stage} {run_flag(run)} first")
     wav_of = {}
     for audios in samples.values():
         for audio in audios:
@@ -768,7 +769,7 @@ def write_packs(run, args):
         f"next: open {folder / '00001.html'} in a browser, or send the packs to people; then, with "
         "what they save,"
     )
-    print(f"      python {mode.stage} {mode.flags} {args.what}_*.csv --run-dir {run}")
+    print(f"      python {mode.stage} {mode.flags} {args.what}_*.csv {run_flag(run)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -876,7 +877,7 @@ def count_answers(run, args):
         count += f", on {line.clips} clips by {line.raters} raters"
         print(f"  {line.a} to {line.b}: {line.win_rate:.2f}{interval}, {count}")
     print(f"wrote {run / '08_blind.jsonl'}")
-    print(f"next: python 08_listen.py --run-dir {run}")
+    print(f"next: python 08_listen.py {run_flag(run)}")
 
 
 def main(args):

@@ -49,7 +49,7 @@ from plumbing import (  # noqa: F401, some are imported here only for stages and
     training,
 )
 from plumbing.downloads import print_missing, upstream, weight_file  # noqa: F401
-from plumbing.files import NoAudio, NoFile, SkipClip, Stop, stop  # noqa: F401
+from plumbing.files import NoAudio, NoFile, SkipClip, Stop, run_flag, stop  # noqa: F401
 
 digits.same_on_every_cpu()  # before torch computes anything
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,6 +44,11 @@ class NoAudio(SkipClip):
 
 def stop(message):
     raise Stop(message)
+
+
+def run_flag(run):
+    """--run-dir as it can be pasted into a shell, whatever the folder's name."""
+    return f"--run-dir {shlex.quote(str(run))}"
 
 
 def gone(path):

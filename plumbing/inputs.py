@@ -142,7 +142,8 @@ def read_samples(run):
     train = [clip.id for clip in rows.read(run / "clips.jsonl", rows.Clip) if clip.split == "train"]
     shards = shards_of(run)
     if not shards:
-        stop(f"{run / '01_samples'}: no generated audio; run 01_generate.py --run-dir {run} first")
+        generate = f"01_generate.py {files.run_flag(run)}"
+        stop(f"{run / '01_samples'}: no generated audio; run {generate} first")
     wanted = drawn(train, run_json)
     samples = {clip: [] for clip in wanted}
     for source, numbers in numbers_of(run_json).items():
@@ -151,7 +152,7 @@ def read_samples(run):
             wanted = [clip for clip in wanted if clip not in skipped]
     samples = {clip: audios for clip, audios in samples.items() if audios}
     if not samples:
-        stop(f"{run / '01_samples'}: no audio; run 01_generate.py --run-dir {run} first")
+        stop(f"{run / '01_samples'}: no audio; run 01_generate.py {files.run_flag(run)} first")
     return samples
 
 

@@ -128,7 +128,7 @@ def read_answers(paths, field, checked):
     if not found:
         stop(f"{names_of(paths)}: no {field} in there")
     for name, count in unplayed.items():
-        print(f"set aside: {count} questions to which {name} answered '{CANNOT_PLAY}'")
+        print(f"set aside: {count} answers 'cannot play' of {name}")
     return found
 
 

@@ -176,8 +176,8 @@ def follow(run, names, digests=None):
         script = scripts[0] if scripts else "the stage that writes it"
         for needed in (path, file):
             if not needed.exists():
-                stop(f"{needed}: no such file; run {script} --run-dir {run} first")
-        again = f"rerun {script} --run-dir {run} --redo"
+                stop(f"{needed}: no such file; run {script} {files.run_flag(run)} first")
+        again = f"rerun {script} {files.run_flag(run)} --redo"
         if file.parent != run:
             again = "train it anew, into another --out"
 

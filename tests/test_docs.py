@@ -75,10 +75,11 @@ def code_lines(text):
 
 def commands_in(text):
     """[[word, ...], ...]: the commands of a text's code that start with python or torchrun and name
-    a script of ours, without what is said behind them: `# ...`, or in brackets after two spaces."""
+    a script of ours, without what stands behind them: `# ...`, what is in brackets after two
+    spaces, `> FILE`."""
     found = []
     for line in code_lines(text.replace("$SLURM_ARRAY_TASK_ID", "1")):
-        for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*|\s{2,}\(.*", "", line)):
+        for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*|\s{2,}\(.*|\s> \S+", "", line)):
             if re.match(r"\s*(python|torchrun) .*\b(0\d_\w+|evidence)\.py\b", part):
                 found.append([word for word in shlex.split(part) if word != "..."])
     return found

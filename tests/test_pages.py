@@ -348,7 +348,7 @@ def test_what_does_not_play_is_answered_so_and_counts_for_no_audio(packed, run, 
     file = saved(browser, "rate_00001_Zoë.csv")
     assert sorted(row["rating"] for row in cells(file))[-2:] == ["Good", "cannot play"]
     call("02", run, "--ratings", file, run / "02_ratings.jsonl", "--redo")
-    assert "set aside: 1 questions to which Zoë answered 'cannot play'" in capsys.readouterr().out
+    assert "set aside: 1 answers 'cannot play' of Zoë" in capsys.readouterr().out
     mine = [row for row in read(run / "02_ratings.jsonl") if row["rater"] == "Zoë"]
     assert [row["rating"] for row in mine] == ["Good"]
 

@@ -111,6 +111,14 @@ def test_every_stage_says_what_to_run_next(finished):
         assert f"next: python {name} --run-dir {finished}" in part
 
 
+def test_what_to_run_next_can_be_pasted_where_a_folder_has_a_space(run, capsys):
+    place = run.rename(run.with_name("my run"))
+    call("04", place)
+    printed = capsys.readouterr().out
+    commands = [line[6:] for line in printed.splitlines() if line[:6] in ("next: ", "  or: ")]
+    assert len(commands) == 2 and all(f" --run-dir '{place}'" in line for line in commands)
+
+
 def test_clips_have_real_videos_and_the_truth_is_apart(finished):
     clips, truth = read(finished / "clips.jsonl"), read(finished / "00_truth.jsonl")
     assert {clip["split"] for clip in clips} == {"train", "val", "test"}
