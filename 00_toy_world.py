@@ -140,7 +140,9 @@ DEFAULTS = {
         "02": dict(num_rated_clips=180),
         "03": dict(num_human_pairs=180),
         "04": dict(threshold=0.35),
-        "05": dict(lr=7e-5, warmup=20, steps=160, global_batch=32, beta=20.0, save_every=40),
+        "05": dict(
+            lr=7e-5, warmup=20, steps=160, global_batch=32, beta=20.0, ema=0.2, save_every=40
+        ),
         "06": dict(
             lr=1e-4,
             steps=160,
