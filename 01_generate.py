@@ -134,7 +134,6 @@ def clips_of_tsv(path):
     split = re.split(r"[-_. ]", path.stem)[-1].lower()
     if split not in (*rows.SPLITS, rows.TO_RATE):
         split = "train"
-    print(f"{path}: all in the split {split}, by the last word of its name")
     clips = []
     for line, cells in files.read_csv(path, ("id", "label"), delimiter="\t"):
         clip = {"id": cells["id"], "caption": cells["label"], "label": cells["label"]}
@@ -155,9 +154,10 @@ def clips_of_csv(path):
         if not files.is_name(video):
             stop(f"{where}, field 'youtube id': {video!r:.60} is not a name that a file can have")
         if not re.fullmatch(r"\d{1,6}", start):
+            header = "; VGGSound's table has no line of column names" if line == 1 else ""
             stop(
                 f"{where}, field 'start second': {start!r:.60} is not a whole number of up to six "
-                "digits"
+                f"digits{header}"
             )
         clip["id"] = f"{video}_{int(start):06d}"
         clip["caption"] = clip["label"]
@@ -277,6 +277,8 @@ def gather_clips(args):
         clips = clips_of_folder(args.videos, args.strict)
     else:
         clips = clips_of_file(Path(args.clips))
+        if clips and args.clips.lower().endswith(".tsv"):
+            print(f"{args.clips}: all in the split {clips[0].split}, by the last word of its name")
     if args.test_list:
         where = f"{where} and {args.test_list}"
         clips = with_test_list(clips, Path(args.test_list))
@@ -844,7 +846,7 @@ def main(args):
             gather_clips(args)
         if common.print_all_missing(args.model, args.checkpoint, args.weights):
             stop("files of weights are missing, see above; get them, then run the command again")
-        print("no file of weights is missing; run the command without --dry-run")
+        print("all weights that the stages need are there; run the command without --dry-run")
         return
     if args.max_clips == 0:  # lists at once all files that any later stage will ask for
         common.print_all_missing(args.model, args.checkpoint, args.weights)

@@ -218,17 +218,20 @@ def take_ratings(run, samples, clips, to_rate, args):
     return people.take_answers(file, args.ratings, "rating", checked, args.redo)
 
 
-def print_how_to_rate(run, to_rate, samples, is_all_rated):
+def print_how_to_rate(run, to_rate, samples, is_all_rated, num_rated_clips):
     count = sum(len(samples[name]) for name in to_rate)
+    again = f"python 02_fit_audioscore.py {run_flag(run)}"
     if is_all_rated:
         print(
             "warning: the sheet asks about every train clip, and stage 03 mines no pair of a rated "
             "clip; give a lower --num-rated-clips"
         )
+    else:
+        again += f" --num-rated-clips {num_rated_clips}"
     print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(to_rate)} clips")
     print(f"Fill in its column 'rating' ({', '.join(RATINGS)}), or make pages to rate on:")
     print(f"      python 08_listen.py rate {run_flag(run)}")
-    print(f"next: python 02_fit_audioscore.py {run_flag(run)} --ratings FILE")
+    print(f"next: {again} --ratings FILE")
 
 
 def rated_video(clip):
@@ -388,7 +391,7 @@ def main(args):
         if not answers and here.part:
             stop("--part: nobody has rated yet, so that there is nothing to score; give --ratings")
         if not answers:
-            print_how_to_rate(run, to_rate, samples, is_all_rated)
+            print_how_to_rate(run, to_rate, samples, is_all_rated, args.num_rated_clips)
             return
         kept = people.without_raters(answers, args.exclude_rater)
         counted = [answer for answer in kept if not answer.repeat]

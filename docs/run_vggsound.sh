@@ -61,7 +61,11 @@ if [ "$GPUS" = gpu ]; then
     GPUS=$(python -c "import torch; print(torch.cuda.device_count())")
 fi
 if [[ ! $GPUS =~ ^[1248]$ ]]; then
-    echo "GPUS=$GPUS: give 1, 2, 4 or 8" >&2
+    more=
+    if [ "$GPUS" = 0 ]; then
+        more="; PyTorch sees no GPU"
+    fi
+    echo "GPUS=$GPUS: give 1, 2, 4 or 8$more" >&2
     exit 2
 fi
 

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,15 +52,29 @@ def weight_row(name):
     return "", "", ""
 
 
+def is_cut_short(path):
+    """Whether a file is empty, or is a zip archive, as torch.save writes it, without its end, as an
+    interrupted download leaves it. What it holds is not read."""
+    with files.reading(path), open(path, "rb") as stream:
+        start = stream.read(4)
+    return not start or (start == b"PK\3\4" and not zipfile.is_zipfile(path))
+
+
 def print_missing(weights, names):
-    """Prints which of these files are not below --weights, with what docs/weights.md says of them,
-    and how much there is to download. Returns the names of the missing files."""
+    """Prints which of these files are not below --weights, or only a part of them, with what
+    docs/weights.md says of them, and how much there is to download. Returns their names."""
     in_gb = {"kB": 1e-6, "KB": 1e-6, "MB": 1e-3, "GB": 1, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}
-    missing = [name for name in dict.fromkeys(names) if not (Path(weights) / name).exists()]
+    missing = []
     gb = 0.0
-    for name in missing:
+    for name in dict.fromkeys(names):
+        path = Path(weights) / name
+        is_there = path.exists()
+        if is_there and not is_cut_short(path):
+            continue
+        missing.append(name)
         source, size, use = weight_row(name)
-        print(f"  {name} ({size}), {use}: {source}")
+        cut_short = ", of which only a part is there" if is_there else ""
+        print(f"  {name} ({size}){cut_short}, {use}: {source}")
         for count, unit in re.findall(r"([\d.]+) ([kKMG]i?B)", size):
             gb += float(count) * in_gb[unit]
     if missing:

@@ -152,6 +152,7 @@ def test_own_ratings_may_take_its_place_and_rated_clips_are_then_not_mined(
     call("02", prepared, "--audioscore", finished / "02_audioscore.pt")
     before = files_of(prepared, "02_audioscore", "02_settings")
     call("02", prepared, "--num-rated-clips", 2)  # the sheet, and nothing else
+    said(capsys.readouterr().out, "--num-rated-clips 2 --ratings FILE\n")
     assert files_of(prepared, "02_audioscore", "02_settings") == before
     ratings = dict(enumerate(["Good", "Bad", "Medium"] * 2))
     answer(prepared / "02_to_rate.csv", tmp_path / "rated.csv", "rating", ratings)

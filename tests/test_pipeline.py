@@ -13,7 +13,7 @@ from collections import Counter
 
 import av
 import campaign
-import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import soundfile
@@ -388,14 +388,21 @@ def test_a_rehearsal_of_01_stops_where_any_stage_lacks_weights_and_makes_nothing
     files_there[0].parent.mkdir()
     for file in files_there[1:]:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        file.write_bytes(b"x")
     (hub / "refs").mkdir()
     (hub / "refs/main").write_text("0")
     assert "weights are missing" in stopped(call, *rehearsal)
     said(capsys.readouterr().out, "2 files, 4.6 GB in all\n")  # 3.9 GiB and 0.4 GB
-    files_there[0].touch()
+    torch.save(torch.zeros(1000), files_there[0])
+    whole = files_there[0].read_bytes()
+    for part in (b"", whole[: len(whole) // 2]):  # a download that was cut short
+        files_there[0].write_bytes(part)
+        assert "weights are missing" in stopped(call, *rehearsal)
+        cut_short = f"  {names[0]} (3.9 GiB), of which only a part is there, velocity network"
+        said(capsys.readouterr().out, cut_short, "2 files, 4.6 GB in all\n")
+    files_there[0].write_bytes(whole)
     call(*rehearsal)
-    said(capsys.readouterr().out, "1 files, 0.4 GB in all\n")
+    said(capsys.readouterr().out, "1 files, 0.4 GB in all\nall weights that the stages need are")
     assert not (tmp_path / "run").exists()
 
 
@@ -892,15 +899,25 @@ def test_vggsounds_csv(tmp_path, youtube, toy, capsys):
     said(out, "2 YouTube ids occur in more than one split", "train 4 of 5")
 
 
-def test_mmaudios_tsv_and_test_list(tmp_path, youtube, toy):
+def test_mmaudios_tsv_and_test_list(tmp_path, youtube, toy, capsys):
+    """A test list may have any name."""
     videos, names = youtube
-    train, test = tmp_path / "vgg-train.tsv", tmp_path / "vgg-test.tsv"
+    train, test = tmp_path / "vgg-train.tsv", tmp_path / "few.tsv"
     for file, part in ((train, names), (test, names[:2])):
         file.write_text("id\tlabel\n" + "".join(f"{name}\tdog\n" for name in part))
     flags = ("--clips", train, "--videos", videos, "--test-list", test)
     call("01", tmp_path / "run", *flags, *toy)
+    printed = capsys.readouterr().out
+    assert printed.count("all in the split") == 1
+    said(printed, f"{train}: all in the split train")
     split = {name: "test" if i < 2 else "train" for i, name in enumerate(names)}
     assert clips_and_sampled(tmp_path / "run") == (split, set(names[2:]))
+
+
+def test_a_line_of_column_names_in_vggsounds_table_is_said(tmp_path):
+    table = tmp_path / "vggsound.csv"
+    table.write_text("youtube_id,start,label,split\nabc,10,dog,train\n")
+    said(stopped(stage("01").clips_of_csv, table), "line 1", "has no line of column names")
 
 
 def test_a_test_list_changes_the_split_of_a_clip_and_nothing_else(tmp_path, youtube, toy):
