@@ -220,18 +220,18 @@ def take_ratings(run, samples, clips, to_rate, args):
 
 def print_how_to_rate(run, to_rate, samples, is_all_rated, num_rated_clips):
     count = sum(len(samples[name]) for name in to_rate)
-    again = f"python 02_fit_audioscore.py {run_flag(run)}"
+    flags = run_flag(run)
     if is_all_rated:
         print(
             "warning: the sheet asks about every train clip, and stage 03 mines no pair of a rated "
             "clip; give a lower --num-rated-clips"
         )
     else:
-        again += f" --num-rated-clips {num_rated_clips}"
+        flags += f" --num-rated-clips {num_rated_clips}"
     print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(to_rate)} clips")
     print(f"Fill in its column 'rating' ({', '.join(RATINGS)}), or make pages to rate on:")
     print(f"      python 08_listen.py rate {run_flag(run)}")
-    print(f"next: {again} --ratings FILE")
+    print(f"next: python 02_fit_audioscore.py {flags} --ratings FILE")
 
 
 def rated_video(clip):
