@@ -2,6 +2,7 @@
 agreement."""
 
 import csv
+import re
 from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -107,8 +108,8 @@ def read_answers(paths, field, checked):
                     stop(f"{where}: field '{field}' is missing")
                 if line[field] in (None, ""):
                     continue
-                if str(line[field]).strip().lower() == CANNOT_PLAY:
-                    unplayed[line.get("rater") or "anonymous"] += 1
+                if is_cannot_play(line[field]):
+                    unplayed[str(line.get("rater") or "anonymous")] += 1
                     continue
                 answer = checked(line, where)
                 key = (question_of(answer), answer.rater, answer.repeat)
@@ -126,10 +127,16 @@ def read_answers(paths, field, checked):
         more = " ..." if len(wrong) > 10 else ""
         stop(f"{len(wrong)} of {total} rows are wrong: {'; '.join(wrong[:10])}{more}")
     if not found:
-        stop(f"{names_of(paths)}: no {field} in there")
+        but = f" but {unplayed.total()} 'cannot play'" if unplayed else ""
+        stop(f"{names_of(paths)}: no {field} in there{but}")
     for name, count in unplayed.items():
         print(f"set aside: {count} answers 'cannot play' of {name}")
     return found
+
+
+def is_cannot_play(value):
+    """Whether a person wrote "cannot play", in upper or lower case, with any spaces, - or _."""
+    return isinstance(value, str) and re.split(r"[\s_-]+", value.strip().lower()) == CANNOT_PLAY.split()
 
 
 def lines_of(path, field):
@@ -165,7 +172,7 @@ def meant(value, words, where, field):
     for word in words:
         if isinstance(value, str) and value.strip().lower() == word.lower():
             return word
-    stop(f"{where}, field '{field}': {value!r:.60} is not one of {', '.join(words)}")
+    stop(f"{where}, field '{field}': {value!r:.60} is not one of {', '.join(words)}, {CANNOT_PLAY}")
 
 
 def known_k(line, samples, where, field):

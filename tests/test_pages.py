@@ -17,6 +17,8 @@ import pytest
 import soundfile
 from conftest import asked_for, call, cells, read, shown, stage, write
 from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver.support.expected_conditions import alert_is_present
+from selenium.webdriver.support.ui import WebDriverWait
 
 import common
 
@@ -351,6 +353,116 @@ def test_what_does_not_play_is_answered_so_and_counts_for_no_audio(packed, run, 
     assert "set aside: 1 answers 'cannot play' of Zoë" in capsys.readouterr().out
     mine = [row for row in read(run / "02_ratings.jsonl") if row["rater"] == "Zoë"]
     assert [row["rating"] for row in mine] == ["Good"]
+
+
+def test_what_does_not_play_is_said_leads_on_and_can_be_answered_properly_afterwards(
+    packed, browser
+):
+    def broken(button):
+        browser.execute_script(f"{button}.dataset.audio = 'data:audio/flac;base64,AAAA'")
+
+    def complaint():
+        alert = WebDriverWait(browser, 20).until(alert_is_present())
+        text = alert.text
+        alert.accept()
+        assert ask(browser, "playing === null")
+        return text
+
+    open_page(browser, packed / "08_rate" / "00001.html")
+    # before the start the key X would not help
+    browser.execute_script("$('check').onclick = null")
+    broken("$('check')")
+    browser.execute_script("setTimeout(() => $('check').click())")
+    assert "or tell whoever gave it to you" in complaint()
+    open_page(browser, packed / "08_rate" / "00001.html", "Flo")
+    heard(browser)
+    broken("sounds[1]")
+    press(browser, "g")
+    assert "the key X answers 'Cannot play'" in complaint()
+    press(browser, "x")
+    assert heard(browser) and ask(browser, "at") == 2
+    press(browser, LEFT)
+    complaint()
+    say = browser.find_element("id", "say").text
+    assert "sound 2 of 5. Answered 'Cannot play'." in say and ask(browser, "done()") == 2
+    browser.execute_script("sounds[1].dataset.audio = sounds[0].dataset.audio")
+    press(browser, " ")
+    heard(browser)
+    press(browser, "b")
+    assert wait(browser, "state.items[questions[1].dataset.key].answer") == "Bad"
+    browser.execute_script("show(sounds.length)")
+    press(browser, "x", "1", " ")  # nothing is asked there
+    assert ask(browser, "[at, done()]") == [ask(browser, "sounds.length"), 2]
+    assert "Cannot play" not in browser.find_element("id", "rest").text
+    press(browser, LEFT, "x")  # the last, which is asked once more
+    browser.execute_script("show(sounds.length)")
+    assert "(1 answer is 'Cannot play'.)" in browser.find_element("id", "rest").text
+
+
+def test_two_windows_of_one_rater_lose_no_answer(packed, browser):
+    page = packed / "08_choose" / "00001.html"
+    open_page(browser, page, "Gus")
+    first = browser.current_window_handle
+    key = heard(browser)[2]
+    browser.switch_to.new_window("tab")
+    open_page(browser, page)
+    press(browser, ENTER)
+    for n in (1, 2):
+        heard(browser)
+        press(browser, "t")
+        wait(browser, f"done() == {n}")
+    second = browser.current_window_handle
+    browser.switch_to.window(first)
+    wait(browser, "done() == 2")
+    assert ask(browser, "questionOf(sounds[at]).dataset.key") == key
+    press(browser, "a")
+    wait(browser, f"state.items['{key}'].answer !== 'tie'")
+    browser.switch_to.window(second)
+    wait(browser, f"done() == 2 && state.items['{key}'].answer !== 'tie'")
+    browser.close()
+    browser.switch_to.window(first)
+    open_page(browser, page)
+    assert "Welcome back, Gus. 2 answers" in browser.find_element("id", "hello").text
+
+
+def test_a_narrow_window_shows_everything_though_name_and_caption_are_long(packed, browser):
+    size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        for what in ("rate", "choose"):
+            open_page(browser, packed / f"08_{what}" / "00001.html", "Maximiliane " * 5)
+            browser.execute_script("all('.caption').forEach(c => c.textContent = 'x'.repeat(300))")
+            heard(browser)
+            assert ask(browser, "document.documentElement.scrollWidth <= innerWidth")
+            assert ask(browser, "document.querySelector('header').offsetHeight") < 150
+            # of the last sound of a clip the video is in sight too
+            browser.execute_script("show(sounds.findLastIndex(s => cardOf(s) === cardOf(sounds[0])))")
+            box = "(e => [e.top, e.bottom])({}.getBoundingClientRect())"
+            film = ask(browser, box.format("filmOf(sounds[at])"))
+            asked = ask(browser, box.format("questionOf(sounds[at])"))
+            assert 0 <= film[0] < film[1] <= asked[0] < asked[1] <= 740
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_cannot_play_is_understood_in_a_sheet_filled_in_by_hand(run, capsys, refused):
+    sheet = cells(run / "02_to_rate.csv")
+    words = ["Cannot play", "CANNOT  PLAY", "cannot-play", "cannot_play", " cannot play "]
+    file = run / "hand.jsonl"
+
+    def fill(words, rater):
+        write(file, [row | {"rating": w, "rater": rater} for row, w in zip(sheet, words)])
+
+    fill(words, "Hal")
+    said = refused("02", run, "--ratings", file, "--redo")
+    assert "no rating in there but 5 'cannot play'" in said
+    fill(["x"], "Hal")
+    assert "'x' is not one of Good, Medium, Bad, cannot play" in refused(
+        "02", run, "--ratings", file, "--redo"
+    )
+    fill(words, ["Hal"])  # no name, but no reason to break down
+    call("02", run, "--ratings", file, run / "02_ratings.jsonl", "--redo")
+    assert "set aside: 5 answers 'cannot play' of ['Hal']" in capsys.readouterr().out
 
 
 def test_what_was_skipped_is_asked_before_the_end_corrections_lead_back_a_reload_shows_the_end(
