@@ -136,7 +136,9 @@ def read_answers(paths, field, checked):
 
 def is_cannot_play(value):
     """Whether a person wrote "cannot play", in upper or lower case, with any spaces, - or _."""
-    return isinstance(value, str) and re.split(r"[\s_-]+", value.strip().lower()) == CANNOT_PLAY.split()
+    if not isinstance(value, str):
+        return False
+    return re.split(r"[\s_-]+", value.strip().lower()) == CANNOT_PLAY.split()
 
 
 def lines_of(path, field):
@@ -198,8 +200,8 @@ def without_raters(answers, excluded):
     for name in excluded:
         if name not in raters:
             stop(
-                f"--exclude-rater {name}: nobody of that name has answered (there are "
-                f"{', '.join(raters)})"
+                f"--exclude-rater {name}: nobody of that name has answered, or only 'cannot play' "
+                f"(there are {', '.join(raters)})"
             )
         count = sum(answer.rater == name for answer in answers)
         print(f"left out by --exclude-rater: {count} answers of {name}")

@@ -436,7 +436,8 @@ def test_a_narrow_window_shows_everything_though_name_and_caption_are_long(packe
             assert ask(browser, "document.documentElement.scrollWidth <= innerWidth")
             assert ask(browser, "document.querySelector('header').offsetHeight") < 150
             # of the last sound of a clip the video is in sight too
-            browser.execute_script("show(sounds.findLastIndex(s => cardOf(s) === cardOf(sounds[0])))")
+            last = "sounds.findLastIndex(s => cardOf(s) === cardOf(sounds[0]))"
+            browser.execute_script(f"show({last})")
             box = "(e => [e.top, e.bottom])({}.getBoundingClientRect())"
             film = ask(browser, box.format("filmOf(sounds[at])"))
             asked = ask(browser, box.format("questionOf(sounds[at])"))
@@ -460,8 +461,12 @@ def test_cannot_play_is_understood_in_a_sheet_filled_in_by_hand(run, capsys, ref
     assert "'x' is not one of Good, Medium, Bad, cannot play" in refused(
         "02", run, "--ratings", file, "--redo"
     )
+    both = ("02", run, "--redo", "--ratings", file, run / "02_ratings.jsonl")
+    fill(words, "Hal")
+    said = refused(*both, "--exclude-rater", "Hal")
+    assert "nobody of that name has answered, or only 'cannot play' (there are simulated)" in said
     fill(words, ["Hal"])  # no name, but no reason to break down
-    call("02", run, "--ratings", file, run / "02_ratings.jsonl", "--redo")
+    call(*both)
     assert "set aside: 5 answers 'cannot play' of ['Hal']" in capsys.readouterr().out
 
 
