@@ -13,7 +13,8 @@ Reads:
                  (header id, label; its split is the last word of the file's name, as in
                  vgg-test.tsv, else train); or all videos of a folder, for training. The splits are
                  train, val, test, and rate: clips that are used only to have given audio rated
-                 (docs/people.md)
+                 (docs/people.md; the paper's 2K rated videos are none of these: stage 02 draws them
+                 from the train clips)
     videos       below --videos, named by `video` or `<id>.mp4` (.mkv, .webm, .mov, .avi)
     --given      folders of audio that the model did not make, `<id>.wav` (.flac, .mp3, .ogg, .m4a,
                  .mp4, .opus); ground_truth: the clips' own sound (docs/candidates.md)
@@ -21,6 +22,7 @@ Writes:
     run.json                    model, checkpoint and its digest, latent shape, sampler, N, seed,
                                 video root, given (their names)
     clips.jsonl                 id, video, caption or null, label or null, split
+    01_settings.json            what the run was made with; another command must agree with it
     01_missing.jsonl            clips whose video does not exist: id, split, reason
     01_to_rate.jsonl            the clips of the split rate, with the fields of clips.jsonl; they
                                 may be added to a finished run
@@ -389,14 +391,15 @@ def is_only_prepared(stage, settings, model):
         stop(f"{model.checkpoint}: {other}; give that one, or {ADVICE}")
     if before.get("max_clips") != 0:
         return False
-    may_change = {"max_clips": 0, "clips_digest": before.get("clips_digest")}
-    record.compare(stage.file, rows.Record(settings=settings | may_change, inputs={}), ADVICE)
+    as_before = {"max_clips": 0, "clips_digest": before.get("clips_digest")}
+    # Stops where any other setting has changed.
+    record.compare(stage.file, rows.Record(settings=settings | as_before, inputs={}), ADVICE)
     return True
 
 
 def prepare_run(run, stage, is_toy, model, args):
-    """Writes run.json, clips.jsonl and 01_missing.jsonl, or checks that those of this run were made
-    with the same settings."""
+    """Writes run.json, clips.jsonl, 01_missing.jsonl and 01_settings.json, or checks that those of
+    this run were made with the same settings."""
     settings = {
         "model": args.model,
         "checkpoint_digest": model.checkpoint_digest,
@@ -489,8 +492,9 @@ def list_to_rate(run, to_rate):
 
 def is_whole(run, name, clips, numbers, wavs):
     """Whether every clip of a shard is either skipped or has exactly the audios with these k, and
-    their wavs and latents are there. name: 00012, or 00012.NAME of given audios; wavs: the names of
-    the run's wavs."""
+    their wavs and latents are there. name: 00012 of the model's audios; 00012.NAME of given ones,
+    which has no features; rate_00012.NAME of clips to rate, which has no latents either. wavs: the
+    names of the run's wavs."""
     file = run / "01_samples" / f"{name}.jsonl"
     if not file.exists():
         return False
@@ -498,10 +502,10 @@ def is_whole(run, name, clips, numbers, wavs):
     skipped = {row.clip for row in read_skipped(run, name)}
     used = [clip.id for clip in clips if clip.id not in skipped]
     expected = [(clip, k) for clip in used for k in numbers]
-    is_to_rate = name.startswith(rows.TO_RATE)  # such a shard has no latents
+    is_to_rate = name.startswith(rows.TO_RATE)
     has_wavs = wavs.issuperset(Path(sample.wav).name for sample in samples)
     digests = [sample.digest for sample in samples]
-    of_features = [] if "." in name else used  # the shard of a given source has no features
+    of_features = [] if "." in name else used
     return (
         [(sample.clip, sample.k) for sample in samples] == expected
         and has_wavs
@@ -543,7 +547,7 @@ class Shard:
     features: dict  # {clip id: its features}; {} for a given source
     skipped: list  # rows.SkippedClip
     samples: list  # rows.Sample of the audios made so far
-    latents: list  # (N, T, C), of each clip
+    latents: list  # of tensors (n, T, C): a clip's N, or those of all clips of a given source
 
 
 def generate(run, model, shards, todo, here, args):
@@ -567,7 +571,8 @@ def generate(run, model, shards, todo, here, args):
 
 
 def sample_shards(run, model, shards, todo, encoded, bar, args):
-    """encoded: an iterator of what `encode_all` yields."""
+    """Samples the audios of the shards, a batch of clips at a time, and writes a shard once its
+    last clip has its audios. encoded: an iterator of what `encode_all` yields."""
     at_work = {}  # {clip id: its shard, the seeds of its audios}
 
     def batches():
@@ -576,7 +581,7 @@ def sample_shards(run, model, shards, todo, encoded, bar, args):
         size = args.batch_clips or model.batch_clips
         for name in todo:
             shard = gather(name, shards[name], encoded, args)
-            if not shard.clips or args.num_samples == 0:
+            if not shard.clips or args.num_samples == 0:  # features only
                 shard.latents.append(torch.empty(0, *model.latent_shape))
                 write_shard(run, shard)
                 bar.update()
@@ -866,6 +871,8 @@ def main(args):
                 if here.part is None:
                     forget_sources(run, given)
         ranks.barrier()
+        # Sec. 2.2: 50K of the train clips, drawn at random. We take the paper's 2K rated videos for
+        # some of these: stage 02 draws them from here.
         train = inputs.drawn(inputs.read_clips(run, "train"), args)
         shards = {}
         for start in range(0, len(train), SHARD_CLIPS):

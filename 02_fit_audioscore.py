@@ -12,9 +12,10 @@ The five scores of an audio (networks: adapters/scorers.py; the toy world's own:
 
     score_1  ib        cosine of ImageBind's video and audio embeddings
     score_2  clap      cosine of LAION-CLAP's caption and audio embeddings; only with a caption
+                       (the paper cites Microsoft's CLAP; docs/choices.md says why not that one)
     score_3  desync_s  Synchformer's |audio-video offset| in seconds
-    score_4  is_nats   KL(p(y|a) || p(y)) in nats, y: PANNs' tags; the audio's part of the inception
-                       score
+    score_4  is_nats   KL(p(y|a) || p(y)) in nats, y: the tags of PANNs at 32 kHz; the audio's part
+                       of an inception score (stage 07's IS is by PANNs at 16 kHz)
     score_5  pesq      PESQ against the clip's own sound, MOS-LQO; only for clips of human speech,
                        and not for that sound itself
 
@@ -31,8 +32,8 @@ Reads:
                             must have had the same weights. Which clips were rated there is not
                             known here, so stage 03 mines all clips
 Writes:
-    02_to_rate.csv          the audios of --num-rated-clips random train clips, and of all clips of
-                            the split `rate`: clip, k, wav, video, caption, rating
+    02_to_rate.csv          the audios of --num-rated-clips random clips of 01_samples, and of all
+                            clips of the split `rate`: clip, k, wav, video, caption, rating
     02_ratings.jsonl        the answers, validated
     02_scores/*.pt          what every scorer said, one file for each block of 32 drawn clips
     02_scores.jsonl         a line for each rated audio: clip, k, the five scores (null where one
@@ -94,13 +95,14 @@ def parse_args(argv=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# The fit of AudioScore (cross entropy, Sec. 2.1)
+# The fit of AudioScore (cross entropy, Sec. 2.1); the module itself is common.AudioScore
 # --------------------------------------------------------------------------------------------------
 
 
 def fit(said, target, seed, steps=200):
-    """An AudioScore fitted on n audios: first marginal p(y), mean and std, then the MLP by cross
-    entropy with the shares of the raters' answers.
+    """An AudioScore fitted on n audios: first marginal p(y), which the fourth score needs, then
+    mean and std, then the MLP by cross entropy. Paper silent: several raters of one audio. The
+    target is the shares of their answers.
 
     said: what the scorers said, {ib, clap, desync_s, pesq: (n,), logits: (n, tags)}; target:
     (n, 3). Paper silent: the optimizer. Full-batch AdamW, lr 3e-3, weight decay 0.3, 200 steps had
@@ -274,23 +276,23 @@ def rated_blocks(run, order, samples, clips, answers):
     draw, then of clips of the split rate, in their own order. samples: the audios of both."""
     rated = {answer.clip for answer in answers}
     train = set(order)
-    to_rate = [name for name in samples if name not in train]
+    of_split_rate = [name for name in samples if name not in train]
     blocks = []
-    for prefix, names in (("", order), ("to_rate_", to_rate)):
+    for prefix, names in (("", order), ("to_rate_", of_split_rate)):
         for start in range(0, len(names), scoring.BLOCK_CLIPS):
-            part = names[start : start + scoring.BLOCK_CLIPS]
-            if not rated.isdisjoint(part):
+            block_clips = names[start : start + scoring.BLOCK_CLIPS]
+            if not rated.isdisjoint(block_clips):
                 name = f"{prefix}{start // scoring.BLOCK_CLIPS:05d}"
-                blocks.append(rated_block(run, name, part, samples, clips))
+                blocks.append(rated_block(run, name, block_clips, samples, clips))
     return blocks
 
 
-def rated_block(run, name, part, samples, clips):
-    """A block always has the same clips, `part`, and is scored as a whole, so that one more rating
-    changes no score of the other audios."""
+def rated_block(run, name, block_clips, samples, clips):
+    """A block always has the same clips and is scored as a whole: floats depend a little on the
+    batch, and so one more rating changes no score of the other audios."""
     folder = run / "02_scores"
     block = scoring.Block(name, folder, folder, [], [])
-    for clip in part:
+    for clip in block_clips:
         block.clips.append(clips[clip])
         block.audios.extend(inputs.audio_of(run, clips[clip], sample) for sample in samples[clip])
     return block
@@ -385,14 +387,14 @@ def main(args):
         others = inputs.read_to_rate(run)
         is_all_rated = args.num_rated_clips >= len(samples)
         samples = samples | others
-        to_rate = [*order[: args.num_rated_clips], *others]
+        on_sheet = [*order[: args.num_rated_clips], *others]
         with stage.one_at_a_time():
-            answers = take_ratings(run, samples, clips, to_rate, args)
+            answers = take_ratings(run, samples, clips, on_sheet, args)
         if not answers and here.part:
             stop("--part: nobody has rated yet, so that there is nothing to score; give --ratings")
         if not answers:
-            print_how_to_rate(run, to_rate, samples, is_all_rated, args.num_rated_clips)
-            return
+            print_how_to_rate(run, on_sheet, samples, is_all_rated, args.num_rated_clips)
+            return  # the stage is not claimed: nothing is recorded
         kept = people.without_raters(answers, args.exclude_rater)
         counted = [answer for answer in kept if not answer.repeat]
         if len({rated_video(clips[answer.clip]) for answer in counted}) < 2:
@@ -409,7 +411,7 @@ def main(args):
 
         # -- scores
         blocks = rated_blocks(run, order, samples, clips, counted)
-        part = here.part_of(blocks)
+        part = here.part_of(blocks)  # without --part: all
         scoring.score(part, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
         if not here.first or here.ends_part():  # the other ranks wait at the end of the stage
             return
@@ -419,7 +421,7 @@ def main(args):
         truth = majority(target)
 
         # -- fit
-        people.print_agreement(kept, class_of, "ordinal")
+        people.print_agreement(kept, class_of, "ordinal")  # Krippendorff's alpha
         rated_clips = {clip for clip, _ in shares}
         line = f"ratings: {len(counted)} of {len(shares)} audios of {len(rated_clips)} clips"
         for name, count in Counter(answer.rating for answer in counted).most_common():

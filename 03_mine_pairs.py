@@ -85,7 +85,7 @@ def apply_audioscore(blocks, scorers, audioscore):
     p_of = defaultdict(dict)
     for block in blocks:
         said = scorers.for_audioscore(scoring.read_scores([block], scorers, scorers.of_audioscore))
-        scores = audioscore.five_scores(said)
+        scores = audioscore.five_scores(said)  # (n, 5), in the order of block.audios
         lines = []
         for audio, five, p in zip(block.audios, scores, audioscore(scores).tolist()):
             clip = audio.clip.id
@@ -101,24 +101,24 @@ def apply_audioscore(blocks, scorers, audioscore):
 # --------------------------------------------------------------------------------------------------
 
 
-def may_win(audio):
+def is_good_enough(audio):
     """Paper silent: which audio may win. Ours must be finite, not silent and not clipped; silent
     and clipped audio may still lose. audio: rows.Sample."""
     return audio.finite and audio.peak >= common.SILENT_PEAK and audio.clipped < CLIPPED_SHARE
 
 
-def select_pair(p, winners, losers):
+def select_pair(p, may_win, may_lose):
     """Eq. 2: winner = argmax P(Good), loser = argmax P(Bad).
 
-    p: {k: (Good, Medium, Bad)} of one clip's audios; winners, losers: the k of the audios that may
-    win and that may lose. Returns (winner, loser), or the reason why the clip makes no pair.
+    p: {k: (Good, Medium, Bad)} of one clip's audios; may_win, may_lose: the k of the audios that
+    may. Returns (winner, loser), or the reason why the clip makes no pair.
     """
-    if len(losers) < 2:
+    if len(may_lose) < 2:
         return "fewer than two audios can be used"
-    if not winners:
+    if not may_win:
         return "all audios are silent or clipped"
-    winner = argmax({k: p[k][0] for k in winners})  # Eq. 2
-    loser = argmax({k: p[k][2] for k in losers})
+    winner = argmax({k: p[k][0] for k in may_win})  # Eq. 2
+    loser = argmax({k: p[k][2] for k in may_lose})
     if winner is None or loser is None:
         return "two audios tie for the best or the worst"
     if winner == loser:
@@ -134,7 +134,12 @@ def argmax(values):
 
 
 def mine(samples, p_of, rated, min_score_c):
-    """The pairs of all clips that nobody has rated; and, by reason, how many clips make none."""
+    """The pairs of all clips that nobody has rated; and, by reason, how many clips make none.
+
+    samples: {clip: its rows.Sample}; p_of: {clip: {k: p}}. Paper silent: what its "re-filtering" of
+    50K clips to 46K pairs is. Here a clip makes no pair for the reasons of `select_pair`, or where
+    score_c is below min_score_c.
+    """
     pairs = []
     dropped = Counter()
     for clip, audios in samples.items():
@@ -143,9 +148,9 @@ def mine(samples, p_of, rated, min_score_c):
             # them.
             dropped["are set aside, since people rated them"] += 1
             continue
-        winners = [audio.k for audio in audios if may_win(audio)]
-        losers = [audio.k for audio in audios if audio.finite]
-        chosen = select_pair(p_of[clip], winners, losers)
+        may_win = [audio.k for audio in audios if is_good_enough(audio)]
+        may_lose = [audio.k for audio in audios if audio.finite]
+        chosen = select_pair(p_of[clip], may_win, may_lose)
         if isinstance(chosen, str):
             dropped[f"make none, since {chosen}"] += 1
             continue
@@ -348,7 +353,7 @@ def main(args):
         audioscore = AudioScore.load(run / "02_audioscore.pt")
         scorers = common.scorers_of(run, args.weights)
 
-        # -- people choose
+        # -- people choose; the answers are an input, and so are taken before the stage is claimed
         with stage.one_at_a_time():
             answers = take_choices(run, samples, clips, ratings, args)
         kept = people.without_raters(answers, args.exclude_rater)
@@ -364,7 +369,7 @@ def main(args):
 
         # -- scores, then pairs
         blocks = inputs.shard_blocks(run, samples, clips.values())
-        part = here.part_of(blocks)
+        part = here.part_of(blocks)  # without --part: all
         scoring.score(part, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)
         if not here.first or here.ends_part():  # the other ranks wait at the end of the stage
             return

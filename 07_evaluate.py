@@ -7,16 +7,28 @@ Run:
     python 07_evaluate.py --run-dir runs/vgg --systems ground_truth thinksound=DIR     # audio files
     torchrun --standalone --nproc_per_node 8 07_evaluate.py --run-dir runs/vgg
 
+The six metrics, and CLAP (networks: adapters/scorers.py; the toy world's own: adapters/toy.py):
+
+    fd_passt             Frechet distance of PaSST's embeddings to those of the clips' own sounds
+    kl_panns, kl_passt   KL(own sound || audio) of the tags of PANNs at 16 kHz, of PaSST; mean over
+                         the clips
+    is                   inception score, the tags of PANNs at 16 kHz
+    ib, clap, desync_s   as AudioScore has them (stage 02); mean over the clips
+FD and KL need the clips' own sound, which is the system ground_truth: give it among --systems.
+
 Reads:
     run.json, clips.jsonl, 01_missing.jsonl, 02_audioscore.pt, the clips' videos and own sound
     policy folders of the run, and folders of audio named by clip id (any common format)
-    00_truth.jsonl, 00_oracle.pt, 00_judge.pt    toy world only, for the oracle's and judge's rows
+    00_truth.jsonl, 00_oracle.pt, 00_judge.pt    toy world only: two ways to compare an audio with
+                        the truth of its clip, by which the simulated people judge (oracle), and by
+                        which nobody does (judge)
+    00_twin.pt          toy world only: a second tagger, no part of AudioScore, for FD and IS
 Writes:
     07_clips/<split>_00003.*.pt    embeddings of the videos by encoders and scorers, which all
                                    systems share
     07_audio/<system>/<clip>.wav   one audio per clip, from the clip's own seed, so that all systems
-                                   start from the same noise; in <system>@4.5 where the guidance is
-                                   4.5 and the run's is another
+                                   start from the same noise; in <system>@3 with --guidance 3, where
+                                   the run's is another
     07_audio/<system>/settings.json    policy, guidance, steps and seed of that audio
     07_scores/<system>/<split>_00003.*.pt    what every scorer said, and the audios' peaks, one file
                                    for each block of 32 clips
@@ -72,8 +84,8 @@ def parse_args(argv=None):
         nargs="+",
         default=[],
         metavar="NAME[=DIR]",
-        help="exactly these: ground_truth, base, policy folders of the run, folders of audio named "
-        "by clip id; without it ground_truth, base, flow_dpo and ddpo",
+        help="exactly these: ground_truth (FD and KL need it), base, policy folders of the run, "
+        "folders of audio named by clip id; without it ground_truth, base, flow_dpo and ddpo",
     )
     io("--against", default="base", metavar="NAME", help="the system that others are compared with")
     io(
@@ -177,8 +189,9 @@ def clip_values(said, truth, how_of):
     """What each clip contributes to each metric of a system.
 
     said, truth: what the scorers said of the system's audios and of the clips' own sound, {metric:
-    (clips, ...)}; truth is empty where there is no such sound to compare with. how_of: {metric:
-    mean, kl, fd or is}. Returns {metric: array}. The array's shape depends on the metric: (clips,)
+    (clips, ...)}; truth is empty where there is no such sound to compare with, and the system then
+    has no FD and KL. how_of: {metric: mean, kl, fd or is}. Returns {metric: array}. The array's
+    shape depends on the metric: (clips,)
     where it is a mean over clips, as KL is; (clips, classes) for IS; (clips, 2, d) for FD, the
     embeddings of the audio and of the clip's own sound.
     """
@@ -202,7 +215,7 @@ def is_whole(values):
 def set_metric(values, chosen):
     """FD or IS over the chosen clips, a float, or None where they are too few. values: as
     `clip_values` returns them; chosen: (clips,) bool."""
-    if values.ndim == 3:
+    if values.ndim == 3:  # FD
         return frechet_distance(values[chosen, 0], values[chosen, 1])
     # All clips are shuffled, then some are left out, so that the others keep their order.
     order = [clip for clip in shuffled(len(values)) if chosen[clip]]
@@ -232,7 +245,7 @@ def jackknife(statistic, n, blocks=20, seed=0):
     """A metric of a whole set of n clips and its 95 % interval, found by leaving out one of 20
     blocks of clips at a time. (A bootstrap does not serve FD: resampled sets have fewer distinct
     clips, which raises FD so much that the interval would exclude the value itself.) For IS the
-    interval is wider than it need be: leaving clips out moves others into another split. In
+    interval is wider than it need be: leaving clips out moves others between its ten parts. In
     simulation it covers the true value in .96 to .985 of all cases. statistic: (n,) bool, the
     chosen clips -> float or None. Returns value, low, high."""
     value = statistic(np.full(n, True))
@@ -431,7 +444,7 @@ def print_hacked(results, systems, measures, of_audioscore):
             )
 
 
-def paper_twin(system, model):
+def row_of_paper(system, model):
     """The name of the row of Table 1 that a system corresponds to: that of base, flow_dpo or ddpo
     where the model is one of the two that the paper tunes, or the row that the system is named
     after (mmaudio=DIR). None for other systems."""
@@ -466,13 +479,13 @@ def table_1(run_json, results, systems):
             continue
         ours = [value_of.get((system, metric)) for metric in PAPER_METRICS]
         table.append((f"here: {system}", list(map(text_of, shown, ours))))
-        twin = paper_twin(system, run_json.model)
-        if twin is not None:
+        row = row_of_paper(system, run_json.model)
+        if row is not None:
             texts = []
-            for metric, value, printed in zip(shown, ours, PAPER[twin]):
+            for metric, value, printed in zip(shown, ours, PAPER[row]):
                 drift = None if value is None else value - printed / metric.times
                 texts.append(text_of(metric, drift, "+"))
-            table.append((f"  minus the paper's {twin}", texts))
+            table.append((f"  minus the paper's {row}", texts))
     return rows.PaperTable(columns, table, TOLERANCE)
 
 
@@ -603,8 +616,8 @@ def clip_blocks(run, split, clips):
 
 
 def clip_features(run_json, model, blocks, scorers, scorer_names, here, args):
-    """{clip id: the model's features} of the clips whose video can be used. A model that reads
-    videos shares one decoding of each video with the scorers."""
+    """{clip id: the model's features} of the clips whose video can be used; stage 01 has those of
+    train clips alone. A model that reads videos shares one decoding of each with the scorers."""
     seers = scorer_names if model.reads_video else ()
     scoring.embed_videos(
         here.share(blocks), scorers, seers, run_json.clip_s, here.device, args.workers, model
@@ -658,7 +671,9 @@ def sample_audio(run_json, system, model, features, blocks, stage, here, args):
     """Samples a policy's audio, one per clip; audio of the same policy and settings is kept."""
     todo = batches_to_sample(system, features, blocks, args.batch_clips)
     if todo and system.folder is not None:
-        model.load_policy(system.folder / "policy.pt")  # if it does not fit, stops before deleting
+        # The model is this policy from here on; base comes first, and needs no load. A policy that
+        # does not fit stops the stage here, before any audio is deleted.
+        model.load_policy(system.folder / "policy.pt")
     ranks.barrier()  # all ranks have looked at the files before one deletes any
     with stage.one_at_a_time():
         if here.first and not is_kept(system):

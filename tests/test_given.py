@@ -264,7 +264,7 @@ def test_files_that_can_and_cannot_be_used(fresh, finished, noise, capsys):
         wave, rate_hz = soundfile.read(fresh / sample.wav)
         assert (wave.shape, rate_hz) == ((2 * RATE,), RATE)
         assert not wave[heard + 20 :].any() and sample.peak == pytest.approx(peak, abs=0.01)
-        assert sample.finite and stage("03").may_win(sample) == (0 < peak < 1)
+        assert sample.finite and stage("03").is_good_enough(sample) == (0 < peak < 1)
     assert [len(samples[name]) for name in ids] == [2] * len(BAD) + [3] * (20 - len(BAD))
 
 

@@ -306,7 +306,7 @@ def test_table_1_sets_each_system_beside_the_papers_own_row():
         ("  minus the paper's V-AURA", ["+0.00", "+0.08", "-0.07", "-0.08", "-0.64", "-0.050"]),
         ("here: mine", ["-"] * 6),
     ]
-    twin = metrics.paper_twin
+    twin = metrics.row_of_paper
     assert twin("flow_dpo", "frieren") == "Frieren-DPO" and twin("mmaudio", "toy") == "MMAudio"
     assert twin("base", "mmaudio:small_16k") is None and twin("mine", "frieren") is None
     in_the_toy_world = metrics.table_1(run_of("toy", "toy"), results, ["base"]).rows

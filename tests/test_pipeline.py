@@ -185,7 +185,7 @@ def test_a_pair_is_the_best_and_the_worst_of_its_clip_and_rated_clips_are_not_mi
     samples = inputs.read_samples(finished)
     for pair in mined:
         ours = p[pair.clip]
-        may_win = [audio.k for audio in samples[pair.clip] if stage("03").may_win(audio)]
+        may_win = [audio.k for audio in samples[pair.clip] if stage("03").is_good_enough(audio)]
         assert pair.clip not in rated
         assert pair.winner == max(may_win, key=lambda k: ours[k][0])
         assert pair.loser == max(ours, key=lambda k: ours[k][2])
