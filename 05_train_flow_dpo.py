@@ -216,8 +216,9 @@ def pair_errors(network, features, a_0, eps, t):
 
 
 def pair_loss(policy, reference, features, a_0, eps, t, args):
-    """Eq. 5 for B pairs, in the form that `pair_errors` takes. Returns the loss (B,), and what is
-    logged of each pair, {name: (B,)}."""
+    """Eq. 5 for B pairs, in the form that `pair_errors` takes. Paper silent: guidance and dropout
+    in training. Here are neither: the network predicts with all conditions, in eval mode. Returns
+    the loss (B,), and what is logged of each pair, {name: (B,)}."""
     with training.autocast(t.device, args.precision):
         with torch.no_grad():
             ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps, t)
@@ -230,7 +231,7 @@ def pair_loss(policy, reference, features, a_0, eps, t, args):
     with torch.no_grad():
         weight = torch.sigmoid(-logits)  # the factor of the pair's gradient
         logged = {
-            "pairs": torch.ones_like(loss),
+            "pairs": torch.ones_like(loss),  # their sum counts the pairs
             "loss": loss,
             "accuracy": (logits > 0).float() + 0.5 * (logits == 0).float(),
             "gap_w": err_w - ref_err_w,
@@ -397,7 +398,7 @@ def main(args):
         trainer = training.Trainer(output, model, rows.FlowDpoStep, args.save_every, here, args)
         print_plan(model, stages, stage_steps, trainer.done, here, args)
 
-        # -- loop
+        # -- loop: optimizer, warm-up and reference go on from stage 1 into stage 2
         batches = read_batches(trainer.done, stages, stage_steps, shards, model, here, args)
         upcoming = next(batches, None)
         for step in trainer.steps():

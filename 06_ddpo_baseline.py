@@ -63,9 +63,12 @@ def parse_args(argv=None):
     parser = command.Parser(__doc__)
     command.training_flags(parser, out="06_ddpo")
     paper = parser.paper
-    paper.description = "The paper gives no settings of DDPO: steps and lr are those of stage 05."
+    paper.description = (
+        "Paper silent: whether Sec. 3.1's settings hold for DDPO too. Steps and lr are those of "
+        "stage 05; there is no warm-up, as in DDPO's code."
+    )
     paper.add_argument(
-        "--lr", type=command.number(0), default=5e-6, help="learning rate after the warm-up"
+        "--lr", type=command.number(0), default=5e-6, help="learning rate, after a warm-up if any"
     )
     paper.add_argument("--warmup", type=command.whole(0), default=0, help="linear warm-up steps")
     paper.add_argument("--steps", type=command.whole(1), default=12_000, help="optimizer updates")
@@ -98,7 +101,7 @@ def parse_args(argv=None):
         "--micro-batch",
         type=command.whole(1),
         default=16,
-        help="audios per backward pass on one GPU; fewer need less memory",
+        help="audios per rollout and per backward pass on one GPU; fewer need less memory",
     )
     engineering.add_argument(
         "--save-every", type=command.whole(1), default=20, help="rounds between checkpoints"
@@ -123,31 +126,32 @@ def sde_step(a_t, u, t, t_next, eta):
 
         a_next = a_t - (u + s^2 / (2 t) eps_hat) dt + s sqrt(dt) z,  s = eta sqrt(t / (1 - t))
 
-    eps_hat = a_t + (1 - t) u is the expected noise, so that -eps_hat / t is the marginal's score.
-    a_t, u: (B, T, C); t, t_next: (B,), t > t_next > 0. Returns mean (B, T, C) and std (B, 1, 1) of
-    a_next given a_t. At t = 1 std is sqrt(t_next) times that of flow_grpo's code: .949 times with
-    10 steps.
+    eps_hat = a_t + (1 - t) u is the expected noise, so that -eps_hat / t is the marginal's score,
+    and the bracket is the ODE's drift less s^2 / 2 times that score. At t = 1, where s is infinite,
+    s is taken at t_next; std is then sqrt(t_next) times that of flow_grpo's code, .949 times with
+    10 steps. a_t, u: (B, T, C); t, t_next: (B,), t > t_next > 0. Returns mean (B, T, C) and std
+    (B, 1, 1) of a_next given a_t.
     """
     t = t[:, None, None]
     t_next = t_next[:, None, None]
     dt = t - t_next
-    finite = torch.where(t == 1, t_next, t)  # s is infinite at t = 1: we take s at t_next there
-    s = eta * (finite / (1 - finite)).sqrt()
+    t_of_s = torch.where(t == 1, t_next, t)
+    s = eta * (t_of_s / (1 - t_of_s)).sqrt()
     mean = a_t - (u + s**2 / (2 * t) * (a_t + (1 - t) * u)) * dt
     return mean, s * dt.sqrt()
 
 
 def log_prob(a_next, mean, std):
-    """Gaussian log-density, averaged over the latent as in DDPO's code, (B,). The noise of a ratio
-    falls with the square root of the latent's size, so that the same --clip-range is 3.7 times
-    looser for 13,800 values (MMAudio at 44.1 kHz) than for the toy's 1,000."""
+    """Gaussian log-density, averaged over the latent as in DDPO's code, (B,). A ratio's spread
+    falls with the square root of the latent's size, so that it is 3.7 times smaller for 13,800
+    values (MMAudio at 44.1 kHz) than for the toy's 1,000, and the same --clip-range clips less."""
     density = -0.5 * ((a_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
     return density.mean(dim=(1, 2))
 
 
 def draw_steps(seeds, args):
-    """Which noisy step of each trajectory each update trains, none of them twice: (updates,
-    R * B)."""
+    """Which of a trajectory's S - 1 noisy steps each update trains, none of them twice: (updates,
+    R * B), one column for each seed."""
     drawn = []
     for seed in seeds:
         drawn.append(random.Random(seed).sample(range(args.sampling_steps - 1), args.updates))
@@ -189,8 +193,8 @@ def rollout(model, features, seeds, guidance, args):
             a_t = mean + std * training.send(z, model.device)
             states.append(a_t)
             log_probs.append(log_prob(a_t, mean, std))
-        # t_next is now the last time at which the network is evaluated.
-        u = model.velocity(a_t, t_next, conditions, guidance).float().detach()
+        last = times[-1].repeat(len(seeds))
+        u = model.velocity(a_t, last, conditions, guidance).float().detach()
     a_0 = a_t - times[-1] * u
 
     states = torch.stack(states)  # (S, R * B, T, C)
@@ -215,9 +219,7 @@ def rollout(model, features, seeds, guidance, args):
 
 class Reward:
     """P(Good) of generated audio. The scorers' audio networks stay loaded; their embeddings of the
-    videos are those that stage 03 stored.
-
-    blocks: the blocks of stage 03.
+    videos are those that stage 03 stored, in one file for each scorer and block of clips.
     """
 
     def __init__(self, run, scorers, blocks, device, workers):
@@ -289,6 +291,7 @@ def collect(model, reward, shards, clips, round_, guidance, args):
     Returns the batches, and sums over all ranks for the log, {name: () float64}: reward over the
     audios; reward_std and no_spread over the prompts.
     """
+    # Clips in a batch: as many whole groups as fit, or a single one that is larger.
     per_batch = max(1, args.micro_batch // args.group_size)
     batches = []
     futures = []
@@ -423,7 +426,9 @@ def main(args):
             speed.compile_models(model)
         save_every = args.save_every * args.updates  # steps; a training resumes at whole rounds
         trainer = training.Trainer(output, model, rows.DdpoStep, save_every, here, args)
-        guidance = run_json.sampler.guidance  # the policy is the guided velocity
+        # Paper silent: the policy's guidance. Here the policy is the guided velocity by which 01
+        # samples, in sampling and in training; stage 05 trains without guidance.
+        guidance = run_json.sampler.guidance
         audios = args.prompts * args.group_size
         rows_per_pass = audios if guidance == 1 else 2 * audios  # guidance doubles them
         print(

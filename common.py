@@ -74,8 +74,9 @@ def interpolate(a_0, eps, t):
 def flow_error(v, u):
     """||v - u||^2 of Eq. 5 for each row: v, u (B, T, C), any float type -> (B,) float32.
 
-    Paper silent: sum or mean. We average over the latent, as Diffusion-DPO's code and its followers
-    do, so that beta means the same for every latent size: beta on means is beta / (T C) on sums.
+    Eq. 5 prints a norm, which is a sum over the latent. We average over it, as Diffusion-DPO's code
+    and its followers do, so that beta means the same for every latent size. Our beta is beta /
+    (T C) in the printed form.
     """
     return (v.float() - u.float()).square().mean(dim=(1, 2))
 
@@ -87,8 +88,9 @@ def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
     (B,), log 2 where policy equals reference, and logits (B,), positive where the policy already
     prefers the winner (the implicit reward's margin).
 
-    W and L are the gaps of winner and loser, the policy's error minus the reference's. Eq. 5 as it
-    is printed sets its brackets in another way than Eq. 4:
+    W and L are the gaps of winner and loser, the policy's error minus the reference's. Eq. 4's
+    log(policy / reference) of an audio becomes -1/2 times its gap. Eq. 5 as it is printed sets its
+    brackets in another way than Eq. 4:
 
         Eq. 5 as printed: -log sigmoid(-beta/2 W - L)
         as in Eq. 4:      -log sigmoid(-beta/2 (W - L))
@@ -145,7 +147,8 @@ class AudioScore(nn.Module):
         )
 
     def logits(self, scores):
-        """(B, 5) float32 -> (B, 3). A score that does not apply is nan, and counts as the mean."""
+        """(B, 5) float32 -> (B, 3), one for each rating. Paper silent: a score that does not apply
+        (PESQ without speech). Ours is nan, and counts as the mean."""
         return self.mlp(torch.nan_to_num((scores - self.mean) / self.std, nan=0.0))
 
     def forward(self, scores):
@@ -155,7 +158,8 @@ class AudioScore(nn.Module):
 
     def five_scores(self, said):
         """(n, 5) float32 in the order of SCORES, nan where a score does not apply. said: what the
-        scorers said of n audios, {ib, clap, desync_s, pesq: (n,), logits: (n, tags)}."""
+        scorers said of n audios, {ib, clap, desync_s, pesq: (n,), logits: (n, tags)}, where logits
+        are the tagger's."""
         if said["logits"].shape[1:] != self.p_y.shape:
             stop(
                 "02_audioscore.pt: fitted with another tagger than this run's; rerun "
@@ -213,8 +217,8 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
     """Euler's method from noise (t = 1) to data (t = 0), classifier-free guidance inside.
 
     features: dict of tensors with B rows; seeds: R * B integers. The conditions are projected once;
-    on CUDA the network runs in bf16. All steps are equal, as upstream's are; where the network
-    knows only some times, it is given the nearest earlier one of them (`snap_t`). Returns a_0
+    on CUDA the network runs in bf16. All steps are equal, as upstream's are; a network that knows
+    only some times is told the one that `snap_t` gives, while the state stays at t. Returns a_0
     (R * B, T, C) float32 on the model's device.
     """
     a_t = initial_noise(model, seeds)
@@ -239,12 +243,13 @@ def sample_clips(model, batches, sampler):
     def sampled():
         for batch in batches:
             clips, features, seeds_of_clips = zip(*batch)
-            seeds = []
-            for kth in zip(*seeds_of_clips):
-                seeds += kth  # the first audio of every clip, then the second of every clip, ...
+            seeds = []  # in the order of the rows: the first audio of every clip, then the second
+            for kth_of_clips in zip(*seeds_of_clips):
+                seeds += kth_of_clips
             features = stack_features(features, model.device)
             a_0 = sample(model, features, seeds, sampler.steps, sampler.guidance)
-            yield clips, a_0.unflatten(0, (-1, len(clips))).transpose(0, 1)  # (clips, N, T, C)
+            by_k = a_0.unflatten(0, (-1, len(clips)))  # (N, clips, T, C)
+            yield clips, by_k.transpose(0, 1)
 
     def decode(batch):
         clips, a_0 = batch
@@ -339,7 +344,8 @@ class FlowModel(nn.Module):
         stop(f"--given: {self.name} has no encoder of sound (encode_audio, docs/adapters.md)")
 
     def snap_t(self, t):
-        """The nearest earlier time that the network knows: t itself where it knows every time."""
+        """t where the network knows every time; else the nearest time that it knows on the side of
+        the noise, or t itself. t: float tensor in [0, 1]."""
         return t
 
     def blocks(self):
@@ -455,7 +461,7 @@ class ScorerSet:
         self.root = Path(root)  # the folder of their files
         self.classes = {}  # {scorer: class}
         self.audioscore = {}  # {what AudioScore needs: (scorer, tensor)}
-        self.measures = {}  # {metric of stage 07: (mean, fd, kl or is; scorer; tensor)}
+        self.measures = {}  # {metric of 07: (how, scorer, tensor)}: fd_passt: fd, passt, embedding
         self.judges = ()  # scorers that stage 07 asks only when told to
         self.digests = {}  # {scorer: digest of its files}
         for module_name in SCORERS[name]:

@@ -636,7 +636,7 @@ def test_05_says_how_often_its_steps_see_a_pair(steps, easy, hard, times, capsys
     ([-0.5] * 10, 0.0),  # --threshold takes none below 0
 ])  # fmt: skip
 def test_04_names_the_threshold_that_makes_81_percent_easy(score_cs, expected):
-    assert stage("04").paper_threshold(torch.tensor(score_cs)) == expected
+    assert stage("04").threshold_of_paper_share(torch.tensor(score_cs)) == expected
 
 
 def test_learning_rate_warms_up_once_and_then_stays():
