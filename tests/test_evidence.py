@@ -219,9 +219,9 @@ def test_a_world_is_judged_and_never_made_again(finished, tmp_path, monkeypatch)
     assert files_of(twin, "01_audio", "01_samples") == files_of(own, "01_audio", "01_samples")
     for scores in (own / "03_scores").glob("*.pt"):
         assert (twin / "03_scores" / scores.name).samefile(scores)  # nothing is scored twice
-    evidence.make_world((args, evidence.World(0, overlooks=1)))  # people who are easily pleased
+    evidence.make_world((args, evidence.World(0, overlooks=3)))  # people who are easily pleased
     rated = {}
-    for folder in (own, tmp_path / "tiny_0_mild_1"):
+    for folder in (own, tmp_path / "tiny_0_mild_3"):
         rated[folder.name] = [row["rating"] for row in read(folder / "02_ratings.jsonl")]
     usual, mild = rated.values()
     better = [common.RATINGS.index(a) - common.RATINGS.index(b) for a, b in zip(usual, mild)]
