@@ -177,7 +177,7 @@ LOWER = "lower --micro-batch or give --gradient-checkpointing or give --lora 16"
 @pytest.mark.parametrize("number, flags, parts", [
     ("05", (), ("CUDA out of memory", LOWER)),
     ("06", LEAST, ("than the GPU has; give --lora 16",)),
-    ("05", (*LEAST, "--lora", 8), ("nothing to change",)),
+    ("05", (*LEAST, "--lora", 8), ("no flag of this command lowers that",)),
     ("01", (), ("lower --batch-clips",)),
     ("07", (), ("lower --batch-clips",)),
 ])  # fmt: skip
