@@ -71,7 +71,7 @@ def test_the_report_says_how_every_policy_was_trained(finished, report):
         made = read_json(finished / folder / "settings.json")["settings"]
         beta = f"beta {made['beta']}, " if "beta" in made else ""
         line = f"model toy, method {name}, {beta}lr {made['lr']}, steps {made['steps']}, "
-        line += f"seed {made['seed']}"
+        line += f"ema {made['ema']}, seed {made['seed']}"
         if common.record.commit():
             line += f", commit {common.record.commit()}"
         assert f"{line}</p>" in page
