@@ -905,9 +905,12 @@ def tell_asked(results):
 
 
 def tell_fresh(results):
+    worlds = len(results.mean["base", "fd"])
+    named = len(STUDIES["fresh"].worlds)
+    if worlds < named:
+        show(f"{worlds} of {named} worlds so far. Nothing is decided before all are judged.")
     for text, (system, against) in FRESH_CLAIMS.items():
         show(f"{text}:\n\n{fresh_table(results, system, against)}")
-    worlds = len(results.mean["base", "fd"])
     show(f"Base, and every arm minus base: {MEANS}, {worlds} worlds, test split.")
     show_differences(results, FRESH)
 
