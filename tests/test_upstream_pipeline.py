@@ -110,8 +110,11 @@ def pipeline(run, weights, *source):
     stage("07", *given)
     stage("08")
     results = read(run / "07_results.jsonl")
+    systems = read_json(run / "07_systems.json")["systems"]
     source = ("--weights", weights, *source, *FEW)
-    return SimpleNamespace(run=run, said=printed, weights=weights, results=results, source=source)
+    done = SimpleNamespace(run=run, said=printed, weights=weights, source=source)
+    done.results, done.systems = results, systems  # before any test evaluates anything else
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +248,8 @@ def test_people_and_audioscore_both_give_pairs_to_train_on(done):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4) and first["grad_norm"] > 0
     (ddpo,) = read(done.run / "06_ddpo/log.jsonl")
     assert 0 < ddpo["reward"] < 1 and ddpo["ratio"] == pytest.approx(1, abs=1e-3)
-    assert ddpo["grad_norm"] > 0
+    # Random scorers may give both audios of the one prompt the same reward.
+    assert (ddpo["grad_norm"] > 0) == (ddpo["no_spread"] == 0)
 
 
 def test_mmaudio_strictly_loads_the_policies_and_generates_the_audio_of_stage_07(mmaudio, weights):
@@ -380,9 +384,8 @@ def test_results_have_every_metric_of_the_real_path(done):
     test = [clip for clip in read(done.run / "clips.jsonl") if clip["split"] == "test"]
     assert rows["base", "clap"]["n"] == sum(clip["caption"] is not None for clip in test)
     assert "MMAudio-DPO" in done.said["07"] and "0.69 FD_PaSST" in done.said["07"]
-    evaluated = read_json(done.run / "07_systems.json")["systems"]
-    assert [x["name"] for x in evaluated] == [*SYSTEMS]
-    assert all(set(x["audio"]) == set(done.test) for x in evaluated)
+    assert [x["name"] for x in done.systems] == [*SYSTEMS]
+    assert all(set(x["audio"]) == set(done.test) for x in done.systems)
     page = (done.run / "08_report.html").read_text()
     assert all(name in page for name in done.test)
 
