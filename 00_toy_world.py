@@ -84,16 +84,7 @@ from adapters.toy import (
     words,
 )
 from adapters.toy_people import Truth, attack_shape, band_energy, find_attacks
-from common import (
-    ahead,
-    command,
-    files,
-    media,
-    record,
-    rows,
-    run_flag,
-    stop,
-)
+from common import ahead, command, files, media, record, rows, run_flag, stop
 
 # For each size: how many clips, optimizer steps, and processes besides the main one.
 SIZES = {

@@ -72,7 +72,9 @@ def weights(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         writers = [write_mmaudio, write_synchformer, write_imagebind, write_passt, write_frieren]
         for write_files in writers:
+            torch.manual_seed(0)  # what an import draws for itself changes no other's weights
             write_files(folder, patch)
+        torch.manual_seed(0)
         shrink_htsat(patch)
         write_clap(folder, patch)
         shrink_cnn14(patch)
@@ -248,8 +250,7 @@ def test_people_and_audioscore_both_give_pairs_to_train_on(done):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4) and first["grad_norm"] > 0
     (ddpo,) = read(done.run / "06_ddpo/log.jsonl")
     assert 0 < ddpo["reward"] < 1 and ddpo["ratio"] == pytest.approx(1, abs=1e-3)
-    # Random scorers may give both audios of the one prompt the same reward.
-    assert (ddpo["grad_norm"] > 0) == (ddpo["no_spread"] == 0)
+    assert ddpo["grad_norm"] > 0
 
 
 def test_mmaudio_strictly_loads_the_policies_and_generates_the_audio_of_stage_07(mmaudio, weights):
