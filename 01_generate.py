@@ -836,6 +836,29 @@ def print_report(run, train):
     print(f"next: python 02_fit_audioscore.py {run_flag(run)}")
 
 
+def print_all_missing(name, checkpoint, weights):
+    """Prints every missing file that some stage needs with this model, its size and its source.
+    Returns whether any is missing besides those of judges, which 07 reads only with --judge."""
+    adapter, variant = common.adapter_of(name)
+    own = list(adapter.files(variant))
+    if not own:  # the toy's lie in its run folder
+        return False
+    if checkpoint:
+        own = own[1:]  # the first is the velocity network's
+    of_judges = []
+    scorers = common.ScorerSet(".", "real", "")
+    for scorer_name, scorer in scorers.classes.items():
+        if scorer_name in scorers.judges:
+            of_judges += scorer.files
+        else:
+            own += scorer.files
+    missing = common.print_missing(weights, own + of_judges)
+    elsewhere = adapter.missing_elsewhere()
+    if elsewhere:
+        print(elsewhere)
+    return elsewhere is not None or not set(missing) <= set(of_judges)
+
+
 def main(args):
     # -- setup
     here = ranks.setup(args.part)
@@ -849,12 +872,12 @@ def main(args):
     if args.dry_run:
         if not is_toy:
             gather_clips(args)
-        if common.print_all_missing(args.model, args.checkpoint, args.weights):
+        if print_all_missing(args.model, args.checkpoint, args.weights):
             stop("files of weights are missing, see above; get them, then run the command again")
         print("all weights that the stages need are there; run the command without --dry-run")
         return
     if args.max_clips == 0:  # lists at once all files that any later stage will ask for
-        common.print_all_missing(args.model, args.checkpoint, args.weights)
+        print_all_missing(args.model, args.checkpoint, args.weights)
     checkpoint = args.checkpoint
     if is_toy and checkpoint is None:
         checkpoint = run / world.checkpoint

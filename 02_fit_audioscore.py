@@ -35,7 +35,7 @@ Writes:
     02_to_rate.csv          the audios of --num-rated-clips random clips of 01_samples, and of all
                             clips of the split `rate`: clip, k, wav, video, caption, rating
     02_ratings.jsonl        the answers, validated
-    02_scores/*.pt          what every scorer said, one file for each block of 32 drawn clips
+    02_scores/*.pt          what every scorer measured, one file for each block of 32 drawn clips
     02_scores.jsonl         a line for each rated audio: clip, k, the five scores (null where one
                             does not apply), rating (the majority's; of a tie the worse); empty
                             with --audioscore
@@ -99,20 +99,20 @@ def parse_args(argv=None):
 # --------------------------------------------------------------------------------------------------
 
 
-def fit(said, target, seed, steps=200):
+def fit(measured, target, seed, steps=200):
     """An AudioScore fitted on n audios: first marginal p(y), which the fourth score needs, then
     mean and std, then the MLP by cross entropy. Paper silent: several raters of one audio. The
     target is the shares of their answers.
 
-    said: what the scorers said, {ib, clap, desync_s, pesq: (n,), logits: (n, tags)}; target:
-    (n, 3). Paper silent: the optimizer. Full-batch AdamW, lr 3e-3, weight decay 0.3, 200 steps had
-    the best cross-validated log-loss of six settings in the toy world.
+    measured: what the scorers measured, {ib, clap, desync_s, pesq: (n,), tag_logits: (n, tags)};
+    target: (n, 3). Paper silent: the optimizer. Full-batch AdamW, lr 3e-3, weight decay 0.3, 200
+    steps had the best cross-validated log-loss of six settings in the toy world.
     """
     torch.manual_seed(seed)
-    audioscore = AudioScore(tags=said["logits"].shape[1])
+    audioscore = AudioScore(tags=measured["tag_logits"].shape[1])
     # PANNs was trained with a sigmoid for each tag. We take a softmax, as av-benchmark's IS does.
-    audioscore.p_y.copy_(said["logits"].softmax(dim=-1).mean(dim=0))
-    scores = audioscore.five_scores(said)
+    audioscore.p_y.copy_(measured["tag_logits"].softmax(dim=-1).mean(dim=0))
+    scores = audioscore.five_scores(measured)
     mean = scores.nanmean(dim=0).nan_to_num(nan=0.0)
     std = (scores - mean).square().nanmean(dim=0).sqrt()
     audioscore.mean.copy_(mean)
@@ -126,12 +126,12 @@ def fit(said, target, seed, steps=200):
     return audioscore.eval().requires_grad_(False)
 
 
-def select(said, chosen):
-    """What the scorers said of some audios only. chosen: a mask (n,), or a list of rows."""
-    return {name: value[chosen] for name, value in said.items()}
+def select(measured, chosen):
+    """What the scorers measured on some audios only. chosen: a mask (n,), or a list of rows."""
+    return {name: value[chosen] for name, value in measured.items()}
 
 
-def cross_validate(said, target, videos, seed):
+def cross_validate(measured, target, videos, seed):
     """p (n, 3) of every audio, from an AudioScore that was fitted without any audio of the same
     video. videos: the name of each audio's video."""
     names = sorted(set(videos))
@@ -140,8 +140,8 @@ def cross_validate(said, target, videos, seed):
     fold = torch.tensor([fold_of[video] for video in videos])
     p = torch.full((len(videos), len(RATINGS)), float("nan"))
     for i in fold.unique():
-        audioscore = fit(select(said, fold != i), target[fold != i], seed)
-        p[fold == i] = audioscore(audioscore.five_scores(select(said, fold == i))).float()
+        audioscore = fit(select(measured, fold != i), target[fold != i], seed)
+        p[fold == i] = audioscore(audioscore.five_scores(select(measured, fold == i))).float()
     return p
 
 
@@ -298,13 +298,13 @@ def rated_block(run, name, block_clips, samples, clips):
     return block
 
 
-def read_said(rated, blocks, scorers):
-    """What the scorers said of the rated audios, in the form that `fit` takes. rated: the (clip, k)
+def read_measured(rated, blocks, scorers):
+    """What the scorers measured on the rated audios, in the form that `fit` takes. rated: (clip, k)
     of each, whose order is kept."""
-    said = scorers.for_audioscore(scoring.read_scores(blocks, scorers, scorers.of_audioscore))
+    measured = scorers.for_audioscore(scoring.read_scores(blocks, scorers, scorers.of_audioscore))
     scored = [(audio.clip.id, audio.k) for block in blocks for audio in block.audios]
     row_of = {audio: row for row, audio in enumerate(scored)}
-    return select(said, [row_of[audio] for audio in rated])
+    return select(measured, [row_of[audio] for audio in rated])
 
 
 def write_scores(run, rated, scores, truth):
@@ -416,7 +416,7 @@ def main(args):
         if not here.first or here.ends_part():  # the other ranks wait at the end of the stage
             return
         shares = shares_of(counted)
-        said = read_said(shares, blocks, scorers)
+        measured = read_measured(shares, blocks, scorers)
         target = torch.stack(list(shares.values()))
         truth = majority(target)
 
@@ -428,12 +428,12 @@ def main(args):
             line += f", {count} {name}"
         print(line)
         videos = [rated_video(clips[clip]) for clip, _ in shares]
-        p = cross_validate(said, target, videos, args.seed)
+        p = cross_validate(measured, target, videos, args.seed)
         print_heldout(p, truth)
-        audioscore = fit(said, target, args.seed)
+        audioscore = fit(measured, target, args.seed)
 
         # -- save
-        write_scores(run, shares, audioscore.five_scores(said), truth)
+        write_scores(run, shares, audioscore.five_scores(measured), truth)
         fitted = {
             "audioscore": audioscore.state_dict(),
             "weights": {name: scorers.digest(name) for name in scorers.of_audioscore},

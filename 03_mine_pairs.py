@@ -14,7 +14,7 @@ Reads:
                                 or tie), rater; if known repeat (1: the question was asked again, to
                                 see how steady the rater is), seconds, comment
 Writes:
-    03_scores/00012.*.pt        what every scorer said, one file for each shard of stage 01
+    03_scores/00012.*.pt        what every scorer measured, one file for each shard of stage 01
     03_scores/00012.jsonl       clip, k, the five scores (null where one does not apply), p: [Good,
                                 Medium, Bad]
     03_pairs.jsonl              clip, winner, loser (k), p_winner, p_loser: [Good, Medium, Bad]
@@ -84,8 +84,9 @@ def apply_audioscore(blocks, scorers, audioscore):
     03_scores/00012.jsonl of each block."""
     p_of = defaultdict(dict)
     for block in blocks:
-        said = scorers.for_audioscore(scoring.read_scores([block], scorers, scorers.of_audioscore))
-        scores = audioscore.five_scores(said)  # (n, 5), in the order of block.audios
+        by_scorer = scoring.read_scores([block], scorers, scorers.of_audioscore)
+        # (n, 5), in the order of block.audios
+        scores = audioscore.five_scores(scorers.for_audioscore(by_scorer))
         lines = []
         for audio, five, p in zip(block.audios, scores, audioscore(scores).tolist()):
             clip = audio.clip.id

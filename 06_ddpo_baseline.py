@@ -248,14 +248,15 @@ class Reward:
         waves = model.decode(a_0)
         finite = waves.isfinite().all(dim=1)
         waves = torch.nan_to_num(waves, 0.0, 0.0, 0.0).clamp(-1, 1)
-        said = {}
+        by_scorer = {}
         for name, scorer in self.scorers.items():
             rate_hz = scorer.sample_rate_hz
             resampled = torchaudio.functional.resample(waves, model.sample_rate_hz, rate_hz)
             resampled = media.fit_length(resampled, round(model.clip_s * rate_hz))
             videos = self.videos(name, clips) if "video" in scorer.reads else None
-            said[name] = scoring.score_waves(scorer, resampled, clips, videos)
-        p = self.audioscore(self.audioscore.five_scores(self.set.for_audioscore(said)))
+            by_scorer[name] = scoring.score_waves(scorer, resampled, clips, videos)
+        scores = self.audioscore.five_scores(self.set.for_audioscore(by_scorer))
+        p = self.audioscore(scores)
         p_good = p[:, 0]
         return p_good * finite
 

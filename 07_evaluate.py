@@ -30,7 +30,7 @@ Writes:
                                    start from the same noise; in <system>@3 with --guidance 3, where
                                    the run's is another
     07_audio/<system>/settings.json    policy, guidance, steps and seed of that audio
-    07_scores/<system>/<split>_00003.*.pt    what every scorer said, and the audios' peaks, one file
+    07_scores/<system>/<split>_00003.*.pt    what every scorer measured, and the peaks, one file
                                    for each block of 32 clips
     07_results.jsonl    system, metric, better (higher or lower), n (clips that count), value, low,
                         high (95 % interval); diff, diff_low, diff_high: the system's value minus
@@ -178,25 +178,24 @@ def win_rate(p_good, against):
 
 
 # --------------------------------------------------------------------------------------------------
-# From what the scorers said to rows of 07_results.jsonl
+# From what the scorers measured to rows of 07_results.jsonl
 #
 # Arrays have a row for each clip of the split, nan where the system has no audio or a metric does
 # not apply.
 # --------------------------------------------------------------------------------------------------
 
 
-def clip_values(said, truth, how_of):
+def clip_values(measured, truth, how_of):
     """What each clip contributes to each metric of a system.
 
-    said, truth: what the scorers said of the system's audios and of the clips' own sound, {metric:
-    (clips, ...)}; truth is empty where there is no such sound to compare with, and the system then
-    has no FD and KL. how_of: {metric: mean, kl, fd or is}. Returns {metric: array}. The array's
-    shape depends on the metric: (clips,)
-    where it is a mean over clips, as KL is; (clips, classes) for IS; (clips, 2, d) for FD, the
-    embeddings of the audio and of the clip's own sound.
+    measured, truth: what the scorers measured on the system's audios and on the clips' own sound,
+    {metric: (clips, ...)}; truth is empty where there is no such sound to compare with, and the
+    system then has no FD and KL. how_of: {metric: mean, kl, fd or is}. Returns {metric: array}. The
+    array's shape depends on the metric: (clips,) where it is a mean over clips, as KL is; (clips,
+    classes) for IS; (clips, 2, d) for FD, the embeddings of the audio and of the clip's own sound.
     """
     values = {}
-    for metric, ours in said.items():
+    for metric, ours in measured.items():
         how = how_of.get(metric)
         if how not in ("kl", "fd"):
             values[metric] = ours
@@ -779,24 +778,24 @@ def measures_asked(scorers, judges):
     return measures, list(names)
 
 
-def metrics_said(by_scorer, measures, scorers, audioscore):
+def by_metric(by_scorer, measures, scorers, audioscore):
     """{metric: (audios, ...)}, with P(Good) of Eq. 1. by_scorer: {scorer: {tensor: (audios,
     ...)}}; audioscore: AudioScore, or None, which leaves out P(Good)."""
-    said = {}
+    measured = {}
     for metric, (_, scorer, tensor) in measures.items():
-        said[metric] = by_scorer[scorer][tensor]
+        measured[metric] = by_scorer[scorer][tensor]
     if audioscore is not None:
         five = audioscore.five_scores(scorers.for_audioscore(by_scorer))
-        said["p_good"] = audioscore(five)[:, 0]
-    return said
+        measured["p_good"] = audioscore(five)[:, 0]
+    return measured
 
 
-def aligned(said, audios, clips):
+def aligned(measured, audios, clips):
     """{metric: (audios, ...)} -> {metric: (clips, ...) float64}, nan where there is no audio.
     audios: {clip id: ...}, in the order of the clips."""
     has_audio = [clip.id in audios for clip in clips]
     full = {}
-    for metric, values in said.items():
+    for metric, values in measured.items():
         full[metric] = np.full((len(clips), *values.shape[1:]), np.nan)
         full[metric][has_audio] = values
     return full
@@ -878,22 +877,22 @@ def main(args):
             audioscore = AudioScore.load(run / "02_audioscore.pt")
         simulated = common.people_of(run)  # the toy world's oracle and judge, who know the truth
         usable = {}  # {system: {clip id: its audio}}
-        said_of = {}
+        measured_of = {}
         for name in names:
             audios = [audio for block in blocks_of[name] for audio in block.audios]
             usable[name] = {audio.clip.id: audio for audio in audios}
             by_scorer = scoring.read_scores(blocks_of[name], scorers, scorer_names)
-            said = metrics_said(by_scorer, measures, scorers, audioscore)
+            measured = by_metric(by_scorer, measures, scorers, audioscore)
             if simulated is not None:
                 waves = [(audio.clip, audio.path) for audio in audios]
-                said |= simulated.compared_with_truth(run, waves)
-            said_of[name] = aligned(said, usable[name], clips)
+                measured |= simulated.compared_with_truth(run, waves)
+            measured_of[name] = aligned(measured, usable[name], clips)
         how_of = {metric: how for metric, (how, _, _) in measures.items()}
-        truth = said_of.get("ground_truth", {})
+        truth = measured_of.get("ground_truth", {})
         values = {}
-        for name, said in said_of.items():
+        for name, measured in measured_of.items():
             compared = {} if name == "ground_truth" else truth
-            values[name] = clip_values(said, compared, how_of)
+            values[name] = clip_values(measured, compared, how_of)
         if audioscore is not None and args.against in names:
             p_good = values[args.against]["p_good"]
             for name in names:

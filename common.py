@@ -156,18 +156,19 @@ class AudioScore(nn.Module):
         would have P(Bad) = 1 exactly, and tie for the loser of Eq. 2."""
         return self.logits(scores).double().softmax(dim=-1)
 
-    def five_scores(self, said):
-        """(n, 5) float32 in the order of SCORES, nan where a score does not apply. said: what the
-        scorers said of n audios, {ib, clap, desync_s, pesq: (n,), logits: (n, tags)}, where logits
-        are the tagger's."""
-        if said["logits"].shape[1:] != self.p_y.shape:
+    def five_scores(self, measured):
+        """(n, 5) float32 in the order of SCORES, nan where a score does not apply. measured: what
+        the scorers measured on n audios, {ib, clap, desync_s, pesq: (n,), tag_logits: (n,
+        tags)}."""
+        if measured["tag_logits"].shape[1:] != self.p_y.shape:
             stop(
                 "02_audioscore.pt: fitted with another tagger than this run's; rerun "
                 "02_fit_audioscore.py --redo"
             )
-        is_nats = self.inception(said["logits"])
+        is_nats = self.inception(measured["tag_logits"])
         return torch.stack(
-            [said["ib"], said["clap"], said["desync_s"], is_nats, said["pesq"]], dim=1
+            [measured["ib"], measured["clap"], measured["desync_s"], is_nats, measured["pesq"]],
+            dim=1,
         )
 
     def inception(self, tag_logits):
@@ -489,10 +490,13 @@ class ScorerSet:
         wanted = [*self.audioscore.values(), *(measure[1:] for measure in self.measures.values())]
         return {tensor for scorer, tensor in wanted if scorer == name}
 
-    def for_audioscore(self, said):
-        """Picks what AudioScore needs from all that the scorers said: {scorer: {tensor: values}} ->
-        {ib, clap, desync_s, logits, pesq: values}."""
-        return {name: said[scorer][tensor] for name, (scorer, tensor) in self.audioscore.items()}
+    def for_audioscore(self, by_scorer):
+        """Picks what AudioScore needs from all that the scorers measured: {scorer: {tensor:
+        values}} -> {ib, clap, desync_s, tag_logits, pesq: values}."""
+        measured = {}
+        for name, (scorer, tensor) in self.audioscore.items():
+            measured[name] = by_scorer[scorer][tensor]
+        return measured
 
 
 # --------------------------------------------------------------------------------------------------
@@ -510,29 +514,6 @@ def adapter_of(name):
     if family not in ADAPTERS:
         stop(f"--model {name}: unknown; choose one of {', '.join(ADAPTERS)}")
     return importlib.import_module(ADAPTERS[family]).ADAPTER, variant
-
-
-def print_all_missing(name, checkpoint, weights):
-    """Prints every missing file that some stage needs with this model, its size and its source.
-    Returns whether any is missing besides those of judges, which 07 reads only with --judge."""
-    adapter, variant = adapter_of(name)
-    own = list(adapter.files(variant))
-    if not own:  # the toy's lie in its run folder
-        return False
-    if checkpoint:
-        own = own[1:]  # the first is the velocity network's
-    of_judges = []
-    scorers = ScorerSet(".", "real", "")
-    for scorer_name, scorer in scorers.classes.items():
-        if scorer_name in scorers.judges:
-            of_judges += scorer.files
-        else:
-            own += scorer.files
-    missing = print_missing(weights, own + of_judges)
-    elsewhere = adapter.missing_elsewhere()
-    if elsewhere:
-        print(elsewhere)
-    return elsewhere is not None or not set(missing) <= set(of_judges)
 
 
 def load_model(name, checkpoint=None, device="cpu", weights="weights"):

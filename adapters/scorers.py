@@ -449,6 +449,6 @@ AUDIOSCORE = {
     "ib": ("imagebind", "ib"),
     "clap": ("clap", "clap"),
     "desync_s": ("synchformer", "desync_s"),
-    "logits": ("panns", "logits"),
+    "tag_logits": ("panns", "logits"),
     "pesq": ("pesq", "pesq"),
 }

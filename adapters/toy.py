@@ -670,7 +670,13 @@ class TwinScorer(Scorer):
 SCORERS = {"toy": ToyScorer, "twin": TwinScorer}
 
 # Where AudioScore's five scores come from: {name: (scorer, tensor)}.
-AUDIOSCORE = {name: ("toy", name) for name in ("ib", "clap", "desync_s", "logits", "pesq")}
+AUDIOSCORE = {
+    "ib": ("toy", "ib"),
+    "clap": ("toy", "clap"),
+    "desync_s": ("toy", "desync_s"),
+    "tag_logits": ("toy", "logits"),
+    "pesq": ("toy", "pesq"),
+}
 
 # The metrics of stage 07: {metric: (how, scorer, tensor)}. How is `mean` over clips, or the name of
 # a formula over all audios.

@@ -362,7 +362,7 @@ def read_peaks(blocks, clip_s):
 def read_scores(blocks, scorers, names):
     """{scorer: {tensor: (n, ...) float32}} of all audios of the blocks, in order: those tensors of
     these scorers that AudioScore and the metrics need."""
-    said = {}
+    by_scorer = {}
     for name in names:
         parts = defaultdict(list)
         for block in blocks:
@@ -372,8 +372,8 @@ def read_scores(blocks, scorers, names):
                 if tensor not in tensors:
                     stop(f"{file}: lacks '{tensor}'; remove it and run the stage again")
                 parts[tensor].append(tensors[tensor])
-        said[name] = {tensor: torch.cat(values) for tensor, values in parts.items()}
-    return said
+        by_scorer[name] = {tensor: torch.cat(values) for tensor, values in parts.items()}
+    return by_scorer
 
 
 # --------------------------------------------------------------------------------------------------

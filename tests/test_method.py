@@ -681,44 +681,44 @@ def test_an_explicit_flag_wins_over_the_runs_defaults_and_they_over_the_paper(
 
 
 def made_up_scores(count, seed=0):
-    """What scorers said of `count` audios, 5 per clip, whose rating depends on ib and desync
+    """What scorers measured on `count` audios, 5 per clip, whose rating depends on ib and desync
     alone."""
     generator = torch.Generator().manual_seed(seed)
     names = ("ib", "clap", "desync_s", "pesq")
-    said = {name: torch.randn(count, generator=generator) for name in names}
-    said["pesq"][::2] = float("nan")
-    said["logits"] = torch.randn(count, 4, generator=generator)
-    merit = said["ib"] - said["desync_s"]
+    measured = {name: torch.randn(count, generator=generator) for name in names}
+    measured["pesq"][::2] = float("nan")
+    measured["tag_logits"] = torch.randn(count, 4, generator=generator)
+    merit = measured["ib"] - measured["desync_s"]
     rating = (merit < 0.7).long() + (merit < -0.7).long()
     clips = [f"clip{i // 5}" for i in range(count)]
-    return said, torch.nn.functional.one_hot(rating, 3).float(), clips
+    return measured, torch.nn.functional.one_hot(rating, 3).float(), clips
 
 
 def test_audioscore_learns_ratings_that_its_scores_determine_and_is_judged_on_other_clips():
-    said, target, clips = made_up_scores(200)
-    p = stage("02").cross_validate(said, target, clips, seed=0)
+    measured, target, clips = made_up_scores(200)
+    p = stage("02").cross_validate(measured, target, clips, seed=0)
     assert p.isfinite().all()
     accuracy = (p.argmax(dim=1) == target.argmax(dim=1)).float().mean().item()
     majority = target.mean(dim=0).max().item()
     assert accuracy > majority + 0.2
     shuffled = target[torch.randperm(200, generator=torch.Generator().manual_seed(3))]
-    blind = stage("02").cross_validate(said, shuffled, clips, seed=0)
+    blind = stage("02").cross_validate(measured, shuffled, clips, seed=0)
     chance = (blind.argmax(dim=1) == shuffled.argmax(dim=1)).float().mean().item()
     assert chance < accuracy - 0.2  # nothing leaks from the held-out clips
 
 
 def test_a_score_that_never_varied_among_the_rated_audios_does_not_decide_alone_elsewhere():
-    said, target, _ = made_up_scores(40)
-    said["desync_s"][:] = 0.6
-    fitted = stage("02").fit(said, target, seed=0)
-    scores = fitted.five_scores(said)
+    measured, target, _ = made_up_scores(40)
+    measured["desync_s"][:] = 0.6
+    fitted = stage("02").fit(measured, target, seed=0)
+    scores = fitted.five_scores(measured)
     scores[:, 2] = 1.0  # DeSync moves in steps of 0.1 s: a handful of audios may share one value
     p = fitted(scores)
     assert fitted.std[2] == 1 and p.max() < 0.9999 and len(p.unique(dim=0)) == 40
 
 
 def test_a_fold_never_splits_a_clip_nor_a_youtube_video(monkeypatch):
-    said, target, _ = made_up_scores(60)
+    measured, target, _ = made_up_scores(60)
     clips = [f"abcdefghij{i // 10}_{i % 10:06d}" for i in range(60)]  # 6 videos of 10 clips
     parts, fit = [], stage("02").fit
 
@@ -727,10 +727,10 @@ def test_a_fold_never_splits_a_clip_nor_a_youtube_video(monkeypatch):
         return fit(part, share, seed, steps=1)
 
     monkeypatch.setattr(stage("02"), "fit", spy)
-    stage("02").cross_validate(said, target, [*map(inputs.video_of, clips)], seed=0)
+    stage("02").cross_validate(measured, target, [*map(inputs.video_of, clips)], seed=0)
     assert len(parts) == 5
     for fitted in parts:
-        ib = said["ib"].tolist()
+        ib = measured["ib"].tolist()
         used = Counter(clip[:11] for clip, x in zip(clips, ib) if round(x, 6) in fitted)
         assert set(used.values()) == {10}  # whole videos only
 

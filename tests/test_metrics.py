@@ -259,8 +259,8 @@ class OneScorer:
     """Of which five tensors AudioScore's scores are made."""
 
     @staticmethod
-    def for_audioscore(said):
-        return said["toy"]
+    def for_audioscore(by_scorer):
+        return by_scorer["toy"]
 
 
 def test_p_good_that_differs_by_rounding_is_a_tie():
@@ -268,11 +268,11 @@ def test_p_good_that_differs_by_rounding_is_a_tie():
     audioscore = AudioScore(tags=8).requires_grad_(False)
     five = {part: torch.full((3,), 0.3) for part in ("clap", "desync_s", "pesq")}
     five["ib"] = torch.tensor([0.3, 0.3 + 1e-6, 0.5])
-    five["logits"] = torch.zeros(3, 8)
-    said = metrics.metrics_said({"toy": five}, {}, OneScorer, audioscore)
+    five["tag_logits"] = torch.zeros(3, 8)
+    measured = metrics.by_metric({"toy": five}, {}, OneScorer, audioscore)
     clips = [SimpleNamespace(id=name) for name in ("base", "same", "absent", "better")]
     audios = dict.fromkeys(("base", "same", "better"))
-    p_good = metrics.aligned(said, audios, clips)["p_good"]
+    p_good = metrics.aligned(measured, audios, clips)["p_good"]
     wins = metrics.win_rate(p_good, np.full(4, p_good[0]))
     assert p_good[1] != p_good[0] and wins[:2].tolist() == [0.5, 0.5]
     assert np.isnan(p_good[2]) and np.isnan(wins[2]) and wins[3] in (0, 1)
