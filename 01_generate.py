@@ -67,6 +67,7 @@ from common import (
     record,
     rows,
     run_flag,
+    scoring,
     stop,
     training,
 )
@@ -114,6 +115,309 @@ def parse_args(argv=None):
     command.workers_flag(parser)
     command.part_flag(parser)
     return command.parse(parser, argv, "01")
+
+
+# --------------------------------------------------------------------------------------------------
+# Audios out
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Shard:
+    """A shard that is being made, or the part of it that one given source makes."""
+
+    name: str
+    clips: list  # those that can be used
+    features: dict  # {clip id: its features}; {} for a given source
+    skipped: list  # rows.SkippedClip
+    samples: list  # rows.Sample of the audios made so far
+    latents: list  # of tensors (n, T, C): a clip's N, or those of all clips of a given source
+
+
+def encode_all(model, clips, workers):
+    """A generator of each clip's features, or of the SkipClip that says why it has none. Worker
+    processes decode video ahead."""
+    with closing(ahead.read_ahead(model.read, clips, workers)) as videos:
+        for clip, tensors in zip(clips, videos):
+            yield tensors if isinstance(tensors, SkipClip) else model.encode(clip, tensors)
+
+
+def generate(run, model, shards, todo, here, args):
+    """Makes the audios of the shards in `todo`, names of `shards`, {name: clips}. Each of these
+    takes from the one before, and all work at the same time:
+
+        worker processes decode videos  ->  a thread encodes them, up to a shard ahead
+        ->  this thread samples latents, a batch at a time  ->  a thread decodes them to waves
+    """
+    clips = []
+    for name in todo:
+        clips += shards[name]
+    if clips:
+        # So that a missing codec is reported now, not after the first shard.
+        model.decode(torch.zeros(1, *model.latent_shape))
+    with closing(encode_all(model, clips, args.workers)) as encoder:
+        # `encoder` is advanced in the thread, once for each clip, so that the thread waits for the
+        # videos and this one goes on sampling.
+        encoded = ahead.in_threads(
+            lambda clip: next(encoder), clips, threads=1, in_advance=SHARD_CLIPS
+        )
+        bar = tqdm(total=len(todo), unit="shard", disable=not here.first)
+        with closing(encoded), bar:
+            sample_shards(run, model, shards, todo, encoded, bar, args)
+
+
+def sample_shards(run, model, shards, todo, encoded, bar, args):
+    """Samples the audios of the shards, a batch of clips at a time, and writes a shard once its
+    last clip has its audios. encoded: an iterator of what `encode_all` yields."""
+    at_work = {}  # {clip id: its shard, the seeds of its audios} of the clips being sampled
+
+    def batches():
+        """Each batch is of clips of one shard, so that audios never depend on which shards were
+        left to do."""
+        size = args.batch_clips or model.batch_clips
+        for name in todo:
+            shard = gather(name, shards[name], encoded, args)
+            if not shard.clips or args.num_samples == 0:  # nothing to sample: features alone
+                shard.latents.append(torch.empty(0, *model.latent_shape))  # as a .pt has latents
+                write_shard(run, shard)
+                bar.update()
+                continue
+            to_sample = []
+            for clip in shard.clips:
+                seeds = [common.seed_of(args.seed, clip.id, k) for k in range(args.num_samples)]
+                at_work[clip.id] = shard, seeds
+                to_sample.append((clip, shard.features[clip.id], seeds))
+            for start in range(0, len(to_sample), size):
+                yield to_sample[start : start + size]
+
+    sampler = rows.Sampler(steps=args.sampling_steps, guidance=args.guidance)
+    for clip, latents, waves in common.sample_clips(model, batches(), sampler):
+        shard, seeds = at_work.pop(clip.id)
+        for k, seed in enumerate(seeds):
+            wav = f"01_audio/{clip.id}_{k}.wav"
+            written = media.write_audio(run / wav, waves[k], model.sample_rate_hz)
+            written["finite"] = written["finite"] and bool(latents[k].isfinite().all())
+            row = len(shard.samples)
+            about = {"clip": clip.id, "k": k, "seed": seed, "wav": wav, "row": row}
+            shard.samples.append(rows.Sample(**about, **written))
+        shard.latents.append(latents)
+        if clip is shard.clips[-1]:
+            write_shard(run, shard)
+            bar.update()
+
+
+def begin_shard(name, clips, values):
+    """A Shard of these clips, and {clip id: its value} of those that can be used. values: an
+    iterator with an item for each clip, its features or its wave; or the SkipClip that says why the
+    clip cannot be used."""
+    shard = Shard(name, clips=[], features={}, skipped=[], samples=[], latents=[])
+    usable = {}
+    for clip in clips:
+        value = next(values)
+        if isinstance(value, SkipClip):
+            shard.skipped.append(rows.SkippedClip(clip=clip.id, reason=str(value)))
+        else:
+            shard.clips.append(clip)
+            usable[clip.id] = value
+    return shard, usable
+
+
+def gather(name, clips, encoded, args):
+    """A shard of these clips, with the features of those that can be used."""
+    shard, shard.features = begin_shard(name, clips, encoded)
+    if shard.skipped and args.strict:
+        first = ", ".join(f"{row.clip} ({row.reason})" for row in shard.skipped[:10])
+        more = " ..." if len(shard.skipped) > 10 else ""
+        stop(f"--strict: {len(shard.skipped)} clips of shard {name} cannot be used: {first}{more}")
+    return shard
+
+
+def write_shard(run, shard):
+    """The .jsonl is written last, so that a shard that has one is whole."""
+    folder = run / "01_samples"
+    if shard.clips and shard.latents:  # clips to rate have no latents
+        features = {}
+        if shard.features:
+            features = common.stack_features(list(shard.features.values()), "cpu")
+        digests = [sample.digest for sample in shard.samples]
+        latents = torch.cat(shard.latents)
+        file = folder / f"{shard.name}.pt"
+        training.save_shard(file, latents, digests, features, clips=shard.features)
+    unused = folder / f"{shard.name}.skipped.jsonl"
+    if shard.skipped or unused.exists():  # an earlier, damaged shard may have left one
+        rows.write(unused, shard.skipped)
+    rows.write(folder / f"{shard.name}.jsonl", shard.samples)
+
+
+def is_whole(run, name, clips, ks, wavs):
+    """Whether every clip of a shard is either skipped or has exactly the audios with these k, and
+    their wavs and latents are there. name: 00012 of the model's audios; 00012.NAME of given ones,
+    which has no features; rate_00012.NAME of clips to rate, which has no latents either. wavs: the
+    names of the run's wavs."""
+    file = run / "01_samples" / f"{name}.jsonl"
+    if not file.exists():
+        return False
+    samples = rows.read(file, rows.Sample)
+    skipped = {row.clip for row in read_skipped(run, name)}
+    used = [clip.id for clip in clips if clip.id not in skipped]
+    expected = [(clip, k) for clip in used for k in ks]
+    is_to_rate = name.startswith(rows.TO_RATE)
+    is_given = "." in name
+    has_wavs = wavs.issuperset(Path(sample.wav).name for sample in samples)
+    digests = [sample.digest for sample in samples]
+    of_features = [] if is_given else used
+    return (
+        [(sample.clip, sample.k) for sample in samples] == expected
+        and has_wavs
+        and (is_to_rate or not used or rows_of(file.with_suffix(".pt")) == (of_features, digests))
+    )
+
+
+def read_skipped(run, name):
+    return rows.read_if_there(run / "01_samples" / f"{name}.skipped.jsonl", rows.SkippedClip)
+
+
+def rows_of(file):
+    """What the rows of a shard's .pt belong to: the clips of its features, the digests of its
+    latents' wavs. None where the file is absent or was cut short, which shows at once, since the
+    directory of a .pt is at its end. The rows themselves are checked when they are read
+    (training.Shards)."""
+    if not file.exists():
+        return None
+    try:
+        saved = files.load_pt(file, {"clips": list, "digests": list}, mmap=True)  # takes 3 ms
+    except common.Stop:
+        return None
+    return saved["clips"], saved["digests"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Audios in: candidates that the model did not make
+# --------------------------------------------------------------------------------------------------
+
+
+def files_given(given):
+    """What --given names: {source: {clip id: file}}, with None in place of the files for
+    ground_truth, the clips' own sound."""
+    found = {}
+    reserved = (inputs.MODEL, inputs.GROUND_TRUTH, "skipped")  # the last is a suffix of files
+    for text in given:
+        name, _, folder = text.partition("=")
+        if name in found:
+            stop(f"--given {text}: {name} is given twice; keep one")
+        if text == inputs.GROUND_TRUTH:
+            found[name] = None
+            continue
+        if not re.fullmatch(r"[\w-]{1,100}", name) or name in reserved:
+            stop(
+                f"--given {text}: give ground_truth, or NAME=DIR; a name is of letters, digits, _ "
+                f"and -, and none of {', '.join(reserved)}"
+            )
+        if not folder or not Path(folder).is_dir():
+            stop(f"--given {text}: no such folder; give NAME=DIR, a folder of <clip id>.wav ...")
+        found[name] = media.audio_files(Path(folder))
+    return found
+
+
+def name_sources(run, given, train, to_rate):
+    """Adds new sources to run.json, after checking that their files are named by clips of this run.
+    train: the train clips that were drawn; to_rate: the clips to rate."""
+    run_json = inputs.read_run(run)
+    ids = {clip.id for clip in train}
+    ids_to_rate = {clip.id for clip in to_rate}
+    for source, file_of in given.items():
+        names = ids | ids_to_rate if file_of is None else file_of.keys()
+        if names.isdisjoint(ids | ids_to_rate):
+            stop(f"--given {source}: no file there names a train clip, as <clip id>.wav")
+        foreign = sorted(names - ids - ids_to_rate)
+        if foreign:
+            which = f"none of the {len(ids | ids_to_rate)} clips, first {foreign[0]}"
+            print(f"{source}: {len(foreign)} files name {which}")
+        if source not in run_json.given and not names.isdisjoint(ids):
+            run_json.given.append(source)
+        if source not in run_json.given_to_rate and not names.isdisjoint(ids_to_rate):
+            run_json.given_to_rate.append(source)
+    rows.write_json(run / "run.json", run_json)
+
+
+def forget_sources(run, given):
+    """Removes from the end of run.json's lists the sources of which no audio was made and which are
+    not given now. Only from the end, since the k of a source is its place in the list."""
+    run_json = inputs.read_run(run)
+    for sources, shards in ((run_json.given, "[0-9]*"), (run_json.given_to_rate, "rate_*")):
+        while sources and sources[-1] not in given:
+            if any((run / "01_samples").glob(f"{shards}.{sources[-1]}.jsonl")):
+                break
+            print(f"{sources.pop()}: no audio was made of it, so run.json no longer lists it")
+    rows.write_json(run / "run.json", run_json)
+
+
+def read_given(item, given, model, length):
+    """[(length,) float32] in [-1, 1]: a clip's audio, cut or padded to this many samples of sound.
+    item: (source, clip). Raises SkipClip where the clip has none that can be used."""
+    source, clip = item
+    path = clip.path
+    if given[source] is not None:
+        path = given[source].get(clip.id)
+        if path is None:
+            raise SkipClip(NO_FILE)
+    rate = model.sample_rate_hz
+    try:
+        wave = media.read_audio(path, rate, length / rate, pad=False)
+    except NoFile:
+        files.gone(path)
+    if not wave.isfinite().all():
+        raise SkipClip("not finite")
+    if len(wave) < model.clip_s / 2 * rate:
+        found = f"{len(wave) / rate:.2f} s of audio"
+        raise SkipClip(f"too short: {found}, at least {model.clip_s / 2:.2f} s needed")
+    return [media.fit_length(wave.clamp(-1, 1), length)]
+
+
+def add_given(run, model, shards, ks_of, given, wavs, here, args):
+    """Writes and encodes the audios of --given, for the clips that can be used: one shard of one
+    source after another, while worker processes read the next files. ks_of: {source: the k of its
+    audios}, which of a given source is one."""
+    todo = []
+    for source in [source for source in given if source in ks_of]:
+        for shard, of_shard in shards.items():
+            skipped = {row.clip for row in read_skipped(run, shard)}
+            clips = [clip for clip in of_shard if clip.id not in skipped]
+            name = inputs.shard_file(shard, source)
+            had_no_file = {row.clip for row in read_skipped(run, name) if row.reason == NO_FILE}
+            has_file_now = given[source] is not None and not had_no_file.isdisjoint(given[source])
+            if has_file_now or not is_whole(run, name, clips, ks_of[source], wavs):
+                todo.append((source, name, clips))
+    ranks.barrier()  # all ranks have looked at the files before one writes
+    todo = here.share(todo)
+    if not todo:
+        return
+    length = model.decode(torch.zeros(1, *model.latent_shape)).shape[1]
+    items = [(source, clip) for source, _, clips in todo for clip in clips]
+    read = functools.partial(read_given, given=given, model=model, length=length)
+    bar = tqdm(todo, "given", unit="shard", disable=not here.first)
+    with closing(ahead.read_ahead(read, items, args.workers)) as waves, bar:
+        for source, name, clips in bar:
+            (k,) = ks_of[source]
+            write_shard(run, encode_given(run, model, source, name, k, clips, waves))
+
+
+def encode_given(run, model, source, name, k, clips, waves):
+    """The Shard of one source's audios for these clips. waves: an iterator of what `read_given`
+    returns, or of the SkipClip that it raises."""
+    shard, wave_of = begin_shard(name, clips, waves)
+    waves = [wave for (wave,) in wave_of.values()]
+    is_to_rate = name.startswith(rows.TO_RATE)
+    if waves and not is_to_rate:
+        shard.latents.append(model.encode_audio(torch.stack(waves)))
+    for row, clip in enumerate(shard.clips):
+        wav = f"01_audio/{clip.id}_{k}.wav"
+        written = media.write_audio(run / wav, waves[row], model.sample_rate_hz)
+        if not is_to_rate:
+            written["finite"] = bool(shard.latents[0][row].isfinite().all())
+        about = {"clip": clip.id, "k": k, "seed": 0, "wav": wav, "row": row, "source": source}
+        shard.samples.append(rows.Sample(**about, **written))
+    return shard
 
 
 # --------------------------------------------------------------------------------------------------
@@ -379,9 +683,9 @@ def inherited(checkpoint):
     return found
 
 
-def is_only_prepared(stage, settings, model):
-    """Whether the run was made with --max-clips 0 and otherwise these settings, so that it may get
-    its train clips now."""
+def may_get_train_clips(stage, settings, model):
+    """Whether the run was only prepared, by --max-clips 0, so that it may get its train clips now.
+    Stops where it was prepared with other settings."""
     if not stage.file.exists():
         return False
     before = rows.read_json(stage.file, rows.Record).settings
@@ -391,9 +695,9 @@ def is_only_prepared(stage, settings, model):
         stop(f"{model.checkpoint}: {other}; give that one, or {ADVICE}")
     if before.get("max_clips") != 0:
         return False
-    as_before = {"max_clips": 0, "clips_digest": before.get("clips_digest")}
-    # Stops where any other setting has changed.
-    record.compare(stage.file, rows.Record(settings=settings | as_before, inputs={}), ADVICE)
+    # These two may differ now. Any other setting that differs stops the stage.
+    may_differ = {"max_clips": 0, "clips_digest": before.get("clips_digest")}
+    record.compare(stage.file, rows.Record(settings=settings | may_differ, inputs={}), ADVICE)
     return True
 
 
@@ -411,30 +715,30 @@ def prepare_run(run, stage, is_toy, model, args):
         "seed": args.seed,
         "max_clips": args.max_clips,
     }
-    only_prepared = is_only_prepared(stage, settings, model)
+    gets_train_clips = may_get_train_clips(stage, settings, model)
     to_rate = []
     if not is_toy:
-        to_rate = list_clips(run, only_prepared, args)
+        to_rate = list_clips(run, gets_train_clips, args)
     settings["clips_digest"] = files.digest(run / "clips.jsonl")
-    stage.write(settings, redo=only_prepared)
-    known = {"checkpoint": "upstream"}
+    stage.write(settings, redo=gets_train_clips)  # 01_settings.json
+    fields = {"checkpoint": "upstream"}
     file = run / "run.json"
     if file.exists():
-        known |= rows.as_dict(rows.read_json(file, rows.World))
-    rows.write_json(file, rows.typed(known | places(args) | settings, rows.Run, file))
-    if to_rate or only_prepared:
+        fields |= rows.as_dict(rows.read_json(file, rows.World))
+    rows.write_json(file, rows.typed(fields | places(args) | settings, rows.Run, file))
+    if to_rate or gets_train_clips:  # new train clips may be of videos that were to be rated
         list_to_rate(run, to_rate)
 
 
-def list_clips(run, anew, args):
-    """Writes clips.jsonl and 01_missing.jsonl from the user's list. A run keeps the list that its
-    audios were made from, unless `anew`. Returns the listed clips of the split rate, which may also
-    be added later."""
+def list_clips(run, gets_train_clips, args):
+    """Writes clips.jsonl and 01_missing.jsonl from the user's list, for a new run and for one that
+    gets its train clips now; another run keeps the list that its audios were made from. Returns the
+    listed clips of the split rate, which may also be added later."""
     file = run / "clips.jsonl"
     found, missing = gather_clips(args)
     clips = [clip for clip in found if clip.split != rows.TO_RATE]
     to_rate = [clip for clip in found if clip.split == rows.TO_RATE]
-    if anew or not file.exists():
+    if gets_train_clips or not file.exists():
         if not clips:
             stop(f"--clips {args.clips}: only clips to rate; {run} is new and needs clips to train")
         rows.write(run / "01_missing.jsonl", missing)
@@ -459,11 +763,11 @@ def list_to_rate(run, to_rate):
     """01_to_rate.jsonl: the clips to rate that the run has, then these, without any whose video the
     run mines or tests on."""
     file = run / "01_to_rate.jsonl"
-    mined = set()
     ids = set()
+    videos = set()  # of all train, val and test clips
     for clip in inputs.read_clips(run):
         ids.add(clip.id)
-        mined |= inputs.videos_of(clip.id, clip.path)
+        videos |= inputs.videos_of(clip.id, clip.path)
     root = run / inputs.read_run(run).video_root
     known = {clip.id: clip for clip in rows.read_if_there(file, rows.Clip)}
     known |= {clip.id: clip for clip in to_rate}
@@ -477,308 +781,12 @@ def list_to_rate(run, to_rate):
                 "already; give it another id, or leave it out"
             )
         path = files.inside(root, clip.video, f"{file}, clip {clip.id}")
-        if mined.isdisjoint(inputs.videos_of(clip.id, path)):
+        if videos.isdisjoint(inputs.videos_of(clip.id, path)):
             kept.append(clip)
     if len(kept) < len(known):
         count = len(known) - len(kept)
         print(f"left out: {count} clips to rate, of videos that this run mines or tests on")
     rows.write(file, kept)
-
-
-# --------------------------------------------------------------------------------------------------
-# Audios out
-# --------------------------------------------------------------------------------------------------
-
-
-def is_whole(run, name, clips, numbers, wavs):
-    """Whether every clip of a shard is either skipped or has exactly the audios with these k, and
-    their wavs and latents are there. name: 00012 of the model's audios; 00012.NAME of given ones,
-    which has no features; rate_00012.NAME of clips to rate, which has no latents either. wavs: the
-    names of the run's wavs."""
-    file = run / "01_samples" / f"{name}.jsonl"
-    if not file.exists():
-        return False
-    samples = rows.read(file, rows.Sample)
-    skipped = {row.clip for row in read_skipped(run, name)}
-    used = [clip.id for clip in clips if clip.id not in skipped]
-    expected = [(clip, k) for clip in used for k in numbers]
-    is_to_rate = name.startswith(rows.TO_RATE)
-    has_wavs = wavs.issuperset(Path(sample.wav).name for sample in samples)
-    digests = [sample.digest for sample in samples]
-    of_features = [] if "." in name else used
-    return (
-        [(sample.clip, sample.k) for sample in samples] == expected
-        and has_wavs
-        and (is_to_rate or not used or rows_of(file.with_suffix(".pt")) == (of_features, digests))
-    )
-
-
-def read_skipped(run, name):
-    return rows.read_if_there(run / "01_samples" / f"{name}.skipped.jsonl", rows.SkippedClip)
-
-
-def rows_of(file):
-    """What the rows of a shard's .pt belong to: the clips of its features, the digests of its
-    latents' wavs. None where the file is absent or was cut short, which shows because its directory
-    is at its end. The rows themselves are checked when they are read (training.Shards)."""
-    if not file.exists():
-        return None
-    try:
-        saved = files.load_pt(file, {"clips": list, "digests": list}, mmap=True)  # takes 3 ms
-    except common.Stop:
-        return None
-    return saved["clips"], saved["digests"]
-
-
-def encode_all(model, clips, workers):
-    """A generator of each clip's features, or of the SkipClip that says why it has none. Worker
-    processes decode video ahead."""
-    with closing(ahead.read_ahead(model.read, clips, workers)) as videos:
-        for clip, tensors in zip(clips, videos):
-            yield tensors if isinstance(tensors, SkipClip) else model.encode(clip, tensors)
-
-
-@dataclass
-class Shard:
-    """A shard that is being made, or the part of it that one given source makes."""
-
-    name: str
-    clips: list  # those that can be used
-    features: dict  # {clip id: its features}; {} for a given source
-    skipped: list  # rows.SkippedClip
-    samples: list  # rows.Sample of the audios made so far
-    latents: list  # of tensors (n, T, C): a clip's N, or those of all clips of a given source
-
-
-def generate(run, model, shards, todo, here, args):
-    """Makes the audios of the shards in `todo`, names of `shards`, {name: clips}. While a batch of
-    clips is sampled, threads encode the next shard's clips and decode the batch before."""
-    clips = []
-    for name in todo:
-        clips += shards[name]
-    if clips:
-        # So that a missing codec is reported now, not after the first shard.
-        model.decode(torch.zeros(1, *model.latent_shape))
-    with closing(encode_all(model, clips, args.workers)) as encoder:
-        # next(encoder) is called in the thread, so that the thread waits for the videos and this
-        # one goes on sampling.
-        encoded = ahead.in_threads(
-            lambda _: next(encoder), clips, threads=1, in_advance=SHARD_CLIPS
-        )
-        bar = tqdm(total=len(todo), unit="shard", disable=not here.first)
-        with closing(encoded), bar:
-            sample_shards(run, model, shards, todo, encoded, bar, args)
-
-
-def sample_shards(run, model, shards, todo, encoded, bar, args):
-    """Samples the audios of the shards, a batch of clips at a time, and writes a shard once its
-    last clip has its audios. encoded: an iterator of what `encode_all` yields."""
-    at_work = {}  # {clip id: its shard, the seeds of its audios}
-
-    def batches():
-        """Each batch is of clips of one shard, so that audios never depend on which shards were
-        left to do."""
-        size = args.batch_clips or model.batch_clips
-        for name in todo:
-            shard = gather(name, shards[name], encoded, args)
-            if not shard.clips or args.num_samples == 0:  # features only
-                shard.latents.append(torch.empty(0, *model.latent_shape))
-                write_shard(run, shard)
-                bar.update()
-                continue
-            to_sample = []
-            for clip in shard.clips:
-                seeds = [common.seed_of(args.seed, clip.id, k) for k in range(args.num_samples)]
-                at_work[clip.id] = shard, seeds
-                to_sample.append((clip, shard.features[clip.id], seeds))
-            for start in range(0, len(to_sample), size):
-                yield to_sample[start : start + size]
-
-    sampler = rows.Sampler(steps=args.sampling_steps, guidance=args.guidance)
-    for clip, latents, waves in common.sample_clips(model, batches(), sampler):
-        shard, seeds = at_work.pop(clip.id)
-        for k, seed in enumerate(seeds):
-            wav = f"01_audio/{clip.id}_{k}.wav"
-            written = media.write_audio(run / wav, waves[k], model.sample_rate_hz)
-            written["finite"] = written["finite"] and bool(latents[k].isfinite().all())
-            row = len(shard.samples)
-            about = {"clip": clip.id, "k": k, "seed": seed, "wav": wav, "row": row}
-            shard.samples.append(rows.Sample(**about, **written))
-        shard.latents.append(latents)
-        if clip is shard.clips[-1]:
-            write_shard(run, shard)
-            bar.update()
-
-
-def begin_shard(name, clips, found):
-    """A Shard of these clips, and {clip id: what was found} of those that can be used. found: an
-    iterator of that, or of the SkipClip that says why a clip cannot."""
-    shard = Shard(name, clips=[], features={}, skipped=[], samples=[], latents=[])
-    usable = {}
-    for clip in clips:
-        value = next(found)
-        if isinstance(value, SkipClip):
-            shard.skipped.append(rows.SkippedClip(clip=clip.id, reason=str(value)))
-        else:
-            shard.clips.append(clip)
-            usable[clip.id] = value
-    return shard, usable
-
-
-def gather(name, clips, encoded, args):
-    """A shard of these clips, with the features of those that can be used."""
-    shard, shard.features = begin_shard(name, clips, encoded)
-    if shard.skipped and args.strict:
-        first = ", ".join(f"{row.clip} ({row.reason})" for row in shard.skipped[:10])
-        more = " ..." if len(shard.skipped) > 10 else ""
-        stop(f"--strict: {len(shard.skipped)} clips of shard {name} cannot be used: {first}{more}")
-    return shard
-
-
-def write_shard(run, shard):
-    """The .jsonl is written last, so that a shard that has one is whole."""
-    folder = run / "01_samples"
-    if shard.clips and shard.latents:  # clips to rate have no latents
-        features = {}
-        if shard.features:
-            features = common.stack_features(list(shard.features.values()), "cpu")
-        digests = [sample.digest for sample in shard.samples]
-        latents = torch.cat(shard.latents)
-        file = folder / f"{shard.name}.pt"
-        training.save_shard(file, latents, digests, features, clips=shard.features)
-    unused = folder / f"{shard.name}.skipped.jsonl"
-    if shard.skipped or unused.exists():  # an earlier, damaged shard may have left one
-        rows.write(unused, shard.skipped)
-    rows.write(folder / f"{shard.name}.jsonl", shard.samples)
-
-
-# --------------------------------------------------------------------------------------------------
-# Audios in: candidates that the model did not make
-# --------------------------------------------------------------------------------------------------
-
-
-def files_given(given):
-    """What --given names: {source: {clip id: file}}, with None in place of the files for
-    ground_truth, the clips' own sound."""
-    found = {}
-    reserved = (inputs.MODEL, inputs.GROUND_TRUTH, "skipped")  # the last is a suffix of files
-    for text in given:
-        name, _, folder = text.partition("=")
-        if name in found:
-            stop(f"--given {text}: {name} is given twice; keep one")
-        if text == inputs.GROUND_TRUTH:
-            found[name] = None
-            continue
-        if not re.fullmatch(r"[\w-]{1,100}", name) or name in reserved:
-            stop(
-                f"--given {text}: give ground_truth, or NAME=DIR; a name is of letters, digits, _ "
-                f"and -, and none of {', '.join(reserved)}"
-            )
-        if not folder or not Path(folder).is_dir():
-            stop(f"--given {text}: no such folder; give NAME=DIR, a folder of <clip id>.wav ...")
-        found[name] = media.audio_files(Path(folder))
-    return found
-
-
-def name_sources(run, given, train, to_rate):
-    """Adds new sources to run.json, after checking that their files are named by clips of this run.
-    train: the train clips that were drawn; to_rate: the clips to rate."""
-    run_json = inputs.read_run(run)
-    ids = {clip.id for clip in train}
-    ids_to_rate = {clip.id for clip in to_rate}
-    for source, file_of in given.items():
-        names = ids | ids_to_rate if file_of is None else file_of.keys()
-        if names.isdisjoint(ids | ids_to_rate):
-            stop(f"--given {source}: no file there names a train clip, as <clip id>.wav")
-        foreign = sorted(names - ids - ids_to_rate)
-        if foreign:
-            which = f"none of the {len(ids | ids_to_rate)} clips, first {foreign[0]}"
-            print(f"{source}: {len(foreign)} files name {which}")
-        if source not in run_json.given and not names.isdisjoint(ids):
-            run_json.given.append(source)
-        if source not in run_json.given_to_rate and not names.isdisjoint(ids_to_rate):
-            run_json.given_to_rate.append(source)
-    rows.write_json(run / "run.json", run_json)
-
-
-def forget_sources(run, given):
-    """Removes from the end of run.json's lists the sources of which no audio was made and which are
-    not given now."""
-    run_json = inputs.read_run(run)
-    for sources, shards in ((run_json.given, "[0-9]*"), (run_json.given_to_rate, "rate_*")):
-        while sources and sources[-1] not in given:
-            if any((run / "01_samples").glob(f"{shards}.{sources[-1]}.jsonl")):
-                break
-            print(f"{sources.pop()}: no audio was made of it, so run.json no longer lists it")
-    rows.write_json(run / "run.json", run_json)
-
-
-def read_given(item, given, model, samples):
-    """[(S,) float32] in [-1, 1]: a clip's audio, cut or padded to this many samples. item: (source,
-    clip). Raises SkipClip where the clip has none that can be used."""
-    source, clip = item
-    path = clip.path
-    if given[source] is not None:
-        path = given[source].get(clip.id)
-        if path is None:
-            raise SkipClip(NO_FILE)
-    rate = model.sample_rate_hz
-    try:
-        wave = media.read_audio(path, rate, samples / rate, pad=False)
-    except NoFile:
-        files.gone(path)
-    if not wave.isfinite().all():
-        raise SkipClip("not finite")
-    if len(wave) < model.clip_s / 2 * rate:
-        found = f"{len(wave) / rate:.2f} s of audio"
-        raise SkipClip(f"too short: {found}, at least {model.clip_s / 2:.2f} s needed")
-    return [media.fit_length(wave.clamp(-1, 1), samples)]
-
-
-def add_given(run, model, shards, numbers, given, wavs, here, args):
-    """Writes and encodes the audios of --given, for the clips that can be used: one shard of one
-    source after another, while worker processes read the next files. numbers: {source: the k of its
-    audios}."""
-    todo = []
-    for source in [source for source in given if source in numbers]:
-        for shard, of_shard in shards.items():
-            skipped = {row.clip for row in read_skipped(run, shard)}
-            clips = [clip for clip in of_shard if clip.id not in skipped]
-            name = inputs.shard_file(shard, source)
-            lacked = {row.clip for row in read_skipped(run, name) if row.reason == NO_FILE}
-            is_there_now = given[source] is not None and not lacked.isdisjoint(given[source])
-            if is_there_now or not is_whole(run, name, clips, numbers[source], wavs):
-                todo.append((source, name, clips))
-    ranks.barrier()  # all ranks have looked at the files before one writes
-    todo = here.share(todo)
-    if not todo:
-        return
-    samples = model.decode(torch.zeros(1, *model.latent_shape)).shape[1]
-    items = [(source, clip) for source, _, clips in todo for clip in clips]
-    read = functools.partial(read_given, given=given, model=model, samples=samples)
-    bar = tqdm(todo, "given", unit="shard", disable=not here.first)
-    with closing(ahead.read_ahead(read, items, args.workers)) as waves, bar:
-        for source, name, clips in bar:
-            (k,) = numbers[source]
-            write_shard(run, encode_given(run, model, source, name, k, clips, waves))
-
-
-def encode_given(run, model, source, name, k, clips, waves):
-    """The Shard of one source's audios for these clips. waves: an iterator of what `read_given`
-    returns, or of the SkipClip that it raises."""
-    shard, read = begin_shard(name, clips, waves)
-    heard = [wave for (wave,) in read.values()]
-    is_to_rate = name.startswith(rows.TO_RATE)
-    if heard and not is_to_rate:
-        shard.latents.append(model.encode_audio(torch.stack(heard)))
-    for row, clip in enumerate(shard.clips):
-        wav = f"01_audio/{clip.id}_{k}.wav"
-        written = media.write_audio(run / wav, heard[row], model.sample_rate_hz)
-        if not is_to_rate:
-            written["finite"] = bool(shard.latents[0][row].isfinite().all())
-        about = {"clip": clip.id, "k": k, "seed": 0, "wav": wav, "row": row, "source": source}
-        shard.samples.append(rows.Sample(**about, **written))
-    return shard
 
 
 # --------------------------------------------------------------------------------------------------
@@ -846,7 +854,7 @@ def print_all_missing(name, checkpoint, weights):
     if checkpoint:
         own = own[1:]  # the first is the velocity network's
     of_judges = []
-    scorers = common.ScorerSet(".", "real", "")
+    scorers = scoring.ScorerSet(".", common.SCORERS["real"], "")
     for scorer_name, scorer in scorers.classes.items():
         if scorer_name in scorers.judges:
             of_judges += scorer.files
@@ -884,8 +892,8 @@ def main(args):
     model = common.load_model(args.model, checkpoint, here.device, args.weights)
     training.only_sample(model, args.compile)
 
-    # Other stages claim their settings and seal their outputs. Here shards may be added later, and
-    # each is checked by the digests that it holds.
+    # Other stages record their settings, inputs and outputs once (`stage.claim`). Here shards may
+    # be added later, and each is checked by the digests that it holds.
     with record.stage(run, "01", advice=ADVICE, part=here.part) as stage:
         # -- clips
         with stage.one_at_a_time():
@@ -904,8 +912,8 @@ def main(args):
 
         # -- audios
         wavs = {wav.name for wav in (run / "01_audio").glob("*.wav")}
-        numbers = range(args.num_samples)
-        todo = [name for name in shards if not is_whole(run, name, shards[name], numbers, wavs)]
+        ks = range(args.num_samples)
+        todo = [name for name in shards if not is_whole(run, name, shards[name], ks, wavs)]
         ranks.barrier()  # all ranks have looked at the files before one writes
         generate(run, model, shards, here.share(todo), here, args)
         if given:
@@ -915,10 +923,10 @@ def main(args):
                     name_sources(run, given, train, inputs.read_clips(run, rows.TO_RATE))
             ranks.barrier()
             run_json = inputs.read_run(run)
-            numbers = inputs.numbers_of(run_json)
-            add_given(run, model, shards, numbers, given, wavs, here, args)
-            numbers = inputs.numbers_to_rate(run_json)
-            add_given(run, model, to_rate, numbers, given, wavs, here, args)
+            ks_of = inputs.ks_of_sources(run_json)
+            add_given(run, model, shards, ks_of, given, wavs, here, args)
+            ks_of = inputs.ks_to_rate(run_json)
+            add_given(run, model, to_rate, ks_of, given, wavs, here, args)
 
     if not here.first or here.ends_part():
         return

@@ -17,7 +17,8 @@ The five scores of an audio (networks: adapters/scorers.py; the toy world's own:
     score_4  is_nats   KL(p(y|a) || p(y)) in nats, y: the tags of PANNs at 32 kHz; the audio's part
                        of an inception score (stage 07's IS is by PANNs at 16 kHz)
     score_5  pesq      PESQ against the clip's own sound, MOS-LQO; only for clips of human speech,
-                       and not for that sound itself
+                       and not where that sound itself is scored. Paper silent: what PESQ compares
+                       with
 
 AudioScore (common.py) standardises them, replaces a score that does not apply by the mean, and maps
 them by Linear(5, 32), ReLU, Linear(32, 3), softmax to p = (Good, Medium, Bad).
@@ -26,14 +27,15 @@ Reads:
     01_samples/, 01_audio/  stage 01's audios
     --ratings or 02_ratings.jsonl   clip, k, rating (Good, Medium or Bad; a row without one is left
                             out), rater; if known repeat (1: the question was asked again, to see
-                            how steady the rater is), seconds, comment; for an audio of 01 --given,
-                            k may be its NAME
+                            how steady the rater is), seconds, comment; k may be a NAME, for audio
+                            that another program made and 01 --given NAME=DIR took in
     --audioscore FILE       instead of ratings, the 02_audioscore.pt of another run, whose scorers
                             must have had the same weights. Which clips were rated there is not
                             known here, so stage 03 mines all clips
 Writes:
     02_to_rate.csv          the audios of --num-rated-clips random clips of 01_samples, and of all
-                            clips of the split `rate`: clip, k, wav, video, caption, rating
+                            clips of the split `rate`, which a run has only so that people rate
+                            given audio of them: clip, k, wav, video, caption, rating, rater
     02_ratings.jsonl        the answers, validated
     02_scores/*.pt          what every scorer measured, one file for each block of 32 drawn clips
     02_scores.jsonl         a line for each rated audio: clip, k, the five scores (null where one
@@ -274,14 +276,14 @@ def majority(target):
 def rated_blocks(run, order, samples, clips, answers):
     """The blocks of 32 clips in which any audio is rated: first of train clips, in the order of the
     draw, then of clips of the split rate, in their own order. samples: the audios of both."""
-    rated = {answer.clip for answer in answers}
+    rated_clips = {answer.clip for answer in answers}
     train = set(order)
     of_split_rate = [name for name in samples if name not in train]
     blocks = []
     for prefix, names in (("", order), ("to_rate_", of_split_rate)):
         for start in range(0, len(names), scoring.BLOCK_CLIPS):
             block_clips = names[start : start + scoring.BLOCK_CLIPS]
-            if not rated.isdisjoint(block_clips):
+            if not rated_clips.isdisjoint(block_clips):
                 name = f"{prefix}{start // scoring.BLOCK_CLIPS:05d}"
                 blocks.append(rated_block(run, name, block_clips, samples, clips))
     return blocks
@@ -291,7 +293,7 @@ def rated_block(run, name, block_clips, samples, clips):
     """A block always has the same clips and is scored as a whole: floats depend a little on the
     batch, and so one more rating changes no score of the other audios."""
     folder = run / "02_scores"
-    block = scoring.Block(name, folder, folder, [], [])
+    block = scoring.Block(name, scores_folder=folder, videos_folder=folder, clips=[], audios=[])
     for clip in block_clips:
         block.clips.append(clips[clip])
         block.audios.extend(inputs.audio_of(run, clips[clip], sample) for sample in samples[clip])
@@ -301,7 +303,8 @@ def rated_block(run, name, block_clips, samples, clips):
 def read_measured(rated, blocks, scorers):
     """What the scorers measured on the rated audios, in the form that `fit` takes. rated: (clip, k)
     of each, whose order is kept."""
-    measured = scorers.for_audioscore(scoring.read_scores(blocks, scorers, scorers.of_audioscore))
+    by_scorer = scoring.read_scores(blocks, scorers, scorers.of_audioscore)
+    measured = scorers.audioscore_inputs(by_scorer)
     scored = [(audio.clip.id, audio.k) for block in blocks for audio in block.audios]
     row_of = {audio: row for row, audio in enumerate(scored)}
     return select(measured, [row_of[audio] for audio in rated])
@@ -384,10 +387,10 @@ def main(args):
 
         # -- people rate
         order = drawn_order(samples, args.seed)
-        others = inputs.read_to_rate(run)
+        of_split_rate = inputs.read_to_rate(run)
         is_all_rated = args.num_rated_clips >= len(samples)
-        samples = samples | others
-        on_sheet = [*order[: args.num_rated_clips], *others]
+        samples = samples | of_split_rate
+        on_sheet = [*order[: args.num_rated_clips], *of_split_rate]
         with stage.one_at_a_time():
             answers = take_ratings(run, samples, clips, on_sheet, args)
         if not answers and here.part:
@@ -407,6 +410,7 @@ def main(args):
             "audioscore": list(SCORES),  # so that a changed list of scores needs --redo
             "exclude_rater": sorted(args.exclude_rater),
         }
+        # Compares these and the inputs with what this run's 02 was made with, or records them.
         stage.claim(settings, ["02_ratings.jsonl"])
 
         # -- scores
@@ -416,24 +420,25 @@ def main(args):
         if not here.first or here.ends_part():  # the other ranks wait at the end of the stage
             return
         shares = shares_of(counted)
-        measured = read_measured(shares, blocks, scorers)
+        rated = list(shares)  # the (clip, k) of the rated audios
+        measured = read_measured(rated, blocks, scorers)
         target = torch.stack(list(shares.values()))
         truth = majority(target)
 
         # -- fit
         people.print_agreement(kept, class_of, "ordinal")  # Krippendorff's alpha
-        rated_clips = {clip for clip, _ in shares}
+        rated_clips = {clip for clip, _ in rated}
         line = f"ratings: {len(counted)} of {len(shares)} audios of {len(rated_clips)} clips"
         for name, count in Counter(answer.rating for answer in counted).most_common():
             line += f", {count} {name}"
         print(line)
-        videos = [rated_video(clips[clip]) for clip, _ in shares]
+        videos = [rated_video(clips[clip]) for clip, _ in rated]
         p = cross_validate(measured, target, videos, args.seed)
         print_heldout(p, truth)
         audioscore = fit(measured, target, args.seed)
 
         # -- save
-        write_scores(run, shares, audioscore.five_scores(measured), truth)
+        write_scores(run, rated, audioscore.five_scores(measured), truth)
         fitted = {
             "audioscore": audioscore.state_dict(),
             "weights": {name: scorers.digest(name) for name in scorers.of_audioscore},

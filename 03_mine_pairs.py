@@ -19,7 +19,7 @@ Writes:
                                 Medium, Bad]
     03_pairs.jsonl              clip, winner, loser (k), p_winner, p_loser: [Good, Medium, Bad]
     03_to_choose.csv            pairs of equally rated audios for people: clip, a, b, wav_a, wav_b,
-                                video, choice
+                                video, choice, rater
     03_human_choices.jsonl, 03_human_pairs.jsonl   the answers, validated; the pairs that they make,
                                 with the fields of 03_pairs.jsonl
 Takes: toy 43 s on 2 cores.
@@ -63,7 +63,7 @@ def parse_args(argv=None):
     described = "mine pairs of the model's audios only, or of all audios, those of 01 --given too"
     flag("--mine", choices=("model", "all"), default="all", help=described)
     flag = parser.paper.add_argument
-    described = "comparisons that people are asked to make; a tie makes no pair [Sec. 2.2]"
+    described = "comparisons that people are asked to make [Sec. 2.2]; a tie makes no pair"
     flag("--num-human-pairs", type=command.whole(0), default=2000, help=described)
     described = "drop mined pairs whose score_c is below this; paper silent"
     flag("--min-score-c", type=command.number(-1, 1), default=0.0, help=described)
@@ -86,14 +86,14 @@ def apply_audioscore(blocks, scorers, audioscore):
     for block in blocks:
         by_scorer = scoring.read_scores([block], scorers, scorers.of_audioscore)
         # (n, 5), in the order of block.audios
-        scores = audioscore.five_scores(scorers.for_audioscore(by_scorer))
+        scores = audioscore.five_scores(scorers.audioscore_inputs(by_scorer))
         lines = []
         for audio, five, p in zip(block.audios, scores, audioscore(scores).tolist()):
             clip = audio.clip.id
             fields = rows.score_fields(SCORES, five)
             lines.append(rows.Score(clip=clip, k=audio.k, p=p, **fields))
             p_of[clip][audio.k] = tuple(p)
-        rows.write(block.scores / f"{block.name}.jsonl", lines)
+        rows.write(block.scores_folder / f"{block.name}.jsonl", lines)
     return p_of
 
 
@@ -137,9 +137,9 @@ def argmax(values):
 def mine(samples, p_of, rated, min_score_c):
     """The pairs of all clips that nobody has rated; and, by reason, how many clips make none.
 
-    samples: {clip: its rows.Sample}; p_of: {clip: {k: p}}. Paper silent: what its "re-filtering" of
-    50K clips to 46K pairs is. Here a clip makes no pair for the reasons of `select_pair`, or where
-    score_c is below min_score_c.
+    samples: {clip: a list of its rows.Sample}; p_of: {clip: {k: p}}; rated: a set of clips. Paper
+    silent: what its "re-filtering" of 50K clips to 46K pairs is. Here a clip makes no pair for the
+    reasons of `select_pair`, or where score_c is below min_score_c.
     """
     pairs = []
     dropped = Counter()
@@ -295,7 +295,7 @@ def print_mined(run, samples, pairs, dropped):
         )
     print(
         f"  --min-score-c {values.quantile(0.04):.3f} would drop 4 % of these pairs; the paper "
-        "keeps about 46K pairs of the 48K clips that were not rated"
+        "keeps 46K pairs of 50K clips, or of 48K if its 2K rated clips are among them"
     )
 
 
@@ -366,6 +366,7 @@ def main(args):
             "seed": args.seed,
             "exclude_rater": sorted(args.exclude_rater),
         }
+        # Compares these and the inputs with what this run's 03 was made with, or records them.
         stage.claim(settings, ["03_human_choices.jsonl"] if answers else [])
 
         # -- scores, then pairs

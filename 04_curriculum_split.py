@@ -6,8 +6,8 @@ Run:
 
 Reads:
     03_pairs.jsonl, 03_human_pairs.jsonl
-        clip, winner, loser (k: the how manieth audio of the clip), p_winner, p_loser: [Good,
-        Medium, Bad]
+        clip, winner, loser (k, the number of the audio among those of the clip, from 0 on),
+        p_winner, p_loser: [Good, Medium, Bad], which of human pairs is not used
 Writes:
     04_stage1.jsonl     easy pairs, score_c above the threshold
     04_stage2.jsonl     hard pairs, then human pairs
@@ -22,8 +22,8 @@ import torch
 import common
 from common import command, inputs, record, rows, run_flag
 
-# Table 2: {threshold: % of easy pairs, which it calls simple}. Paper silent: of all pairs, or of
-# the mined ones; both of ours are printed beside it, and advice is by the mined ones.
+# Table 2: {threshold: % of easy pairs, which it calls simple}. Paper silent: whether that is the
+# share of all pairs, or of the mined ones. We print both of ours, and advise by the mined ones.
 PAPER_SHARES = {0.9: 8, 0.8: 45, 0.7: 81, 0.6: 89}
 
 
@@ -40,7 +40,8 @@ def parse_args(argv=None):
 
 
 def with_score_c(pair):
-    """A mined pair, rows.Pair, with the score_c of Eq. 3, as rows.SplitPair."""
+    """A mined pair, rows.Pair, with the score_c of Eq. 3, as rows.SplitPair: six decimals, as many
+    as the file holds, so that stage 05 splits by the same number."""
     score_c = round(common.score_c(pair.p_winner, pair.p_loser), 6)
     return rows.SplitPair(pair.clip, pair.winner, pair.loser, score_c, "auto")
 
@@ -70,8 +71,9 @@ def print_shares(score_c, num_human):
         )
     threshold = threshold_of_paper_share(score_c)
     print(f"  --threshold {threshold:.3f} would make 81 % of the mined pairs easy, as in the paper")
-    # From pairs whose winner is the worse audio Flow-DPO learns to make worse audio, and its curves
-    # still look healthy.
+    # Eq. 2 alone makes no negative score_c: its winner has the largest P(Good), its loser the
+    # largest P(Bad). It can be negative where 03 kept a silent or clipped audio from winning. From
+    # such pairs Flow-DPO learns to make worse audio, and its curves still look healthy.
     negative = int((score_c < 0).sum())
     if negative:
         print(
@@ -93,6 +95,7 @@ def main(args):
         chosen = inputs.read_pairs(run / "03_human_pairs.jsonl", rows.Pair, hint)
         mined = [with_score_c(pair) for pair in pairs]
         human = [of_people(pair) for pair in chosen]
+        # Compares this and the inputs with what this run's 04 was made with, or records them.
         output.claim({"threshold": args.threshold})
         stage1, stage2 = common.split(mined + human, args.threshold)
         rows.write(run / "04_stage1.jsonl", stage1)
@@ -110,6 +113,7 @@ def main(args):
             f"stage 1 is empty: no score_c is above the threshold {args.threshold}, so 05 trains "
             "on stage 2 alone, without a curriculum"
         )
+        # Not where all mined pairs have one score_c: no threshold divides them.
         if mined and score_c.max() > threshold_of_paper_share(score_c):
             flags = f"--redo --threshold {threshold_of_paper_share(score_c):.3f}"
             print("for 81 % of the mined pairs in stage 1, as in the paper:")

@@ -17,8 +17,9 @@ Writes, in <run>/<--out>:
     policy.pt        the tuned network in its upstream's own format, nothing else
     policy.json      model, digest of the base checkpoint, method, steps, commit of this code (null
                      outside of git), the CPU, and the kernels that were asked for (docs/toy.md)
-    checkpoint.pt    step, trained weights, optimizer, and with --ema the average of the weights,
-                     which policy.pt then holds; the same command resumes exactly from here
+    checkpoint.pt    step, trained weights, optimizer; with --ema (the default is 0, without) also
+                     the average of the weights, which policy.pt then holds; the same command
+                     resumes exactly from here
     log.jsonl        a line per step, rows.FlowDpoStep, measured in `pair_loss`; docs/results.md
                      explains its fields
     settings.json    the settings that this folder was made with
@@ -60,7 +61,7 @@ def parse_args(argv=None):
         "--steps",
         type=command.whole(1),
         default=12_000,
-        help="optimizer steps of both stages together [Sec. 3.1]",
+        help="optimizer steps [Sec. 3.1]; paper silent: of both stages together",
     )
     paper.add_argument(
         "--global-batch",
@@ -144,7 +145,8 @@ def batch_at(step, stages, stage_steps, args):
         stage = 1
         step -= stage_steps[0]
     start = step * args.global_batch
-    return stage, training.drawn(stages[stage], start, args.global_batch, f"{args.seed}/{stage}")
+    seed = f"{args.seed}/{stage}"
+    return stage, training.from_shuffled_epochs(stages[stage], start, args.global_batch, seed)
 
 
 def draw_t_and_noise(step, model, args):
@@ -170,7 +172,7 @@ def draw_t_and_noise(step, model, args):
 
 @dataclass
 class Batch:
-    """This rank's share of a step's pairs, on the device."""
+    """B pairs on the device, this rank's share of a step's."""
 
     stage: int  # 0 or 1
     a_0: torch.Tensor  # (2, B, T, C): latents of the winners, then of the losers
@@ -180,7 +182,8 @@ class Batch:
 
 
 def read_batches(done, stages, stage_steps, shards, model, here, args):
-    """Yields the batch of every step from step `done` on."""
+    """Yields the batch of every step from step `done` on. here: this process among all,
+    ranks.Ranks."""
     for step in range(done, args.steps):
         stage, pairs = batch_at(step, stages, stage_steps, args)
         a_0, features = load_pairs(here.share(pairs), shards)
@@ -192,7 +195,7 @@ def read_batches(done, stages, stage_steps, shards, model, here, args):
 
 def load_pairs(pairs, shards):
     """The latents (2, B, T, C) of the winners, then of the losers, and their clips' features, B
-    rows."""
+    rows, all on the device of the model."""
     winners = shards.latents([(pair.clip, pair.winner) for pair in pairs])
     losers = shards.latents([(pair.clip, pair.loser) for pair in pairs])
     return torch.stack([winners, losers]), shards.features([pair.clip for pair in pairs])
@@ -231,7 +234,7 @@ def pair_loss(policy, reference, features, a_0, eps, t, args):
     with torch.no_grad():
         weight = torch.sigmoid(-logits)  # the factor of the pair's gradient
         logged = {
-            "pairs": torch.ones_like(loss),  # their sum counts the pairs
+            "pairs": torch.ones_like(loss),  # its sum is the number of pairs, for `means_of`
             "loss": loss,
             "accuracy": (logits > 0).float() + 0.5 * (logits == 0).float(),
             "gap_w": err_w - ref_err_w,
@@ -268,8 +271,8 @@ def train_step(policy, reference, batch, args):
 @torch.no_grad()
 def sum_by_quarter(measured, t):
     """{name: (B,)} -> {name: (T_BINS,) float64}: for each quarter of t the sum over its pairs."""
-    quarter = (t * T_BINS).long().clamp(max=T_BINS - 1)
-    stacked = torch.stack([value.double() for value in measured.values()])
+    quarter = (t * T_BINS).long().clamp(max=T_BINS - 1)  # (B,)
+    stacked = torch.stack([value.double() for value in measured.values()])  # (names, B)
     sums = torch.zeros(len(measured), T_BINS, dtype=torch.float64, device=t.device)
     return dict(zip(measured, sums.index_add_(1, quarter, stacked)))
 
@@ -296,14 +299,14 @@ def share_backwards(stages):
     return sum(score_c < 0 for score_c in mined) / max(1, len(mined))
 
 
-def diagnosis(accuracy, saturated, rise, wrong, backwards):
+def diagnosis(accuracy, saturated, error_rise, wrong_share, backwards):
     """What may be wrong with a training, the first case that fits, and what to do. The limits are
     set so that they separate the six trainings of docs/curves.md, which also has a table of the
     cases.
 
-    accuracy, saturated: as logged; rise: the winner's error gap as a share of the reference's
-    error; wrong: the share of the gradient's weight that wrongly ordered pairs have; backwards: see
-    `share_backwards`.
+    accuracy, saturated: as logged; error_rise: the winner's error gap as a share of the reference's
+    error; wrong_share: the share of the gradient's weight that wrongly ordered pairs have;
+    backwards: see `share_backwards`.
     """
     negative = f"score_c is negative for {backwards:.0%} of the mined pairs"
     negative += ", whose winner is the worse audio"
@@ -312,15 +315,15 @@ def diagnosis(accuracy, saturated, rise, wrong, backwards):
         return "pairs are backwards", f"{negative}; {again}"
     if accuracy < 0.6:
         return "has hardly learned", "give more --steps or a higher --lr"
-    if rise > 10:
+    if error_rise > 10:
         return "beta too small", "nothing holds the policy to the reference; raise --beta"
-    if wrong > 0.85 and rise > 1:
+    if wrong_share > 0.85 and error_rise > 1:
         return "lr too high", "lower --lr"
-    if wrong > 0.85:
+    if wrong_share > 0.85:
         return "beta too large", "the few wrong pairs alone move it; lower --beta or --lr"
     if saturated > 0.95:
         return "too few pairs", "they are learned by heart; give fewer --steps or more pairs"
-    if rise > 2:
+    if error_rise > 2:
         return "winner's error rises", "lower --lr, raise --beta, or give --sft-weight 2"
     if backwards > 0:
         return "some pairs are backwards", f"{negative}; {again}"
@@ -328,20 +331,22 @@ def diagnosis(accuracy, saturated, rise, wrong, backwards):
 
 
 def reading(log, backwards):
-    """What the last 50 steps of the longer stage show, in one line. log: a list of
-    rows.FlowDpoStep."""
+    """What the last 50 steps of the longer stage show, in one line: of a short one they would tell
+    little. log: a list of rows.FlowDpoStep."""
     stages = [[step for step in log if step.stage == stage] for stage in (1, 2)]
     last = max(stages, key=len)[-50:]
     mean = {}
     for name in ("loss", "accuracy", "saturated", "gap_w", "ref_w", "weight", "weight_wrong"):
         mean[name] = fmean(getattr(step, name) for step in last)
-    rise = mean["gap_w"] / max(mean["ref_w"], 1e-12)
-    wrong = mean["weight_wrong"] / max(mean["weight"], 1e-12)
-    case, advice = diagnosis(mean["accuracy"], mean["saturated"], rise, wrong, backwards)
+    error_rise = mean["gap_w"] / max(mean["ref_w"], 1e-12)
+    wrong_share = mean["weight_wrong"] / max(mean["weight"], 1e-12)
+    case, advice = diagnosis(
+        mean["accuracy"], mean["saturated"], error_rise, wrong_share, backwards
+    )
     return (
         f"curves: {case}: {advice} (loss {mean['loss']:.2f}, accuracy {mean['accuracy']:.2f}, "
-        f"saturated {mean['saturated']:.2f}, {wrong:.0%} of the gradient's weight on wrongly "
-        f"ordered pairs, winner's error {rise:+.0%}; docs/curves.md)"
+        f"saturated {mean['saturated']:.2f}, {wrong_share:.0%} of the gradient's weight on "
+        f"wrongly ordered pairs, winner's error {error_rise:+.0%}; docs/curves.md)"
     )
 
 
@@ -391,14 +396,16 @@ def main(args):
             training.add_lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
             reference = training.lora_reference(model)
         else:
-            reference = training.frozen_copy(model, bf16)  # the pre-trained model, in both stages
+            # The pre-trained model, in both stages. Only its weights may be stored in bf16.
+            reference = training.frozen_copy(model, bf16)
         args.compile = training.compiles(model, args)  # what settings.json will say
         if args.compile:
             training.compile_both(model, reference)
         trainer = training.Trainer(output, model, rows.FlowDpoStep, args.save_every, here, args)
         print_plan(model, stages, stage_steps, trainer.done, here, args)
 
-        # -- loop: optimizer, warm-up and reference go on from stage 1 into stage 2
+        # -- loop: AdamW, a linear warm-up, then a constant lr [Sec. 3.1]; these and the reference
+        # go on from stage 1 into stage 2
         batches = read_batches(trainer.done, stages, stage_steps, shards, model, here, args)
         upcoming = next(batches, None)
         for step in trainer.steps():
@@ -406,7 +413,8 @@ def main(args):
             trainer.optimizer.zero_grad(set_to_none=True)
             sums = train_step(trainer.policy, reference, batch, args)
             upcoming = next(batches, None)  # read and sent while a GPU is still at work
-            sums, grad_norm = training.clip_gradient(model, step, sums, trainer.folder)
+            grad_norm = training.clip_gradient(model)  # to norm 1
+            sums, grad_norm = training.sum_step_over_ranks(step, sums, grad_norm, trainer.folder)
             means = means_of(sums)
             if step == 0 and args.sft_weight == 0 and abs(means["loss"] - math.log(2)) > 1e-3:
                 stop(

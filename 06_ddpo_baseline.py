@@ -5,8 +5,8 @@ Run:
     torchrun --standalone --nproc_per_node 8 06_ddpo_baseline.py --run-dir runs/vgg
 
 Each round draws --prompts clips, samples --group-size audios of each with an SDE whose marginals
-are the ODE's, scores them, and makes --updates optimizer steps on the stored transitions. --steps
-counts these optimizer steps, as in stage 05.
+are the ODE's, scores them, and makes --updates optimizer steps. Each of these trains one transition
+of every audio, another one each time. --steps counts the optimizer steps, as in stage 05.
 
 Paper silent: which form of DDPO. Ours is DDPO-IS (arXiv 2305.13301), which has PPO's clipped ratio.
 From Flow-GRPO (arXiv 2505.05470) we take the SDE of a flow, and advantages among the audios of one
@@ -124,27 +124,30 @@ def parse_args(argv=None):
 def sde_step(a_t, u, t, t_next, eta):
     """One step of the SDE with the ODE's marginals, from t towards the data, dt = t - t_next:
 
-        a_next = a_t - (u + s^2 / (2 t) eps_hat) dt + s sqrt(dt) z,  s = eta sqrt(t / (1 - t))
+        a_next = a_t - (u - s^2 / 2 score) dt + s sqrt(dt) z,  s = eta sqrt(t / (1 - t))
+        score = -eps_hat / t,  eps_hat = a_t + (1 - t) u
 
-    eps_hat = a_t + (1 - t) u is the expected noise, so that -eps_hat / t is the marginal's score,
-    and the bracket is the ODE's drift less s^2 / 2 times that score. At t = 1, where s is infinite,
-    s is taken at t_next; std is then sqrt(t_next) times that of flow_grpo's code, .949 times with
-    10 steps. a_t, u: (B, T, C); t, t_next: (B,), t > t_next > 0. Returns mean (B, T, C) and std
-    (B, 1, 1) of a_next given a_t.
+    u is the ODE's drift; eps_hat is the noise that a_t is expected to hold, and score the gradient
+    of the marginal's log-density. At t = 1, where s is infinite, s is taken at t_next. (There
+    flow_grpo's code replaces only the t of 1 - t; std is sqrt(t_next) times its own, .949 times
+    with 10 steps.) a_t, u: (B, T, C); t, t_next: (B,), t > t_next > 0. Returns mean (B, T, C) and
+    std (B, 1, 1) of a_next given a_t.
     """
     t = t[:, None, None]
     t_next = t_next[:, None, None]
     dt = t - t_next
     t_of_s = torch.where(t == 1, t_next, t)
     s = eta * (t_of_s / (1 - t_of_s)).sqrt()
-    mean = a_t - (u + s**2 / (2 * t) * (a_t + (1 - t) * u)) * dt
+    eps_hat = a_t + (1 - t) * u
+    mean = a_t - (u + s**2 / (2 * t) * eps_hat) * dt
     return mean, s * dt.sqrt()
 
 
 def log_prob(a_next, mean, std):
     """Gaussian log-density, averaged over the latent as in DDPO's code, (B,). A ratio's spread
     falls with the square root of the latent's size, so that it is 3.7 times smaller for 13,800
-    values (MMAudio at 44.1 kHz) than for the toy's 1,000, and the same --clip-range clips less."""
+    values (MMAudio at 44.1 kHz) than for the toy's 1,000, and the same --clip-range clips less. Its
+    default was chosen in the toy world (docs/choices.md)."""
     density = -0.5 * ((a_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
     return density.mean(dim=(1, 2))
 
@@ -174,16 +177,21 @@ class Batch:
 
 @torch.no_grad()
 def rollout(model, features, seeds, guidance, args):
-    """Samples trajectories of S steps: S - 1 with noise, and a last one to t = 0 without. features:
-    B rows; seeds: R * B. Returns a Batch, and a_0 (R * B, T, C)."""
+    """Samples trajectories of S = --sampling-steps steps: S - 1 with noise, and a last one to t = 0
+    without. features: B rows; seeds: R * B. Returns a Batch, and a_0 (R * B, T, C).
+
+    The state moves between the times that the network is told (`snap_t`), unlike in common.sample:
+    training asks for u at the very time that the transition was made with.
+    """
     times = model.snap_t(torch.linspace(1, 0, args.sampling_steps + 1)[:-1])  # (S,)
     times = training.send(times, model.device)
     generators = [torch.Generator().manual_seed(common.seed_of(seed, "sde", 0)) for seed in seeds]
     a_t = common.initial_noise(model, seeds)
     states = [a_t]
     log_probs = []
-    # Computed as in training: in another precision, or in a compiled graph without gradients, u
-    # would be rounded differently, and the ratio would not start at 1.
+    # Computed as in training, so that the ratio starts at 1: in the same precision, and where the
+    # model is compiled by the graph that training uses, which is the one with gradients. Otherwise
+    # u would be rounded differently.
     with training.autocast(model.device, args.precision), torch.set_grad_enabled(model.compiled):
         conditions = model.project(features)
         for t, t_next in pairwise(times[:, None].repeat(1, len(seeds))):
@@ -200,7 +208,7 @@ def rollout(model, features, seeds, guidance, args):
     states = torch.stack(states)  # (S, R * B, T, C)
     log_probs = torch.stack(log_probs)  # (S - 1, R * B)
     step = training.send(draw_steps(seeds, args), model.device)
-    row = torch.arange(len(seeds), device=model.device)
+    row = torch.arange(len(seeds), device=model.device)  # (R * B,); step is (updates, R * B)
     batch = Batch(
         features,
         a_t=states[step, row],
@@ -218,8 +226,9 @@ def rollout(model, features, seeds, guidance, args):
 
 
 class Reward:
-    """P(Good) of generated audio. The scorers' audio networks stay loaded; their embeddings of the
-    videos are those that stage 03 stored, in one file for each scorer and block of clips.
+    """P(Good) of generated audio. The scorers' audio networks stay loaded. Their embeddings of the
+    videos are those that stage 03 stored: a file for each scorer and each block, the 32 clips that
+    03 scored together.
     """
 
     def __init__(self, run, scorers, blocks, device, workers):
@@ -244,7 +253,8 @@ class Reward:
         return seen
 
     def __call__(self, model, a_0, clips):
-        """a_0: (B, T, C), clips: B -> (B,) float64 in [0, 1]; 0 for audio that is not finite."""
+        """a_0: (R * B, T, C); clips: one for each row -> (R * B,) float64 in [0, 1]; 0 for audio
+        that is not finite."""
         waves = model.decode(a_0)
         finite = waves.isfinite().all(dim=1)
         waves = torch.nan_to_num(waves, 0.0, 0.0, 0.0).clamp(-1, 1)
@@ -255,7 +265,7 @@ class Reward:
             resampled = media.fit_length(resampled, round(model.clip_s * rate_hz))
             videos = self.videos(name, clips) if "video" in scorer.reads else None
             by_scorer[name] = scoring.score_waves(scorer, resampled, clips, videos)
-        scores = self.audioscore.five_scores(self.set.for_audioscore(by_scorer))
+        scores = self.audioscore.five_scores(self.set.audioscore_inputs(by_scorer))
         p = self.audioscore(scores)
         p_good = p[:, 0]
         return p_good * finite
@@ -289,8 +299,8 @@ def ppo_loss(ratio, advantage, clip_range):
 def collect(model, reward, shards, clips, round_, guidance, args):
     """Samples and scores this rank's prompts, as many clips at a time as --micro-batch allows.
 
-    Returns the batches, and sums over all ranks for the log, {name: () float64}: reward over the
-    audios; reward_std and no_spread over the prompts.
+    Returns the batches, and for the log sums over the round's audios (reward) and over its prompts
+    (reward_std, no_spread) on all ranks, {name: () float64}.
     """
     # Clips in a batch: as many whole groups as fit, or a single one that is larger.
     per_batch = max(1, args.micro_batch // args.group_size)
@@ -330,8 +340,8 @@ def train_step(policy, batches, update, guidance, args):
     so that the host need not wait for them."""
     parts = []
     for batch in batches:
-        # A batch has several parts only where --micro-batch is below --group-size; it then holds
-        # the audios of one prompt, whose one row of features serves them all.
+        # A batch has several parts only where --micro-batch is below --group-size, 4 and 8 say. It
+        # then holds the 8 audios of one prompt, whose one row of features serves both parts.
         for start in range(0, len(batch.advantages), args.micro_batch):
             parts.append((batch, slice(start, start + args.micro_batch)))
     audios = sum(len(batch.advantages) for batch in batches)
@@ -378,7 +388,8 @@ def find_prompts(run, clips, samples):
 
 def draw_prompts(clips, round_, args):
     """The clips of a round, which depend on the seed and the round alone."""
-    return training.drawn(clips, round_ * args.prompts, args.prompts, args.seed)
+    start = round_ * args.prompts
+    return training.from_shuffled_epochs(clips, start, args.prompts, args.seed)
 
 
 def print_rewards(log):
@@ -428,10 +439,11 @@ def main(args):
         save_every = args.save_every * args.updates  # steps; a training resumes at whole rounds
         trainer = training.Trainer(output, model, rows.DdpoStep, save_every, here, args)
         # Paper silent: the policy's guidance. Here the policy is the guided velocity by which 01
-        # samples, in sampling and in training; stage 05 trains without guidance.
+        # samples, in sampling and in training, since rewards are of guided audio. Stage 05 compares
+        # errors of the network itself, and trains without guidance.
         guidance = run_json.sampler.guidance
         audios = args.prompts * args.group_size
-        rows_per_pass = audios if guidance == 1 else 2 * audios  # guidance doubles them
+        inputs_per_pass = audios if guidance == 1 else 2 * audios  # guidance doubles them
         print(
             f"a round: {args.group_size} audios of each of {args.prompts} clips at guidance "
             f"{guidance}, then {args.updates} updates"
@@ -446,12 +458,14 @@ def main(args):
             round_, update = divmod(step, args.updates)
             if update == 0:
                 mine = here.share(draw_prompts(prompts, round_, args))
-                batches, rewards = collect(model, reward, shards, mine, round_, guidance, args)
+                batches, reward_sums = collect(model, reward, shards, mine, round_, guidance, args)
             trainer.optimizer.zero_grad(set_to_none=True)
             sums = train_step(trainer.policy, batches, update, guidance, args)
-            sums, grad_norm = training.clip_gradient(model, step, sums, trainer.folder)
+            grad_norm = training.clip_gradient(model)  # to norm 1
+            sums, grad_norm = training.sum_step_over_ranks(step, sums, grad_norm, trainer.folder)
             means = {name: value.item() / audios for name, value in sums.items()}
-            if step == trainer.done and means["clipped"]:  # before any update the ratio is 1
+            # In the first step of this process no update has moved the policy: the ratio is 1.
+            if step == trainer.done and means["clipped"]:
                 tqdm.write(
                     f"warning: rounding alone clips {means['clipped']:.0%} of the ratios; give "
                     "--no-compile or --precision fp32"
@@ -459,22 +473,22 @@ def main(args):
             lr = training.lr_at(step, args)
             # Where no prompt has any spread, all gradients are 0, but AdamW's momentum and weight
             # decay would still move the weights.
-            if rewards["no_spread"] < args.prompts:
+            if reward_sums["no_spread"] < args.prompts:
                 training.take_step(trainer.optimizer, lr)
-            mean_reward = rewards["reward"].item() / audios
+            mean_reward = reward_sums["reward"].item() / audios
             trainer.bar.set_postfix(reward=f"{mean_reward:.3f}", refresh=False)
             trainer.finish_step(
                 step,
                 round=round_,
                 reward=mean_reward,
-                reward_std=rewards["reward_std"].item() / args.prompts,
-                no_spread=rewards["no_spread"].item() / args.prompts,
+                reward_std=reward_sums["reward_std"].item() / args.prompts,
+                no_spread=reward_sums["no_spread"].item() / args.prompts,
                 **means,
                 grad_norm=grad_norm,
                 lr=lr,
                 # One pass in each update, and --sampling-steps passes in each round.
-                forwards=rows_per_pass * (step + 1 + (round_ + 1) * args.sampling_steps),
-                forwards_grad=rows_per_pass * (step + 1),
+                forwards=inputs_per_pass * (step + 1 + (round_ + 1) * args.sampling_steps),
+                forwards_grad=inputs_per_pass * (step + 1),
             )
 
         # -- save

@@ -72,7 +72,9 @@ from common import (
 ShownMetric = rows.ShownMetric
 
 POLICIES = {"flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}  # evaluated without --systems
-TIE = 1e-6  # the P(Good) of identical audio may differ by rounding where its blocks differ
+# Identical audio may differ by rounding in P(Good), where two systems scored it in blocks of other
+# sizes.
+TIE = 1e-6
 
 
 def parse_args(argv=None):
@@ -193,6 +195,7 @@ def clip_values(measured, truth, how_of):
     system then has no FD and KL. how_of: {metric: mean, kl, fd or is}. Returns {metric: array}. The
     array's shape depends on the metric: (clips,) where it is a mean over clips, as KL is; (clips,
     classes) for IS; (clips, 2, d) for FD, the embeddings of the audio and of the clip's own sound.
+    By its shape `with_interval` and `difference` know how a metric's interval is found.
     """
     values = {}
     for metric, ours in measured.items():
@@ -242,11 +245,14 @@ def bootstrap(values, resamples=2000, seed=0):
 
 def jackknife(statistic, n, blocks=20, seed=0):
     """A metric of a whole set of n clips and its 95 % interval, found by leaving out one of 20
-    blocks of clips at a time. (A bootstrap does not serve FD: resampled sets have fewer distinct
-    clips, which raises FD so much that the interval would exclude the value itself.) For IS the
-    interval is wider than it need be: leaving clips out moves others between its ten parts. In
-    simulation it covers the true value in .96 to .985 of all cases. statistic: (n,) bool, the
-    chosen clips -> float or None. Returns value, low, high."""
+    blocks of clips at a time. statistic: (n,) bool, the chosen clips -> float or None. Returns
+    value, low, high.
+
+    A bootstrap does not serve FD: resampled sets have fewer distinct clips, which raises FD so much
+    that the interval would exclude the value itself. For IS the interval is wider than it need be,
+    since leaving clips out moves others between its ten parts: in simulation it covers the true
+    value in .96 to .985 of all cases.
+    """
     value = statistic(np.full(n, True))
     block = np.random.default_rng(seed).permutation(n) % blocks
     parts = [statistic(block != i) for i in range(min(blocks, n))]
@@ -321,31 +327,32 @@ def results_of(values, metrics, against="base"):
 # How they are shown, and the paper's Table 1
 # --------------------------------------------------------------------------------------------------
 
+# fd and kl are the toy world's, whose one network gives both.
 METRICS = {
-    "fd_passt": ShownMetric("FD_PaSST", "lower", 2),
-    "fd": ShownMetric("FD", "lower", 2),
-    "kl_panns": ShownMetric("KL_PANNs", "lower", 2),
-    "kl_passt": ShownMetric("KL_PaSST", "lower", 2),
-    "kl": ShownMetric("KL", "lower", 2),
-    "is": ShownMetric("IS", "higher", 2),
-    "ib": ShownMetric("IB x100", "higher", 2, 100),
-    "clap": ShownMetric("CLAP x100", "higher", 2, 100),
+    "fd_passt": ShownMetric("FD_PaSST", "lower", decimals=2),
+    "fd": ShownMetric("FD", "lower", decimals=2),
+    "kl_panns": ShownMetric("KL_PANNs", "lower", decimals=2),
+    "kl_passt": ShownMetric("KL_PaSST", "lower", decimals=2),
+    "kl": ShownMetric("KL", "lower", decimals=2),
+    "is": ShownMetric("IS", "higher", decimals=2),
+    "ib": ShownMetric("IB x100", "higher", decimals=2, times=100),
+    "clap": ShownMetric("CLAP x100", "higher", decimals=2, times=100),
     "desync_s": ShownMetric("DeSync s", "lower"),
-    "p_good": ShownMetric("P(Good)"),
-    "win_rate": ShownMetric("wins"),
-    "fd_twin": ShownMetric("FD by the twin", "lower", 2),
-    "is_twin": ShownMetric("IS by the twin", "higher", 2),
-    "audiobox_pq": ShownMetric("audiobox PQ", "higher", 2),
-    "audiobox_pc": ShownMetric("audiobox PC", "lower", 2),
-    "audiobox_ce": ShownMetric("audiobox CE", "higher", 2),
-    "audiobox_cu": ShownMetric("audiobox CU", "higher", 2),
-    "judge_semantic": ShownMetric("judge: semantic"),
-    "judge_sync_s": ShownMetric("judge: sync s", "lower", 4),
-    "judge_aesthetic": ShownMetric("judge: aesthetic"),
-    "oracle_semantic": ShownMetric("oracle: semantic"),
-    "oracle_sync_s": ShownMetric("oracle: sync s", "lower", 4),
-    "oracle_floor_db": ShownMetric("oracle: floor dB", "lower", 2),
-    "oracle_aesthetic": ShownMetric("oracle: aesthetic"),
+    "p_good": ShownMetric("P(Good)", "higher"),
+    "win_rate": ShownMetric("wins", "higher"),
+    "fd_twin": ShownMetric("FD by the twin", "lower", decimals=2),
+    "is_twin": ShownMetric("IS by the twin", "higher", decimals=2),
+    "audiobox_pq": ShownMetric("audiobox PQ", "higher", decimals=2),
+    "audiobox_pc": ShownMetric("audiobox PC", "lower", decimals=2),
+    "audiobox_ce": ShownMetric("audiobox CE", "higher", decimals=2),
+    "audiobox_cu": ShownMetric("audiobox CU", "higher", decimals=2),
+    "judge_semantic": ShownMetric("judge: semantic", "higher"),
+    "judge_sync_s": ShownMetric("judge: sync s", "lower", decimals=4),
+    "judge_aesthetic": ShownMetric("judge: aesthetic", "higher"),
+    "oracle_semantic": ShownMetric("oracle: semantic", "higher"),
+    "oracle_sync_s": ShownMetric("oracle: sync s", "lower", decimals=4),
+    "oracle_floor_db": ShownMetric("oracle: floor dB", "lower", decimals=2),
+    "oracle_aesthetic": ShownMetric("oracle: aesthetic", "higher"),
 }
 PAPER_METRICS = ("fd_passt", "kl_panns", "kl_passt", "is", "ib", "desync_s")
 PAPER = {  # Table 1, VGGSound test, as printed: IB times 100
@@ -626,9 +633,9 @@ def clip_features(run_json, model, blocks, scorers, scorer_names, here, args):
     for block in blocks:
         key = scoring.features_key(model, block.clips)
         found = scoring.read_videos(block, key, scoring.FEATURES, model.feature_shapes)
-        for clip_id, own in found.items():
-            if all(value.isfinite().all() for value in own.values()):
-                features[clip_id] = own
+        for clip_id, of_clip in found.items():
+            if all(value.isfinite().all() for value in of_clip.values()):
+                features[clip_id] = of_clip
     return features
 
 
@@ -644,7 +651,8 @@ def is_kept(system):
 
 
 def found_audio(system, clips):
-    """{clip id: file}: the audio that a system has; for a policy only audio that is kept."""
+    """{clip id: file}: the audio that a system has, for a policy only audio that is kept. clips: of
+    the split; only the truth, whose files are the clips, needs them."""
     if system.kind == "truth":
         return {clip.id: clip.path for clip in clips}
     if system.kind == "policy" and not is_kept(system):
@@ -689,8 +697,11 @@ def sample_audio(run_json, system, model, features, blocks, stage, here, args):
 
     def batches():
         for clips in bar:
-            seeds = [[common.seed_of(run_json.seed, clip.id, 0)] for clip in clips]
-            yield [(clip, features[clip.id], own) for clip, own in zip(clips, seeds)]
+            batch = []
+            for clip in clips:
+                seeds = [common.seed_of(run_json.seed, clip.id, 0)]  # of its one audio
+                batch.append((clip, features[clip.id], seeds))
+            yield batch
 
     sampler = rows.Sampler(steps=run_json.sampler.steps, guidance=args.guidance)
     for clip, _, waves in common.sample_clips(model, batches(), sampler):
@@ -713,18 +724,18 @@ def print_found(systems, clips, split):
         print(line)
 
 
-def find_audio(run, run_json, system, clip_blocks, here, args):
+def usable_audio(run, run_json, system, blocks, here, args):
     """A system's audio that can be used, in blocks; blocks without any are left out."""
-    file_of = found_audio(system, [clip for block in clip_blocks for clip in block.clips])
+    file_of = found_audio(system, [clip for block in blocks for clip in block.clips])
     found = []
-    for block in clip_blocks:
+    for block in blocks:
         audios = []
         for clip in block.clips:
             if clip.id in file_of:
                 file = file_of[clip.id]
                 is_own = system.kind == "truth"
                 audios.append(scoring.Audio(clip, 0, file, files.digest(file), is_own))
-        found.append(block._replace(scores=run / "07_scores" / system.name, audios=audios))
+        found.append(block._replace(scores_folder=run / "07_scores" / system.name, audios=audios))
     scoring.find_peaks(here.share(found), run_json.clip_s)
     ranks.barrier()
     usable = []
@@ -759,8 +770,9 @@ def find_audio(run, run_json, system, clip_blocks, here, args):
 
 
 def measures_asked(scorers, judges):
-    """{metric: (how, scorer, tensor)} without those of judges that --judge does not name; and the
-    scorers that these metrics and AudioScore need."""
+    """{metric: (how, scorer, tensor)}, such as {"fd_passt": ("fd", "passt", "embedding")}, without
+    those of scorers that only --judge asks; and the names of the scorers that these metrics and
+    AudioScore need. Each adapter's MEASURES lists its own."""
     for name in judges:
         if name not in scorers.judges:
             stop(
@@ -785,7 +797,7 @@ def by_metric(by_scorer, measures, scorers, audioscore):
     for metric, (_, scorer, tensor) in measures.items():
         measured[metric] = by_scorer[scorer][tensor]
     if audioscore is not None:
-        five = audioscore.five_scores(scorers.for_audioscore(by_scorer))
+        five = audioscore.five_scores(scorers.audioscore_inputs(by_scorer))
         measured["p_good"] = audioscore(five)[:, 0]
     return measured
 
@@ -811,7 +823,7 @@ def describe_run(run, run_json, scorers, systems, usable, results, metrics, args
         folder = None if system.folder is None else files.below(run, system.folder)
         described.append(rows.System(name=system.name, folder=folder, audio=audio))
     measured = {row.metric for row in results}
-    clap_scorer, _ = scorers.audioscore["clap"]
+    clap_scorer, _ = scorers.audioscore_tensors["clap"]
     paper = None
     if args.split == "test":
         paper = table_1(run_json, results, [system.name for system in systems])
@@ -863,10 +875,10 @@ def main(args):
                 sample_audio(run_json, system, model, features, blocks, stage, here, args)
         blocks_of = {}
         for system in systems:
-            blocks_of[system.name] = find_audio(run, run_json, system, blocks, here, args)
+            blocks_of[system.name] = usable_audio(run, run_json, system, blocks, here, args)
 
         # -- scores
-        all_blocks = [block for own in blocks_of.values() for block in own]
+        all_blocks = [block for of_system in blocks_of.values() for block in of_system]
         scoring.score(all_blocks, scorers, scorer_names, run_json.clip_s, here, args.workers)
         if not here.first or here.ends_part():
             return

@@ -6,7 +6,7 @@ Read it from the first line to the last. The code that a reader of the paper nee
 
 Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 
-| paper          | variable | shape     | unit, range         | MMAudio            | Frieren      |
+| paper          | variable | shape     | unit, range         | in MMAudio's code  | in Frieren's |
 |----------------|----------|-----------|---------------------|--------------------|--------------|
 | a_0            | a_0      | (B, T, C) | normalised latent   | x1                 | x1 (B, C, T) |
 | eps            | eps      | (B, T, C) | N(0, 1)             | x0                 | x0           |
@@ -19,9 +19,12 @@ Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 | beta           | beta     | float     | Eq. 5               |                    |              |
 | p_i            | p        | (B, 3)    | (Good, Medium, Bad) |                    |              |
 | score_c        | score_c  | float     | [-1, 1], Eq. 3      |                    |              |
+| score_Delta    | threshold| float     | [0, 1], Sec. 2.3    |                    |              |
+| N              | R        | int       | audios of a clip    |                    |              |
 
-Where each of B clips has R audios, row r * B + b is the r-th audio of clip b. A network's
-`conditions` are its own projections of the features, one row for each clip.
+A latent has T places in time of C channels, a wave has S samples; k is the number of an audio among
+those of its clip, from 0 on. Where each of B clips has R audios, row r * B + b is the r-th audio of
+clip b. A network's `conditions` are its own projections of the features, one row for each clip.
 """
 
 import hashlib
@@ -75,8 +78,8 @@ def flow_error(v, u):
     """||v - u||^2 of Eq. 5 for each row: v, u (B, T, C), any float type -> (B,) float32.
 
     Eq. 5 prints a norm, which is a sum over the latent. We average over it, as Diffusion-DPO's code
-    and its followers do, so that beta means the same for every latent size. Our beta is beta /
-    (T C) in the printed form.
+    and its followers do, so that beta means the same for every latent size. A beta of ours equals a
+    beta / (T C) of the printed form.
     """
     return (v.float() - u.float()).square().mean(dim=(1, 2))
 
@@ -88,12 +91,13 @@ def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
     (B,), log 2 where policy equals reference, and logits (B,), positive where the policy already
     prefers the winner (the implicit reward's margin).
 
-    W and L are the gaps of winner and loser, the policy's error minus the reference's. Eq. 4's
-    log(policy / reference) of an audio becomes -1/2 times its gap. Eq. 5 as it is printed sets its
-    brackets in another way than Eq. 4:
+    W and L are the gaps of winner and loser, the policy's error minus the reference's. A flow has
+    no log(policy / reference) of an audio, which Eq. 4 asks for; -1/2 times the audio's gap takes
+    its place. Eq. 5 as it is printed sets its brackets in another way than Eq. 4:
 
-        Eq. 5 as printed: -log sigmoid(-beta/2 W - L)
-        as in Eq. 4:      -log sigmoid(-beta/2 (W - L))
+        Eq. 4:                     -log sigmoid(beta log_ratio_w - beta log_ratio_l)
+        the same of W and L, ours: -log sigmoid(-beta/2 (W - L))
+        Eq. 5 as printed:          -log sigmoid(-beta/2 W - L)
 
     The printed brackets would lower the loser's error too, which contradicts the paragraph below
     Eq. 5. We use those of Eq. 4; `printed` takes the printed ones, to compare.
@@ -134,7 +138,9 @@ class AudioScore(nn.Module):
 
     z-score, Linear(5, 32), ReLU, Linear(32, 3), softmax. Its buffers hold the means and standard
     deviations for the z-score (mean, std: (5,)) and the tagger's marginal p(y) (p_y: (tags,)), both
-    over the rated audios that it was fitted on, so that a score means the same at every use.
+    over the rated audios that it was fitted on, so that a score means the same at every use. The
+    tagger is the network that tells what sounds an audio holds: PANNs with its 527 tags, and in the
+    toy world another. Stage 02's docstring says which network gives which score.
     """
 
     def __init__(self, tags):
@@ -175,7 +181,8 @@ class AudioScore(nn.Module):
         """score_4: KL(p(y|a) || p(y)) in nats for each audio; tag_logits (B, tags) -> (B,).
 
         Paper silent: what the inception score of a single audio is. This is an audio's contribution
-        to the usual IS, which is exp of the mean over audios.
+        to the usual IS, which is exp of the mean over audios. PANNs was trained with a sigmoid for
+        each tag; p(y|a) is a softmax over its logits all the same, as in av-benchmark's IS.
         """
         log_p = tag_logits.float().log_softmax(dim=-1)
         return (log_p.exp() * (log_p - self.p_y.clamp_min(1e-12).log())).sum(dim=-1)
@@ -219,16 +226,17 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
 
     features: dict of tensors with B rows; seeds: R * B integers. The conditions are projected once;
     on CUDA the network runs in bf16. All steps are equal, as upstream's are; a network that knows
-    only some times is told the one that `snap_t` gives, while the state stays at t. Returns a_0
-    (R * B, T, C) float32 on the model's device.
+    only some times is told the one that `snap_t` gives, while the state moves by equal steps.
+    Returns a_0 (R * B, T, C) float32 on the model's device. Paper silent: the number of steps, 25
+    is upstream's.
     """
     a_t = initial_noise(model, seeds)
     times = torch.linspace(1, 0, steps + 1)
-    steps_down = (-times.diff()).tolist()
+    dts = (-times.diff()).tolist()
     t_of_network = model.snap_t(times[:-1]).to(a_t)  # one copy to the device, not one each step
     with training.autocast(model.device.type):
         conditions = model.project(features)
-        for t, dt in zip(t_of_network, steps_down):
+        for t, dt in zip(t_of_network, dts):
             u = model.velocity(a_t, t.expand(len(a_t)), conditions, guidance)
             a_t = a_t - dt * u.float()
     return a_t
@@ -280,16 +288,17 @@ class FlowModel(nn.Module):
     latent_shape: tuple  # (T, C)
     feature_shapes: dict  # {name: shape} of what encode returns
     sample_rate_hz: int
-    clip_s: float  # seconds of video that one audio belongs to, and of audio that is judged
+    clip_s: float  # seconds: of a clip's video the part that is used, and of its audio likewise
     checkpoint: Path  # the file that the velocity network came from
     checkpoint_digest: str
     reads_video = False  # whether `read` decodes the clip's video
-    # Features that a scorer would compute from the video in exactly the same way, and so need not
-    # compute again: {scorer: (feature, tensor of the scorer's embed_video, its shape)}.
+    # Features that equal what a scorer's `embed_video` returns, so that the scorer need not compute
+    # them again: {scorer: (feature, name in embed_video's dict, shape)}, such as MMAudio's
+    # {"synchformer": ("sync", "segments", (24, 8, 768))}.
     seen_as: dict = {}
     batch_clips = 4  # clips that stage 01 samples together without --batch-clips
     compiles = True  # whether compiling is worth the minutes that it takes
-    compiled = False  # whether blocks are compiled, and encoders and codec when they are loaded
+    compiled = False  # whether its blocks are; encoders and codec then are too, once loaded
 
     # What an adapter fills in -------------------------------------------------------------------
 
@@ -305,12 +314,13 @@ class FlowModel(nn.Module):
         return None
 
     def read(self, clip, others=()):
-        """What `encode` needs of a clip's files, as a list of CPU tensors. This runs in a worker
-        process (ahead.read_ahead): it decodes and shrinks, and uses no GPU.
+        """A list of CPU tensors: what `encode` needs of a clip's files, then one for each of
+        `others`. This runs in a worker process (ahead.read_ahead): it decodes and shrinks, and uses
+        no GPU.
 
         others: what scorers want of the same video, so that it is decoded only once: a list of
-        (frames per second, transform) like `Scorer.frames`, whose tensors end the list. clip:
-        inputs.FoundClip. Raises SkipClip(reason) for a video that cannot be used.
+        (frames per second, transform) like `Scorer.frames`. clip: inputs.FoundClip. Raises
+        SkipClip(reason) for a video that cannot be used.
         """
         return []
 
@@ -345,8 +355,8 @@ class FlowModel(nn.Module):
         stop(f"--given: {self.name} has no encoder of sound (encode_audio, docs/adapters.md)")
 
     def snap_t(self, t):
-        """t where the network knows every time; else the nearest time that it knows on the side of
-        the noise, or t itself. t: float tensor in [0, 1]."""
+        """The smallest time that the network knows and that is not below t; t itself for a network
+        that knows every time, as here. t: float tensor in [0, 1]."""
         return t
 
     def blocks(self):
@@ -408,7 +418,7 @@ def stack_features(features, device):
 # The interface of a scorer
 # --------------------------------------------------------------------------------------------------
 
-SILENT_PEAK = 1e-3  # of full scale, -60 dB
+SILENT_PEAK = 1e-3  # of full scale, -60 dB; below it an audio counts as silent (01, 03, 07)
 
 # Paper silent: which classes are "the category of human speech" (Sec. 2.1). We take the classes of
 # VGGSound in which people talk, spelled as in MMAudio's sets/vgg-test.tsv, and leave out singing,
@@ -454,57 +464,13 @@ class Scorer:
         raise NotImplementedError
 
 
-class ScorerSet:
-    """The frozen scorers that judge a run, by name; each is loaded when it is asked for."""
-
-    def __init__(self, run, name, root):
-        self.run = Path(run)
-        self.root = Path(root)  # the folder of their files
-        self.classes = {}  # {scorer: class}
-        self.audioscore = {}  # {what AudioScore needs: (scorer, tensor)}
-        self.measures = {}  # {metric of 07: (how, scorer, tensor)}: fd_passt: fd, passt, embedding
-        self.judges = ()  # scorers that stage 07 asks only when told to
-        self.digests = {}  # {scorer: digest of its files}
-        for module_name in SCORERS[name]:
-            module = importlib.import_module(module_name)
-            self.classes |= module.SCORERS
-            self.measures |= module.MEASURES
-            self.judges += getattr(module, "JUDGES", ())
-            self.audioscore |= getattr(module, "AUDIOSCORE", {})
-        self.of_audioscore = list(dict.fromkeys(scorer for scorer, _ in self.audioscore.values()))
-
-    def load(self, name, device="cpu", workers=0):
-        scorer = self.classes[name](self.root, device)
-        scorer.workers = workers
-        return scorer
-
-    def digest(self, name):
-        """The digest of a scorer's files."""
-        if name not in self.digests:
-            paths = [weight_file(self.root, file) for file in self.classes[name].files]
-            self.digests[name] = scoring.digest_of_weights(self.run, paths)
-        return self.digests[name]
-
-    def tensors_of(self, name):
-        """The names of a scorer's tensors that AudioScore and the metrics need."""
-        wanted = [*self.audioscore.values(), *(measure[1:] for measure in self.measures.values())]
-        return {tensor for scorer, tensor in wanted if scorer == name}
-
-    def for_audioscore(self, by_scorer):
-        """Picks what AudioScore needs from all that the scorers measured: {scorer: {tensor:
-        values}} -> {ib, clap, desync_s, tag_logits, pesq: values}."""
-        measured = {}
-        for name, (scorer, tensor) in self.audioscore.items():
-            measured[name] = by_scorer[scorer][tensor]
-        return measured
-
-
 # --------------------------------------------------------------------------------------------------
 # Loaders. A new backbone or scorer is one file in adapters/ and one line here (docs/adapters.md)
 # --------------------------------------------------------------------------------------------------
 
 ADAPTERS = {"toy": "adapters.toy", "mmaudio": "adapters.mmaudio", "frieren": "adapters.frieren"}
-SCORERS = {"toy": ("adapters.toy",), "real": ("adapters.scorers",)}  # run.json says which
+# The modules with the scorers of a run; run.json says whether they are toy or real.
+SCORERS = {"toy": ("adapters.toy",), "real": ("adapters.scorers",)}
 
 
 def adapter_of(name):
@@ -550,7 +516,7 @@ def scorers_of(run, weights):
     """The set of frozen scorers that judges this run."""
     run_json = inputs.read_run(run)
     root = run / run_json.scorers_root if run_json.scorers_root else weights
-    return ScorerSet(run, run_json.scorers, root)
+    return scoring.ScorerSet(run, SCORERS[run_json.scorers], root)
 
 
 def people_of(run):

@@ -1,2 +1,2 @@
 """One file for each backbone family and each set of scorers. `common.load_model` and
-`common.ScorerSet` import a file only when a run needs it (docs/adapters.md)."""
+`scoring.ScorerSet` import a file only when a run needs it (docs/adapters.md)."""

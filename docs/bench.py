@@ -147,7 +147,8 @@ def bench_05(what, run, model, seconds, **more):
         batch = next(batches)
         optimizer.zero_grad(set_to_none=True)
         sums = train.train_step(model, reference, batch, args)
-        sums, _ = training.clip_gradient(model, 0, sums, run)
+        norm = training.clip_gradient(model)
+        sums, _ = training.sum_step_over_ranks(0, sums, norm, run)
         train.means_of(sums)
         training.take_step(optimizer, args.lr)
 

@@ -247,7 +247,8 @@ def train(bench, pairs, way):
     def step():
         optimizer.zero_grad(set_to_none=True)
         sums = dpo.train_step(model, reference, next(batches), args)
-        sums, _ = training.clip_gradient(model, len(log), sums, bench.folder)
+        norm = training.clip_gradient(model)
+        sums, _ = training.sum_step_over_ranks(len(log), sums, norm, bench.folder)
         optimizer.step()
         log.append(dpo.means_of(sums))
 

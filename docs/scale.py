@@ -121,7 +121,7 @@ def write_shard(run, shard, model, clips):
 def write_scores(block, scorers):
     """What AudioScore's five said of a block; what they saw of its videos is a key without
     tensors."""
-    for name, (scorer, tensor) in scorers.audioscore.items():
+    for name, (scorer, tensor) in scorers.audioscore_tensors.items():
         shape = (527,) if name == "logits" else ()
         drawn = {tensor: torch.randn(len(block.audios), *shape)}
         files.save_pt(

@@ -106,20 +106,20 @@ def shards_to_rate(run):
     return shards
 
 
-def numbers_of(run_json):
+def ks_of_sources(run_json):
     """{source: the k of its audios} for train clips."""
-    numbers = {MODEL: range(run_json.num_samples)}
+    ks = {MODEL: range(run_json.num_samples)}
     for place, source in enumerate(run_json.given, run_json.num_samples):
-        numbers[source] = range(place, place + 1)
-    return numbers
+        ks[source] = range(place, place + 1)
+    return ks
 
 
-def numbers_to_rate(run_json):
+def ks_to_rate(run_json):
     """{source: the k of its audios} for clips of the split rate."""
-    numbers = {}
+    ks = {}
     for place, source in enumerate(run_json.given_to_rate):
-        numbers[source] = range(place, place + 1)
-    return numbers
+        ks[source] = range(place, place + 1)
+    return ks
 
 
 def drawn(train, settings):
@@ -146,8 +146,8 @@ def read_samples(run):
         stop(f"{run / '01_samples'}: no generated audio; run {generate} first")
     wanted = drawn(train, run_json)
     samples = {clip: [] for clip in wanted}
-    for source, numbers in numbers_of(run_json).items():
-        skipped = read_source(run, shards, source, numbers, samples, wanted)
+    for source, ks in ks_of_sources(run_json).items():
+        skipped = read_source(run, shards, source, ks, samples, wanted)
         if source == MODEL:  # for a skipped clip no source has an audio
             wanted = [clip for clip in wanted if clip not in skipped]
     samples = {clip: audios for clip, audios in samples.items() if audios}
@@ -160,8 +160,8 @@ def read_to_rate(run):
     """The audios of clips of the split rate, as of `read_samples`; {} where there are none."""
     shards = shards_to_rate(run)
     samples = {clip.id: [] for clips in shards.values() for clip in clips}
-    for source, numbers in numbers_to_rate(read_run(run)).items():
-        read_source(run, shards, source, numbers, samples, wanted=list(samples))
+    for source, ks in ks_to_rate(read_run(run)).items():
+        read_source(run, shards, source, ks, samples, wanted=list(samples))
     return {clip: audios for clip, audios in samples.items() if audios}
 
 
@@ -175,7 +175,7 @@ def again(source):
     )
 
 
-def read_source(run, shards, source, numbers, samples, wanted):
+def read_source(run, shards, source, ks, samples, wanted):
     """Adds a source's audios of these shards to `samples`. For every clip in `wanted` there must be
     audio, or a reason why there is none; returns the clips that have such a reason."""
     hint = f"; remove that shard and rerun {again(source)}"
@@ -185,20 +185,20 @@ def read_source(run, shards, source, numbers, samples, wanted):
         file = run / "01_samples" / f"{shard_file(shard, source)}.jsonl"
         without = rows.read_if_there(file.with_suffix(".skipped.jsonl"), rows.SkippedClip, hint)
         found = rows.read_if_there(file, FoundSample, hint)
-        add_samples(samples, found, file, source, numbers, hint)
+        add_samples(samples, found, file, source, ks, hint)
         for row in without:
             skipped.add(row.clip)
         for sample in found:
             told.add(sample.clip)
     for clip in wanted:
-        if numbers and clip not in told and clip not in skipped:
+        if ks and clip not in told and clip not in skipped:
             stop(f"{run / '01_samples'}: clip {clip} is not there; rerun {again(source)}")
     return skipped
 
 
-def add_samples(samples, found, file, source, numbers, hint):
+def add_samples(samples, found, file, source, ks, hint):
     """Adds a file's audios to `samples`, after checking them: the rows must be numbered in order,
-    and each clip must have exactly these numbers k."""
+    and each clip must have exactly these ks k."""
     counts = Counter(sample.clip for sample in found)
     for i, sample in enumerate(found):
         audios = samples.get(sample.clip, [])
@@ -206,8 +206,8 @@ def add_samples(samples, found, file, source, numbers, hint):
         wav = f"01_audio/{sample.clip}_{sample.k}.wav"
         nth = sum(audio.source == source for audio in audios)
         is_of_run = sample.clip in samples and sample.wav == wav and sample.source == source
-        is_next = sample.row == i and nth < len(numbers) and sample.k == numbers[nth]
-        is_whole = counts[sample.clip] == len(numbers)
+        is_next = sample.row == i and nth < len(ks) and sample.k == ks[nth]
+        is_whole = counts[sample.clip] == len(ks)
         in_one_shard = all(audio.shard == sample.shard for audio in audios)
         if not (is_of_run and is_next and is_whole and in_one_shard):
             stop(
@@ -236,7 +236,7 @@ def shard_blocks(run, samples, clips):
     for clip_id, audios in samples.items():
         shard = audios[0].shard
         if shard not in blocks:
-            blocks[shard] = scoring.Block(shard, scores=folder, videos=folder, clips=[], audios=[])
+            blocks[shard] = scoring.Block(shard, folder, folder, clips=[], audios=[])
         clip = clip_of[clip_id]
         blocks[shard].clips.append(clip)
         for sample in audios:

@@ -14,6 +14,7 @@ leaves no file.
 """
 
 import functools
+import importlib
 import math
 import os
 import sys
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from plumbing import files, media, ranks, rows
+from plumbing import downloads, files, media, ranks, rows
 from plumbing.ahead import in_threads, read_ahead
 from plumbing.files import NoAudio, NoFile, SkipClip, digest_of, stop
 
@@ -48,16 +49,68 @@ class Block(NamedTuple):
     """Audios that are scored together."""
 
     name: str  # the beginning of its files' names
-    scores: Path  # the folder for the scores of the audios
-    videos: Path  # the folder for the embeddings of the clips' videos
+    scores_folder: Path  # for the scores of the audios
+    videos_folder: Path  # for the embeddings of the clips' videos
     clips: list  # of rows.Clip with `path`
     audios: list  # of Audio; a clip may have several or none
 
     def score_file(self, scorer):
-        return self.scores / f"{self.name}.{scorer}.pt"
+        return self.scores_folder / f"{self.name}.{scorer}.pt"
 
     def video_file(self, seer):
-        return self.videos / f"{self.name}.{seer}_video.pt"
+        return self.videos_folder / f"{self.name}.{seer}_video.pt"
+
+
+class ScorerSet:
+    """The frozen scorers that judge a run, by name; each is loaded when it is asked for."""
+
+    def __init__(self, run, modules, root):
+        """modules: names of the modules that hold the scorers; root: the folder of their files."""
+        self.run = Path(run)
+        self.root = Path(root)
+        self.classes = {}  # {scorer: class}
+        self.audioscore_tensors = {}  # {what AudioScore needs: (scorer, tensor)}
+        # {metric of 07: (how, scorer, tensor)}, such as {"fd_passt": ("fd", "passt", "embedding")}
+        self.measures = {}
+        self.judges = ()  # scorers that stage 07 asks only when told to
+        self.digests = {}  # {scorer: digest of its files}
+        for name in modules:
+            module = importlib.import_module(name)
+            self.classes |= module.SCORERS
+            self.measures |= module.MEASURES
+            self.judges += getattr(module, "JUDGES", ())
+            self.audioscore_tensors |= getattr(module, "AUDIOSCORE", {})
+        self.of_audioscore = []  # the names of the scorers that AudioScore needs
+        for scorer, _ in self.audioscore_tensors.values():
+            if scorer not in self.of_audioscore:
+                self.of_audioscore.append(scorer)
+
+    def load(self, name, device="cpu", workers=0):
+        scorer = self.classes[name](self.root, device)
+        scorer.workers = workers
+        return scorer
+
+    def digest(self, name):
+        """The digest of a scorer's files."""
+        if name not in self.digests:
+            paths = [downloads.weight_file(self.root, file) for file in self.classes[name].files]
+            self.digests[name] = digest_of_weights(self.run, paths)
+        return self.digests[name]
+
+    def tensors_of(self, name):
+        """The names of a scorer's tensors that AudioScore and the metrics need."""
+        wanted = list(self.audioscore_tensors.values())
+        for _, scorer, tensor in self.measures.values():
+            wanted.append((scorer, tensor))
+        return {tensor for scorer, tensor in wanted if scorer == name}
+
+    def audioscore_inputs(self, by_scorer):
+        """Picks what AudioScore needs from all that the scorers measured: {scorer: {tensor:
+        values}} -> {ib, clap, desync_s, tag_logits, pesq: values}."""
+        measured = {}
+        for name, (scorer, tensor) in self.audioscore_tensors.items():
+            measured[name] = by_scorer[scorer][tensor]
+        return measured
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,7 +304,7 @@ def score(blocks, scorers, names, clip_s, here, workers):
     for name in names:
         scorers.digest(name)  # reports a missing file before any network works
     # Systems share the embeddings of the test clips: one block is taken for each of their files.
-    by_file = {block.videos / block.name: block for block in blocks}
+    by_file = {block.videos_folder / block.name: block for block in blocks}
     embed_videos(here.share(list(by_file.values())), scorers, names, clip_s, here.device, workers)
     ranks.barrier()
     for name in names:

@@ -135,7 +135,7 @@ def send(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def drawn(items, start, count, seed):
+def from_shuffled_epochs(items, start, count, seed):
     """`count` items from place `start` on, of an endless sequence. The sequence is one epoch after
     another, each with all items in a new random order that depends on the seed."""
     found = []
@@ -345,14 +345,17 @@ def lr_at(step, args):
     return args.lr * min(1.0, (step + 1) / max(1, args.warmup))
 
 
-def clip_gradient(model, step, sums, folder):
-    """Clips the gradient to norm 1. Returns this step's sums over all ranks, on the CPU, and the
-    norm before clipping. Stops where one of these is not finite, before it reaches the weights. All
-    are copied to the CPU at once; this is the only place in an update where the host waits for the
-    device."""
-    norm = nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
+def clip_gradient(model):
+    """Clips the gradient to norm 1, and returns its norm before that, on the model's device."""
+    return nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
+
+
+def sum_step_over_ranks(step, sums, grad_norm, folder):
+    """A step's sums over all ranks, {name: tensor} on the CPU, and the gradient's norm, a float.
+    Stops where one of these is not finite, before it reaches the weights. All are copied to the CPU
+    at once; this is the only place in an update where the host waits for the device."""
     stacked = ranks.sum_over_ranks(torch.stack(list(sums.values())))
-    measured = torch.cat([stacked.flatten(), norm.to(stacked).view(1)]).cpu()
+    measured = torch.cat([stacked.flatten(), grad_norm.to(stacked).view(1)]).cpu()
     if not measured.isfinite().all():
         stop(
             f"step {step}: its loss or gradient is not finite; {folder}/checkpoint.pt holds the "

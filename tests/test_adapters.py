@@ -116,7 +116,7 @@ def test_a_file_that_a_scorer_lacks_is_named_before_any_other_scorer_works(run, 
     own = types.SimpleNamespace(SCORERS={"imagebind": Working, "panns": Lacking}, MEASURES={})
     monkeypatch.setitem(sys.modules, "own_scorer", own)
     monkeypatch.setitem(common.SCORERS, "toy", ("own_scorer",))
-    scorers, clip = common.ScorerSet(run, "toy", run), a_clip()
+    scorers, clip = scoring.ScorerSet(run, common.SCORERS["toy"], run), a_clip()
     block = scoring.Block("0", run, run, [clip], [scoring.Audio(clip, 0, run / "a.wav", "0123")])
     line = stopped(scoring.score, [block], scorers, [*own.SCORERS], 2.0, common.ranks.Ranks(), 0)
     assert "Cnn14_mAP=0.431.pth: missing" in line

@@ -76,7 +76,7 @@ def test_every_clip_is_mined_by_it_and_nobody_is_asked_to_choose(unrated, finish
     scorers = common.scorers_of(run, "weights")
     blocks = inputs.shard_blocks(run, samples, inputs.read_clips(run, "train"))
     judge = AudioScore.load(finished / "02_audioscore.pt")
-    heard = scorers.for_audioscore(scoring.read_scores(blocks, scorers, scorers.of_audioscore))
+    heard = scorers.audioscore_inputs(scoring.read_scores(blocks, scorers, scorers.of_audioscore))
     p = judge(judge.five_scores(heard)).tolist()
     assert [row["p"] for row in read(run / "03_scores/00000.jsonl")] == p and len(p) == 3 * TRAIN
     assert read(run / "03_pairs.jsonl") and read(run / "03_human_pairs.jsonl") == []

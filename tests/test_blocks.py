@@ -25,7 +25,7 @@ LOOK = {"imagebind", "synchformer", "pesq"}  # what looks at the video, or liste
 def keys(tmp_path):
     """The keys of one audio by scorer, after changes to it. Nobody could decode these files, or
     load these weights."""
-    scorers = common.ScorerSet(tmp_path, "real", tmp_path / "weights")
+    scorers = scoring.ScorerSet(tmp_path, common.SCORERS["real"], tmp_path / "weights")
     (tmp_path / "x.mp4").write_bytes(b"12345")
     for name in [name for scorer in scorers.classes.values() for name in scorer.files]:
         (tmp_path / "weights" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def keys(tmp_path):
         clip = dict(id="x", video="x.mp4", caption="a dog", label="dog barking", split="train")
         clip = inputs.FoundClip(**(clip | changes), path=tmp_path / "x.mp4")
         audio = scoring.Audio(clip, k, tmp_path / wav, digest)
-        scorers = common.ScorerSet(tmp_path, "real", tmp_path / "weights")
+        scorers = scoring.ScorerSet(tmp_path, common.SCORERS["real"], tmp_path / "weights")
         return {name: scoring.score_key(scorers, name, [audio]) for name in FIVE}
 
     return of

@@ -259,7 +259,7 @@ class OneScorer:
     """Of which five tensors AudioScore's scores are made."""
 
     @staticmethod
-    def for_audioscore(by_scorer):
+    def audioscore_inputs(by_scorer):
         return by_scorer["toy"]
 
 

@@ -279,7 +279,7 @@ def test_p_good_in_the_results_is_the_mean_of_audioscore_on_that_systems_audio(f
         scores[name] = judged(scorer, waves, clips, 2.0)
     audioscore = AudioScore.load(finished / "02_audioscore.pt")
     expected = (
-        audioscore(audioscore.five_scores(scorers.for_audioscore(scores)))[:, 0].mean().item()
+        audioscore(audioscore.five_scores(scorers.audioscore_inputs(scores)))[:, 0].mean().item()
     )
     row = results(finished)["flow_dpo", "p_good"]
     assert close(row["value"], expected, PROBABILITIES) and row["n"] == len(clips)

@@ -10,7 +10,7 @@ from conftest import a_clip, stage
 
 import common
 from adapters import toy, toy_people
-from common import media, rows
+from common import media, rows, scoring
 
 world = stage("00")
 
@@ -85,7 +85,7 @@ def test_no_clip_of_the_twins_is_one_of_the_scorers():
 
 
 def test_the_twin_is_asked_by_stage_07_alone_and_without_being_told_to():
-    scorers = common.ScorerSet(".", "toy", ".")
+    scorers = scoring.ScorerSet(".", common.SCORERS["toy"], ".")
     assert scorers.of_audioscore == ["toy"]
     _, asked = stage("07").measures_asked(scorers, [])
     assert asked == ["toy", "twin"]
