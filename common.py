@@ -1,5 +1,5 @@
-"""The paper in code: notation, Flow-DPO (Eq. 5, Eq. 3), AudioScore (Sec. 2.1), sampler, the
-interfaces of a backbone and of a scorer, their loaders.
+"""The paper in code: notation, Flow-DPO (Eq. 5, Eq. 3), AudioScore (Sec. 2.1), the interface of a
+backbone, sampler, the interface of a scorer, their loaders.
 
 Read it from the first line to the last. The code that a reader of the paper need not open is in
 `plumbing/`; stages import its modules from here: `from common import record, rows`.
@@ -200,76 +200,6 @@ class AudioScore(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Sampler
-# --------------------------------------------------------------------------------------------------
-
-
-def seed_of(*parts):
-    """A seed that depends on these parts alone. An audio's is made from (seed, clip, k), never from
-    rank, shard or batch. It has 56 bits, since torch's seeds are signed."""
-    text = "/".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-
-def initial_noise(model, seeds):
-    """eps at t = 1, (len(seeds), T, C), drawn on the CPU so that it is the same on every device."""
-    eps = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        eps.append(torch.randn(model.latent_shape, generator=generator))
-    return torch.stack(eps).to(model.device)
-
-
-@torch.no_grad()
-def sample(model, features, seeds, steps=25, guidance=4.5):
-    """Euler's method from noise (t = 1) to data (t = 0), classifier-free guidance inside.
-
-    features: dict of tensors with B rows; seeds: R * B integers. The conditions are projected once;
-    on CUDA the network runs in bf16. All steps are equal, as upstream's are; a network that knows
-    only some times is told the one that `snap_t` gives, while the state moves by equal steps.
-    Returns a_0 (R * B, T, C) float32 on the model's device. Paper silent: the number of steps, 25
-    is upstream's.
-    """
-    a_t = initial_noise(model, seeds)
-    times = torch.linspace(1, 0, steps + 1)
-    dts = (-times.diff()).tolist()
-    t_of_network = model.snap_t(times[:-1]).to(a_t)  # one copy to the device, not one each step
-    with training.autocast(model.device.type):
-        conditions = model.project(features)
-        for t, dt in zip(t_of_network, dts):
-            u = model.velocity(a_t, t.expand(len(a_t)), conditions, guidance)
-            a_t = a_t - dt * u.float()
-    return a_t
-
-
-def sample_clips(model, batches, sampler):
-    """Samples and decodes audio for clips; one batch is decoded while the next one is sampled.
-
-    batches: lists of (clip, its features, its N seeds); sampler: rows.Sampler. Yields for each clip
-    (clip, latents (N, T, C), waves (N, S)), float32 on the CPU, in the order of the batches.
-    """
-
-    def sampled():
-        for batch in batches:
-            clips, features, seeds_of_clips = zip(*batch)
-            seeds = []  # in the order of the rows: the first audio of every clip, then the second
-            for kth_of_clips in zip(*seeds_of_clips):
-                seeds += kth_of_clips
-            features = stack_features(features, model.device)
-            a_0 = sample(model, features, seeds, sampler.steps, sampler.guidance)
-            by_k = a_0.unflatten(0, (-1, len(clips)))  # (N, clips, T, C)
-            yield clips, by_k.transpose(0, 1)
-
-    def decode(batch):
-        clips, a_0 = batch
-        waves = model.decode(a_0.flatten(0, 1)).unflatten(0, a_0.shape[:2])
-        return zip(clips, a_0.float().cpu(), waves)
-
-    for decoded in ahead.in_threads(decode, sampled(), threads=1):
-        yield from decoded
-
-
-# --------------------------------------------------------------------------------------------------
 # The interface of a backbone: what toy, MMAudio and Frieren offer to the stages
 # --------------------------------------------------------------------------------------------------
 
@@ -412,6 +342,76 @@ def tile(conditions, count):
 def stack_features(features, device):
     """A list of B dicts of tensors -> a dict of (B, ...) tensors on the device."""
     return {key: torch.stack([one[key] for one in features]).to(device) for key in features[0]}
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampler
+# --------------------------------------------------------------------------------------------------
+
+
+def seed_of(*parts):
+    """A seed that depends on these parts alone. An audio's is made from (seed, clip, k), never from
+    rank, shard or batch. It has 56 bits, since torch's seeds are signed."""
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def initial_noise(model, seeds):
+    """eps at t = 1, (len(seeds), T, C), drawn on the CPU so that it is the same on every device."""
+    eps = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        eps.append(torch.randn(model.latent_shape, generator=generator))
+    return torch.stack(eps).to(model.device)
+
+
+@torch.no_grad()
+def sample(model, features, seeds, steps=25, guidance=4.5):
+    """Euler's method from noise (t = 1) to data (t = 0), classifier-free guidance inside.
+
+    features: dict of tensors with B rows; seeds: R * B integers. The conditions are projected once;
+    on CUDA the network runs in bf16. All steps are equal, as upstream's are; a network that knows
+    only some times is told the one that `snap_t` gives, while the state moves by equal steps.
+    Returns a_0 (R * B, T, C) float32 on the model's device. Paper silent: the number of steps, 25
+    is upstream's.
+    """
+    a_t = initial_noise(model, seeds)
+    times = torch.linspace(1, 0, steps + 1)
+    dts = (-times.diff()).tolist()
+    t_of_network = model.snap_t(times[:-1]).to(a_t)  # one copy to the device, not one each step
+    with training.autocast(model.device.type):
+        conditions = model.project(features)
+        for t, dt in zip(t_of_network, dts):
+            u = model.velocity(a_t, t.expand(len(a_t)), conditions, guidance)
+            a_t = a_t - dt * u.float()
+    return a_t
+
+
+def sample_clips(model, batches, sampler):
+    """Samples and decodes audio for clips; one batch is decoded while the next one is sampled.
+
+    batches: lists of (clip, its features, its N seeds); sampler: rows.Sampler. Yields for each clip
+    (clip, latents (N, T, C), waves (N, S)), float32 on the CPU, in the order of the batches.
+    """
+
+    def sampled():
+        for batch in batches:
+            clips, features, seeds_of_clips = zip(*batch)
+            seeds = []  # in the order of the rows: the first audio of every clip, then the second
+            for kth_of_clips in zip(*seeds_of_clips):
+                seeds += kth_of_clips
+            features = stack_features(features, model.device)
+            a_0 = sample(model, features, seeds, sampler.steps, sampler.guidance)
+            by_k = a_0.unflatten(0, (-1, len(clips)))  # (N, clips, T, C)
+            yield clips, by_k.transpose(0, 1)
+
+    def decode(batch):
+        clips, a_0 = batch
+        waves = model.decode(a_0.flatten(0, 1)).unflatten(0, a_0.shape[:2])
+        return zip(clips, a_0.float().cpu(), waves)
+
+    for decoded in ahead.in_threads(decode, sampled(), threads=1):
+        yield from decoded
 
 
 # --------------------------------------------------------------------------------------------------
