@@ -174,7 +174,7 @@ def parse_args(argv=None):
     parser = command.Parser(__doc__)
     add = parser.engineering.add_argument
     add("--seed", type=command.whole(0), default=0, help="seed of every clip and network")
-    add("--size", choices=list(SIZES), default="default", help="tiny: for tests, takes 20 s")
+    add("--size", choices=list(SIZES), default="default", help="tiny: for tests; large: more clips")
     return parser.parse_args(argv)
 
 
