@@ -258,7 +258,7 @@ LOGGED = (
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("study", choices=(*STUDIES, "tables", "curves"))
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/evidence"), help="folder of all runs"
