@@ -33,6 +33,14 @@ class Parser(argparse.ArgumentParser):
         self.engineering = self.add_argument_group("engineering")
         self.io.add_argument("--run-dir", default="runs/toy", help="run folder")
 
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                flag = f"--{name.replace('_', '-')}"
+                stop(f"{flag}: is empty; give a value, or leave it out (an unset shell variable?)")
+        return args
+
     def error(self, message):
         stop(f"{message} (--help lists the flags)")
 

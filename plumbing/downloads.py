@@ -78,5 +78,5 @@ def print_missing(weights, names):
         for count, unit in re.findall(r"([\d.]+) ([kKMG]i?B)", size):
             gb += float(count) * in_gb[unit]
     if missing:
-        print(f"missing below {weights}/: {len(missing)} files, {gb:.1f} GB in all")
+        print(f"files missing below {weights}/: {len(missing)}, {gb:.1f} GB in all")
     return missing

@@ -316,6 +316,19 @@ def test_a_video_whose_name_is_no_clips_is_left_out_and_said_and_refused_when_st
     assert "--run-dir" in line and "not UTF-8" in line
 
 
+@pytest.mark.parametrize("number, flags", [
+    ("00", ("--run-dir", "")), ("04", ("--run-dir", "")), ("01", ("--videos", "")),
+    ("02", ("--audioscore", "")), ("02", ("--ratings", "a.csv", "")), ("05", ("--weights", "")),
+    ("07", ("--systems", "base", "")),
+])  # fmt: skip
+def test_a_flag_that_an_unset_shell_variable_left_empty_is_refused_by_name(
+    number, flags, tmp_path, refused
+):
+    line = refused(number, tmp_path / "run", *flags)
+    said(line, f"{flags[0]}: is empty", "shell variable")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("path, fits", [
     ("a/b.mp4", True), ("é" * 127 + "/a", True), ("é" * 128, False), ("a" * 255, True),
     ("a" * 256, False), ("", False), ("a\0b", False), ("a\udce9", True), ("a\ud800", False),
