@@ -156,12 +156,13 @@ def question_of(answer):
 
 
 def typed_answer(line, row_type, where):
-    """A line as an answer. Numbers may be texts, as in a csv, and empty fields count as absent."""
+    """A line as an answer. Numbers may be texts, as in a csv, with a decimal comma where a
+    spreadsheet wrote one, and empty fields count as absent."""
     line = {name: value for name, value in line.items() if value not in (None, "")}
     for name in ("repeat", "seconds"):
         if isinstance(line.get(name), str):
             with suppress(ValueError):
-                line[name] = float(line[name])
+                line[name] = float(line[name].replace(",", "."))
     if line.get("repeat") in (0.0, 1.0) and not isinstance(line["repeat"], bool):
         line["repeat"] = int(line["repeat"])
     answer = rows.typed(line, row_type, where)
