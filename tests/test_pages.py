@@ -2,6 +2,7 @@
 work in a browser."""
 
 import base64
+import csv
 import functools
 import io
 import itertools
@@ -426,13 +427,23 @@ def test_two_windows_of_one_rater_lose_no_answer(packed, browser):
 
 
 def test_a_narrow_window_shows_everything_though_name_and_caption_are_long(packed, browser):
+    def check_in_sight(name):
+        rect = ask(browser, f"$('{name}').getBoundingClientRect().toJSON()")
+        assert -1 < rect["top"] and rect["bottom"] < 741, rect
+
     size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
         for what in ("rate", "choose"):
+            open_page(browser, packed / f"08_{what}" / "00001.html")
+            browser.execute_script("$('name').value = 'New'; hello(); scrollTo(0, 0); count(5)")
+            assert "Play it first" in browser.find_element("id", "hello").text
+            check_in_sight("hello")
             open_page(browser, packed / f"08_{what}" / "00001.html", "Maximiliane " * 5)
             browser.execute_script("all('.caption').forEach(c => c.textContent = 'x'.repeat(300))")
             heard(browser)
+            press(browser, "s")
+            check_in_sight("say")
             assert ask(browser, "document.documentElement.scrollWidth <= innerWidth")
             assert ask(browser, "document.querySelector('header').offsetHeight") < 150
             # of the last sound of a clip the video is in sight too
@@ -468,6 +479,18 @@ def test_cannot_play_is_understood_in_a_sheet_filled_in_by_hand(run, capsys, ref
     fill(words, ["Hal"])  # no name, but no reason to break down
     call(*both)
     assert "set aside: 5 answers 'cannot play' of ['Hal']" in capsys.readouterr().out
+
+
+def test_seconds_with_the_comma_of_a_spreadsheet_are_read(run):
+    rows = [{**row, "rating": " gOOD", "rater": "Ivo"} for row in cells(run / "02_to_rate.csv")]
+    file = run / "hand.csv"
+    with open(file, "w", encoding="utf-8-sig", newline="") as stream:
+        writer = csv.DictWriter(stream, [*rows[0], "seconds"])
+        writer.writeheader()
+        writer.writerows(row | {"seconds": "3,4"} for row in rows[:2])
+    call("02", run, "--ratings", file, run / "02_ratings.jsonl", "--redo")
+    found = [row for row in read(run / "02_ratings.jsonl") if row["rater"] == "Ivo"]
+    assert [(row["rating"], row["seconds"]) for row in found] == [("Good", 3.4)] * 2
 
 
 def test_what_was_skipped_is_asked_before_the_end_corrections_lead_back_a_reload_shows_the_end(
