@@ -218,13 +218,12 @@ def write_choice_sheet(run, asked, samples, clips):
     people.write_sheet(run / "03_to_choose.csv", columns, lines, "choice")
 
 
-def take_choices(run, samples, clips, ratings, args):
-    """Writes the sheet. In the toy world simulated people answer it. Returns all answers, a list of
-    rows.ChoiceAnswer, after checking that each is about two audios of one clip of this run; []
-    where nobody has chosen yet."""
+def take_choices(run, samples, clips, asked, args):
+    """Writes the sheet of the comparisons in `asked`. In the toy world simulated people answer it.
+    Returns all answers, a list of rows.ChoiceAnswer, after checking that each is about two audios
+    of one clip of this run; [] where nobody has chosen yet."""
     file = run / "03_human_choices.jsonl"
     if ranks.is_first():
-        asked = comparisons(samples, ratings, args.num_human_pairs, args.seed)
         write_choice_sheet(run, asked, samples, clips)
         simulated = common.people_of(run)
         if simulated and not args.choices and people.to_simulate(file, asked, args.redo):
@@ -315,7 +314,7 @@ def print_sources(samples, pairs):
         )
 
 
-def print_chosen(run, kept, counted, pairs, ratings):
+def print_chosen(run, kept, counted, pairs, ratings, asked):
     if counted:
         people.print_agreement(kept, preference, "nominal")
         ties = sum(answer.choice == "tie" for answer in counted)
@@ -323,13 +322,18 @@ def print_chosen(run, kept, counted, pairs, ratings):
             f"human choices: {len(counted)} answers, {ties} of them ties, make {len(pairs)} human "
             "pairs"
         )
-    elif ratings:
+    elif asked:
         print(
             f"no human choices yet, so no human pairs. Fill in {run / '03_to_choose.csv'}, or make "
             "pages to choose on, and give the answers back:"
         )
         print(f"      python 08_listen.py choose {run_flag(run)}")
         print(f"      python 03_mine_pairs.py {run_flag(run)} --redo --choices FILE")
+    elif ratings:
+        print(
+            "no human choices, and nothing to choose: --num-human-pairs is 0, or no two audios of "
+            "a rated clip have the same rating"
+        )
     else:
         print(
             "no human choices: people compare two audios of a rated clip, and none of this run's "
@@ -356,7 +360,8 @@ def main(args):
 
         # -- people choose; the answers are an input, and so are taken before the stage is claimed
         with stage.one_at_a_time():
-            answers = take_choices(run, samples, clips, ratings, args)
+            asked = comparisons(samples, ratings, args.num_human_pairs, args.seed)
+            answers = take_choices(run, samples, clips, asked, args)
         kept = people.without_raters(answers, args.exclude_rater)
         counted = [answer for answer in kept if not answer.repeat]
         settings = {
@@ -385,7 +390,7 @@ def main(args):
 
     print_mined(run, samples, pairs, dropped)
     print_sources(samples, pairs)
-    print_chosen(run, kept, counted, chosen, ratings)
+    print_chosen(run, kept, counted, chosen, ratings, asked)
     print(f"next: python 04_curriculum_split.py {run_flag(run)}")
 
 
