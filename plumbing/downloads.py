@@ -32,13 +32,15 @@ def upstream(repository, folder=""):
 
 
 def weight_file(weights, name):
-    """The path weights / name. Stops where it does not exist, in one line that says by its row of
+    """The path weights / name. Stops where no such file exists, in one line that says by its row of
     docs/weights.md what it is and where it comes from."""
     path = Path(weights) / name
-    if not path.exists():
+    found = files.in_place_of(path) if path.exists() else "missing"
+    if found:
         source, size, use = weight_row(name)
+        is_so = found if found == "missing" else f"is {found} in place of the file"
         stop(
-            f"{path}: missing ({use}); get {name} ({size}) from {source} and put it into {weights}/"
+            f"{path}: {is_so} ({use}); get {name} ({size}) from {source} and put it into {weights}/"
         )
     return path
 
@@ -61,20 +63,26 @@ def is_cut_short(path):
 
 
 def print_missing(weights, names):
-    """Prints which of these files are not below --weights, or only a part of them, with what
-    docs/weights.md says of them, and how much there is to download. Returns their names."""
+    """Prints which of these files are not below --weights, or only a part of them, or something
+    else in their place, with what docs/weights.md says of them, and how much there is to download.
+    Returns their names."""
     in_gb = {"kB": 1e-6, "KB": 1e-6, "MB": 1e-3, "GB": 1, "MiB": 2**20 / 1e9, "GiB": 2**30 / 1e9}
     missing = []
     gb = 0.0
     for name in dict.fromkeys(names):
         path = Path(weights) / name
-        is_there = path.exists()
-        if is_there and not is_cut_short(path):
-            continue
+        note = ""
+        if path.exists():
+            other = files.in_place_of(path)
+            if other:
+                note = f", in whose place is {other}"
+            elif is_cut_short(path):
+                note = ", of which only a part is there"
+            else:
+                continue
         missing.append(name)
         source, size, use = weight_row(name)
-        cut_short = ", of which only a part is there" if is_there else ""
-        print(f"  {name} ({size}){cut_short}, {use}: {source}")
+        print(f"  {name} ({size}){note}, {use}: {source}")
         for count, unit in re.findall(r"([\d.]+) ([kKMG]i?B)", size):
             gb += float(count) * in_gb[unit]
     if missing:

@@ -134,6 +134,19 @@ def raise_if_memory_is_short():
     bytearray(2**28)
 
 
+def in_place_of(path):
+    """What lies where a downloaded file should be, by its first bytes: a folder, a web page or a
+    Git LFS pointer, as downloads without a login or without git-lfs leave them; "" for any
+    other."""
+    if Path(path).is_dir():
+        return "a folder"
+    with reading(path), open(path, "rb") as stream:
+        start = stream.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer"
+    return "a web page" if start.lstrip().startswith(b"<") else ""
+
+
 def load_pt(path, fields=None, mmap=False, ignore=()):
     """The content of a .pt file of plain tensors, numbers, strings, lists and dicts. This is the
     only torch.load of this repository. fields: {name: type} that the file must hold; ignore: names
@@ -154,6 +167,8 @@ def load_pt(path, fields=None, mmap=False, ignore=()):
         number = re.search(r"\((\d+)\)$", reason)
         if number and os.strerror(int(number[1])) in reason:
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        if in_place_of(path):
+            stop(f"{path}: is {in_place_of(path)} in place of the file; download it again")
         refused = re.search(r"GLOBAL (\S+)", reason)  # a type that is not plain, so may run code
         if refused:
             reason = f"it holds {refused[1]}"
