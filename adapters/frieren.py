@@ -292,9 +292,14 @@ class Frieren(FlowModel):
         import yaml
 
         shape, file = (weight_file(weights, name) for name in self.files("")[1:])
-        sizes = types.SimpleNamespace(**yaml.safe_load(shape.read_text()))
-        vocoder = upstream_classes().vocoder(sizes)
-        fill(vocoder, files.load_pt(file).get("generator", {}), file, "")
+        try:
+            sizes = types.SimpleNamespace(**yaml.safe_load(files.read_text(shape)))
+            vocoder = upstream_classes().vocoder(sizes)
+        # What upstream's class raises depends on which of its sizes are absent or of another type.
+        except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            stop(f"{shape}: not the sizes of Frieren's vocoder ({reason:.100}); download it again")
+        fill(vocoder, files.load_pt(file, {"generator": dict})["generator"], file, "")
         with contextlib.redirect_stdout(None):  # it prints what it does
             vocoder.remove_weight_norm()
         activations = speed.slice_activations(vocoder)

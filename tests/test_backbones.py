@@ -925,6 +925,16 @@ def test_mmaudios_truncated_codec_file_is_one_line(mmaudio, tmp_path):
     assert "v1-16.pth" in stopped(load_model("mmaudio:small_16k", weights=tmp_path).codec)
 
 
+@pytest.mark.parametrize("content, words", [
+    ("<!DOCTYPE html>", ["is a web page", "bigvnat/args.yml"]),
+    ("a: [", ["not the sizes"]), ("- 80", ["not the sizes"]), ("num_mels: 80", ["not the sizes"]),
+])  # fmt: skip
+def test_frierens_sizes_of_another_form_are_one_line(frieren, tmp_path, content, words):
+    beside(frieren.weights, tmp_path, "bigvnat/args.yml")
+    (tmp_path / "bigvnat/args.yml").write_text(content)
+    said(stopped(load_model("frieren", weights=tmp_path).codec), tmp_path, *words)
+
+
 def test_frierens_lightning_checkpoint_loads_safely_and_completely(frieren):
     with pytest.raises(pickle.UnpicklingError):
         torch.load(frieren.weights / frieren.file, weights_only=True)
