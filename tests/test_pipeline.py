@@ -400,6 +400,20 @@ def test_a_rehearsal_of_01_stops_where_any_stage_lacks_weights_and_makes_nothing
         assert "weights are missing" in stopped(call, *rehearsal)
         cut_short = f"  {names[0]} (3.9 GiB), of which only a part is there, velocity network"
         said(capsys.readouterr().out, cut_short, "2 files, 4.6 GB in all\n")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for other, what in ((b"\n<!DOCTYPE html>", "a web page"), (pointer, "a Git LFS pointer")):
+        files_there[0].write_bytes(other)
+        assert "weights are missing" in stopped(call, *rehearsal)
+        in_place = f"  {names[0]} (3.9 GiB), in whose place is {what}, velocity network"
+        said(capsys.readouterr().out, in_place, "2 files, 4.6 GB in all\n")
+        line = stopped(common.weight_file, files_there[0].parent, names[0])
+        assert f"is {what} in place of the file (velocity network" in line
+        assert f"is {what} in place of the file" in stopped(files.load_pt, files_there[0])
+    files_there[0].unlink()
+    files_there[0].mkdir()
+    assert "weights are missing" in stopped(call, *rehearsal)
+    said(capsys.readouterr().out, "in whose place is a folder", "2 files, 4.6 GB in all\n")
+    files_there[0].rmdir()
     files_there[0].write_bytes(whole)
     call(*rehearsal)
     said(capsys.readouterr().out, "1 files, 0.4 GB in all\nall weights that the stages need are")
@@ -1127,6 +1141,9 @@ def test_sheets_are_asked_for_read_in_place_and_never_written_over(run, capsys):
     assert (run / "02_to_rate.csv").read_bytes() == filled
     assert len(read(run / "02_ratings.jsonl")) == 20
     capsys.readouterr()
+    call("03", run, "--num-human-pairs", 0)
+    assert "nothing to choose: --num-human-pairs is 0" in capsys.readouterr().out
+    remove(run, "03_*.*")
     call("03", run)  # asks, and goes on
     assert "no human choices" in capsys.readouterr().out
     assert read(run / "03_pairs.jsonl") and read(run / "03_human_pairs.jsonl") == []
