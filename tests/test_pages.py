@@ -429,7 +429,7 @@ def test_two_windows_of_one_rater_lose_no_answer(packed, browser):
 def test_a_narrow_window_shows_everything_though_name_and_caption_are_long(packed, browser):
     def check_in_sight(name):
         rect = ask(browser, f"$('{name}').getBoundingClientRect().toJSON()")
-        assert -1 < rect["top"] and rect["bottom"] < 741, rect
+        assert rect["top"] > -1 and rect["bottom"] < 741, rect
 
     size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
