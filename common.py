@@ -25,6 +25,16 @@ Notation. Times follow the paper: t = 0 is data, t = 1 is noise.
 A latent has T places in time of C channels, a wave has S samples; k is the number of an audio among
 those of its clip, from 0 on. Where each of B clips has R audios, row r * B + b is the r-th audio of
 clip b. A network's `conditions` are its own projections of the features, one row for each clip.
+
+Words of the stages:
+    clip      a video with its caption, label and split; its audios are numbered by k
+    given     an audio that the model did not make, taken in by 01 --given
+    rated     a clip of whose audios people rated some (stage 02); it is neither mined nor a prompt
+    rate      the split of clips that a run has only so that given audio of them is rated
+    shard     up to 32 train clips, which stage 01 samples and stores together
+    block     up to 32 clips whose audios are scored together; in stage 03 those of a shard
+    claim     to record what a stage is made with, or to compare it with that record
+    part      the share of a stage's work that one machine does, by --part
 """
 
 import hashlib
