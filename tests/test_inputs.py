@@ -321,7 +321,7 @@ TABLES = {
 
 # What no single field shows
 
-NO_FOLDER = ("../x", "/x", ".", "..", "a/b", "", "01_samples", "07_audio", LONG)
+NO_FOLDER = ("../x", "/x", ".", "..", "a/b", "01_samples", "07_audio", LONG)
 NO_SYSTEM = ("mine", "mine=nowhere", "../x=05_flow_dpo", LONG, "base=05_flow_dpo")
 FLAGS = [  # stage, flags, what the line must name; of a whole run
     ("01", "--videos .", "--videos"), ("01", "--model sora", "sora"),
@@ -332,6 +332,8 @@ FLAGS = [  # stage, flags, what the line must name; of a whole run
     ("05", "--beta high", "--beta"), ("06", "--updates 9 --sampling-steps 4", "--updates"),
     ("06", "--eta 0", "--eta"),
     ("05", "--out clips.jsonl", "is a file"), ("06", "--out run.json", "is a file"),
+    ("05", "--out=", "--out: is empty"),
+    ("06", "--out=", "--out: is empty"),
     *[("05", f"--out={x}", "folder name") for x in NO_FOLDER],
     *[("06", f"--out={x}", "folder name") for x in NO_FOLDER],
     *[("07", f"--systems {x}", x) for x in NO_SYSTEM],

@@ -364,7 +364,7 @@ def test_preparing_a_run_lists_the_missing_weights_of_all_stages_with_their_size
     said(out, "  mmaudio_large_44k.pth", "  v1-44.pth", "  imagebind_huge.pth")
     said(out, "  Cnn14_mAP=0.431.pth", "  passt-s-f128")
     # 3.9, 1.2 GiB, 466 MiB; 0.95, 4.8, 2.4, 0.327, 0.324, 0.345, 0.4 GB
-    said(out, "13 files, 15.5 GB in all")
+    said(out, ": 13, 15.5 GB in all")
 
 
 def test_a_rehearsal_of_01_stops_where_any_stage_lacks_weights_and_makes_nothing(
@@ -376,7 +376,7 @@ def test_a_rehearsal_of_01_stops_where_any_stage_lacks_weights_and_makes_nothing
     rehearsal = ("01", tmp_path / "run", "--model", "mmaudio:large_44k", *flags)
     assert "weights are missing" in stopped(call, *rehearsal)
     out = capsys.readouterr().out
-    said(out, "videos found: train 1 of 1", "13 files, 15.5 GB in all")
+    said(out, "videos found: train 1 of 1", ": 13, 15.5 GB in all")
     said(out, "open_clip_config.json of MMAudio's CLIP (3.7 GiB) is missing")
     names = re.findall(r"^  (\S+) \(", out, flags=re.M)
     names.remove("audiobox_aesthetics.pt")  # of a judge, whom 07 asks only when it is told to
@@ -392,31 +392,31 @@ def test_a_rehearsal_of_01_stops_where_any_stage_lacks_weights_and_makes_nothing
     (hub / "refs").mkdir()
     (hub / "refs/main").write_text("0")
     assert "weights are missing" in stopped(call, *rehearsal)
-    said(capsys.readouterr().out, "2 files, 4.6 GB in all\n")  # 3.9 GiB and 0.4 GB
+    said(capsys.readouterr().out, ": 2, 4.6 GB in all\n")  # 3.9 GiB and 0.4 GB
     torch.save(torch.zeros(1000), files_there[0])
     whole = files_there[0].read_bytes()
     for part in (b"", whole[: len(whole) // 2]):  # a download that was cut short
         files_there[0].write_bytes(part)
         assert "weights are missing" in stopped(call, *rehearsal)
         cut_short = f"  {names[0]} (3.9 GiB), of which only a part is there, velocity network"
-        said(capsys.readouterr().out, cut_short, "2 files, 4.6 GB in all\n")
+        said(capsys.readouterr().out, cut_short, ": 2, 4.6 GB in all\n")
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     for other, what in ((b"\n<!DOCTYPE html>", "a web page"), (pointer, "a Git LFS pointer")):
         files_there[0].write_bytes(other)
         assert "weights are missing" in stopped(call, *rehearsal)
         in_place = f"  {names[0]} (3.9 GiB), in whose place is {what}, velocity network"
-        said(capsys.readouterr().out, in_place, "2 files, 4.6 GB in all\n")
+        said(capsys.readouterr().out, in_place, ": 2, 4.6 GB in all\n")
         line = stopped(common.weight_file, files_there[0].parent, names[0])
         assert f"is {what} in place of the file (velocity network" in line
         assert f"is {what} in place of the file" in stopped(files.load_pt, files_there[0])
     files_there[0].unlink()
     files_there[0].mkdir()
     assert "weights are missing" in stopped(call, *rehearsal)
-    said(capsys.readouterr().out, "in whose place is a folder", "2 files, 4.6 GB in all\n")
+    said(capsys.readouterr().out, "in whose place is a folder", ": 2, 4.6 GB in all\n")
     files_there[0].rmdir()
     files_there[0].write_bytes(whole)
     call(*rehearsal)
-    said(capsys.readouterr().out, "1 files, 0.4 GB in all\nall weights that the stages need are")
+    said(capsys.readouterr().out, ": 1, 0.4 GB in all\nall weights that the stages need are")
     assert not (tmp_path / "run").exists()
 
 
