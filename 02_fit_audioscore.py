@@ -112,7 +112,6 @@ def fit(measured, target, seed, steps=200):
     """
     torch.manual_seed(seed)
     audioscore = AudioScore(tags=measured["tag_logits"].shape[1])
-    # PANNs was trained with a sigmoid for each tag. We take a softmax, as av-benchmark's IS does.
     audioscore.p_y.copy_(measured["tag_logits"].softmax(dim=-1).mean(dim=0))
     scores = audioscore.five_scores(measured)
     mean = scores.nanmean(dim=0).nan_to_num(nan=0.0)
@@ -410,7 +409,6 @@ def main(args):
             "audioscore": list(SCORES),  # so that a changed list of scores needs --redo
             "exclude_rater": sorted(args.exclude_rater),
         }
-        # Compares these and the inputs with what this run's 02 was made with, or records them.
         stage.claim(settings, ["02_ratings.jsonl"])
 
         # -- scores

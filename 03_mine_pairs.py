@@ -371,7 +371,6 @@ def main(args):
             "seed": args.seed,
             "exclude_rater": sorted(args.exclude_rater),
         }
-        # Compares these and the inputs with what this run's 03 was made with, or records them.
         stage.claim(settings, ["03_human_choices.jsonl"] if answers else [])
 
         # -- scores, then pairs

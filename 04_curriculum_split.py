@@ -7,7 +7,7 @@ Run:
 Reads:
     03_pairs.jsonl, 03_human_pairs.jsonl
         clip, winner, loser (k, the number of the audio among those of the clip, from 0 on),
-        p_winner, p_loser: [Good, Medium, Bad], which of human pairs is not used
+        p_winner, p_loser: [Good, Medium, Bad]; those of human pairs are not used
 Writes:
     04_stage1.jsonl     easy pairs, score_c above the threshold
     04_stage2.jsonl     hard pairs, then human pairs
@@ -95,7 +95,6 @@ def main(args):
         chosen = inputs.read_pairs(run / "03_human_pairs.jsonl", rows.Pair, hint)
         mined = [with_score_c(pair) for pair in pairs]
         human = [of_people(pair) for pair in chosen]
-        # Compares this and the inputs with what this run's 04 was made with, or records them.
         output.claim({"threshold": args.threshold})
         stage1, stage2 = common.split(mined + human, args.threshold)
         rows.write(run / "04_stage1.jsonl", stage1)

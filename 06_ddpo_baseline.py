@@ -153,7 +153,7 @@ def log_prob(a_next, mean, std):
 
 
 def draw_steps(seeds, args):
-    """Which of a trajectory's S - 1 noisy steps each update trains, none of them twice: (updates,
+    """Which of a trajectory's M - 1 noisy steps each update trains, none of them twice: (updates,
     R * B), one column for each seed."""
     drawn = []
     for seed in seeds:
@@ -177,13 +177,13 @@ class Batch:
 
 @torch.no_grad()
 def rollout(model, features, seeds, guidance, args):
-    """Samples trajectories of S = --sampling-steps steps: S - 1 with noise, and a last one to t = 0
+    """Samples trajectories of M = --sampling-steps steps: M - 1 with noise, and a last one to t = 0
     without. features: B rows; seeds: R * B. Returns a Batch, and a_0 (R * B, T, C).
 
     The state moves between the times that the network is told (`snap_t`), unlike in common.sample:
     training asks for u at the very time that the transition was made with.
     """
-    times = model.snap_t(torch.linspace(1, 0, args.sampling_steps + 1)[:-1])  # (S,)
+    times = model.snap_t(torch.linspace(1, 0, args.sampling_steps + 1)[:-1])  # (M,)
     times = training.send(times, model.device)
     generators = [torch.Generator().manual_seed(common.seed_of(seed, "sde", 0)) for seed in seeds]
     a_t = common.initial_noise(model, seeds)
@@ -205,8 +205,8 @@ def rollout(model, features, seeds, guidance, args):
         u = model.velocity(a_t, last, conditions, guidance).float().detach()
     a_0 = a_t - times[-1] * u
 
-    states = torch.stack(states)  # (S, R * B, T, C)
-    log_probs = torch.stack(log_probs)  # (S - 1, R * B)
+    states = torch.stack(states)  # (M, R * B, T, C)
+    log_probs = torch.stack(log_probs)  # (M - 1, R * B)
     step = training.send(draw_steps(seeds, args), model.device)
     row = torch.arange(len(seeds), device=model.device)  # (R * B,); step is (updates, R * B)
     batch = Batch(
@@ -226,9 +226,8 @@ def rollout(model, features, seeds, guidance, args):
 
 
 class Reward:
-    """P(Good) of generated audio. The scorers' audio networks stay loaded. Their embeddings of the
-    videos are those that stage 03 stored: a file for each scorer and each block, the 32 clips that
-    03 scored together.
+    """P(Good) of generated audio. The scorers' audio networks stay loaded; their embeddings of the
+    videos are those that stage 03 stored, in one file for each scorer and block of clips.
     """
 
     def __init__(self, run, scorers, blocks, device, workers):

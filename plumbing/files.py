@@ -167,8 +167,9 @@ def load_pt(path, fields=None, mmap=False, ignore=()):
         number = re.search(r"\((\d+)\)$", reason)
         if number and os.strerror(int(number[1])) in reason:
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-        if in_place_of(path):
-            stop(f"{path}: is {in_place_of(path)} in place of the file; download it again")
+        other = in_place_of(path)
+        if other:
+            stop(f"{path}: is {other} in place of the file; download it again")
         refused = re.search(r"GLOBAL (\S+)", reason)  # a type that is not plain, so may run code
         if refused:
             reason = f"it holds {refused[1]}"

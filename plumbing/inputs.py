@@ -198,7 +198,7 @@ def read_source(run, shards, source, ks, samples, wanted):
 
 def add_samples(samples, found, file, source, ks, hint):
     """Adds a file's audios to `samples`, after checking them: the rows must be numbered in order,
-    and each clip must have exactly these ks k."""
+    and each clip must have exactly these k."""
     counts = Counter(sample.clip for sample in found)
     for i, sample in enumerate(found):
         audios = samples.get(sample.clip, [])

@@ -105,7 +105,7 @@ def pipeline(run, weights, *source):
     stage("03", *given, "--choices", chosen, "--redo")
     stage("04")
     stage("05", *given, "--steps", 2, "--global-batch", 2, "--warmup", 1, "--lr", 1e-4)
-    # So many audios that random scorers tell some of one prompt apart, whatever their weights.
+    # Of only two audios random scorers may give both one reward, which leaves no gradient.
     small = ("--steps", 1, "--prompts", 2, "--group-size", 4, "--sampling-steps", 2)
     stage("06", *given, *small, "--updates", 1, "--lr", 1e-4)
     stage("07", *given)
