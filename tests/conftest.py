@@ -489,7 +489,8 @@ def stopped(call, *args):
 
 
 def is_progress(line):
-    return re.search(r"\d%\|.*\]$|^\d+\w+ \[.*\]$", line)
+    """A bar of tqdm, which overwrites its longer predecessor with blanks."""
+    return re.search(r"\d%\|.*\] *$|^\d+\w+ \[.*\] *$", line)
 
 
 @pytest.fixture

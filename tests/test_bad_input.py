@@ -14,6 +14,7 @@ from conftest import (
     STAGES,
     Malicious,
     call,
+    is_progress,
     make_video,
     read,
     said,
@@ -31,6 +32,19 @@ def test_a_user_error_in_a_process_of_its_own_is_one_line_and_exit_code_2(tmp_pa
     error = started.communicate()[1]
     assert (started.returncode, error.count("\n")) == (2, 1)
     assert error.startswith("error: --run-dir")
+
+
+@pytest.mark.parametrize(
+    "line, is_bar",
+    [
+        ("toy:   4%|  | 1/24 [00:00<?, ?audio/s]", True),
+        ("toy: 100%|██| 24/24 [00:00<00:00, 99audio/s]  ", True),
+        ("12it [00:01, 9.5it/s]  ", True),
+        ("error: toy: 24/24 audios, 100% of them short", False),
+    ],
+)
+def test_a_bar_of_progress_is_told_from_an_error_whatever_rate_it_shows(line, is_bar):
+    assert bool(is_progress(line)) == is_bar
 
 
 def test_a_redone_audioscore_makes_the_later_stages_ask_for_theirs(run, refused):
