@@ -38,7 +38,7 @@ Writes:
                                 without features; k is N plus the place of NAME in run.json
     01_samples/rate_00000.NAME.jsonl   the same for clips of the split rate, without latents; k is
                                 the place of NAME in run.json
-    01_audio/<clip>_<k>.wav     the audio that people hear and scorers judge
+    01_audio/<clip>_<k>.wav     the audio that people hear and scorers score
 Takes: toy 48 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in
 all.
 """

@@ -927,7 +927,7 @@ def main(args):
     if gone:
         print(
             f"{gone} more listed {args.split} clips have no video (01_missing.jsonl), so no system "
-            "is judged on them"
+            "is evaluated on them"
         )
     print(f"{args.split} split, guidance {args.guidance:g}")
     print_table(results, names, systems_json.metrics, args.against)

@@ -523,7 +523,7 @@ def load_base_model(run, device="cpu", weights="weights"):
 
 
 def scorers_of(run, weights):
-    """The set of frozen scorers that judges this run."""
+    """The set of frozen scorers of this run."""
     run_json = inputs.read_run(run)
     root = run / run_json.scorers_root if run_json.scorers_root else weights
     return scoring.ScorerSet(run, SCORERS[run_json.scorers], root)

@@ -2,7 +2,7 @@
 
 All numbers are computed as in av-benchmark (github.com/hkchengrex/av-benchmark), the code behind
 the metrics of MMAudio, which the paper uses: "the same metrics in [8]" (Sec. 3.1). Every network
-judges the first 8 s of an audio file. Samples that are not finite count as silence, so that a
+scores the first 8 s of an audio file. Samples that are not finite count as silence, so that a
 silent or broken audio gets ordinary finite scores and raises no error.
 """
 
@@ -24,17 +24,17 @@ from common import HUMAN_SPEECH_CLASSES, Scorer, files, media, stop, upstream, w
 
 # The length that upstream's networks are used with: Synchformer sees 24 segments, ImageBind 4
 # frames.
-JUDGED_S = 8.0
+SCORED_S = 8.0
 
 
-def judged(waves, sample_rate_hz, centred=False):
+def scored_part(waves, sample_rate_hz, centred=False):
     """(B, S) waves -> (B, 8 s), cut or padded with silence; `centred` first subtracts the mean of
     the whole wave, as av-benchmark's loader does for CLAP, PANNs and PaSST."""
     # Resampling may overshoot 1; a float file from elsewhere may hold 1e30, which would overflow.
     waves = torch.nan_to_num(waves.float(), 0, 0, 0).clamp(-2, 2)
     if centred:
         waves = waves - waves.mean(dim=-1, keepdim=True)
-    return media.fit_length(waves, round(JUDGED_S * sample_rate_hz))
+    return media.fit_length(waves, round(SCORED_S * sample_rate_hz))
 
 
 def in_batches(network, device, *tensors, size=16):
@@ -149,7 +149,7 @@ class ImageBindScorer(Scorer):
         return self.net({"audio": self.spectrograms(windows)})["audio"]
 
     def score(self, waves, clips, videos):
-        windows = judged(waves, 16000).unfold(-1, 32000, 48000)  # (B, 3, 32000)
+        windows = scored_part(waves, 16000).unfold(-1, 32000, 48000)  # (B, 3, 32000)
         audio = in_batches(self.embed_audio, self.device, windows)
         return {"ib": F.cosine_similarity(videos["embedding"], audio, dim=-1)}
 
@@ -219,7 +219,7 @@ class ClapScorer(Scorer):
         score = torch.full((len(waves),), math.nan)
         captioned = [i for i, clip in enumerate(clips) if clip.caption]
         if captioned:
-            waves = judged(waves[captioned], 48000, centred=True)
+            waves = scored_part(waves[captioned], 48000, centred=True)
             waves = media.fit_length(waves, 480000)  # 10 s, as laion_clap pads
             audio = in_batches(self.embed_audio, self.device, waves)
             captions = torch.stack([self.embed_caption(clips[i].caption) for i in captioned])
@@ -270,7 +270,7 @@ class SynchformerScorer(Scorer):
 
     def score(self, waves, clips, videos):
         video = videos["segments"]  # (B, 24, 8, 768)
-        segments = judged(waves, 16000).unfold(-1, 10240, 5120)  # (B, 24, 10240)
+        segments = scored_part(waves, 16000).unfold(-1, 10240, 5120)  # (B, 24, 10240)
         audio = in_batches(self.embed_audio, self.device, segments)
         offsets = []
         for part in (slice(0, 14), slice(-14, None)):  # the network compares exactly 14 segments
@@ -304,7 +304,7 @@ class PannsScorer(Scorer):
         return self.net.fc_audioset(self.net(waves)["embedding"])
 
     def score(self, waves, clips, videos):
-        waves = judged(waves, self.sample_rate_hz, centred=True)
+        waves = scored_part(waves, self.sample_rate_hz, centred=True)
         return {"logits": in_batches(self.tag, self.device, waves)}
 
 
@@ -349,7 +349,7 @@ class PasstScorer(Scorer):
         return torch.cat(self.net(mels[:, None]), dim=1)
 
     def score(self, waves, clips, videos):
-        waves = media.fit_length(judged(waves, 32000, centred=True), 320000)
+        waves = media.fit_length(scored_part(waves, 32000, centred=True), 320000)
         with self.quiet():
             found = in_batches(self.tag, self.device, waves)
         return {"logits": found[:, :527], "embedding": found[:, 527:]}
@@ -369,7 +369,7 @@ class PesqScorer(Scorer):
 
     @functools.lru_cache(maxsize=64)  # noqa: B019, a clip's audios follow each other
     def sound_of(self, path):
-        return media.clip_sound(path, 16000, JUDGED_S, pad=False)
+        return media.clip_sound(path, 16000, SCORED_S, pad=False)
 
     def score(self, waves, clips, videos):
         references = [self.reference(clip) for clip in clips]
@@ -412,7 +412,7 @@ class AudioboxScorer(Scorer):
         return torch.stack([found[axis].float() for axis in self.axes], dim=1)
 
     def score(self, waves, clips, videos):
-        waves = judged(waves, 16000)[:, None]
+        waves = scored_part(waves, 16000)[:, None]
         mask = media.fit_length(torch.ones_like(waves), 160000)
         waves = media.fit_length(waves, 160000)
         scores = in_batches(self.standardised, self.device, waves, mask) * self.std + self.mean

@@ -62,7 +62,7 @@ class Block(NamedTuple):
 
 
 class ScorerSet:
-    """The frozen scorers that judge a run, by name; each is loaded when it is asked for."""
+    """The frozen scorers of a run, by name; each is loaded when it is asked for."""
 
     def __init__(self, run, modules, root):
         """modules: names of the modules that hold the scorers; root: the folder of their files."""
@@ -365,7 +365,7 @@ def read_waves(audios, sample_rate_hz, clip_s):
             waves.append(media.read_audio(audio.path, sample_rate_hz, clip_s))
         except SkipClip as reason:
             stop(
-                f"{audio.path}: {reason}; the audio of {audio.clip.id} cannot be judged, make or "
+                f"{audio.path}: {reason}; the audio of {audio.clip.id} cannot be scored, make or "
                 "copy it again"
             )
     return torch.stack(waves)

@@ -327,7 +327,7 @@ def test_panns_logits_are_those_of_its_tags_and_nothing_is_downloaded(tmp_path, 
     scorer, sounds = load("panns_16k", tmp_path), waves(16000)
     (key, logits), *others = judged(scorer, sounds, [a_clip()] * 4).items()
     with torch.inference_mode():
-        tags = scorer.net(scorers.judged(sounds, 16000, centred=True))["clipwise_output"]
+        tags = scorer.net(scorers.scored_part(sounds, 16000, centred=True))["clipwise_output"]
     assert key == "logits" and logits.shape == (4, 527) and logits.isfinite().all() and not others
     torch.testing.assert_close(logits.sigmoid(), tags, **SCORES)
     relative = logits / logits.abs().max()
