@@ -7,7 +7,8 @@ Run:
 Reads:
     03_pairs.jsonl, 03_human_pairs.jsonl
         clip, winner, loser (k, the number of the audio among those of the clip, from 0 on),
-        p_winner, p_loser: [Good, Medium, Bad]; those of human pairs are not used
+        p_winner, p_loser: [Good, Medium, Bad], of which score_c is made; not for human pairs, whose
+        score_c is 0
 Writes:
     04_stage1.jsonl     easy pairs, score_c above the threshold
     04_stage2.jsonl     hard pairs, then human pairs
@@ -72,15 +73,16 @@ def print_shares(score_c, num_human):
     threshold = threshold_of_paper_share(score_c)
     print(f"  --threshold {threshold:.3f} would make 81 % of the mined pairs easy, as in the paper")
     # Eq. 2 alone makes no negative score_c: its winner has the largest P(Good), its loser the
-    # largest P(Bad). It can be negative where 03 kept a silent or clipped audio from winning. From
-    # such pairs Flow-DPO learns to make worse audio, and its curves still look healthy.
+    # largest P(Bad). It is negative where 03 kept a silent or clipped audio from winning, and the
+    # next best lost to a worse one; 03 drops such pairs, unless its --min-score-c is negative. From
+    # them Flow-DPO would learn to make worse audio, and its curves would still look healthy.
     negative = int((score_c < 0).sum())
     if negative:
         print(
             f"warning: {negative} of {len(score_c)} mined pairs have a negative score_c: "
             "AudioScore likes their winner less than their loser; 03 was given a negative "
-            "--min-score-c, or another program has exchanged them; rerun 03_mine_pairs.py --redo "
-            "--min-score-c 0"
+            "--min-score-c, or another program has exchanged winner and loser; rerun "
+            "03_mine_pairs.py --redo --min-score-c 0"
         )
 
 
@@ -112,7 +114,7 @@ def main(args):
             f"stage 1 is empty: no score_c is above the threshold {args.threshold}, so 05 trains "
             "on stage 2 alone, without a curriculum"
         )
-        # Not where all mined pairs have one score_c: no threshold divides them.
+        # Only where that threshold puts any pair into stage 1.
         if mined and score_c.max() > threshold_of_paper_share(score_c):
             flags = f"--redo --threshold {threshold_of_paper_share(score_c):.3f}"
             print("for 81 % of the mined pairs in stage 1, as in the paper:")

@@ -1,12 +1,12 @@
 """Stage 05: Flow-DPO with the two-stage curriculum (Sec. 2.3, Eq. 5).
 
 Run:
-    torchrun --nproc_per_node 8 05_train_flow_dpo.py           # one node, the paper's 8 GPUs
     python 05_train_flow_dpo.py                                # toy world, CPU
-    torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py --run-dir runs/vgg
+    torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py --run-dir runs/vgg  # the paper's
+                                                               # 8 GPUs, one node
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
         05_train_flow_dpo.py --run-dir runs/vgg                # two nodes, a shared run folder
-Without --standalone torchrun uses port 29500, which only one job of a node can have. The number of
+Without --standalone two jobs of one node take the same port, and the second fails. The number of
 GPUs must divide the global batch; pairs, times and noise of every step are the same on any such
 number. Running the command of a finished training again leaves its policy as it is.
 
@@ -16,10 +16,11 @@ Reads:
 Writes, in <run>/<--out>:
     policy.pt        the tuned network in its upstream's own format, nothing else
     policy.json      model, digest of the base checkpoint, method, steps, commit of this code (null
-                     outside of git), the CPU, and the kernels that were asked for (docs/toy.md)
-    checkpoint.pt    step, trained weights, optimizer; with --ema (the default is 0, without) also
-                     the average of the weights, which policy.pt then holds; the same command
-                     resumes exactly from here
+                     outside of git), the CPU, and the environment variables that choose its kernels
+                     (docs/toy.md)
+    checkpoint.pt    step, trained weights, optimizer; with --ema (the toy run's .2; the default is
+                     0, without) also the average of the weights, which policy.pt then holds; the
+                     same command resumes exactly from here
     log.jsonl        a line per step, rows.FlowDpoStep, measured in `pair_loss`; docs/results.md
                      explains its fields
     settings.json    the settings that this folder was made with
@@ -43,6 +44,7 @@ SATURATED = 5.0  # a logit; above it a pair's gradient is below 1 % of its large
 
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
+    # --out, --weights, --seed, --precision, --lora, --ema and others, which 06 has too
     command.training_flags(parser, out="05_flow_dpo")
     paper = parser.paper
     paper.add_argument(
@@ -114,7 +116,8 @@ def parse_args(argv=None):
 
 
 def read_stages(run, shards, args):
-    """The pairs of the two stages, in the order in which the stages are trained."""
+    """The pairs of the two stages, in the order in which they are trained: with --hard-first what
+    04 calls stage 2 is the first."""
     hint = "; rerun 04_curriculum_split.py --redo"
     easy = inputs.read_pairs(run / "04_stage1.jsonl", rows.SplitPair, hint)
     hard = inputs.read_pairs(run / "04_stage2.jsonl", rows.SplitPair, hint)
@@ -139,7 +142,9 @@ def divide_steps(stages, steps):
 
 
 def batch_at(step, stages, stage_steps, args):
-    """The stage of a step, 0 or 1, and its pairs. They depend on the seed and the step alone."""
+    """The place in `stages` of the stage that a step is in, 0 or 1, and the step's pairs. They
+    depend on the seed and the step alone. A stage goes through its pairs in one random order after
+    another, and a step may hold the end of one and the beginning of the next."""
     stage = 0
     if step >= stage_steps[0]:
         stage = 1
@@ -150,7 +155,8 @@ def batch_at(step, stages, stage_steps, args):
 
 
 def draw_t_and_noise(step, model, args):
-    """One t (B,) and one eps (B, T, C) per pair of the global batch, shared by winner and loser.
+    """One t and one eps per pair of the global batch, (pairs,) and (pairs, T, C), shared by winner
+    and loser as in Eq. 5.
 
     t ~ U(0, 1) as below Eq. 5, not as the backbones were pre-trained. It is then moved to a time
     that the network knows (Frieren knows 1000).
@@ -174,7 +180,7 @@ def draw_t_and_noise(step, model, args):
 class Batch:
     """B pairs on the device, this rank's share of a step's."""
 
-    stage: int  # 0 or 1
+    stage: int  # 0 or 1, as `batch_at` returns it; logged as 1 or 2
     a_0: torch.Tensor  # (2, B, T, C): latents of the winners, then of the losers
     features: dict  # of their clips, B rows
     t: torch.Tensor  # (B,)
@@ -207,7 +213,8 @@ def load_pairs(pairs, shards):
 
 
 def pair_errors(network, features, a_0, eps, t):
-    """Errors of winners and losers from one forward pass; conditions are projected once per pair.
+    """Errors of winners and losers from one forward pass. The network projects the conditions once
+    per pair, and repeats them for the loser (FlowModel.velocity, with R = 2 rows for each pair).
 
     a_0: (2, B, T, C), winners, then losers; eps: (B, T, C); t: (B,) -> err_w, err_l: (B,) float32.
     """
@@ -219,9 +226,9 @@ def pair_errors(network, features, a_0, eps, t):
 
 
 def pair_loss(policy, reference, features, a_0, eps, t, args):
-    """Eq. 5 for B pairs, in the form that `pair_errors` takes. Paper silent: guidance and dropout
-    in training. Here are neither: the network predicts with all conditions, in eval mode. Returns
-    the loss (B,), and what is logged of each pair, {name: (B,)}."""
+    """Eq. 5 for B pairs; features, a_0, eps, t: as for `pair_errors`. Paper silent: guidance and
+    dropout in training. Here are neither: the network predicts with all conditions, in eval mode.
+    Returns the loss (B,), and what is logged of each pair, {name: (B,)}."""
     with training.autocast(t.device, args.precision):
         with torch.no_grad():
             ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps, t)
@@ -300,13 +307,12 @@ def share_backwards(stages):
 
 
 def diagnosis(accuracy, saturated, error_rise, wrong_share, backwards):
-    """What may be wrong with a training, the first case that fits, and what to do. The limits are
-    set so that they separate the six trainings of docs/curves.md, which also has a table of the
-    cases.
+    """What may be wrong with a training, the first case that fits, and what to do. docs/curves.md
+    has a table of the cases; the limits separate the six trainings that it shows.
 
-    accuracy, saturated: as logged; error_rise: the winner's error gap as a share of the reference's
-    error; wrong_share: the share of the gradient's weight that wrongly ordered pairs have;
-    backwards: see `share_backwards`.
+    accuracy, saturated: as logged; error_rise: how much larger the winner's error is than the
+    reference's, as a share of it, so that 1 means twice as large; wrong_share: the share of the
+    gradient's weight that wrongly ordered pairs have; backwards: see `share_backwards`.
     """
     negative = f"score_c is negative for {backwards:.0%} of the mined pairs"
     negative += ", whose winner is the worse audio"
@@ -392,11 +398,12 @@ def main(args):
 
         # -- model
         bf16 = training.in_bf16(here.device, args.precision)
+        # The reference is the pre-trained model, in stage 2 as in stage 1. Frozen weights may be
+        # stored in bf16, by which u is computed; those that are trained never are.
         if args.lora:
             training.add_lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
-            reference = training.lora_reference(model)
+            reference = training.lora_reference(model)  # the model itself without its adapters
         else:
-            # The pre-trained model, in both stages. Only its weights may be stored in bf16.
             reference = training.frozen_copy(model, bf16)
         args.compile = training.compiles(model, args)  # what settings.json will say
         if args.compile:
@@ -404,8 +411,9 @@ def main(args):
         trainer = training.Trainer(output, model, rows.FlowDpoStep, args.save_every, here, args)
         print_plan(model, stages, stage_steps, trainer.done, here, args)
 
-        # -- loop: AdamW, a linear warm-up, then a constant lr [Sec. 3.1]; these and the reference
-        # go on from stage 1 into stage 2
+        # -- loop: AdamW (the trainer's), a linear warm-up, then a constant lr [Sec. 3.1], which go
+        # on from stage 1 into stage 2. trainer.policy is the model, on several GPUs in DDP. Paper
+        # silent: weight decay 1e-6, betas (0.9, 0.95) and the gradient's bound of 1 are MMAudio's.
         batches = read_batches(trainer.done, stages, stage_steps, shards, model, here, args)
         upcoming = next(batches, None)
         for step in trainer.steps():
@@ -414,6 +422,7 @@ def main(args):
             sums = train_step(trainer.policy, reference, batch, args)
             upcoming = next(batches, None)  # read and sent while a GPU is still at work
             grad_norm = training.clip_gradient(model)  # to norm 1
+            # Stops where one of them is not finite, and names the folder's checkpoint.
             sums, grad_norm = training.sum_step_over_ranks(step, sums, grad_norm, trainer.folder)
             means = means_of(sums)
             if step == 0 and args.sft_weight == 0 and abs(means["loss"] - math.log(2)) > 1e-3:

@@ -5,8 +5,10 @@ Run:
     torchrun --standalone --nproc_per_node 8 06_ddpo_baseline.py --run-dir runs/vgg
 
 Each round draws --prompts clips, samples --group-size audios of each with an SDE whose marginals
-are the ODE's, scores them, and makes --updates optimizer steps. Each of these trains one transition
-of every audio, another one each time. --steps counts the optimizer steps, as in stage 05.
+are the ODE's, scores them, and makes --updates optimizer steps. An audio is a trajectory of M =
+--sampling-steps states on the way from noise to data, with M - 1 noisy transitions between them.
+Each optimizer step trains one transition of every audio, never one that it has trained before.
+--steps counts the optimizer steps, as in stage 05.
 
 Paper silent: which form of DDPO. Ours is DDPO-IS (arXiv 2305.13301), which has PPO's clipped ratio.
 From Flow-GRPO (arXiv 2505.05470) we take the SDE of a flow, and advantages among the audios of one
@@ -16,9 +18,10 @@ Reads:
     01_samples/           features of the train clips
     02_audioscore.pt      the reward model, on top of the five scorers
     02_scores.jsonl       the rated clips, which are no prompts: AudioScore was fitted on them
-    03_scores/            the scorers' embeddings of the prompts' videos, checked by their keys
-    clips.jsonl           the prompts' captions and labels, and the videos with their own sound,
-                          against which PESQ compares
+    03_scores/            the scorers' embeddings of the prompts' videos; each file says from which
+                          videos and weights it was made, which is checked
+    clips.jsonl           the prompts' captions, labels and videos
+    the videos            their own sound, against which PESQ compares
 Writes, in <run>/<--out>:
     policy.pt, policy.json, checkpoint.pt, settings.json
                           as of stage 05; the same command resumes at the last whole round
@@ -61,7 +64,7 @@ MIN_SPREAD = 1e-4
 
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
-    command.training_flags(parser, out="06_ddpo")
+    command.training_flags(parser, out="06_ddpo")  # the flags that 05 has too, such as --out, --ema
     paper = parser.paper
     paper.description = (
         "Paper silent: whether Sec. 3.1's settings hold for DDPO too. Steps and lr are those of "
@@ -124,14 +127,17 @@ def parse_args(argv=None):
 def sde_step(a_t, u, t, t_next, eta):
     """One step of the SDE with the ODE's marginals, from t towards the data, dt = t - t_next:
 
-        a_next = a_t - (u - s^2 / 2 score) dt + s sqrt(dt) z,  s = eta sqrt(t / (1 - t))
+        a_next = a_t - (u - (s^2 / 2) * score) dt + s sqrt(dt) z,  s = eta sqrt(t / (1 - t))
         score = -eps_hat / t,  eps_hat = a_t + (1 - t) u
 
-    u is the ODE's drift; eps_hat is the noise that a_t is expected to hold, and score the gradient
-    of the marginal's log-density. At t = 1, where s is infinite, s is taken at t_next. (There
-    flow_grpo's code replaces only the t of 1 - t; std is sqrt(t_next) times its own, .949 times
-    with 10 steps.) a_t, u: (B, T, C); t, t_next: (B,), t > t_next > 0. Returns mean (B, T, C) and
-    std (B, 1, 1) of a_next given a_t.
+    u is the ODE's drift; score is the gradient of the marginal's log-density; eps_hat is the noise
+    that a_t is expected to hold, since a_t = (1 - t) a_0 + t eps and u estimates eps - a_0. With
+    them the drift is u + s^2 / (2 t) eps_hat. At t = 1 s would be infinite, and we take it at
+    t_next, s = eta sqrt(t_next / (1 - t_next)). flow_grpo's code takes eta sqrt(1 / (1 - t_next)),
+    with 10 steps 1.05 times as much.
+
+    a_t, u: (B, T, C); t, t_next: (B,), t > t_next > 0. Returns mean (B, T, C) and std (B, 1, 1) of
+    a_next given a_t.
     """
     t = t[:, None, None]
     t_next = t_next[:, None, None]
@@ -153,8 +159,8 @@ def log_prob(a_next, mean, std):
 
 
 def draw_steps(seeds, args):
-    """Which of a trajectory's M - 1 noisy steps each update trains, none of them twice: (updates,
-    R * B), one column for each seed."""
+    """Which of a trajectory's M - 1 transitions each update trains, none of them twice: (updates, R
+    * B), one column for each seed."""
     drawn = []
     for seed in seeds:
         drawn.append(random.Random(seed).sample(range(args.sampling_steps - 1), args.updates))
@@ -177,11 +183,12 @@ class Batch:
 
 @torch.no_grad()
 def rollout(model, features, seeds, guidance, args):
-    """Samples trajectories of M = --sampling-steps steps: M - 1 with noise, and a last one to t = 0
-    without. features: B rows; seeds: R * B. Returns a Batch, and a_0 (R * B, T, C).
+    """Samples trajectories of M steps: M - 1 with noise, and a last one to t = 0 without.
+    features: B rows; seeds: R * B. Returns a Batch, and a_0 (R * B, T, C).
 
-    The state moves between the times that the network is told (`snap_t`), unlike in common.sample:
-    training asks for u at the very time that the transition was made with.
+    A network that knows only some times, as Frieren its 1000, is told the next one above t
+    (`snap_t`). Here the state also moves between those times, where common.sample moves it between
+    evenly spaced ones: training asks for u at the very time that a transition was made with.
     """
     times = model.snap_t(torch.linspace(1, 0, args.sampling_steps + 1)[:-1])  # (M,)
     times = training.send(times, model.device)
@@ -189,12 +196,12 @@ def rollout(model, features, seeds, guidance, args):
     a_t = common.initial_noise(model, seeds)
     states = [a_t]
     log_probs = []
-    # Computed as in training, so that the ratio starts at 1: in the same precision, and where the
-    # model is compiled by the graph that training uses, which is the one with gradients. Otherwise
-    # u would be rounded differently.
+    # The ratio starts at 1 only where u is rounded as in training: in the same precision, and where
+    # the model is compiled, by the same graph. torch.compile makes one graph with gradients and one
+    # without, which round differently; so we take the one with gradients, and detach.
     with training.autocast(model.device, args.precision), torch.set_grad_enabled(model.compiled):
         conditions = model.project(features)
-        for t, t_next in pairwise(times[:, None].repeat(1, len(seeds))):
+        for t, t_next in pairwise(times[:, None].repeat(1, len(seeds))):  # M - 1 times; (R * B,)
             u = model.velocity(a_t, t, conditions, guidance).float().detach()
             mean, std = sde_step(a_t, u, t, t_next, args.eta)
             z = torch.stack([torch.randn(model.latent_shape, generator=own) for own in generators])
@@ -227,14 +234,15 @@ def rollout(model, features, seeds, guidance, args):
 
 class Reward:
     """P(Good) of generated audio. The scorers' audio networks stay loaded; their embeddings of the
-    videos are those that stage 03 stored, in one file for each scorer and block of clips.
+    videos are those that stage 03 stored, in one file for each scorer and block of clips. A silent
+    audio is rewarded as AudioScore scores it; only stage 03 keeps it from winning a pair.
     """
 
     def __init__(self, run, scorers, blocks, device, workers):
         self.audioscore = AudioScore.load(run / "02_audioscore.pt")
-        self.set = scorers
+        self.scorers = scorers  # the set: which there are, and what AudioScore takes from each
         self.block_of = {clip.id: block for block in blocks for clip in block.clips}
-        self.scorers = {name: scorers.load(name, device, workers) for name in scorers.of_audioscore}
+        self.loaded = {name: scorers.load(name, device, workers) for name in scorers.of_audioscore}
 
     def videos(self, name, clips):
         """{clip id: this scorer's embeddings of its video} for these clips, and for all others in
@@ -247,8 +255,8 @@ class Reward:
             file = block.video_file(name)
             if not file.exists():
                 stop(f"{file}: no such file; run 03_mine_pairs.py first, it looks at the videos")
-            key = scoring.video_key(self.set, name, block.clips)
-            seen |= scoring.read_videos(block, key, name, self.scorers[name].video_shapes)
+            key = scoring.video_key(self.scorers, name, block.clips)
+            seen |= scoring.read_videos(block, key, name, self.loaded[name].video_shapes)
         return seen
 
     def __call__(self, model, a_0, clips):
@@ -258,14 +266,14 @@ class Reward:
         finite = waves.isfinite().all(dim=1)
         waves = torch.nan_to_num(waves, 0.0, 0.0, 0.0).clamp(-1, 1)
         by_scorer = {}
-        for name, scorer in self.scorers.items():
+        for name, scorer in self.loaded.items():
             rate_hz = scorer.sample_rate_hz
             resampled = torchaudio.functional.resample(waves, model.sample_rate_hz, rate_hz)
             resampled = media.fit_length(resampled, round(model.clip_s * rate_hz))
             videos = self.videos(name, clips) if "video" in scorer.reads else None
             by_scorer[name] = scoring.score_waves(scorer, resampled, clips, videos)
-        scores = self.audioscore.five_scores(self.set.audioscore_inputs(by_scorer))
-        p = self.audioscore(scores)
+        measured = self.scorers.audioscore_inputs(by_scorer)  # {ib, clap, ...: (R * B,)}
+        p = self.audioscore(self.audioscore.five_scores(measured))
         p_good = p[:, 0]
         return p_good * finite
 
@@ -298,15 +306,15 @@ def ppo_loss(ratio, advantage, clip_range):
 def collect(model, reward, shards, clips, round_, guidance, args):
     """Samples and scores this rank's prompts, as many clips at a time as --micro-batch allows.
 
-    Returns the batches, and for the log sums over the round's audios (reward) and over its prompts
-    (reward_std, no_spread) on all ranks, {name: () float64}.
+    Returns the batches, and what is logged: {name: () float64}, sums on all ranks over the round's
+    audios (reward) and over its prompts (reward_std, no_spread).
     """
     # Clips in a batch: as many whole groups as fit, or a single one that is larger.
     per_batch = max(1, args.micro_batch // args.group_size)
     batches = []
     futures = []
     # Audios are scored in a thread while the next prompts are sampled. The thread ends with the
-    # round: while it idled, torch's own threads would take longer to wake up.
+    # round, since an idle one slows down the threads of torch.
     with ThreadPoolExecutor(1) as scoring_thread:
         for start in range(0, len(clips), per_batch):
             prompts = clips[start : start + per_batch]
@@ -337,25 +345,25 @@ def train_step(policy, batches, update, guidance, args):
     """Accumulates the gradient of one update, over one transition of every trajectory that this
     rank sampled. Returns sums over them for the log, {name: () float64}; they stay on the device,
     so that the host need not wait for them."""
-    parts = []
+    passes = []
     for batch in batches:
-        # A batch has several parts only where --micro-batch is below --group-size, 4 and 8 say. It
-        # then holds the 8 audios of one prompt, whose one row of features serves both parts.
+        # Either --micro-batch holds all rows of a batch, or the batch is of one prompt (`collect`),
+        # whose one row of features serves any slice of its audios.
         for start in range(0, len(batch.advantages), args.micro_batch):
-            parts.append((batch, slice(start, start + args.micro_batch)))
+            passes.append((batch, slice(start, start + args.micro_batch)))
     audios = sum(len(batch.advantages) for batch in batches)
     sums = {}
-    for i, (batch, part) in enumerate(parts):
-        a_t = batch.a_t[update, part]
-        t = batch.t[update, part]
-        policy.require_backward_grad_sync = i == len(parts) - 1  # DDP: one all-reduce per step
+    for i, (batch, micro) in enumerate(passes):
+        a_t = batch.a_t[update, micro]
+        t = batch.t[update, micro]
+        policy.require_backward_grad_sync = i == len(passes) - 1  # DDP: one all-reduce per step
         with training.autocast(t.device, args.precision):
             u_theta = policy(a_t, t, batch.features, guidance)
-        mean, std = sde_step(a_t, u_theta.float(), t, batch.t_next[update, part], args.eta)
-        log_prob_now = log_prob(batch.a_next[update, part], mean, std)
-        log_ratio = log_prob_now - batch.log_probs[update, part]
+        mean, std = sde_step(a_t, u_theta.float(), t, batch.t_next[update, micro], args.eta)
+        log_prob_now = log_prob(batch.a_next[update, micro], mean, std)
+        log_ratio = log_prob_now - batch.log_probs[update, micro]
         ratio = log_ratio.exp()
-        loss = ppo_loss(ratio, batch.advantages[part], args.clip_range)
+        loss = ppo_loss(ratio, batch.advantages[micro], args.clip_range)
         (loss.sum() / audios).backward()  # DDP averages over ranks, which have equally many audios
 
         with torch.no_grad():
@@ -441,7 +449,7 @@ def main(args):
         # samples, in sampling and in training, since rewards are of guided audio. Stage 05 compares
         # errors of the network itself, and trains without guidance.
         guidance = run_json.sampler.guidance
-        audios = args.prompts * args.group_size
+        audios = args.prompts * args.group_size  # of a round, on all ranks
         inputs_per_pass = audios if guidance == 1 else 2 * audios  # guidance doubles them
         print(
             f"a round: {args.group_size} audios of each of {args.prompts} clips at guidance "
@@ -452,15 +460,16 @@ def main(args):
             f"{here.device}"
         )
 
-        # -- loop
+        # -- loop: AdamW and its settings are stage 05's
         for step in trainer.steps():
             round_, update = divmod(step, args.updates)
             if update == 0:
-                mine = here.share(draw_prompts(prompts, round_, args))
-                batches, reward_sums = collect(model, reward, shards, mine, round_, guidance, args)
+                own = here.share(draw_prompts(prompts, round_, args))
+                batches, reward_sums = collect(model, reward, shards, own, round_, guidance, args)
             trainer.optimizer.zero_grad(set_to_none=True)
             sums = train_step(trainer.policy, batches, update, guidance, args)
             grad_norm = training.clip_gradient(model)  # to norm 1
+            # Stops where one of them is not finite, and names the folder's checkpoint.
             sums, grad_norm = training.sum_step_over_ranks(step, sums, grad_norm, trainer.folder)
             means = {name: value.item() / audios for name, value in sums.items()}
             # In the first step of this process no update has moved the policy: the ratio is 1.

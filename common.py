@@ -1,5 +1,5 @@
-"""The paper in code: notation, Flow-DPO (Eq. 5, Eq. 3), AudioScore (Sec. 2.1), the interface of a
-backbone, sampler, the interface of a scorer, their loaders.
+"""The paper in code: notation, AudioScore (Sec. 2.1), the curriculum (Eq. 3), Flow-DPO (Eq. 5),
+the interfaces of a scorer and of a backbone, the sampler, their loaders.
 
 Read it from the first line to the last. The code that a reader of the paper need not open is in
 `plumbing/`; stages import its modules from here: `from common import record, rows`.
@@ -29,7 +29,8 @@ clip b. A network's `conditions` are its own projections of the features, one ro
 Words of the stages:
     clip      a video with its caption, label and split; its audios are numbered by k
     given     an audio that the model did not make, taken in by 01 --given
-    rated     a clip of whose audios people rated some (stage 02); it is neither mined nor a prompt
+    rated     a clip of whose audios people rated some (stage 02). Paper silent: it gives no pair
+              (03) and no prompt of DDPO (06), since AudioScore was fitted on it
     rate      the split of clips that a run has only so that given audio of them is rated
     shard     up to 32 train clips, which stage 01 samples and stores together
     block     up to 32 clips whose audios are scored together; in stage 03 those of a shard
@@ -70,73 +71,6 @@ RATINGS = ("Good", "Medium", "Bad")  # the order of every probability vector (Eq
 SCORES = ("ib", "clap", "desync_s", "is_nats", "pesq")  # score_1 ... score_5 (Sec. 2.1)
 
 # --------------------------------------------------------------------------------------------------
-# Flow-DPO (Sec. 2.3)
-# --------------------------------------------------------------------------------------------------
-
-
-def interpolate(a_0, eps, t):
-    """Rectified flow's straight path (below Eq. 5).
-
-    a_0, eps: (B, T, C); t: (B,) in [0, 1], 1 = noise. Returns a_t (B, T, C), the point at time t,
-    and v (B, T, C) = eps - a_0, the path's velocity.
-    """
-    t = t[:, None, None]
-    return (1 - t) * a_0 + t * eps, eps - a_0
-
-
-def flow_error(v, u):
-    """||v - u||^2 of Eq. 5 for each row: v, u (B, T, C), any float type -> (B,) float32.
-
-    Eq. 5 prints a norm, which is a sum over the latent. We average over it, as Diffusion-DPO's code
-    and its followers do, so that beta means the same for every latent size. A beta of ours equals a
-    beta / (T C) of the printed form.
-    """
-    return (v.float() - u.float()).square().mean(dim=(1, 2))
-
-
-def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
-    """Eq. 5 for each pair; no model, no randomness.
-
-    err_*: (B,) float32, `flow_error` of policy and reference on winner and loser. Returns loss
-    (B,), log 2 where policy equals reference, and logits (B,), positive where the policy already
-    prefers the winner (the implicit reward's margin).
-
-    W and L are the gaps of winner and loser, the policy's error minus the reference's. A flow has
-    no log(policy / reference) of an audio, which Eq. 4 asks for; -1/2 times the audio's gap takes
-    its place. Eq. 5 as it is printed sets its brackets in another way than Eq. 4:
-
-        Eq. 4:                     -log sigmoid(beta log_ratio_w - beta log_ratio_l)
-        the same of W and L, ours: -log sigmoid(-beta/2 (W - L))
-        Eq. 5 as printed:          -log sigmoid(-beta/2 W - L)
-
-    The printed brackets would lower the loser's error too, which contradicts the paragraph below
-    Eq. 5. We use those of Eq. 4; `printed` takes the printed ones, to compare.
-    """
-    gap_w = err_w - ref_err_w  # W; below 0 where the policy fits better than the reference does
-    gap_l = err_l - ref_err_l  # L
-    logits = -0.5 * beta * (gap_w - gap_l)
-    if printed:
-        logits = -0.5 * beta * gap_w - gap_l
-    return -F.logsigmoid(logits), logits
-
-
-def score_c(p_w, p_l):
-    """Eq. 3: a float in [-1, 1], high = an easy pair. p_w, p_l: the winner's and the loser's
-    probabilities (Good, Medium, Bad)."""
-    good_w, _, bad_w = p_w
-    good_l, _, bad_l = p_l
-    return 0.5 * ((good_w - good_l) + (bad_l - bad_w))
-
-
-def split(pairs, threshold):
-    """The curriculum's two stages. Stage 1: the easy pairs, whose score_c is above the threshold;
-    stage 2: the others. pairs: a list of rows.SplitPair."""
-    easy = [pair for pair in pairs if pair.score_c > threshold]
-    hard = [pair for pair in pairs if pair.score_c <= threshold]
-    return easy, hard
-
-
-# --------------------------------------------------------------------------------------------------
 # AudioScore (Sec. 2.1)
 # --------------------------------------------------------------------------------------------------
 
@@ -146,11 +80,11 @@ HIDDEN = 32  # Paper silent: the width between AudioScore's two layers.
 class AudioScore(nn.Module):
     """S(.) of Eq. 1: five scores -> probabilities of (Good, Medium, Bad).
 
-    z-score, Linear(5, 32), ReLU, Linear(32, 3), softmax. Its buffers hold the means and standard
-    deviations for the z-score (mean, std: (5,)) and the tagger's marginal p(y) (p_y: (tags,)), both
-    over the rated audios that it was fitted on, so that a score means the same at every use. The
-    tagger is the network that tells what sounds an audio holds: PANNs with its 527 tags, and in the
-    toy world another. Stage 02's docstring says which network gives which score.
+    z-score (paper silent), Linear(5, 32), ReLU, Linear(32, 3), softmax. Its buffers hold the means
+    and standard deviations for the z-score (mean, std: (5,)) and the tagger's marginal p(y) (p_y:
+    (tags,)), both over the rated audios that it was fitted on, so that a score means the same at
+    every use. The tagger is the network that tells what sounds an audio holds: PANNs with its 527
+    tags, and in the toy world another. Stage 02's docstring says which network gives which score.
     """
 
     def __init__(self, tags):
@@ -199,14 +133,138 @@ class AudioScore(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        otherwise = "is not an AudioScore; rerun 02_fit_audioscore.py --redo"
+        if_not = "is not an AudioScore; rerun 02_fit_audioscore.py --redo"
         state = files.load_pt(path, {"audioscore": dict})["audioscore"]
         try:
             self = cls(tags=len(state["p_y"]))
         except (KeyError, TypeError):
-            stop(f"{path}: {otherwise}")
-        files.load_weights(self, state, path, otherwise)
+            stop(f"{path}: {if_not}")
+        files.load_weights(self, state, path, if_not)
         return self.to(device).eval().requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------------------
+# The curriculum (Sec. 2.3, Eq. 3). Eq. 2, which finds the pairs, is in 03_mine_pairs.py
+# --------------------------------------------------------------------------------------------------
+
+
+def score_c(p_w, p_l):
+    """Eq. 3: a float in [-1, 1], high = an easy pair. p_w, p_l: the winner's and the loser's
+    probabilities (Good, Medium, Bad)."""
+    good_w, _, bad_w = p_w
+    good_l, _, bad_l = p_l
+    return 0.5 * ((good_w - good_l) + (bad_l - bad_w))
+
+
+def split(pairs, threshold):
+    """The curriculum's two stages. Stage 1: the easy pairs, whose score_c is above the threshold;
+    stage 2: the others. pairs: a list of rows.SplitPair."""
+    easy = [pair for pair in pairs if pair.score_c > threshold]
+    hard = [pair for pair in pairs if pair.score_c <= threshold]
+    return easy, hard
+
+
+# --------------------------------------------------------------------------------------------------
+# Flow-DPO (Sec. 2.3, Eq. 5)
+# --------------------------------------------------------------------------------------------------
+
+
+def interpolate(a_0, eps, t):
+    """Rectified flow's straight path (below Eq. 5).
+
+    a_0, eps: (B, T, C); t: (B,) in [0, 1], 1 = noise. Returns a_t (B, T, C), the point at time t,
+    and v (B, T, C) = eps - a_0, the path's velocity.
+    """
+    t = t[:, None, None]
+    return (1 - t) * a_0 + t * eps, eps - a_0
+
+
+def flow_error(v, u):
+    """||v - u||^2 of Eq. 5 for each row: v, u (B, T, C), any float type -> (B,) float32.
+
+    Eq. 5 prints a norm, which is a sum over the latent. We average over it, as Diffusion-DPO's code
+    and its followers do, so that beta means the same for every latent size. A beta of ours equals a
+    beta / (T C) of the printed form; the paper's 600 is taken as one of ours.
+    """
+    return (v.float() - u.float()).square().mean(dim=(1, 2))
+
+
+def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
+    """Eq. 5 for each pair; no model, no randomness.
+
+    err_*: (B,) float32, `flow_error` of policy and reference on winner and loser. Returns loss
+    (B,), log 2 where policy equals reference, and logits (B,), positive where the policy already
+    prefers the winner (the implicit reward's margin).
+
+    W and L are the gaps of winner and loser, the policy's error minus the reference's. A flow has
+    no log(policy / reference) of an audio, which Eq. 4 asks for; -1/2 times the audio's gap takes
+    its place. Eq. 5 as it is printed sets its brackets in another way than Eq. 4:
+
+        Eq. 4:                     -log sigmoid(beta log_ratio_w - beta log_ratio_l)
+        the same of W and L, ours: -log sigmoid(-beta/2 (W - L))
+        Eq. 5 as printed:          -log sigmoid(-beta/2 W - L)
+
+    The printed brackets would lower the loser's error too, which contradicts the paragraph below
+    Eq. 5. We use those of Eq. 4; `printed` takes the printed ones, to compare.
+    """
+    gap_w = err_w - ref_err_w  # W; below 0 where the policy fits better than the reference does
+    gap_l = err_l - ref_err_l  # L
+    logits = -0.5 * beta * (gap_w - gap_l)
+    if printed:
+        logits = -0.5 * beta * gap_w - gap_l
+    return -F.logsigmoid(logits), logits
+
+
+# --------------------------------------------------------------------------------------------------
+# The interface of a scorer
+# --------------------------------------------------------------------------------------------------
+
+SILENT_PEAK = 1e-3  # of full scale, -60 dB; below it an audio counts as silent (01, 03, 07)
+
+# Paper silent: which classes are "the category of human speech" (Sec. 2.1). We take the classes of
+# VGGSound in which people talk, spelled as in MMAudio's sets/vgg-test.tsv, and leave out singing,
+# rapping, shouting, babbling, crowds and radios.
+HUMAN_SPEECH_CLASSES = (
+    "child speech, kid speaking",
+    "female speech, woman speaking",
+    "male speech, man speaking",
+    "people whispering",
+)
+
+
+class Scorer:
+    """One frozen scorer, which describes each audio by one or several tensors."""
+
+    sample_rate_hz: int
+    files: tuple = ()  # below --weights
+    # What its scores depend on besides the audio: "caption", "video", "reference" (the clip's own
+    # sound, and its label).
+    reads: tuple = ()
+    # Those of its tensors that compare an audio with the reference, and so are nan for the
+    # reference itself.
+    compared: tuple = ()
+    # Only for a scorer that reads "video": (frames per second, transform of a (3, H, W) uint8
+    # picture), and {name: shape} of what `embed_video` returns.
+    frames: tuple
+    video_shapes: dict = {}
+    workers = 0  # how many processes it may start
+
+    def __init__(self, weights, device):
+        """weights: folder of `files`."""
+
+    def embed_video(self, frames):
+        """Runs its video tower, once per clip. frames: (n, ...), each transformed. Returns a dict
+        of float32 tensors."""
+        raise NotImplementedError
+
+    def score(self, waves, clips, videos):
+        """A dict of (B, ...) tensors, nan where a score does not apply.
+
+        waves: (B, S) float32 at sample_rate_hz; clips: the inputs.FoundClip of each wave; videos:
+        what `embed_video` returned, stacked to (B, ...), with rows of nan where a video cannot be
+        used.
+        """
+        raise NotImplementedError
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,9 +294,9 @@ class FlowModel(nn.Module):
     # them again: {scorer: (feature, name in embed_video's dict, shape)}, such as MMAudio's
     # {"synchformer": ("sync", "segments", (24, 8, 768))}.
     seen_as: dict = {}
-    batch_clips = 4  # clips that stage 01 samples together without --batch-clips
+    batch_clips = 4  # how many clips stage 01 samples together: the default of its --batch-clips
     compiles = True  # whether compiling is worth the minutes that it takes
-    compiled = False  # whether its blocks are; encoders and codec then are too, once loaded
+    compiled = False  # whether its blocks have been compiled, as encoders and codec are once loaded
 
     # What an adapter fills in -------------------------------------------------------------------
 
@@ -380,8 +438,8 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
     """Euler's method from noise (t = 1) to data (t = 0), classifier-free guidance inside.
 
     features: dict of tensors with B rows; seeds: R * B integers. The conditions are projected once;
-    on CUDA the network runs in bf16. All steps are equal, as upstream's are; a network that knows
-    only some times is told the one that `snap_t` gives, while the state moves by equal steps.
+    on CUDA the network runs in bf16. All steps are equal, as upstream's are, also where the network
+    knows only some times (`snap_t`; Frieren's knows 1000) and is told the next one above t.
     Returns a_0 (R * B, T, C) float32 on the model's device. Paper silent: the number of steps, 25
     is upstream's.
     """
@@ -400,20 +458,20 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
 def sample_clips(model, batches, sampler):
     """Samples and decodes audio for clips; one batch is decoded while the next one is sampled.
 
-    batches: lists of (clip, its features, its N seeds); sampler: rows.Sampler. Yields for each clip
-    (clip, latents (N, T, C), waves (N, S)), float32 on the CPU, in the order of the batches.
+    batches: lists of (clip, its features, its R seeds); sampler: rows.Sampler. Yields for each clip
+    (clip, latents (R, T, C), waves (R, S)), float32 on the CPU, in the order of the batches.
     """
 
     def sampled():
         for batch in batches:
             clips, features, seeds_of_clips = zip(*batch)
-            seeds = []  # in the order of the rows: the first audio of every clip, then the second
-            for kth_of_clips in zip(*seeds_of_clips):
-                seeds += kth_of_clips
+            seeds = []  # in the order of the rows, r * B + b
+            for seeds_of_rth_audios in zip(*seeds_of_clips):
+                seeds += seeds_of_rth_audios
             features = stack_features(features, model.device)
             a_0 = sample(model, features, seeds, sampler.steps, sampler.guidance)
-            by_k = a_0.unflatten(0, (-1, len(clips)))  # (N, clips, T, C)
-            yield clips, by_k.transpose(0, 1)
+            by_audio = a_0.unflatten(0, (-1, len(clips)))  # (R, B, T, C)
+            yield clips, by_audio.transpose(0, 1)
 
     def decode(batch):
         clips, a_0 = batch
@@ -422,56 +480,6 @@ def sample_clips(model, batches, sampler):
 
     for decoded in ahead.in_threads(decode, sampled(), threads=1):
         yield from decoded
-
-
-# --------------------------------------------------------------------------------------------------
-# The interface of a scorer
-# --------------------------------------------------------------------------------------------------
-
-SILENT_PEAK = 1e-3  # of full scale, -60 dB; below it an audio counts as silent (01, 03, 07)
-
-# Paper silent: which classes are "the category of human speech" (Sec. 2.1). We take the classes of
-# VGGSound in which people talk, spelled as in MMAudio's sets/vgg-test.tsv, and leave out singing,
-# rapping, shouting, babbling, crowds and radios.
-HUMAN_SPEECH_CLASSES = (
-    "child speech, kid speaking",
-    "female speech, woman speaking",
-    "male speech, man speaking",
-    "people whispering",
-)
-
-
-class Scorer:
-    """One frozen scorer, which describes each audio by one or several tensors."""
-
-    sample_rate_hz: int
-    files: tuple = ()  # below --weights
-    # What its scores depend on besides the audio: "caption", "video", "reference" (the clip's own
-    # sound, and its label).
-    reads: tuple = ()
-    compared: tuple = ()  # tensors that compare with the reference; nan for the reference itself
-    # Only for a scorer that reads "video": (frames per second, transform of a (3, H, W) uint8
-    # picture), and {name: shape} of what `embed_video` returns.
-    frames: tuple
-    video_shapes: dict = {}
-    workers = 0  # how many processes it may start
-
-    def __init__(self, weights, device):
-        """weights: folder of `files`."""
-
-    def embed_video(self, frames):
-        """Runs its video tower, once per clip. frames: (n, ...), each transformed. Returns a dict
-        of float32 tensors."""
-        raise NotImplementedError
-
-    def score(self, waves, clips, videos):
-        """A dict of (B, ...) tensors, nan where a score does not apply.
-
-        waves: (B, S) float32 at sample_rate_hz; clips: the inputs.FoundClip of each wave; videos:
-        what `embed_video` returned, stacked to (B, ...), with rows of nan where a video cannot be
-        used.
-        """
-        raise NotImplementedError
 
 
 # --------------------------------------------------------------------------------------------------
