@@ -2,8 +2,10 @@
 
 Stands in for what the paper takes from elsewhere: VGGSound (Sec. 2.1), a pre-trained V2A model
 (Sec. 3.1), the frozen scorers of AudioScore and the human raters. This stage draws the clips and
-trains the networks. The networks themselves, as the other stages use them, are in adapters/toy.py;
-the simulated people and the judges are in adapters/toy_people.py.
+trains the networks. The networks themselves, as the other stages use them, are in adapters/toy.py.
+In adapters/toy_people.py are the simulated people, who rate and choose by the measures of an
+oracle, which knows the truth of each clip; and a judge, which measures the same in other ways, and
+by which nobody rates, so that nothing is trained towards it.
 
 Run:   python 00_toy_world.py
        python 00_toy_world.py --run-dir runs/small --size tiny       (for the tests)
@@ -11,12 +13,15 @@ Takes: 112 s on 2 cores in two processes, no GPU; --size tiny about 20 s in one 
 Writes, in --run-dir:
   run.json         model "toy", checkpoint, its digest, size, world_seed, rater_noise, scorers,
                    video_root, clip_s (seconds), and `defaults`: this world's replacements for the
-                   paper's numbers, by stage
+                   paper's numbers, by stage (DEFAULTS below). rater_noise: how unsteady the
+                   simulated people are; 1 is usual, 0 none
   clips.jsonl      id, video, caption (or null), label, split (train, val, test)
-  00_truth.jsonl   id, class, hits_s (seconds): read only by the simulated people and the judges
+  00_truth.jsonl   id, class, hits_s (seconds): read only by oracle, judge and simulated people
   00_base.pt       net (the velocity network), encoder, codec, vocabulary
-  00_scorers.pt    imagebind, clap, synchformer, panns (state dicts), codec, vocabulary
-  00_twin.pt       tagger: a second tagger that is no part of AudioScore; only stage 07 reads it
+  00_scorers.pt    small networks in the places of imagebind, clap, synchformer and panns (state
+                   dicts), codec, vocabulary; PESQ needs no network
+  00_twin.pt       tagger: a second tagger that is no part of AudioScore, in the place of PaSST;
+                   only stage 07 reads it
   00_oracle.pt     the oracle's classifier; only the simulated people and the oracle read it
   00_judge.pt      the judge's classifier: the mean of each class and the precision matrix
   00_videos/*.mp4  64 x 64, 25 frames per second, 2 s, H.264 (yuv420p) and AAC
@@ -25,11 +30,13 @@ Writes, in --run-dir:
 The world (docs/toy.md). An object bounces, and every time it touches the ground it makes a sound.
 Its outline and colour together decide which of eight sounds that is, so a model must see what the
 object is (semantic consistency) and when it hits (temporal alignment). All randomness of a clip
-comes from (seed, corpus, index). The pre-training data are imperfect: a tenth of their sounds
-belongs to another class, a third comes too early or too late, a third is noisy. A model that fits
-them makes the same errors at random in its own samples, and preferences can tell these samples
-apart. Some clips are reverberant. Reverberation stands for the aesthetic appeal of Sec. 2.2: the
-simulated people like it, and no scorer is built to hear it, so the human pairs must teach it.
+comes from (seed, corpus, index), where a corpus is a set of clips of one use, such as pretrain or
+test. The pre-training data are imperfect: a tenth of their sounds belongs to another class, a third
+comes too early or too late, a third is noisy, each drawn by itself. A model that fits them makes
+the same errors at random in its own samples, and preferences can tell these samples apart. Some
+clips are reverberant. Reverberation stands for the aesthetic appeal of Sec. 2.2: the simulated
+people like it, and no scorer is built to hear it, so that human pairs alone can teach it. Whether
+they do is in docs/evidence.md.
 
 All pictures, including those that only train networks, are written as H.264 and read back by the
 same reader.
@@ -761,7 +768,8 @@ def main(args):
             trainings = []
             if not all((run / name).exists() for name in NETWORKS):
                 trainings = start_trainings(pool, run, size, args.seed)
-            # Small jobs last, for whichever process has no training left.
+            # The trainings now run in the pool's processes. Videos are small jobs, for whichever
+            # process has no training left.
             jobs = []
             for split in rows.SPLITS:
                 jobs += [(videos, args.seed, split, index) for index in range(size[split])]

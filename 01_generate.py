@@ -6,15 +6,18 @@ Run:
         --videos DIR --test-list MMAudio/sets/vgg-test.tsv  # the paper's
     torchrun --standalone --nproc_per_node 8 01_generate.py ...  # shards are divided over the GPUs
     python 01_generate.py ... --given ground_truth rival=DIR  # more candidates, also later
+    python 01_generate.py ... --max-clips 0                 # no train clips: prepares a run for 07
+
+The paper's part is `generate`, `sample_shards`, and in main the draw of clips. The rest reads lists
+of clips, and takes in what the paper has not: audio that the model did not make (--given), and the
+split rate, clips of which a run has nothing but given audio for people to rate (docs/people.md).
 
 Reads:
     clips        the toy's clips.jsonl; or a .jsonl (id, and if known video, caption, label, split);
                  VGGSound's csv (youtube id, start second, label, split; no header); MMAudio's tsv
                  (header id, label; its split is the last word of the file's name, as in
                  vgg-test.tsv, else train); or all videos of a folder, for training. The splits are
-                 train, val, test, and rate: clips that are used only to have given audio rated
-                 (docs/people.md; the paper's 2K rated videos are none of these: stage 02 draws them
-                 from the train clips)
+                 train, val, test and rate
     videos       below --videos, named by `video` or `<id>.mp4` (.mkv, .webm, .mov, .avi)
     --given      folders of audio that the model did not make, `<id>.wav` (.flac, .mp3, .ogg, .m4a,
                  .mp4, .opus); ground_truth: the clips' own sound (docs/candidates.md)
@@ -124,7 +127,7 @@ def parse_args(argv=None):
 
 @dataclass
 class Shard:
-    """A shard that is being made, or the part of it that one given source makes."""
+    """A shard that is being made: of the model's audios, or of those of one given source."""
 
     name: str
     clips: list  # those that can be used
@@ -156,8 +159,8 @@ def generate(run, model, shards, todo, here, args):
         # So that a missing codec is reported now, not after the first shard.
         model.decode(torch.zeros(1, *model.latent_shape))
     with closing(encode_all(model, clips, args.workers)) as encoder:
-        # `encoder` is advanced in the thread, once for each clip, so that the thread waits for the
-        # videos and this one goes on sampling.
+        # The thread advances `encoder` once for each clip, whose order is the encoder's own. So it
+        # is the thread that waits for videos, while the main thread samples.
         encoded = ahead.in_threads(
             lambda clip: next(encoder), clips, threads=1, in_advance=SHARD_CLIPS
         )
@@ -168,7 +171,8 @@ def generate(run, model, shards, todo, here, args):
 
 def sample_shards(run, model, shards, todo, encoded, bar, args):
     """Samples the audios of the shards, a batch of clips at a time, and writes a shard once its
-    last clip has its audios. encoded: an iterator of what `encode_all` yields."""
+    last clip has its audios. encoded: an iterator of what `encode_all` yields. `batches` is a
+    batch or two ahead of the loop below, which gets the clips in the same order."""
     at_work = {}  # {clip id: its shard, the seeds of its audios} of the clips being sampled
 
     def batches():
@@ -178,7 +182,7 @@ def sample_shards(run, model, shards, todo, encoded, bar, args):
         for name in todo:
             shard = gather(name, shards[name], encoded, args)
             if not shard.clips or args.num_samples == 0:  # nothing to sample: features alone
-                shard.latents.append(torch.empty(0, *model.latent_shape))  # as a .pt has latents
+                shard.latents.append(torch.empty(0, *model.latent_shape))
                 write_shard(run, shard)
                 bar.update()
                 continue
@@ -233,16 +237,17 @@ def gather(name, clips, encoded, args):
 
 
 def write_shard(run, shard):
-    """The .jsonl is written last, so that a shard that has one is whole."""
+    """The .jsonl is written last, so that a shard that has one is whole. A shard without a usable
+    clip has no .pt, as those of the split rate, whose audios have no latents."""
     folder = run / "01_samples"
-    if shard.clips and shard.latents:  # clips to rate have no latents
+    if shard.clips and shard.latents:
         features = {}
         if shard.features:
             features = common.stack_features(list(shard.features.values()), "cpu")
         digests = [sample.digest for sample in shard.samples]
         latents = torch.cat(shard.latents)
         file = folder / f"{shard.name}.pt"
-        training.save_shard(file, latents, digests, features, clips=shard.features)
+        training.save_shard(file, latents, digests, features, clips=list(shard.features))
     unused = folder / f"{shard.name}.skipped.jsonl"
     if shard.skipped or unused.exists():  # an earlier, damaged shard may have left one
         rows.write(unused, shard.skipped)
@@ -261,16 +266,17 @@ def is_whole(run, name, clips, ks, wavs):
     skipped = {row.clip for row in read_skipped(run, name)}
     used = [clip.id for clip in clips if clip.id not in skipped]
     expected = [(clip, k) for clip in used for k in ks]
-    is_to_rate = name.startswith(rows.TO_RATE)
+    if [(sample.clip, sample.k) for sample in samples] != expected:
+        return False
+    if not wavs.issuperset(Path(sample.wav).name for sample in samples):
+        return False
+    has_latents = not name.startswith(rows.RATE_SPLIT)
+    if not has_latents or not used:
+        return True
     is_given = "." in name
-    has_wavs = wavs.issuperset(Path(sample.wav).name for sample in samples)
-    digests = [sample.digest for sample in samples]
     of_features = [] if is_given else used
-    return (
-        [(sample.clip, sample.k) for sample in samples] == expected
-        and has_wavs
-        and (is_to_rate or not used or rows_of(file.with_suffix(".pt")) == (of_features, digests))
-    )
+    digests = [sample.digest for sample in samples]
+    return rows_of(file.with_suffix(".pt")) == (of_features, digests)
 
 
 def read_skipped(run, name):
@@ -376,14 +382,15 @@ def read_given(item, given, model, length):
 
 def add_given(run, model, shards, ks_of, given, wavs, here, args):
     """Writes and encodes the audios of --given, for the clips that can be used: one shard of one
-    source after another, while worker processes read the next files. ks_of: {source: the k of its
-    audios}, which of a given source is one."""
+    source after another, while worker processes read the next files. ks_of: {source: range of the
+    k of its audios}; a given source has one audio for each clip, and so one k."""
     todo = []
     for source in [source for source in given if source in ks_of]:
         for shard, of_shard in shards.items():
             skipped = {row.clip for row in read_skipped(run, shard)}
             clips = [clip for clip in of_shard if clip.id not in skipped]
             name = inputs.shard_file(shard, source)
+            # A clip that was skipped for want of a file is tried again when the folder has one.
             had_no_file = {row.clip for row in read_skipped(run, name) if row.reason == NO_FILE}
             has_file_now = given[source] is not None and not had_no_file.isdisjoint(given[source])
             if has_file_now or not is_whole(run, name, clips, ks_of[source], wavs):
@@ -407,13 +414,13 @@ def encode_given(run, model, source, name, k, clips, waves):
     returns, or of the SkipClip that it raises."""
     shard, wave_of = begin_shard(name, clips, waves)
     waves = [wave for (wave,) in wave_of.values()]
-    is_to_rate = name.startswith(rows.TO_RATE)
+    is_to_rate = name.startswith(rows.RATE_SPLIT)
     if waves and not is_to_rate:
         shard.latents.append(model.encode_audio(torch.stack(waves)))
     for row, clip in enumerate(shard.clips):
         wav = f"01_audio/{clip.id}_{k}.wav"
         written = media.write_audio(run / wav, waves[row], model.sample_rate_hz)
-        if not is_to_rate:
+        if not is_to_rate:  # the wave is finite (`read_given`)
             written["finite"] = bool(shard.latents[0][row].isfinite().all())
         about = {"clip": clip.id, "k": k, "seed": 0, "wav": wav, "row": row, "source": source}
         shard.samples.append(rows.Sample(**about, **written))
@@ -438,7 +445,7 @@ def clips_of_tsv(path):
     """MMAudio's table: all its clips have the split that is the last word of the file's name, as in
     vgg-test.tsv, else train."""
     split = re.split(r"[-_. ]", path.stem)[-1].lower()
-    if split not in (*rows.SPLITS, rows.TO_RATE):
+    if split not in (*rows.SPLITS, rows.RATE_SPLIT):
         split = "train"
     clips = []
     for line, cells in files.read_csv(path, ("id", "label"), delimiter="\t"):
@@ -695,7 +702,8 @@ def may_get_train_clips(stage, settings, model):
         stop(f"{model.checkpoint}: {other}; give that one, or {ADVICE}")
     if before.get("max_clips") != 0:
         return False
-    # These two may differ now. Any other setting that differs stops the stage.
+    # Any setting that differs stops the stage, but for these two, for which the recorded values are
+    # compared with themselves.
     may_differ = {"max_clips": 0, "clips_digest": before.get("clips_digest")}
     record.compare(stage.file, rows.Record(settings=settings | may_differ, inputs={}), ADVICE)
     return True
@@ -720,7 +728,9 @@ def prepare_run(run, stage, is_toy, model, args):
     if not is_toy:
         to_rate = list_clips(run, gets_train_clips, args)
     settings["clips_digest"] = files.digest(run / "clips.jsonl")
-    stage.write(settings, redo=gets_train_clips)  # 01_settings.json
+    stage.write_or_compare(settings, redo=gets_train_clips)  # 01_settings.json
+    # run.json: what it held, then what the flags say. It repeats the settings, which are its fields
+    # that later stages read; 01_settings.json is the record that other commands are compared with.
     fields = {"checkpoint": "upstream"}
     file = run / "run.json"
     if file.exists():
@@ -736,8 +746,8 @@ def list_clips(run, gets_train_clips, args):
     listed clips of the split rate, which may also be added later."""
     file = run / "clips.jsonl"
     found, missing = gather_clips(args)
-    clips = [clip for clip in found if clip.split != rows.TO_RATE]
-    to_rate = [clip for clip in found if clip.split == rows.TO_RATE]
+    clips = [clip for clip in found if clip.split != rows.RATE_SPLIT]
+    to_rate = [clip for clip in found if clip.split == rows.RATE_SPLIT]
     if gets_train_clips or not file.exists():
         if not clips:
             stop(f"--clips {args.clips}: only clips to rate; {run} is new and needs clips to train")
@@ -828,7 +838,7 @@ def print_report(run, train):
         count = sum(sample.source == source for sample in samples)
         print(f"{source}: audio for {count} of {used} clips")
         print_reasons(skipped_by(run, source, shards))
-    count = len(inputs.read_clips(run, rows.TO_RATE))
+    count = len(inputs.read_clips(run, rows.RATE_SPLIT))
     for source in run_json.given_to_rate:
         lacking = skipped_by(run, source, inputs.shards_to_rate(run))
         print(f"{source}: audio for {count - len(lacking)} of {count} clips to rate")
@@ -869,7 +879,7 @@ def print_all_missing(name, checkpoint, weights):
 
 def main(args):
     # -- setup
-    here = ranks.setup(args.part)
+    here = ranks.setup(args.part)  # this process: its share of the GPUs, its part by --part
     run = Path(args.run_dir)
     is_toy = (run / "00_settings.json").exists()
     world = inputs.read_run(run, rows.World) if (run / "run.json").exists() else None
@@ -902,13 +912,13 @@ def main(args):
                 if here.part is None:
                     forget_sources(run, given)
         ranks.barrier()
-        # Sec. 2.2: 50K of the train clips, drawn at random. We take the paper's 2K rated videos for
-        # some of these: stage 02 draws them from here.
+        # Sec. 2.2: 50K of the train clips, drawn at random; later stages draw the same ones again.
+        # Paper silent: whether its 2K rated videos are among them. Ours are (stage 02).
         train = inputs.drawn(inputs.read_clips(run, "train"), args)
-        shards = {}
+        all_shards = {}
         for start in range(0, len(train), SHARD_CLIPS):
-            shards[f"{start // SHARD_CLIPS:05d}"] = train[start : start + SHARD_CLIPS]
-        shards = dict(here.part_of([*shards.items()]))
+            all_shards[f"{start // SHARD_CLIPS:05d}"] = train[start : start + SHARD_CLIPS]
+        shards = dict(here.part_of([*all_shards.items()]))  # without --part: all
 
         # -- audios
         wavs = {wav.name for wav in (run / "01_audio").glob("*.wav")}
@@ -920,7 +930,7 @@ def main(args):
             to_rate = dict(here.part_of([*inputs.shards_to_rate(run).items()]))
             with stage.one_at_a_time():
                 if here.first:
-                    name_sources(run, given, train, inputs.read_clips(run, rows.TO_RATE))
+                    name_sources(run, given, train, inputs.read_clips(run, rows.RATE_SPLIT))
             ranks.barrier()
             run_json = inputs.read_run(run)
             ks_of = inputs.ks_of_sources(run_json)

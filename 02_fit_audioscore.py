@@ -10,7 +10,8 @@ Run:
 
 The five scores of an audio (networks: adapters/scorers.py; the toy world's own: adapters/toy.py):
 
-    score_1  ib        cosine of ImageBind's video and audio embeddings
+    score_1  ib        cosine of ImageBind's video and audio embeddings, each a mean: of several
+                       crops of the video, of three windows of 2 s of the audio
     score_2  clap      cosine of LAION-CLAP's caption and audio embeddings; only with a caption
                        (the paper cites Microsoft's CLAP; docs/choices.md says why not that one)
     score_3  desync_s  Synchformer's |audio-video offset| in seconds
@@ -21,7 +22,8 @@ The five scores of an audio (networks: adapters/scorers.py; the toy world's own:
                        with
 
 AudioScore (common.py) standardises them, replaces a score that does not apply by the mean, and maps
-them by Linear(5, 32), ReLU, Linear(32, 3), softmax to p = (Good, Medium, Bad).
+them by Linear(5, 32), ReLU, Linear(32, 3), softmax to p = (Good, Medium, Bad). Paper silent:
+whether one AudioScore serves both models. Here each run fits its own, on audios of its own model.
 
 Reads:
     01_samples/, 01_audio/  stage 01's audios
@@ -117,7 +119,9 @@ def fit(measured, target, seed, steps=200):
     mean = scores.nanmean(dim=0).nan_to_num(nan=0.0)
     std = (scores - mean).square().nanmean(dim=0).sqrt()
     audioscore.mean.copy_(mean)
-    audioscore.std.copy_(torch.where(std > 1e-6, std, 1.0))  # never divides by almost 0
+    # A score that is one value everywhere, or nan, as PESQ without a clip of speech, has no spread
+    # to divide by.
+    audioscore.std.copy_(torch.where(std > 1e-6, std, 1.0))
     optimizer = torch.optim.AdamW(audioscore.parameters(), lr=3e-3, weight_decay=0.3)
     for _ in range(steps):
         loss = F.cross_entropy(audioscore.logits(scores), target)
@@ -184,10 +188,10 @@ def drawn_order(samples, seed):
     return names
 
 
-def write_rating_sheet(run, to_rate, samples, clips):
+def write_rating_sheet(run, on_sheet, samples, clips):
     """02_to_rate.csv."""
     lines = []
-    for name in to_rate:
+    for name in on_sheet:
         clip = clips[name]
         caption = people.as_cell(clip.caption)
         for audio in samples[name]:
@@ -196,22 +200,15 @@ def write_rating_sheet(run, to_rate, samples, clips):
     people.write_sheet(run / "02_to_rate.csv", columns, lines, "rating")
 
 
-def take_ratings(run, samples, clips, to_rate, args):
+def take_ratings(run, samples, clips, on_sheet, args):
     """Writes the sheet. In the toy world simulated people answer it. Returns all answers, a list of
     rows.RatingAnswer, after checking that each is about an audio of this run; [] where nobody has
     answered yet."""
     file = run / "02_ratings.jsonl"
     if ranks.is_first():
-        write_rating_sheet(run, to_rate, samples, clips)
-        asked = []
-        audios = []
-        for name in to_rate:
-            for audio in samples[name]:
-                asked.append((name, audio.k))
-                audios.append((clips[name], audio.k, run / audio.wav))
-        simulated = common.people_of(run)
-        if simulated and not args.ratings and people.to_simulate(file, asked, args.redo):
-            rows.write(file, simulated.simulated_ratings(run, audios, args.seed))
+        write_rating_sheet(run, on_sheet, samples, clips)
+        if not args.ratings:
+            simulate_ratings(run, file, samples, clips, on_sheet, args)
 
     def checked(line, where):
         line = dict(line, k=people.known_k(line, samples, where, "k"))
@@ -221,8 +218,21 @@ def take_ratings(run, samples, clips, to_rate, args):
     return people.take_answers(file, args.ratings, "rating", checked, args.redo)
 
 
-def print_how_to_rate(run, to_rate, samples, is_all_rated, num_rated_clips):
-    count = sum(len(samples[name]) for name in to_rate)
+def simulate_ratings(run, file, samples, clips, on_sheet, args):
+    """In the toy world: the simulated people's answers to the sheet, where they are to be made."""
+    asked = []
+    audios = []
+    for name in on_sheet:
+        for audio in samples[name]:
+            asked.append((name, audio.k))
+            audios.append((clips[name], audio.k, run / audio.wav))
+    simulated = common.people_of(run)
+    if simulated and people.must_simulate(file, asked, args.redo):
+        rows.write(file, simulated.simulated_ratings(run, audios, args.seed))
+
+
+def print_how_to_rate(run, on_sheet, samples, is_all_rated, num_rated_clips):
+    count = sum(len(samples[name]) for name in on_sheet)
     flags = run_flag(run)
     if is_all_rated:
         print(
@@ -231,16 +241,17 @@ def print_how_to_rate(run, to_rate, samples, is_all_rated, num_rated_clips):
         )
     else:
         flags += f" --num-rated-clips {num_rated_clips}"
-    print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(to_rate)} clips")
+    print(f"wrote {run / '02_to_rate.csv'}: {count} audios of {len(on_sheet)} clips")
     print(f"Fill in its column 'rating' ({', '.join(RATINGS)}), or make pages to rate on:")
     print(f"      python 08_listen.py rate {run_flag(run)}")
     print(f"next: python 02_fit_audioscore.py {flags} --ratings FILE")
 
 
 def rated_video(clip):
-    """The name of the video that a clip is cut from. Several clips of the split rate may be of one
-    video, with different captions."""
-    if clip.split != rows.TO_RATE:
+    """The name of the video that a clip is cut from, by which the folds of `cross_validate` and the
+    count of rated videos go. In a run's own list the clip's name tells it; of the split rate
+    several clips may name one file, with different captions."""
+    if clip.split != rows.RATE_SPLIT:
         return inputs.video_of(clip.id)
     return inputs.video_of(str(clip.path.with_suffix("")))
 
@@ -274,10 +285,11 @@ def majority(target):
 
 def rated_blocks(run, order, samples, clips, answers):
     """The blocks of 32 clips in which any audio is rated: first of train clips, in the order of the
-    draw, then of clips of the split rate, in their own order. samples: the audios of both."""
+    draw, then of clips of the split rate, in their own order. A block always has the same clips and
+    is scored as a whole, rated or not: floats depend a little on the batch, and so one more rating
+    changes no score of the other audios. samples: the audios of both."""
     rated_clips = {answer.clip for answer in answers}
-    train = set(order)
-    of_split_rate = [name for name in samples if name not in train]
+    of_split_rate = [name for name in samples if name not in set(order)]
     blocks = []
     for prefix, names in (("", order), ("to_rate_", of_split_rate)):
         for start in range(0, len(names), scoring.BLOCK_CLIPS):
@@ -289,8 +301,6 @@ def rated_blocks(run, order, samples, clips, answers):
 
 
 def rated_block(run, name, block_clips, samples, clips):
-    """A block always has the same clips and is scored as a whole: floats depend a little on the
-    batch, and so one more rating changes no score of the other audios."""
     folder = run / "02_scores"
     block = scoring.Block(name, scores_folder=folder, videos_folder=folder, clips=[], audios=[])
     for clip in block_clips:
@@ -302,8 +312,8 @@ def rated_block(run, name, block_clips, samples, clips):
 def read_measured(rated, blocks, scorers):
     """What the scorers measured on the rated audios, in the form that `fit` takes. rated: (clip, k)
     of each, whose order is kept."""
-    by_scorer = scoring.read_scores(blocks, scorers, scorers.of_audioscore)
-    measured = scorers.audioscore_inputs(by_scorer)
+    by_scorer = scoring.read_scores(blocks, scorers, scorers.of_audioscore)  # {scorer: {tensor: }}
+    measured = scorers.audioscore_inputs(by_scorer)  # {ib, clap, desync_s, pesq, tag_logits: }
     scored = [(audio.clip.id, audio.k) for block in blocks for audio in block.audios]
     row_of = {audio: row for row, audio in enumerate(scored)}
     return select(measured, [row_of[audio] for audio in rated])
@@ -379,16 +389,16 @@ def main(args):
         take_audioscore(run, outputs, here, args)
         return
     with record.stage(run, "02", ["01_samples"], outputs, args.redo, part=here.part) as stage:
-        samples = inputs.read_samples(run)
-        clips = inputs.read_clips(run, "train") + inputs.read_clips(run, rows.TO_RATE)
+        train = inputs.read_samples(run)
+        of_split_rate = inputs.read_rate_split(run)
+        samples = train | of_split_rate
+        clips = inputs.read_clips(run, "train") + inputs.read_clips(run, rows.RATE_SPLIT)
         clips = {clip.id: clip for clip in clips}
         scorers = common.scorers_of(run, args.weights)
 
         # -- people rate
-        order = drawn_order(samples, args.seed)
-        of_split_rate = inputs.read_to_rate(run)
-        is_all_rated = args.num_rated_clips >= len(samples)
-        samples = samples | of_split_rate
+        order = drawn_order(train, args.seed)
+        is_all_rated = args.num_rated_clips >= len(train)
         on_sheet = [*order[: args.num_rated_clips], *of_split_rate]
         with stage.one_at_a_time():
             answers = take_ratings(run, samples, clips, on_sheet, args)
@@ -398,7 +408,7 @@ def main(args):
             print_how_to_rate(run, on_sheet, samples, is_all_rated, args.num_rated_clips)
             return  # the stage is not claimed: nothing is recorded
         kept = people.without_raters(answers, args.exclude_rater)
-        counted = [answer for answer in kept if not answer.repeat]
+        counted = [answer for answer in kept if not answer.repeat]  # repeats tell agreement only
         if len({rated_video(clips[answer.clip]) for answer in counted}) < 2:
             source = people.names_of(args.ratings or [run / "02_ratings.jsonl"])
             needed = "at least 2 are needed, to fit AudioScore on some and check it on others"

@@ -65,7 +65,7 @@ def parse_args(argv=None):
     flag = parser.paper.add_argument
     described = "comparisons that people are asked to make [Sec. 2.2]; a tie makes no pair"
     flag("--num-human-pairs", type=command.whole(0), default=2000, help=described)
-    described = "drop mined pairs whose score_c is below this; paper silent"
+    described = "drop mined pairs whose score_c (Eq. 3) is below this; paper silent"
     flag("--min-score-c", type=command.number(-1, 1), default=0.0, help=described)
     flag = parser.engineering.add_argument
     flag("--seed", type=command.whole(0), default=0, help="seed of the draw of comparisons")
@@ -139,7 +139,8 @@ def mine(samples, p_of, rated, min_score_c):
 
     samples: {clip: a list of its rows.Sample}; p_of: {clip: {k: p}}; rated: a set of clips. Paper
     silent: what its "re-filtering" of 50K clips to 46K pairs is. Here a clip makes no pair for the
-    reasons of `select_pair`, or where score_c is below min_score_c.
+    reasons of `select_pair`, or where score_c is below min_score_c: by Eq. 2 alone it is never
+    below 0, but it is where the best audio may not win and the next best loses to a worse one.
     """
     pairs = []
     dropped = Counter()
@@ -200,7 +201,9 @@ def comparisons(samples, ratings, count, seed):
         rng.shuffle(equal)
         of_clips.append(equal)
     drawn = []
-    for nth in zip_longest(*of_clips):  # the first comparison of every clip, the second, ...
+    # The first comparison of every clip, then the second of every clip, and so on, each time with
+    # the clips in random order, so that `count` of them come from as many clips as possible.
+    for nth in zip_longest(*of_clips):
         of_round = [comparison for comparison in nth if comparison is not None]
         rng.shuffle(of_round)
         drawn += of_round
@@ -226,7 +229,7 @@ def take_choices(run, samples, clips, asked, args):
     if ranks.is_first():
         write_choice_sheet(run, asked, samples, clips)
         simulated = common.people_of(run)
-        if simulated and not args.choices and people.to_simulate(file, asked, args.redo):
+        if simulated and not args.choices and people.must_simulate(file, asked, args.redo):
             audios = []
             for clip, a, b in asked:
                 wav_a = run / inputs.find_sample(samples, clip, a).wav
@@ -252,16 +255,17 @@ def preference(answer):
 
 
 def human_pairs(answers, p_of):
-    """The pairs that a majority of the raters prefers; a tie of votes makes no pair."""
+    """The pairs that a majority of the raters prefers; a tie of votes makes no pair. Their p are
+    written for the reader alone: stage 04 sets their score_c to 0 (Sec. 2.3)."""
     votes = Counter()
     for answer in answers:
         votes[people.question_of(answer)] += preference(answer)
     pairs = []
-    for (clip, first, second), vote in sorted(votes.items()):
+    for (clip, smaller_k, larger_k), vote in sorted(votes.items()):
         if vote > 0:
-            pairs.append(pair_of(clip, first, second, p_of))
+            pairs.append(pair_of(clip, smaller_k, larger_k, p_of))
         elif vote < 0:
-            pairs.append(pair_of(clip, second, first, p_of))
+            pairs.append(pair_of(clip, larger_k, smaller_k, p_of))
     return pairs
 
 
@@ -294,7 +298,8 @@ def print_mined(run, samples, pairs, dropped):
         )
     print(
         f"  --min-score-c {values.quantile(0.04):.3f} would drop 4 % of these pairs; the paper "
-        "keeps 46K pairs of 50K clips, or of 48K if its 2K rated clips are among them"
+        "keeps 46K pairs of 50K clips, which drops 8 %, or 4 % of 48K if its 2K rated clips are "
+        "among the 50K and make none"
     )
 
 
@@ -354,7 +359,7 @@ def main(args):
         ratings = rows.read(
             run / "02_scores.jsonl", rows.RatedScore, "; rerun 02_fit_audioscore.py --redo"
         )
-        ratings = [row for row in ratings if row.clip in samples]  # without the split rate
+        ratings = [row for row in ratings if row.clip in samples]  # of train clips alone
         audioscore = AudioScore.load(run / "02_audioscore.pt")
         scorers = common.scorers_of(run, args.weights)
 
@@ -373,7 +378,8 @@ def main(args):
         }
         stage.claim(settings, ["03_human_choices.jsonl"] if answers else [])
 
-        # -- scores, then pairs
+        # -- scores, then pairs. Rated clips are scored too, since human pairs are of them: stage 02
+        # scored them in other blocks, so that its floats differ in the last digits.
         blocks = inputs.shard_blocks(run, samples, clips.values())
         part = here.part_of(blocks)  # without --part: all
         scoring.score(part, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)

@@ -1,12 +1,12 @@
 """Stage 05: Flow-DPO with the two-stage curriculum (Sec. 2.3, Eq. 5).
 
 Run:
+    torchrun --nproc_per_node 8 05_train_flow_dpo.py           # one node, the paper's 8 GPUs
     python 05_train_flow_dpo.py                                # toy world, CPU
-    torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py --run-dir runs/vgg  # the paper's
-                                                               # 8 GPUs, one node
+    torchrun --standalone --nproc_per_node 8 05_train_flow_dpo.py --run-dir runs/vgg
     torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
         05_train_flow_dpo.py --run-dir runs/vgg                # two nodes, a shared run folder
-Without --standalone two jobs of one node take the same port, and the second fails. The number of
+With --standalone several jobs of one node can run at once, which else want one port. The number of
 GPUs must divide the global batch; pairs, times and noise of every step are the same on any such
 number. Running the command of a finished training again leaves its policy as it is.
 

@@ -2,10 +2,15 @@
 
 Run:
     python 07_evaluate.py                            # ground truth, base, Flow-DPO, DDPO: Table 1
-    python 07_evaluate.py --systems ground_truth base 05_beta200 05_beta1000     # Table 2
+    python 07_evaluate.py --systems ground_truth base 05_beta200 05_beta1000     # Table 2: what 05
+                                                     # made with --beta 200 --out 05_beta200 ...
     python 07_evaluate.py --split val --systems base no_human=05_no_human  # to choose settings by
+    python 07_evaluate.py --against ddpo             # each system's difference to DDPO
     python 07_evaluate.py --run-dir runs/vgg --systems ground_truth thinksound=DIR     # audio files
     torchrun --standalone --nproc_per_node 8 07_evaluate.py --run-dir runs/vgg
+
+Every command writes its systems' numbers in place of the last one's. Which clips are val and test
+says stage 01's list (--test-list: MMAudio's test set, as in the paper).
 
 The six metrics, and CLAP (networks: adapters/scorers.py; the toy world's own: adapters/toy.py):
 
@@ -15,30 +20,36 @@ The six metrics, and CLAP (networks: adapters/scorers.py; the toy world's own: a
     is                   inception score, the tags of PANNs at 16 kHz
     ib, clap, desync_s   as AudioScore has them (stage 02); mean over the clips
 FD and KL need the clips' own sound, which is the system ground_truth: give it among --systems.
+The paper names the metrics and takes "the same metrics in [8]", MMAudio's; so everything else about
+them is av-benchmark's, one audio for each clip too. Ours are the intervals, and what is no column
+of the paper: P(Good) and wins, the toy world's twin, judge and oracle, and audiobox.
 
 Reads:
     run.json, clips.jsonl, 01_missing.jsonl, 02_audioscore.pt, the clips' videos and own sound
     policy folders of the run, and folders of audio named by clip id (any common format)
-    00_truth.jsonl, 00_oracle.pt, 00_judge.pt    toy world only: two ways to compare an audio with
-                        the truth of its clip, by which the simulated people judge (oracle), and by
-                        which nobody does (judge)
-    00_twin.pt          toy world only: a second tagger, no part of AudioScore, for FD and IS
+    00_truth.jsonl      toy world only: what happens in each clip, and when. Two sets of measures
+                        compare an audio with it:
+    00_oracle.pt        the oracle's, by which the simulated people rate and choose, so that
+                        policies are trained towards them
+    00_judge.pt         the judge's, by which nobody does; they are used here alone
+    00_twin.pt          toy world only: a second tagger, no part of AudioScore, for FD and IS, as
+                        PaSST is none
 Writes:
     07_clips/<split>_00003.*.pt    embeddings of the videos by encoders and scorers, which all
                                    systems share
     07_audio/<system>/<clip>.wav   one audio per clip, from the clip's own seed, so that all systems
                                    start from the same noise; in <system>@3 with --guidance 3, where
-                                   the run's is another
+                                   that of stage 01 is another
     07_audio/<system>/settings.json    policy, guidance, steps and seed of that audio
     07_scores/<system>/<split>_00003.*.pt    what every scorer measured, and the peaks, one file
-                                   for each block of 32 clips
+                                   for each block of 32 clips, here the fourth
     07_results.jsonl    system, metric, better (higher or lower), n (clips that count), value, low,
                         high (95 % interval); diff, diff_low, diff_high: the system's value minus
                         that of base (or of --against), over the same clips, null for base itself;
                         verdict: better or worse where the interval of diff excludes 0
     07_systems.json     what was evaluated: split, guidance, steps; each system's folder and its
                         audio of each clip; how metrics are shown, in the table's order; the file of
-                        CLAP; the rows of Table 1
+                        LAION's CLAP, of which there are several; the rows of Table 1
 The last two are called 07_results[_val][_NAME].jsonl and 07_systems[_val][_NAME].json: _val with
 --split val (without Table 1, which is of the test split), _NAME with --against NAME.
 Takes: toy 36 s on 2 cores.
@@ -72,8 +83,8 @@ from common import (
 ShownMetric = rows.ShownMetric
 
 POLICIES = {"flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}  # evaluated without --systems
-# Identical audio may differ by rounding in P(Good), where two systems scored it in blocks of other
-# sizes.
+# In `win_rate`: by so much P(Good) of identical audio may differ, by rounding, where two systems
+# scored it in blocks of other sizes.
 TIE = 1e-6
 
 
@@ -100,8 +111,8 @@ def parse_args(argv=None):
         nargs="+",
         default=[],
         metavar="NAME",
-        help="also ask scorers that are no part of AudioScore, so no policy was trained by them: "
-        "audiobox",
+        help="also ask these scorers, which are asked nowhere else, so that no policy was trained "
+        "towards them: audiobox",
     )
     io(
         "--dry-run",
@@ -139,7 +150,8 @@ def frechet_distance(a, b):
     cov_b = torch.atleast_2d(b.T.cov())
     values, vectors = torch.linalg.eigh(cov_a)
     root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = torch.linalg.eigvalsh(root_a @ cov_b @ root_a)  # the eigenvalues of A B
+    # root_a B root_a is symmetric and has the eigenvalues of A B.
+    product = torch.linalg.eigvalsh(root_a @ cov_b @ root_a)
     trace_of_root = product.clamp(min=0).sqrt().sum()
     means = (a.mean(0) - b.mean(0)).square().sum()
     return (means + cov_a.trace() + cov_b.trace() - 2 * trace_of_root).item()
@@ -168,7 +180,7 @@ def inception_score(logits, splits=10):
 
 
 def shuffled(n):
-    """av-benchmark's order of n audios."""
+    """av-benchmark's order of n audios, which decides in which of the ten splits of IS each is."""
     return np.random.RandomState(2020).permutation(n)  # noqa: NPY002, av-benchmark's generator
 
 
@@ -183,29 +195,32 @@ def win_rate(p_good, against):
 # From what the scorers measured to rows of 07_results.jsonl
 #
 # Arrays have a row for each clip of the split, nan where the system has no audio or a metric does
-# not apply.
+# not apply. `values` of a metric are what each clip contributes to it. Their shape says what the
+# metric makes of them, and how its interval is found:
+#
+#   (clips,)             the mean over clips (KL too)               bootstrap
+#   (clips, classes)     IS, of logits                              jackknife
+#   (clips, 2, d)        FD, of embeddings: audio, own sound        jackknife
 # --------------------------------------------------------------------------------------------------
 
 
-def clip_values(measured, truth, how_of):
-    """What each clip contributes to each metric of a system.
+def clip_values(measured, of_own_sound, how_of):
+    """The `values` of each metric of a system, {metric: array}.
 
-    measured, truth: what the scorers measured on the system's audios and on the clips' own sound,
-    {metric: (clips, ...)}; truth is empty where there is no such sound to compare with, and the
-    system then has no FD and KL. how_of: {metric: mean, kl, fd or is}. Returns {metric: array}. The
-    array's shape depends on the metric: (clips,) where it is a mean over clips, as KL is; (clips,
-    classes) for IS; (clips, 2, d) for FD, the embeddings of the audio and of the clip's own sound.
-    By its shape `with_interval` and `difference` know how a metric's interval is found.
+    measured, of_own_sound: what the scorers measured on the system's audios and on the clips' own
+    sound, {metric: (clips, ...)}; the latter is empty where there is no such sound to compare with,
+    and the system then has no FD and KL. how_of: {metric: mean, kl, fd or is}; P(Good), judge and
+    oracle are in none, and are means.
     """
     values = {}
     for metric, ours in measured.items():
-        how = how_of.get(metric)
-        if how not in ("kl", "fd"):
+        how = how_of.get(metric, "mean")
+        if how in ("mean", "is"):
             values[metric] = ours
-        elif metric in truth and how == "kl":
-            values[metric] = kl_divergence(truth[metric], ours)
-        elif metric in truth:
-            values[metric] = np.stack([ours, truth[metric]], axis=1)
+        elif metric in of_own_sound and how == "kl":
+            values[metric] = kl_divergence(of_own_sound[metric], ours)
+        elif metric in of_own_sound:
+            values[metric] = np.stack([ours, of_own_sound[metric]], axis=1)
     return values
 
 
@@ -215,8 +230,8 @@ def is_whole(values):
 
 
 def set_metric(values, chosen):
-    """FD or IS over the chosen clips, a float, or None where they are too few. values: as
-    `clip_values` returns them; chosen: (clips,) bool."""
+    """FD or IS over the chosen clips, a float, or None where they are too few. chosen: (clips,)
+    bool."""
     if values.ndim == 3:  # FD
         return frechet_distance(values[chosen, 0], values[chosen, 1])
     # All clips are shuffled, then some are left out, so that the others keep their order.
@@ -245,8 +260,8 @@ def bootstrap(values, resamples=2000, seed=0):
 
 def jackknife(statistic, n, blocks=20, seed=0):
     """A metric of a whole set of n clips and its 95 % interval, found by leaving out one of 20
-    blocks of clips at a time. statistic: (n,) bool, the chosen clips -> float or None. Returns
-    value, low, high.
+    blocks of clips at a time. statistic: a function of the chosen clips, (n,) bool, that returns a
+    float or None. Returns value, low, high.
 
     A bootstrap does not serve FD: resampled sets have fewer distinct clips, which raises FD so much
     that the interval would exclude the value itself. For IS the interval is wider than it need be,
@@ -265,22 +280,23 @@ def jackknife(statistic, n, blocks=20, seed=0):
 
 
 def with_interval(values):
-    """Value, low and high of a metric, from its `clip_values`."""
+    """Value, low and high of a metric."""
     if values.ndim == 1:
         return bootstrap(values)
     whole = is_whole(values)
     return jackknife(lambda chosen: set_metric(values, chosen & whole), len(values))
 
 
-def difference(values, against):
-    """Value, low and high of the difference to another system, over the clips that both have."""
+def difference(values, others):
+    """Value, low and high of a metric's difference to another system, over the clips that both
+    have. others: that system's values."""
     if values.ndim == 1:
-        return bootstrap(values - against)
-    both = is_whole(values) & is_whole(against)
+        return bootstrap(values - others)
+    both = is_whole(values) & is_whole(others)
 
     def statistic(chosen):
         ours = set_metric(values, chosen & both)
-        theirs = set_metric(against, chosen & both)
+        theirs = set_metric(others, chosen & both)
         return None if ours is None else ours - theirs
 
     return jackknife(statistic, len(values))
@@ -295,7 +311,7 @@ def verdict(better, diff, low, high):
 
 def results_of(values, metrics, against="base"):
     """The rows of 07_results.jsonl. values: {system: what `clip_values` returns}; metrics: {metric:
-    ShownMetric}, in the order of the table."""
+    ShownMetric}, in the order of the table; against: the name of the system to compare with."""
     results = []
     for system in values:
         for metric, shown in metrics.items():
@@ -327,8 +343,8 @@ def results_of(values, metrics, against="base"):
 # How they are shown, and the paper's Table 1
 # --------------------------------------------------------------------------------------------------
 
-# fd and kl are the toy world's, whose one network gives both.
 METRICS = {
+    # the paper's six, and CLAP; fd and kl are the toy world's, whose one network gives both
     "fd_passt": ShownMetric("FD_PaSST", "lower", decimals=2),
     "fd": ShownMetric("FD", "lower", decimals=2),
     "kl_panns": ShownMetric("KL_PANNs", "lower", decimals=2),
@@ -338,14 +354,20 @@ METRICS = {
     "ib": ShownMetric("IB x100", "higher", decimals=2, times=100),
     "clap": ShownMetric("CLAP x100", "higher", decimals=2, times=100),
     "desync_s": ShownMetric("DeSync s", "lower"),
+    # AudioScore
     "p_good": ShownMetric("P(Good)", "higher"),
     "win_rate": ShownMetric("wins", "higher"),
+    # the toy's second tagger
     "fd_twin": ShownMetric("FD by the twin", "lower", decimals=2),
     "is_twin": ShownMetric("IS by the twin", "higher", decimals=2),
+    # AudioBox-Aesthetics: production quality, production complexity, content enjoyment and content
+    # usefulness
     "audiobox_pq": ShownMetric("audiobox PQ", "higher", decimals=2),
     "audiobox_pc": ShownMetric("audiobox PC", "lower", decimals=2),
     "audiobox_ce": ShownMetric("audiobox CE", "higher", decimals=2),
     "audiobox_cu": ShownMetric("audiobox CU", "higher", decimals=2),
+    # the toy's measures against the truth of a clip: the share with the right sound, seconds from
+    # sounds to events, the noise floor, the share with audible reverberation
     "judge_semantic": ShownMetric("judge: semantic", "higher"),
     "judge_sync_s": ShownMetric("judge: sync s", "lower", decimals=4),
     "judge_aesthetic": ShownMetric("judge: aesthetic", "higher"),
@@ -434,8 +456,8 @@ def print_table(results, systems, metrics, against="base"):
 
 def print_hacked(results, systems, measures, of_audioscore):
     """Prints a warning for each system that is better by AudioScore but worse by a scorer outside
-    of it or by the toy world's judge. measures: {metric: (how, scorer, tensor)}; of_audioscore: the
-    scorers of AudioScore."""
+    of it or by the toy world's judge: of the real scorers FD, KL and IS, in the toy world those of
+    the twin. measures: as of `measures_asked`; of_audioscore: the scorers of AudioScore."""
     independent = [metric for metric in METRICS if metric.startswith("judge_")]
     for metric, (_, scorer, _) in measures.items():
         if scorer not in of_audioscore:
@@ -454,10 +476,12 @@ def row_of_paper(system, model):
     """The name of the row of Table 1 that a system corresponds to: that of base, flow_dpo or ddpo
     where the model is one of the two that the paper tunes, or the row that the system is named
     after (mmaudio=DIR). None for other systems."""
-    family = {"mmaudio:large_44k": "MMAudio", "frieren": "Frieren"}.get(model, "")
+    family = {"mmaudio:large_44k": "MMAudio", "frieren": "Frieren"}.get(model)
     ours = {"base": family, "flow_dpo": f"{family}-DPO", "ddpo": f"{family}-DDPO"}
+    if system in ours:
+        return ours[system] if family else None
     for name in PAPER:
-        if letters(name) == letters(ours.get(system, system)):
+        if letters(name) == letters(system):
             return name
     return None
 
@@ -489,8 +513,8 @@ def table_1(run_json, results, systems):
         if row is not None:
             texts = []
             for metric, value, printed in zip(shown, ours, PAPER[row]):
-                drift = None if value is None else value - printed / metric.times
-                texts.append(text_of(metric, drift, "+"))
+                minus_paper = None if value is None else value - printed / metric.times
+                texts.append(text_of(metric, minus_paper, "+"))
             table.append((f"  minus the paper's {row}", texts))
     return rows.PaperTable(columns, table, TOLERANCE)
 
@@ -605,28 +629,33 @@ def inputs_of(run, systems):
         is_own = folder is not None and folder.parent.resolve() == run.resolve()
         if is_own and system.kind == "policy":
             sources.append(f"{folder.name}/policy.pt")
-    if (run / "02_settings.json").exists():
+    if (run / "02_settings.json").exists():  # a run that was only prepared has none
         sources.append("02_audioscore.pt")
     return sources
 
 
 def clip_blocks(run, split, clips):
-    """The clips of the split in blocks of 32, which have no audio yet; embeddings of their videos
-    go to 07_clips/."""
+    """The clips of the split in blocks of 32, which have no audio yet."""
     blocks = []
     for start in range(0, len(clips), scoring.BLOCK_CLIPS):
-        name = f"{split}_{start // scoring.BLOCK_CLIPS:05d}"
-        part = clips[start : start + scoring.BLOCK_CLIPS]
-        blocks.append(scoring.Block(name, run / "07_scores", run / "07_clips", part, audios=[]))
+        block = scoring.Block(
+            name=f"{split}_{start // scoring.BLOCK_CLIPS:05d}",
+            scores_folder=run / "07_scores",
+            videos_folder=run / "07_clips",
+            clips=clips[start : start + scoring.BLOCK_CLIPS],
+            audios=[],
+        )
+        blocks.append(block)
     return blocks
 
 
 def clip_features(run_json, model, blocks, scorers, scorer_names, here, args):
     """{clip id: the model's features} of the clips whose video can be used; stage 01 has those of
-    train clips alone. A model that reads videos shares one decoding of each with the scorers."""
-    seers = scorer_names if model.reads_video else ()
+    train clips alone. Where the model reads videos, the scorers embed them on the way, so that each
+    is decoded once; embeddings that are missing then are made when the audios are scored."""
+    embedded_too = scorer_names if model.reads_video else ()
     scoring.embed_videos(
-        here.share(blocks), scorers, seers, run_json.clip_s, here.device, args.workers, model
+        here.share(blocks), scorers, embedded_too, run_json.clip_s, here.device, args.workers, model
     )
     ranks.barrier()
     features = {}
@@ -651,8 +680,8 @@ def is_kept(system):
 
 
 def found_audio(system, clips):
-    """{clip id: file}: the audio that a system has, for a policy only audio that is kept. clips: of
-    the split; only the truth, whose files are the clips, needs them."""
+    """{clip id: file}: the audio that a system has; of a policy only what `is_kept`. clips: of the
+    split; only of ground_truth are they needed, whose files are the clips' videos."""
     if system.kind == "truth":
         return {clip.id: clip.path for clip in clips}
     if system.kind == "policy" and not is_kept(system):
@@ -684,13 +713,7 @@ def sample_audio(run_json, system, model, features, blocks, stage, here, args):
     ranks.barrier()  # all ranks have looked at the files before one deletes any
     with stage.one_at_a_time():
         if here.first and not is_kept(system):
-            if here.part and (system.audio / "settings.json").exists():
-                stop(
-                    f"{system.audio}: holds audio of another policy, guidance or seed, which a "
-                    "part does not remove; remove it, or give the command without --part first"
-                )
-            for file in media.audio_files(system.audio).values():  # of another policy or settings
-                file.unlink()
+            remove_other_audio(system, here)
             rows.write_json(system.audio / "settings.json", system.made_from)
     ranks.barrier()
     bar = tqdm(here.share(todo), system.name, unit="batch", disable=not (here.first and todo))
@@ -709,6 +732,17 @@ def sample_audio(run_json, system, model, features, blocks, stage, here, args):
     ranks.barrier()
 
 
+def remove_other_audio(system, here):
+    """Removes audio of another policy, guidance or seed."""
+    if here.part and (system.audio / "settings.json").exists():
+        stop(
+            f"{system.audio}: holds audio of another policy, guidance or seed, which a part does "
+            "not remove; remove it, or give the command without --part first"
+        )
+    for file in media.audio_files(system.audio).values():
+        file.unlink()
+
+
 def print_found(systems, clips, split):
     """Prints what audio each system has for the clips of the split, before any is generated."""
     ids = {clip.id for clip in clips}
@@ -725,7 +759,9 @@ def print_found(systems, clips, split):
 
 
 def usable_audio(run, run_json, system, blocks, here, args):
-    """A system's audio that can be used, in blocks; blocks without any are left out."""
+    """A system's audio that can be used, in blocks; blocks without any are left out. A file in
+    which no sound can be read counts as missing. Silence, and samples that are not finite, count as
+    sound: they are scored, and warned of."""
     file_of = found_audio(system, [clip for block in blocks for clip in block.clips])
     found = []
     for block in blocks:
@@ -753,7 +789,8 @@ def usable_audio(run, run_json, system, blocks, here, args):
     if missing:
         line = f"{system.name}: audio for {count} of {count + len(missing)} {args.split} clips"
         line += f", first missing {missing[0]}"
-        if not args.allow_missing or not (usable or here.part):
+        none_at_all = not usable and here.part is None  # a part may have no audio of a system
+        if not args.allow_missing or none_at_all:
             stop(f"{line}; complete it, or evaluate what there is with --allow-missing")
         print(line)
     if system.kind != "truth" and silent > 0.01 * count:
@@ -856,7 +893,7 @@ def main(args):
     names = [system.name for system in systems]
 
     # There is no 07_settings.json: audio and scores are stored with what they were made from, and
-    # the numbers are computed anew every time.
+    # the numbers are computed anew every time. The stage only checks its inputs, and locks the run.
     with record.stage(run, "07", inputs_of(run, systems), part=here.part) as stage:
         print_found(systems, clips, args.split)
         if args.dry_run:
@@ -889,7 +926,7 @@ def main(args):
             audioscore = AudioScore.load(run / "02_audioscore.pt")
         simulated = common.people_of(run)  # the toy world's oracle and judge, who know the truth
         usable = {}  # {system: {clip id: its audio}}
-        measured_of = {}
+        measured_of = {}  # {system: {metric: (clips, ...)}}
         for name in names:
             audios = [audio for block in blocks_of[name] for audio in block.audios]
             usable[name] = {audio.clip.id: audio for audio in audios}
@@ -900,11 +937,12 @@ def main(args):
                 measured |= simulated.compared_with_truth(run, waves)
             measured_of[name] = aligned(measured, usable[name], clips)
         how_of = {metric: how for metric, (how, _, _) in measures.items()}
-        truth = measured_of.get("ground_truth", {})
         values = {}
         for name, measured in measured_of.items():
-            compared = {} if name == "ground_truth" else truth
-            values[name] = clip_values(measured, compared, how_of)
+            of_own_sound = {}
+            if name != "ground_truth":
+                of_own_sound = measured_of.get("ground_truth", {})
+            values[name] = clip_values(measured, of_own_sound, how_of)
         if audioscore is not None and args.against in names:
             p_good = values[args.against]["p_good"]
             for name in names:

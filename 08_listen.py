@@ -532,7 +532,7 @@ class Question(NamedTuple):
 def sheet_questions(run, mode):
     """The questions of a sheet, in its order."""
     sheet = run / mode.sheet
-    samples = inputs.read_samples(run) | inputs.read_to_rate(run)
+    samples = inputs.read_samples(run) | inputs.read_rate_split(run)
     if not sheet.exists():
         stop(f"{sheet}: no such file; run {mode.stage} {run_flag(run)} first")
     wav_of = {}
@@ -736,7 +736,7 @@ def write_packs(run, args):
     mode = MODES[args.what]
     folder = run / f"08_{args.what}"
     clip_s = inputs.read_run(run).clip_s
-    clips = inputs.read_clips(run, mode.split) + inputs.read_clips(run, rows.TO_RATE)
+    clips = inputs.read_clips(run, mode.split) + inputs.read_clips(run, rows.RATE_SPLIT)
     clips = {clip.id: clip for clip in clips}
     if args.guide:
         mode = guided(mode, args.guide)

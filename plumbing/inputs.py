@@ -56,11 +56,11 @@ def read_run(run, row_type=rows.Run):
 
 
 def read_clips(run, split=None):
-    """The lines of clips.jsonl, in order, with their files; for the split `rate` (rows.TO_RATE) the
+    """The lines of clips.jsonl, in order, with their files; for the split `rate`, RATE_SPLIT, the
     lines of 01_to_rate.jsonl."""
     run_json = read_run(run)
     file = run / "clips.jsonl"
-    if split == rows.TO_RATE:
+    if split == rows.RATE_SPLIT:
         file = run / "01_to_rate.jsonl"
         if not file.exists():
             return []
@@ -98,10 +98,10 @@ def shards_of(run):
 
 def shards_to_rate(run):
     """The shards of clips of the split rate, {name: its clips}."""
-    clips = read_clips(run, rows.TO_RATE)
+    clips = read_clips(run, rows.RATE_SPLIT)
     shards = {}
     for start in range(0, len(clips), scoring.BLOCK_CLIPS):
-        name = f"{rows.TO_RATE}_{start // scoring.BLOCK_CLIPS:05d}"
+        name = f"{rows.RATE_SPLIT}_{start // scoring.BLOCK_CLIPS:05d}"
         shards[name] = clips[start : start + scoring.BLOCK_CLIPS]
     return shards
 
@@ -156,7 +156,7 @@ def read_samples(run):
     return samples
 
 
-def read_to_rate(run):
+def read_rate_split(run):
     """The audios of clips of the split rate, as of `read_samples`; {} where there are none."""
     shards = shards_to_rate(run)
     samples = {clip.id: [] for clips in shards.values() for clip in clips}

@@ -58,7 +58,7 @@ def as_cell(text):
 # --------------------------------------------------------------------------------------------------
 
 
-def to_simulate(file, asked, redo):
+def must_simulate(file, asked, redo):
     """Whether the simulated people of a run are to answer: where nobody has answered, or, with
     --redo, where only simulated people have, and to other questions than those asked now. file: the
     answers; asked: [(clip, k), ...], or [(clip, a, b), ...]."""

@@ -108,11 +108,11 @@ class stage:  # noqa: N801, it reads as a verb: with record.stage(...)
         self.inputs += more_inputs
         if ranks.is_first():
             with self.one_at_a_time():
-                self.write(settings, self.redo)
+                self.write_or_compare(settings, self.redo)
         self.claimed = True
         ranks.barrier()
 
-    def write(self, settings, redo):
+    def write_or_compare(self, settings, redo):
         """Writes or compares the record. With `redo` the old outputs are removed before the new
         record is written, so that it never stands beside them, even if this is killed."""
         digests = {name: digest(self.run / name) for name in self.inputs}

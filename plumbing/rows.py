@@ -48,8 +48,8 @@ ClipSeconds = Annotated[float, Meta(ge=0.1, le=3600)]
 Probabilities = tuple[Share, Share, Share]  # of Good, Medium, Bad
 
 SPLITS = ("train", "val", "test")
-TO_RATE = "rate"  # the split of clips that are used only to have their given audio rated
-Split = one_of(*SPLITS, TO_RATE)
+RATE_SPLIT = "rate"  # the split of clips that are used only to have their given audio rated
+Split = one_of(*SPLITS, RATE_SPLIT)
 Rating = one_of("Good", "Medium", "Bad")
 
 

@@ -438,4 +438,4 @@ def test_clips_to_rate_that_a_kill_left_half_done_are_said_and_made(rated, refus
         call("01", run, *flags)
     assert "is not there; rerun 01_generate.py with --given two" in refused("02", run)
     call("01", run, *flags)
-    assert len(inputs.read_to_rate(run)) == 7
+    assert len(inputs.read_rate_split(run)) == 7
