@@ -8,9 +8,10 @@ Run:
     python 01_generate.py ... --given ground_truth rival=DIR  # more candidates, also later
     python 01_generate.py ... --max-clips 0                 # no train clips: prepares a run for 07
 
-The paper's part is `generate`, `sample_shards`, and in main the draw of clips. The rest reads lists
-of clips, and takes in what the paper has not: audio that the model did not make (--given), and the
-split rate, clips of which a run has nothing but given audio for people to rate (docs/people.md).
+The paper's part is `generate`, `sample_shards`, and the draw of clips (inputs.drawn). The rest
+reads lists of clips, and takes in what the paper has not: audio that the model did not make
+(--given), and the split rate, clips of which a run has nothing but given audio for people to rate
+(docs/people.md).
 
 Reads:
     clips        the toy's clips.jsonl; or a .jsonl (id, and if known video, caption, label, split);
@@ -23,7 +24,8 @@ Reads:
                  .mp4, .opus); ground_truth: the clips' own sound (docs/candidates.md)
 Writes:
     run.json                    model, checkpoint and its digest, latent shape, sampler, N, seed,
-                                video root, given (their names)
+                                video root; given, given_to_rate: the names under --given that have
+                                audio of train clips, and of clips of the split rate
     clips.jsonl                 id, video, caption or null, label or null, split
     01_settings.json            what the run was made with; another command must agree with it
     01_missing.jsonl            clips whose video does not exist: id, split, reason
@@ -38,9 +40,9 @@ Writes:
                                 for each row} of latents and features, compared at every reading
     01_samples/00012.skipped.jsonl   clips of the shard that could not be used: clip, reason
     01_samples/00012.NAME.*     the same for the audios that were given as NAME, with latents but
-                                without features; k is N plus the place of NAME in run.json
+                                without features; k is N plus the place of NAME in given
     01_samples/rate_00000.NAME.jsonl   the same for clips of the split rate, without latents; k is
-                                the place of NAME in run.json
+                                the place of NAME in given_to_rate
     01_audio/<clip>_<k>.wav     the audio that people hear and scorers score
 Takes: toy 48 s on 2 cores; MMAudio-L needs 26 TFLOP per audio (25 steps, guidance), 250K audios in
 all.
@@ -159,10 +161,10 @@ def generate(run, model, shards, todo, here, args):
         # So that a missing codec is reported now, not after the first shard.
         model.decode(torch.zeros(1, *model.latent_shape))
     with closing(encode_all(model, clips, args.workers)) as encoder:
-        # The thread advances `encoder` once for each clip, whose order is the encoder's own. So it
-        # is the thread that waits for videos, while the main thread samples.
+        # One step of `encoder` for each clip, taken in a thread: it is the thread that waits for
+        # videos, while the main thread samples.
         encoded = ahead.in_threads(
-            lambda clip: next(encoder), clips, threads=1, in_advance=SHARD_CLIPS
+            lambda _: next(encoder), clips, threads=1, in_advance=SHARD_CLIPS
         )
         bar = tqdm(total=len(todo), unit="shard", disable=not here.first)
         with closing(encoded), bar:
@@ -181,7 +183,8 @@ def sample_shards(run, model, shards, todo, encoded, bar, args):
         size = args.batch_clips or model.batch_clips
         for name in todo:
             shard = gather(name, shards[name], encoded, args)
-            if not shard.clips or args.num_samples == 0:  # nothing to sample: features alone
+            # With --num-samples 0 all candidates are given; what is left to make are features.
+            if not shard.clips or args.num_samples == 0:
                 shard.latents.append(torch.empty(0, *model.latent_shape))
                 write_shard(run, shard)
                 bar.update()
@@ -228,7 +231,8 @@ def begin_shard(name, clips, values):
 
 def gather(name, clips, encoded, args):
     """A shard of these clips, with the features of those that can be used."""
-    shard, shard.features = begin_shard(name, clips, encoded)
+    shard, features = begin_shard(name, clips, encoded)
+    shard.features = features
     if shard.skipped and args.strict:
         first = ", ".join(f"{row.clip} ({row.reason})" for row in shard.skipped[:10])
         more = " ..." if len(shard.skipped) > 10 else ""
@@ -348,7 +352,8 @@ def name_sources(run, given, train, to_rate):
 
 def forget_sources(run, given):
     """Removes from the end of run.json's lists the sources of which no audio was made and which are
-    not given now. Only from the end, since the k of a source is its place in the list."""
+    not given now: of a --given that was interrupted, or taken back. Only from the end, since the k
+    of a source is its place in the list."""
     run_json = inputs.read_run(run)
     for sources, shards in ((run_json.given, "[0-9]*"), (run_json.given_to_rate, "rate_*")):
         while sources and sources[-1] not in given:
@@ -691,8 +696,9 @@ def inherited(checkpoint):
 
 
 def may_get_train_clips(stage, settings, model):
-    """Whether the run was only prepared, by --max-clips 0, so that it may get its train clips now.
-    Stops where it was prepared with other settings."""
+    """Whether this run has no train clips yet, since `01 --max-clips 0` prepared it, and gets them
+    now. Stops where the settings, which must be those of then, differ in anything else; for another
+    checkpoint, in any run, with a line of its own."""
     if not stage.file.exists():
         return False
     before = rows.read_json(stage.file, rows.Record).settings
@@ -702,8 +708,7 @@ def may_get_train_clips(stage, settings, model):
         stop(f"{model.checkpoint}: {other}; give that one, or {ADVICE}")
     if before.get("max_clips") != 0:
         return False
-    # Any setting that differs stops the stage, but for these two, for which the recorded values are
-    # compared with themselves.
+    # max_clips and the list of clips may differ: their recorded values are put in place of ours.
     may_differ = {"max_clips": 0, "clips_digest": before.get("clips_digest")}
     record.compare(stage.file, rows.Record(settings=settings | may_differ, inputs={}), ADVICE)
     return True
@@ -711,7 +716,11 @@ def may_get_train_clips(stage, settings, model):
 
 def prepare_run(run, stage, is_toy, model, args):
     """Writes run.json, clips.jsonl, 01_missing.jsonl and 01_settings.json, or checks that those of
-    this run were made with the same settings."""
+    this run were made with the same settings.
+
+    01_settings.json is the record that other commands are compared with. run.json is what later
+    stages read: the settings once more, where files lie, and what stage 00 wrote there (rows.World,
+    which is completed to a rows.Run)."""
     settings = {
         "model": args.model,
         "checkpoint_digest": model.checkpoint_digest,
@@ -729,10 +738,8 @@ def prepare_run(run, stage, is_toy, model, args):
         to_rate = list_clips(run, gets_train_clips, args)
     settings["clips_digest"] = files.digest(run / "clips.jsonl")
     stage.write_or_compare(settings, redo=gets_train_clips)  # 01_settings.json
-    # run.json: what it held, then what the flags say. It repeats the settings, which are its fields
-    # that later stages read; 01_settings.json is the record that other commands are compared with.
-    fields = {"checkpoint": "upstream"}
     file = run / "run.json"
+    fields = {"checkpoint": "upstream"}
     if file.exists():
         fields |= rows.as_dict(rows.read_json(file, rows.World))
     rows.write_json(file, rows.typed(fields | places(args) | settings, rows.Run, file))

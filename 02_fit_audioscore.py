@@ -249,8 +249,8 @@ def print_how_to_rate(run, on_sheet, samples, is_all_rated, num_rated_clips):
 
 def rated_video(clip):
     """The name of the video that a clip is cut from, by which the folds of `cross_validate` and the
-    count of rated videos go. In a run's own list the clip's name tells it; of the split rate
-    several clips may name one file, with different captions."""
+    count of rated videos go. The name of a train clip tells it (<youtube id>_<start>); of the split
+    rate several clips may name one file, with different captions."""
     if clip.split != rows.RATE_SPLIT:
         return inputs.video_of(clip.id)
     return inputs.video_of(str(clip.path.with_suffix("")))
@@ -273,7 +273,7 @@ def shares_of(answers):
 
 
 def majority(target):
-    """(n, 3) shares -> (n,) the class with the largest share; of a tie the worse class."""
+    """(n, 3) shares -> (n,) the class with the largest share; of a tie the last, worse class."""
     is_most = target == target.amax(dim=-1, keepdim=True)
     return (is_most * torch.arange(len(RATINGS))).amax(dim=-1)
 
@@ -284,10 +284,10 @@ def majority(target):
 
 
 def rated_blocks(run, order, samples, clips, answers):
-    """The blocks of 32 clips in which any audio is rated: first of train clips, in the order of the
-    draw, then of clips of the split rate, in their own order. A block always has the same clips and
-    is scored as a whole, rated or not: floats depend a little on the batch, and so one more rating
-    changes no score of the other audios. samples: the audios of both."""
+    """The blocks to score. All train clips are cut into blocks of 32 in the order of the draw, all
+    clips of the split rate in their own order; a block in which any audio is rated is scored as a
+    whole. Floats depend a little on the batch, and so one more rating changes no score of the other
+    audios. samples: the audios of both."""
     rated_clips = {answer.clip for answer in answers}
     of_split_rate = [name for name in samples if name not in set(order)]
     blocks = []
@@ -312,8 +312,10 @@ def rated_block(run, name, block_clips, samples, clips):
 def read_measured(rated, blocks, scorers):
     """What the scorers measured on the rated audios, in the form that `fit` takes. rated: (clip, k)
     of each, whose order is kept."""
-    by_scorer = scoring.read_scores(blocks, scorers, scorers.of_audioscore)  # {scorer: {tensor: }}
-    measured = scorers.audioscore_inputs(by_scorer)  # {ib, clap, desync_s, pesq, tag_logits: }
+    # From {"imagebind": {"ib": (n,)}, "panns": {"logits": (n, tags)}, ...}
+    by_scorer = scoring.read_scores(blocks, scorers, scorers.of_audioscore)
+    # to {"ib": (n,), "tag_logits": (n, tags), ...}.
+    measured = scorers.audioscore_inputs(by_scorer)
     scored = [(audio.clip.id, audio.k) for block in blocks for audio in block.audios]
     row_of = {audio: row for row, audio in enumerate(scored)}
     return select(measured, [row_of[audio] for audio in rated])

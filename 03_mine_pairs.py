@@ -65,7 +65,7 @@ def parse_args(argv=None):
     flag = parser.paper.add_argument
     described = "comparisons that people are asked to make [Sec. 2.2]; a tie makes no pair"
     flag("--num-human-pairs", type=command.whole(0), default=2000, help=described)
-    described = "drop mined pairs whose score_c (Eq. 3) is below this; paper silent"
+    described = "drop mined pairs whose score_c (Eq. 3) is below this; by 0 few are; paper silent"
     flag("--min-score-c", type=command.number(-1, 1), default=0.0, help=described)
     flag = parser.engineering.add_argument
     flag("--seed", type=command.whole(0), default=0, help="seed of the draw of comparisons")
@@ -139,8 +139,9 @@ def mine(samples, p_of, rated, min_score_c):
 
     samples: {clip: a list of its rows.Sample}; p_of: {clip: {k: p}}; rated: a set of clips. Paper
     silent: what its "re-filtering" of 50K clips to 46K pairs is. Here a clip makes no pair for the
-    reasons of `select_pair`, or where score_c is below min_score_c: by Eq. 2 alone it is never
-    below 0, but it is where the best audio may not win and the next best loses to a worse one.
+    reasons of `select_pair`, or where score_c is below min_score_c. By Eq. 2 score_c is never below
+    0, unless the audio with the largest P(Good) may not win (it is silent or clipped): the winner's
+    P(Good) may then be lower than the loser's.
     """
     pairs = []
     dropped = Counter()
@@ -261,7 +262,7 @@ def human_pairs(answers, p_of):
     for answer in answers:
         votes[people.question_of(answer)] += preference(answer)
     pairs = []
-    for (clip, smaller_k, larger_k), vote in sorted(votes.items()):
+    for (clip, smaller_k, larger_k), vote in sorted(votes.items()):  # as question_of has them
         if vote > 0:
             pairs.append(pair_of(clip, smaller_k, larger_k, p_of))
         elif vote < 0:
@@ -378,8 +379,8 @@ def main(args):
         }
         stage.claim(settings, ["03_human_choices.jsonl"] if answers else [])
 
-        # -- scores, then pairs. Rated clips are scored too, since human pairs are of them: stage 02
-        # scored them in other blocks, so that its floats differ in the last digits.
+        # -- scores, then pairs. Whole shards are scored, with the rated clips in them, so that
+        # 03_human_pairs.jsonl can show what AudioScore says of the pairs that people made.
         blocks = inputs.shard_blocks(run, samples, clips.values())
         part = here.part_of(blocks)  # without --part: all
         scoring.score(part, scorers, scorers.of_audioscore, run_json.clip_s, here, args.workers)

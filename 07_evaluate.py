@@ -27,13 +27,13 @@ of the paper: P(Good) and wins, the toy world's twin, judge and oracle, and audi
 Reads:
     run.json, clips.jsonl, 01_missing.jsonl, 02_audioscore.pt, the clips' videos and own sound
     policy folders of the run, and folders of audio named by clip id (any common format)
-    00_truth.jsonl      toy world only: what happens in each clip, and when. Two sets of measures
-                        compare an audio with it:
-    00_oracle.pt        the oracle's, by which the simulated people rate and choose, so that
-                        policies are trained towards them
-    00_judge.pt         the judge's, by which nobody does; they are used here alone
-    00_twin.pt          toy world only: a second tagger, no part of AudioScore, for FD and IS, as
-                        PaSST is none
+  toy world only:
+    00_truth.jsonl      what happens in each clip, and when
+    00_oracle.pt        the oracle's measures of an audio against that truth; the simulated people
+                        rate and choose by them, so that training moves policies towards them
+    00_judge.pt         the judge's measures of the same; nobody and nothing was trained by them
+    00_twin.pt          a second tagger, for FD and IS; like the real scorers' PaSST it is no part
+                        of AudioScore
 Writes:
     07_clips/<split>_00003.*.pt    embeddings of the videos by encoders and scorers, which all
                                    systems share
@@ -83,8 +83,8 @@ from common import (
 ShownMetric = rows.ShownMetric
 
 POLICIES = {"flow_dpo": "05_flow_dpo", "ddpo": "06_ddpo"}  # evaluated without --systems
-# In `win_rate`: by so much P(Good) of identical audio may differ, by rounding, where two systems
-# scored it in blocks of other sizes.
+# For `win_rate`: P(Good) of identical audio may differ by this much, by rounding, where two systems
+# had it scored in blocks of other sizes.
 TIE = 1e-6
 
 
@@ -194,14 +194,65 @@ def win_rate(p_good, against):
 # --------------------------------------------------------------------------------------------------
 # From what the scorers measured to rows of 07_results.jsonl
 #
-# Arrays have a row for each clip of the split, nan where the system has no audio or a metric does
-# not apply. `values` of a metric are what each clip contributes to it. Their shape says what the
-# metric makes of them, and how its interval is found:
+# Of each system, for example:
+#
+#   read_scores   {scorer: {tensor: array}}   {"passt": {"embedding": (audios, 768)}, ...}
+#   by_metric     {metric: array}             {"fd_passt": (audios, 768), ...}
+#   aligned       {metric: array}             {"fd_passt": (clips, 768), ...}, nan without audio
+#   clip_values   {metric: values}            {"fd_passt": (clips, 2, 768), ...}
+#
+# `values` of a metric are what each clip of the split contributes to it, nan where the system has
+# no audio or the metric does not apply. Their shape says what the metric makes of them, and how its
+# interval is found:
 #
 #   (clips,)             the mean over clips (KL too)               bootstrap
 #   (clips, classes)     IS, of logits                              jackknife
 #   (clips, 2, d)        FD, of embeddings: audio, own sound        jackknife
 # --------------------------------------------------------------------------------------------------
+
+
+def measures_asked(scorers, judges):
+    """{metric: (how, scorer, tensor)}, such as {"fd_passt": ("fd", "passt", "embedding")}, without
+    those of scorers that only --judge asks; and the names of the scorers that these metrics and
+    AudioScore need. Each adapter's MEASURES lists its own."""
+    for name in judges:
+        if name not in scorers.judges:
+            stop(
+                f"--judge {name}: the scorers of this run know no such judge "
+                f"({', '.join(scorers.judges)})"
+            )
+    unasked = set(scorers.judges) - set(judges)
+    measures = {}
+    names = dict.fromkeys(scorers.of_audioscore)
+    for metric, measure in scorers.measures.items():
+        _, scorer, _ = measure
+        if scorer not in unasked:
+            measures[metric] = measure
+            names[scorer] = None
+    return measures, list(names)
+
+
+def by_metric(by_scorer, measures, scorers, audioscore):
+    """{metric: (audios, ...)}, with P(Good) of Eq. 1. by_scorer: {scorer: {tensor: (audios,
+    ...)}}; audioscore: AudioScore, or None, which leaves out P(Good)."""
+    measured = {}
+    for metric, (_, scorer, tensor) in measures.items():
+        measured[metric] = by_scorer[scorer][tensor]
+    if audioscore is not None:
+        five = audioscore.five_scores(scorers.audioscore_inputs(by_scorer))
+        measured["p_good"] = audioscore(five)[:, 0]
+    return measured
+
+
+def aligned(measured, audios, clips):
+    """{metric: (audios, ...)} -> {metric: (clips, ...) float64}, nan where there is no audio.
+    audios: {clip id: ...}, in the order of the clips, which is that of the rows of `measured`."""
+    has_audio = [clip.id in audios for clip in clips]
+    full = {}
+    for metric, values in measured.items():
+        full[metric] = np.full((len(clips), *values.shape[1:]), np.nan)
+        full[metric][has_audio] = values
+    return full
 
 
 def clip_values(measured, of_own_sound, how_of):
@@ -219,7 +270,7 @@ def clip_values(measured, of_own_sound, how_of):
             values[metric] = ours
         elif metric in of_own_sound and how == "kl":
             values[metric] = kl_divergence(of_own_sound[metric], ours)
-        elif metric in of_own_sound:
+        elif metric in of_own_sound:  # fd
             values[metric] = np.stack([ours, of_own_sound[metric]], axis=1)
     return values
 
@@ -581,10 +632,10 @@ def system_of(run, run_json, item, guidance):
     if name == "ground_truth":
         return System(name, "truth", None, None)
     at = "" if guidance == run_json.sampler.guidance else f"@{guidance:g}"
-    made = run / "07_audio" / f"{name}{at}"
+    sampled = run / "07_audio" / f"{name}{at}"
     if name == "base":
         made_from = sampled_from(run_json, run_json.checkpoint_digest, guidance)
-        return System(name, "policy", None, made, made_from)
+        return System(name, "policy", None, sampled, made_from)
     if not folder and name not in POLICIES and not (run / name / "policy.json").exists():
         stop(f"--systems {item}: give NAME=DIR, or the name of a policy folder of {run}")
     path = run / (folder or POLICIES.get(name, name))
@@ -600,7 +651,7 @@ def system_of(run, run_json, item, guidance):
                 "use its own run"
             )
         made_from = sampled_from(run_json, files.digest(path / "policy.pt"), guidance)
-        return System(name, "policy", path, made, made_from)
+        return System(name, "policy", path, sampled, made_from)
     if (path / "log.jsonl").exists():
         stop(
             f"{path}: no policy.json, its training has not finished; run the same command of "
@@ -651,8 +702,8 @@ def clip_blocks(run, split, clips):
 
 def clip_features(run_json, model, blocks, scorers, scorer_names, here, args):
     """{clip id: the model's features} of the clips whose video can be used; stage 01 has those of
-    train clips alone. Where the model reads videos, the scorers embed them on the way, so that each
-    is decoded once; embeddings that are missing then are made when the audios are scored."""
+    train clips alone. Where the model reads videos, the scorers' embeddings of them are written too
+    (for scoring.score, which otherwise makes them), so that each video is decoded once."""
     embedded_too = scorer_names if model.reads_video else ()
     scoring.embed_videos(
         here.share(blocks), scorers, embedded_too, run_json.clip_s, here.device, args.workers, model
@@ -804,50 +855,6 @@ def usable_audio(run, run_json, system, blocks, here, args):
 # --------------------------------------------------------------------------------------------------
 # Main
 # --------------------------------------------------------------------------------------------------
-
-
-def measures_asked(scorers, judges):
-    """{metric: (how, scorer, tensor)}, such as {"fd_passt": ("fd", "passt", "embedding")}, without
-    those of scorers that only --judge asks; and the names of the scorers that these metrics and
-    AudioScore need. Each adapter's MEASURES lists its own."""
-    for name in judges:
-        if name not in scorers.judges:
-            stop(
-                f"--judge {name}: the scorers of this run know no such judge "
-                f"({', '.join(scorers.judges)})"
-            )
-    unasked = set(scorers.judges) - set(judges)
-    measures = {}
-    names = dict.fromkeys(scorers.of_audioscore)
-    for metric, measure in scorers.measures.items():
-        _, scorer, _ = measure
-        if scorer not in unasked:
-            measures[metric] = measure
-            names[scorer] = None
-    return measures, list(names)
-
-
-def by_metric(by_scorer, measures, scorers, audioscore):
-    """{metric: (audios, ...)}, with P(Good) of Eq. 1. by_scorer: {scorer: {tensor: (audios,
-    ...)}}; audioscore: AudioScore, or None, which leaves out P(Good)."""
-    measured = {}
-    for metric, (_, scorer, tensor) in measures.items():
-        measured[metric] = by_scorer[scorer][tensor]
-    if audioscore is not None:
-        five = audioscore.five_scores(scorers.audioscore_inputs(by_scorer))
-        measured["p_good"] = audioscore(five)[:, 0]
-    return measured
-
-
-def aligned(measured, audios, clips):
-    """{metric: (audios, ...)} -> {metric: (clips, ...) float64}, nan where there is no audio.
-    audios: {clip id: ...}, in the order of the clips."""
-    has_audio = [clip.id in audios for clip in clips]
-    full = {}
-    for metric, values in measured.items():
-        full[metric] = np.full((len(clips), *values.shape[1:]), np.nan)
-        full[metric][has_audio] = values
-    return full
 
 
 def describe_run(run, run_json, scorers, systems, usable, results, metrics, args):
