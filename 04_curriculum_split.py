@@ -42,7 +42,7 @@ def parse_args(argv=None):
 
 def with_score_c(pair):
     """A mined pair, rows.Pair, with the score_c of Eq. 3, as rows.SplitPair: six decimals, as many
-    as the file holds, so that stage 05 splits by the same number."""
+    as the file holds, so that 05 --threshold, which splits anew, splits by the same number."""
     score_c = round(common.score_c(pair.p_winner, pair.p_loser), 6)
     return rows.SplitPair(pair.clip, pair.winner, pair.loser, score_c, "auto")
 
@@ -73,8 +73,8 @@ def print_shares(score_c, num_human):
     threshold = threshold_of_paper_share(score_c)
     print(f"  --threshold {threshold:.3f} would make 81 % of the mined pairs easy, as in the paper")
     # Eq. 2 alone makes no negative score_c: its winner has the largest P(Good), its loser the
-    # largest P(Bad). It is negative where 03 kept a silent or clipped audio from winning, and the
-    # next best lost to a worse one; 03 drops such pairs, unless its --min-score-c is negative. From
+    # largest P(Bad). Where 03 kept a silent or clipped audio from winning, the next best wins, and
+    # may be worse than the loser. 03 drops such pairs, unless its --min-score-c is negative. From
     # them Flow-DPO would learn to make worse audio, and its curves would still look healthy.
     negative = int((score_c < 0).sum())
     if negative:
@@ -97,6 +97,7 @@ def main(args):
         chosen = inputs.read_pairs(run / "03_human_pairs.jsonl", rows.Pair, hint)
         mined = [with_score_c(pair) for pair in pairs]
         human = [of_people(pair) for pair in chosen]
+        # Stops where the files there were made with another threshold; --redo removes them first.
         output.claim({"threshold": args.threshold})
         stage1, stage2 = common.split(mined + human, args.threshold)
         rows.write(run / "04_stage1.jsonl", stage1)
@@ -114,9 +115,9 @@ def main(args):
             f"stage 1 is empty: no score_c is above the threshold {args.threshold}, so 05 trains "
             "on stage 2 alone, without a curriculum"
         )
-        # Only where that threshold puts any pair into stage 1.
-        if mined and score_c.max() > threshold_of_paper_share(score_c):
-            flags = f"--redo --threshold {threshold_of_paper_share(score_c):.3f}"
+        threshold = threshold_of_paper_share(score_c) if mined else 1.0
+        if mined and score_c.max() > threshold:  # so that it puts any pair into stage 1
+            flags = f"--redo --threshold {threshold:.3f}"
             print("for 81 % of the mined pairs in stage 1, as in the paper:")
             print(f"      python 04_curriculum_split.py {run_flag(run)} {flags}")
     print(f"next: python 05_train_flow_dpo.py {run_flag(run)}")

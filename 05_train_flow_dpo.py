@@ -18,9 +18,9 @@ Writes, in <run>/<--out>:
     policy.json      model, digest of the base checkpoint, method, steps, commit of this code (null
                      outside of git), the CPU, and the environment variables that choose its kernels
                      (docs/toy.md)
-    checkpoint.pt    step, trained weights, optimizer; with --ema (the toy run's .2; the default is
-                     0, without) also the average of the weights, which policy.pt then holds; the
-                     same command resumes exactly from here
+    checkpoint.pt    step, trained weights, optimizer; the same command resumes exactly from here.
+                     With --ema also the average of the weights, which policy.pt then holds (its
+                     width is a share of all steps, in the toy run .2; by default there is none)
     log.jsonl        a line per step, rows.FlowDpoStep, measured in `pair_loss`; docs/results.md
                      explains its fields
     settings.json    the settings that this folder was made with
@@ -214,7 +214,7 @@ def load_pairs(pairs, shards):
 
 def pair_errors(network, features, a_0, eps, t):
     """Errors of winners and losers from one forward pass. The network projects the conditions once
-    per pair, and repeats them for the loser (FlowModel.velocity, with R = 2 rows for each pair).
+    per pair, and repeats them for the loser (FlowModel.velocity, with R = 2 rows of each clip).
 
     a_0: (2, B, T, C), winners, then losers; eps: (B, T, C); t: (B,) -> err_w, err_l: (B,) float32.
     """
@@ -308,7 +308,9 @@ def share_backwards(stages):
 
 def diagnosis(accuracy, saturated, error_rise, wrong_share, backwards):
     """What may be wrong with a training, the first case that fits, and what to do. docs/curves.md
-    has a table of the cases; the limits separate the six trainings that it shows.
+    has a table of the cases; the limits separate the six trainings that it shows. In DPO the errors
+    of winner and loser usually both rise, the loser's more, though the paragraph below Eq. 5 has
+    the winner's fall; here it may rise to three times the reference's.
 
     accuracy, saturated: as logged; error_rise: how much larger the winner's error is than the
     reference's, as a share of it, so that 1 means twice as large; wrong_share: the share of the
@@ -392,14 +394,15 @@ def main(args):
     with training.output(run, args.out, sources) as output:
         # -- data
         model = common.load_base_model(run, here.device, args.weights)
-        shards = training.Shards(run, inputs.read_samples(run), model)
+        shards = training.Shards(run, inputs.read_samples(run), model)  # latents and features
         stages = read_stages(run, shards, args)
         stage_steps = divide_steps(stages, args.steps)
 
         # -- model
         bf16 = training.in_bf16(here.device, args.precision)
-        # The reference is the pre-trained model, in stage 2 as in stage 1. Frozen weights may be
-        # stored in bf16, by which u is computed; those that are trained never are.
+        # The reference is the pre-trained model, in stage 2 as in stage 1. Where u is computed in
+        # bf16, autocast rounds weights whenever it uses them; so frozen ones are stored rounded, in
+        # half the memory. Those that are trained never are.
         if args.lora:
             training.add_lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
             reference = training.lora_reference(model)  # the model itself without its adapters
@@ -408,6 +411,7 @@ def main(args):
         args.compile = training.compiles(model, args)  # what settings.json will say
         if args.compile:
             training.compile_both(model, reference)
+        # The trainer holds the optimizer and what the run has reached: its steps() are those left.
         trainer = training.Trainer(output, model, rows.FlowDpoStep, args.save_every, here, args)
         print_plan(model, stages, stage_steps, trainer.done, here, args)
 

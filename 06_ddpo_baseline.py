@@ -5,10 +5,10 @@ Run:
     torchrun --standalone --nproc_per_node 8 06_ddpo_baseline.py --run-dir runs/vgg
 
 Each round draws --prompts clips, samples --group-size audios of each with an SDE whose marginals
-are the ODE's, scores them, and makes --updates optimizer steps. An audio is a trajectory of M =
---sampling-steps states on the way from noise to data, with M - 1 noisy transitions between them.
-Each optimizer step trains one transition of every audio, never one that it has trained before.
---steps counts the optimizer steps, as in stage 05.
+are the ODE's, scores them, and makes --updates optimizer steps. An audio is sampled in M =
+--sampling-steps steps from noise to data: M - 1 noisy transitions between M states, then a last
+step without noise to a_0. Each optimizer step of a round trains one of the M - 1 transitions of
+every audio, each time another. --steps counts the optimizer steps, as in stage 05.
 
 Paper silent: which form of DDPO. Ours is DDPO-IS (arXiv 2305.13301), which has PPO's clipped ratio.
 From Flow-GRPO (arXiv 2505.05470) we take the SDE of a flow, and advantages among the audios of one
@@ -104,7 +104,8 @@ def parse_args(argv=None):
         "--micro-batch",
         type=command.whole(1),
         default=16,
-        help="audios per rollout and per backward pass on one GPU; fewer need less memory",
+        help="audios per backward pass on one GPU, and per rollout, which has at least one whole "
+        "group; fewer need less memory",
     )
     engineering.add_argument(
         "--save-every", type=command.whole(1), default=20, help="rounds between checkpoints"
@@ -125,16 +126,16 @@ def parse_args(argv=None):
 
 
 def sde_step(a_t, u, t, t_next, eta):
-    """One step of the SDE with the ODE's marginals, from t towards the data, dt = t - t_next:
+    """One step of the SDE with the ODE's marginals, from t towards the data, dt = t - t_next.
 
-        a_next = a_t - (u - (s^2 / 2) * score) dt + s sqrt(dt) z,  s = eta sqrt(t / (1 - t))
-        score = -eps_hat / t,  eps_hat = a_t + (1 - t) u
+    a_t = (1 - t) a_0 + t eps, and u estimates eps - a_0. So the noise that a_t is expected to hold
+    is eps_hat = a_t + (1 - t) u, and the gradient of the marginal's log-density, which is called
+    its score, is -eps_hat / t. The SDE's drift is the ODE's, u, minus s^2 / 2 times that score:
 
-    u is the ODE's drift; score is the gradient of the marginal's log-density; eps_hat is the noise
-    that a_t is expected to hold, since a_t = (1 - t) a_0 + t eps and u estimates eps - a_0. With
-    them the drift is u + s^2 / (2 t) eps_hat. At t = 1 s would be infinite, and we take it at
-    t_next, s = eta sqrt(t_next / (1 - t_next)). flow_grpo's code takes eta sqrt(1 / (1 - t_next)),
-    with 10 steps 1.05 times as much.
+        a_next = a_t - (u + s^2 / (2 t) eps_hat) dt + s sqrt(dt) z,  s = eta sqrt(t / (1 - t))
+
+    At t = 1 s would be infinite, and we take it at t_next: eta sqrt(t_next / (1 - t_next)). (In
+    flow_grpo's code it is eta sqrt(1 / (1 - t_next)) there, with 10 steps 1.05 times as much.)
 
     a_t, u: (B, T, C); t, t_next: (B,), t > t_next > 0. Returns mean (B, T, C) and std (B, 1, 1) of
     a_next given a_t.
@@ -150,17 +151,17 @@ def sde_step(a_t, u, t, t_next, eta):
 
 
 def log_prob(a_next, mean, std):
-    """Gaussian log-density, averaged over the latent as in DDPO's code, (B,). A ratio's spread
-    falls with the square root of the latent's size, so that it is 3.7 times smaller for 13,800
-    values (MMAudio at 44.1 kHz) than for the toy's 1,000, and the same --clip-range clips less. Its
-    default was chosen in the toy world (docs/choices.md)."""
+    """Gaussian log-density, averaged over the latent as in DDPO's code, (B,). So the ratio is the
+    true one to the power of 1 / (T C). Its spread falls with the square root of T C: for the 13,800
+    values of MMAudio at 44.1 kHz it is 3.7 times smaller than for the toy's 1,000, and the same
+    --clip-range clips less. The default was chosen in the toy world (docs/choices.md)."""
     density = -0.5 * ((a_next - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
     return density.mean(dim=(1, 2))
 
 
-def draw_steps(seeds, args):
-    """Which of a trajectory's M - 1 transitions each update trains, none of them twice: (updates, R
-    * B), one column for each seed."""
+def draw_transitions(seeds, args):
+    """Which of a trajectory's M - 1 transitions each update trains, none of them twice. Returns
+    (updates, R * B), one column for each seed."""
     drawn = []
     for seed in seeds:
         drawn.append(random.Random(seed).sample(range(args.sampling_steps - 1), args.updates))
@@ -186,9 +187,9 @@ def rollout(model, features, seeds, guidance, args):
     """Samples trajectories of M steps: M - 1 with noise, and a last one to t = 0 without.
     features: B rows; seeds: R * B. Returns a Batch, and a_0 (R * B, T, C).
 
-    A network that knows only some times, as Frieren its 1000, is told the next one above t
-    (`snap_t`). Here the state also moves between those times, where common.sample moves it between
-    evenly spaced ones: training asks for u at the very time that a transition was made with.
+    The toy's and MMAudio's networks know every time. Frieren's knows multiples of 1/1000, to which
+    t is rounded up (`snap_t`); here the state then moves between rounded times, so that training
+    asks for u at the very time of the transition. common.sample keeps its even steps.
     """
     times = model.snap_t(torch.linspace(1, 0, args.sampling_steps + 1)[:-1])  # (M,)
     times = training.send(times, model.device)
@@ -198,10 +199,11 @@ def rollout(model, features, seeds, guidance, args):
     log_probs = []
     # The ratio starts at 1 only where u is rounded as in training: in the same precision, and where
     # the model is compiled, by the same graph. torch.compile makes one graph with gradients and one
-    # without, which round differently; so we take the one with gradients, and detach.
-    with training.autocast(model.device, args.precision), torch.set_grad_enabled(model.compiled):
+    # without, which round differently; so a compiled model samples by the former, and we detach.
+    by_graph_of_training = torch.set_grad_enabled(model.compiled)
+    with training.autocast(model.device, args.precision), by_graph_of_training:
         conditions = model.project(features)
-        for t, t_next in pairwise(times[:, None].repeat(1, len(seeds))):  # M - 1 times; (R * B,)
+        for t, t_next in pairwise(times[:, None].repeat(1, len(seeds))):  # each (R * B,)
             u = model.velocity(a_t, t, conditions, guidance).float().detach()
             mean, std = sde_step(a_t, u, t, t_next, args.eta)
             z = torch.stack([torch.randn(model.latent_shape, generator=own) for own in generators])
@@ -214,15 +216,15 @@ def rollout(model, features, seeds, guidance, args):
 
     states = torch.stack(states)  # (M, R * B, T, C)
     log_probs = torch.stack(log_probs)  # (M - 1, R * B)
-    step = training.send(draw_steps(seeds, args), model.device)
-    row = torch.arange(len(seeds), device=model.device)  # (R * B,); step is (updates, R * B)
+    transition = training.send(draw_transitions(seeds, args), model.device)  # (updates, R * B)
+    row = torch.arange(len(seeds), device=model.device)  # (R * B,)
     batch = Batch(
         features,
-        a_t=states[step, row],
-        a_next=states[step + 1, row],
-        t=times[step],
-        t_next=times[step + 1],
-        log_probs=log_probs[step, row],
+        a_t=states[transition, row],
+        a_next=states[transition + 1, row],
+        t=times[transition],
+        t_next=times[transition + 1],
+        log_probs=log_probs[transition, row],
     )
     return batch, a_0
 
@@ -313,8 +315,8 @@ def collect(model, reward, shards, clips, round_, guidance, args):
     per_batch = max(1, args.micro_batch // args.group_size)
     batches = []
     futures = []
-    # Audios are scored in a thread while the next prompts are sampled. The thread ends with the
-    # round, since an idle one slows down the threads of torch.
+    # Audios are scored in a thread while the next prompts are sampled. It is a new one each round:
+    # between rounds an idle thread would slow down torch's own.
     with ThreadPoolExecutor(1) as scoring_thread:
         for start in range(0, len(clips), per_batch):
             prompts = clips[start : start + per_batch]
@@ -424,6 +426,7 @@ def main(args):
     run_json = inputs.read_run(run)
     training.refuse_uneven("--prompts", args.prompts, here.world)
 
+    # Without 03_scores, each of whose files says what it was made from (`Reward.videos`).
     sources = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"]
     with training.output(run, args.out, sources) as output:
         # -- data
@@ -494,7 +497,7 @@ def main(args):
                 **means,
                 grad_norm=grad_norm,
                 lr=lr,
-                # One pass in each update, and --sampling-steps passes in each round.
+                # Rows that the network was given: once in each update, M times in each round.
                 forwards=inputs_per_pass * (step + 1 + (round_ + 1) * args.sampling_steps),
                 forwards_grad=inputs_per_pass * (step + 1),
             )

@@ -31,7 +31,7 @@ Words of the stages:
     given     an audio that the model did not make, taken in by 01 --given
     rated     a clip of whose audios people rated some (stage 02). Paper silent: it gives no pair
               (03) and no prompt of DDPO (06), since AudioScore was fitted on it
-    rate      the split of clips that a run has only so that given audio of them is rated
+    rate      the split of clips of which a run has nothing but given audio, for people to rate
     shard     up to 32 train clips, which stage 01 samples and stores together
     block     up to 32 clips whose audios are scored together; in stage 03 those of a shard
     claim     to record what a stage is made with, or to compare it with that record
@@ -68,7 +68,8 @@ from plumbing.files import NoAudio, NoFile, SkipClip, Stop, run_flag, stop  # no
 digits.same_on_every_cpu()  # before torch computes anything
 
 RATINGS = ("Good", "Medium", "Bad")  # the order of every probability vector (Eq. 1)
-SCORES = ("ib", "clap", "desync_s", "is_nats", "pesq")  # score_1 ... score_5 (Sec. 2.1)
+# score_1 ... score_5 (Sec. 2.1), by ImageBind, CLAP, Synchformer, PANNs and PESQ.
+SCORES = ("ib", "clap", "desync_s", "is_nats", "pesq")
 
 # --------------------------------------------------------------------------------------------------
 # AudioScore (Sec. 2.1)
@@ -184,7 +185,8 @@ def flow_error(v, u):
 
     Eq. 5 prints a norm, which is a sum over the latent. We average over it, as Diffusion-DPO's code
     and its followers do, so that beta means the same for every latent size. A beta of ours equals a
-    beta / (T C) of the printed form; the paper's 600 is taken as one of ours.
+    beta / (T C) of the printed form. We take the paper's 600 as one of ours, which for the 13,800
+    latent values of MMAudio is a printed beta of .043.
     """
     return (v.float() - u.float()).square().mean(dim=(1, 2))
 
@@ -204,8 +206,9 @@ def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
         the same of W and L, ours: -log sigmoid(-beta/2 (W - L))
         Eq. 5 as printed:          -log sigmoid(-beta/2 W - L)
 
-    The printed brackets would lower the loser's error too, which contradicts the paragraph below
-    Eq. 5. We use those of Eq. 4; `printed` takes the printed ones, to compare.
+    In print the bracket after -beta/2 closes before L. A lower L then lowers the loss too, so that
+    the loser's error would fall, which contradicts the paragraph below Eq. 5. We use the brackets
+    of Eq. 4; `printed` takes the printed ones, to compare.
     """
     gap_w = err_w - ref_err_w  # W; below 0 where the policy fits better than the reference does
     gap_l = err_l - ref_err_l  # L
@@ -290,8 +293,8 @@ class FlowModel(nn.Module):
     checkpoint: Path  # the file that the velocity network came from
     checkpoint_digest: str
     reads_video = False  # whether `read` decodes the clip's video
-    # Features that equal what a scorer's `embed_video` returns, so that the scorer need not compute
-    # them again: {scorer: (feature, name in embed_video's dict, shape)}, such as MMAudio's
+    # Features that equal what a scorer's `embed_video` returns, which then need not be computed
+    # again. MMAudio's "sync" is what the scorer "synchformer" returns as "segments", of this shape:
     # {"synchformer": ("sync", "segments", (24, 8, 768))}.
     seen_as: dict = {}
     batch_clips = 4  # how many clips stage 01 samples together: the default of its --batch-clips
@@ -353,7 +356,7 @@ class FlowModel(nn.Module):
         stop(f"--given: {self.name} has no encoder of sound (encode_audio, docs/adapters.md)")
 
     def snap_t(self, t):
-        """The smallest time that the network knows and that is not below t; t itself for a network
+        """t rounded up to a time that the network knows (Frieren: 1/1000); t itself for a network
         that knows every time, as here. t: float tensor in [0, 1]."""
         return t
 
@@ -438,8 +441,8 @@ def sample(model, features, seeds, steps=25, guidance=4.5):
     """Euler's method from noise (t = 1) to data (t = 0), classifier-free guidance inside.
 
     features: dict of tensors with B rows; seeds: R * B integers. The conditions are projected once;
-    on CUDA the network runs in bf16. All steps are equal, as upstream's are, also where the network
-    knows only some times (`snap_t`; Frieren's knows 1000) and is told the next one above t.
+    on CUDA the network runs in bf16. All steps are equal, as upstream's are; only the t that the
+    network is told is rounded (`snap_t`).
     Returns a_0 (R * B, T, C) float32 on the model's device. Paper silent: the number of steps, 25
     is upstream's.
     """
@@ -462,7 +465,7 @@ def sample_clips(model, batches, sampler):
     (clip, latents (R, T, C), waves (R, S)), float32 on the CPU, in the order of the batches.
     """
 
-    def sampled():
+    def sampled():  # runs in this thread, a batch ahead of `decode`
         for batch in batches:
             clips, features, seeds_of_clips = zip(*batch)
             seeds = []  # in the order of the rows, r * B + b
@@ -470,10 +473,9 @@ def sample_clips(model, batches, sampler):
                 seeds += seeds_of_rth_audios
             features = stack_features(features, model.device)
             a_0 = sample(model, features, seeds, sampler.steps, sampler.guidance)
-            by_audio = a_0.unflatten(0, (-1, len(clips)))  # (R, B, T, C)
-            yield clips, by_audio.transpose(0, 1)
+            yield clips, a_0.unflatten(0, (-1, len(clips))).transpose(0, 1)  # (B, R, T, C)
 
-    def decode(batch):
+    def decode(batch):  # runs in a thread of its own
         clips, a_0 = batch
         waves = model.decode(a_0.flatten(0, 1)).unflatten(0, a_0.shape[:2])
         return zip(clips, a_0.float().cpu(), waves)
