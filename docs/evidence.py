@@ -783,6 +783,16 @@ def show(block):
     print(f"{block}\n")
 
 
+def pair_table(results, pairs):
+    """The difference of each pair of systems; a row for each metric."""
+    rows = []
+    for metric in METRICS:
+        if ("base", metric) in results.mean:
+            gaps = [results.gaps(system, against, metric) for system, against in pairs]
+            rows.append([heading(metric), *[mean_and_half(metric, of_pair) for of_pair in gaps]])
+    return table(["", *[f"{system} - {against}" for system, against in pairs]], rows)
+
+
 def show_differences(results, arms):
     """In two tables: the metrics of stage 07, then those that know the truth."""
     by_truth = [metric for metric in METRICS if metric.startswith(("judge", "oracle"))]
@@ -911,6 +921,9 @@ def tell_fresh(results):
         show(f"{worlds} of {named} worlds so far. Nothing is decided before all are judged.")
     for text, (system, against) in FRESH_CLAIMS.items():
         show(f"{text}:\n\n{fresh_table(results, system, against)}")
+    pairs = [("flow_dpo", "ddpo"), ("no_human", "ddpo"), ("flow_dpo", "no_human")]
+    show(f"By every metric, of which only those three were named beforehand: {MEANS}.")
+    show(pair_table(results, pairs))
     show(f"Base, and every arm minus base: {MEANS}, {worlds} worlds, test split.")
     show_differences(results, FRESH)
 
