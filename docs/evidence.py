@@ -903,6 +903,14 @@ def tell_asked(results):
             if cells:
                 against_base.append([arm.name + other, *cells])
     show(table(head, [base, *against_base]))
+    pairs = [
+        ("flow_dpo", "ddpo"),
+        ("printed", "flow_dpo"),
+        ("flow_dpo, given", "flow_dpo"),
+        ("flow_dpo, mild 1", "ddpo, mild 1"),
+    ]
+    show(f"By every metric: {MEANS}.")
+    show(pair_table(results, pairs))
     spread_rows = []
     for other in ("", ", given", ", mild 1"):
         row = [f"worlds{other}"]
