@@ -6,7 +6,7 @@ Run:
     python docs/evidence.py explore            # val split, four worlds: budgets, guidance, noise, a second round, LoRA
     python docs/evidence.py recipe --size default      # val split, four worlds, five seeds: averaged weights, stratified t
     python docs/evidence.py claims             # test split, twelve worlds: Tables 1 and 2 in miniature
-    python docs/evidence.py asked              # val split, four worlds: the recording as a candidate, Eq. 5 as printed, mild raters
+    python docs/evidence.py asked --size default # val split, four worlds: the recording as a candidate, Eq. 5 as printed, mild raters
     python docs/evidence.py fresh              # test split, twelve other worlds, four seeds: Flow-DPO against DDPO
     python docs/evidence.py claims --worlds 0  # a study's tables and figures again, from its csv, in seconds
     python docs/evidence.py tables > docs/tables.md    # the tables of all studies, from their csvs
