@@ -9,8 +9,8 @@ Run:
     python 07_evaluate.py --run-dir runs/vgg --systems ground_truth thinksound=DIR     # audio files
     torchrun --standalone --nproc_per_node 8 07_evaluate.py --run-dir runs/vgg
 
-Every command writes its systems' numbers in place of the last one's. Which clips are val and test
-says stage 01's list (--test-list: MMAudio's test set, as in the paper).
+A command replaces the numbers of the last one of the same split and --against. Which clips are val
+and test says stage 01's list (--test-list: MMAudio's test set, as in the paper).
 
 The six metrics, and CLAP (networks: adapters/scorers.py; the toy world's own: adapters/toy.py):
 
@@ -266,7 +266,7 @@ def clip_values(measured, of_own_sound, how_of):
     values = {}
     for metric, ours in measured.items():
         how = how_of.get(metric, "mean")
-        if how in ("mean", "is"):
+        if how not in ("kl", "fd"):
             values[metric] = ours
         elif metric in of_own_sound and how == "kl":
             values[metric] = kl_divergence(of_own_sound[metric], ours)
