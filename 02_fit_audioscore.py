@@ -289,7 +289,8 @@ def rated_blocks(run, order, samples, clips, answers):
     whole. Floats depend a little on the batch, and so one more rating changes no score of the other
     audios. samples: the audios of both."""
     rated_clips = {answer.clip for answer in answers}
-    of_split_rate = [name for name in samples if name not in set(order)]
+    train = set(order)
+    of_split_rate = [name for name in samples if name not in train]
     blocks = []
     for prefix, names in (("", order), ("to_rate_", of_split_rate)):
         for start in range(0, len(names), scoring.BLOCK_CLIPS):
