@@ -286,8 +286,8 @@ def majority(target):
 def rated_blocks(run, order, samples, clips, answers):
     """The blocks to score. All train clips are cut into blocks of 32 in the order of the draw, all
     clips of the split rate in their own order; a block in which any audio is rated is scored as a
-    whole. Floats depend a little on the batch, and so one more rating changes no score of the other
-    audios. samples: the audios of both."""
+    whole. A score depends a little on the audios beside it; as blocks never change, one more rating
+    changes no other audio's score. samples: the audios of both."""
     rated_clips = {answer.clip for answer in answers}
     train = set(order)
     of_split_rate = [name for name in samples if name not in train]

@@ -65,7 +65,7 @@ def parse_args(argv=None):
     flag = parser.paper.add_argument
     described = "comparisons that people are asked to make [Sec. 2.2]; a tie makes no pair"
     flag("--num-human-pairs", type=command.whole(0), default=2000, help=described)
-    described = "drop mined pairs whose score_c (Eq. 3) is below this; by 0 few are; paper silent"
+    described = "drop mined pairs whose score_c (Eq. 3) is below this; 0 drops few; paper silent"
     flag("--min-score-c", type=command.number(-1, 1), default=0.0, help=described)
     flag = parser.engineering.add_argument
     flag("--seed", type=command.whole(0), default=0, help="seed of the draw of comparisons")
@@ -139,9 +139,9 @@ def mine(samples, p_of, rated, min_score_c):
 
     samples: {clip: a list of its rows.Sample}; p_of: {clip: {k: p}}; rated: a set of clips. Paper
     silent: what its "re-filtering" of 50K clips to 46K pairs is. Here a clip makes no pair for the
-    reasons of `select_pair`, or where score_c is below min_score_c. By Eq. 2 score_c is never below
-    0, unless the audio with the largest P(Good) may not win (it is silent or clipped): the winner's
-    P(Good) may then be lower than the loser's.
+    reasons of `select_pair`, or where score_c is below min_score_c. By Eq. 2 the winner has the
+    largest P(Good) and the loser the largest P(Bad), so that score_c is not below 0, unless the
+    audio with the largest P(Good) may not win, being silent or clipped.
     """
     pairs = []
     dropped = Counter()

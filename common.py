@@ -208,7 +208,8 @@ def flow_dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta, printed=False):
 
     In print the bracket after -beta/2 closes before L. A lower L then lowers the loss too, so that
     the loser's error would fall, which contradicts the paragraph below Eq. 5. We use the brackets
-    of Eq. 4; `printed` takes the printed ones, to compare.
+    of Eq. 4; `printed` takes the printed ones, to compare, with our mean as L: the printed sum
+    would weigh T C times as much.
     """
     gap_w = err_w - ref_err_w  # W; below 0 where the policy fits better than the reference does
     gap_l = err_l - ref_err_l  # L
