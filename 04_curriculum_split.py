@@ -7,8 +7,8 @@ Run:
 Reads:
     03_pairs.jsonl, 03_human_pairs.jsonl
         clip, winner, loser (k, the number of the audio among those of the clip, from 0 on),
-        p_winner, p_loser: [Good, Medium, Bad], of which score_c is made; not for human pairs, whose
-        score_c is 0
+        p_winner, p_loser: [Good, Medium, Bad], of which score_c is made; human pairs have them too,
+        but their score_c is 0
 Writes:
     04_stage1.jsonl     easy pairs, score_c above the threshold
     04_stage2.jsonl     hard pairs, then human pairs

@@ -44,7 +44,8 @@ SATURATED = 5.0  # a logit; above it a pair's gradient is below 1 % of its large
 
 def parse_args(argv=None):
     parser = command.Parser(__doc__)
-    # --out, --weights, --seed, --precision, --lora, --ema and others, which 06 has too
+    # --out, --weights, --seed, --precision and others, which 06 has too; --lora and --ema, off by
+    # default, are among them
     command.training_flags(parser, out="05_flow_dpo")
     paper = parser.paper
     paper.add_argument(
@@ -228,7 +229,8 @@ def pair_errors(network, features, a_0, eps, t):
 def pair_loss(policy, reference, features, a_0, eps, t, args):
     """Eq. 5 for B pairs; features, a_0, eps, t: as for `pair_errors`. Paper silent: guidance and
     dropout in training. Here are neither: the network predicts with all conditions, in eval mode.
-    Returns the loss (B,), and what is logged of each pair, {name: (B,)}."""
+    Returns the loss (B,), and what is logged of each pair, {name: (B,)}; rows.FlowDpoStep has a
+    line on each name."""
     with training.autocast(t.device, args.precision):
         with torch.no_grad():
             ref_err_w, ref_err_l = pair_errors(reference, features, a_0, eps, t)
@@ -408,7 +410,7 @@ def main(args):
             reference = training.lora_reference(model)  # the model itself without its adapters
         else:
             reference = training.frozen_copy(model, bf16)
-        args.compile = training.compiles(model, args)  # what settings.json will say
+        args.compile = training.compiles(model, args)  # so that settings.json says what was done
         if args.compile:
             training.compile_both(model, reference)
         # The trainer holds the optimizer and what the run has reached: its steps() are those left.

@@ -130,7 +130,8 @@ def sde_step(a_t, u, t, t_next, eta):
 
     a_t = (1 - t) a_0 + t eps, and u estimates eps - a_0. So the noise that a_t is expected to hold
     is eps_hat = a_t + (1 - t) u, and the gradient of the marginal's log-density, which is called
-    its score, is -eps_hat / t. The SDE's drift is the ODE's, u, minus s^2 / 2 times that score:
+    its score, is -eps_hat / t. Time runs backwards, and so the SDE's drift is the ODE's, u, minus
+    s^2 / 2 times that score:
 
         a_next = a_t - (u + s^2 / (2 t) eps_hat) dt + s sqrt(dt) z,  s = eta sqrt(t / (1 - t))
 
@@ -242,7 +243,7 @@ class Reward:
 
     def __init__(self, run, scorers, blocks, device, workers):
         self.audioscore = AudioScore.load(run / "02_audioscore.pt")
-        self.scorers = scorers  # the set: which there are, and what AudioScore takes from each
+        self.scorers = scorers  # the run's set, of which those of AudioScore are loaded
         self.block_of = {clip.id: block for block in blocks for clip in block.clips}
         self.loaded = {name: scorers.load(name, device, workers) for name in scorers.of_audioscore}
 
@@ -326,7 +327,8 @@ def collect(model, reward, shards, clips, round_, guidance, args):
                 seeds += [common.seed_of(args.seed, "ddpo", round_, clip.id, k) for clip in prompts]
             batch, a_0 = rollout(model, features, seeds, guidance, args)
             batches.append(batch)
-            futures.append(scoring_thread.submit(reward, model, a_0, prompts * args.group_size))
+            clips_of_rows = prompts * args.group_size  # row r * B + b is of clip b
+            futures.append(scoring_thread.submit(reward, model, a_0, clips_of_rows))
 
     sums = {}
     for batch, future in zip(batches, futures):
@@ -426,7 +428,7 @@ def main(args):
     run_json = inputs.read_run(run)
     training.refuse_uneven("--prompts", args.prompts, here.world)
 
-    # Without 03_scores, each of whose files says what it was made from (`Reward.videos`).
+    # 03_scores is not listed: each of its files says what it was made from (`Reward.videos`).
     sources = ["01_samples", "02_audioscore.pt", "02_scores.jsonl"]
     with training.output(run, args.out, sources) as output:
         # -- data
@@ -443,7 +445,7 @@ def main(args):
         bf16 = training.in_bf16(here.device, args.precision)
         if args.lora:
             training.add_lora(model, args.lora, common.seed_of(args.seed, "lora"), bf16)
-        args.compile = training.compiles(model, args)  # what settings.json will say
+        args.compile = training.compiles(model, args)  # so that settings.json says what was done
         if args.compile:
             speed.compile_models(model)
         save_every = args.save_every * args.updates  # steps; a training resumes at whole rounds
