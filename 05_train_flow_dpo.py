@@ -310,9 +310,9 @@ def share_backwards(stages):
 
 def diagnosis(accuracy, saturated, error_rise, wrong_share, backwards):
     """What may be wrong with a training, the first case that fits, and what to do. docs/curves.md
-    has a table of the cases; the limits separate the six trainings that it shows. In DPO the errors
-    of winner and loser usually both rise, the loser's more, though the paragraph below Eq. 5 has
-    the winner's fall; here it may rise to three times the reference's.
+    has a table of the cases; the limits separate the six trainings that it shows. In all six the
+    errors of winner and loser both rise, the loser's more, though the paragraph below Eq. 5 has the
+    winner's fall; here it may rise to three times the reference's.
 
     accuracy, saturated: as logged; error_rise: how much larger the winner's error is than the
     reference's, as a share of it, so that 1 means twice as large; wrong_share: the share of the

@@ -201,8 +201,7 @@ def rollout(model, features, seeds, guidance, args):
     # The ratio starts at 1 only where u is rounded as in training: in the same precision, and where
     # the model is compiled, by the same graph. torch.compile makes one graph with gradients and one
     # without, which round differently; so a compiled model samples by the former, and we detach.
-    by_graph_of_training = torch.set_grad_enabled(model.compiled)
-    with training.autocast(model.device, args.precision), by_graph_of_training:
+    with training.autocast(model.device, args.precision), torch.set_grad_enabled(model.compiled):
         conditions = model.project(features)
         for t, t_next in pairwise(times[:, None].repeat(1, len(seeds))):  # each (R * B,)
             u = model.velocity(a_t, t, conditions, guidance).float().detach()
